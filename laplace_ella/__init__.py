@@ -1,0 +1,21 @@
+"""ELLA for laplace-torch: linearised Laplace over all weights, at a price one can pay.
+
+Importing this package registers ``subset_of_weights="all", hessian_structure="ella"``
+with :func:`laplace.Laplace`.
+"""
+
+from .basis import NystromBasis
+from .curvature import AsdlNystromGGN, BackPackNystromGGN, NystromGGN, ReverseNystromGGN
+from .ella import ELLALaplace, Laplace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AsdlNystromGGN",
+    "BackPackNystromGGN",
+    "ELLALaplace",
+    "Laplace",
+    "NystromBasis",
+    "NystromGGN",
+    "ReverseNystromGGN",
+]

@@ -1,0 +1,182 @@
+r"""Batches of model inputs: taking them apart, moving them, putting rows together.
+
+An *input* is what the model takes: a tensor whose first axis is the batch, or a
+mapping (a Hugging Face batch, say) some of whose entries are such tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Input = Tensor | Mapping[str, Any]
+
+
+def split_batch(batch: Any, dict_key_y: str) -> tuple[Input, Tensor]:
+    """Separate the model's input from the targets of one batch of a loader.
+
+    A mapping batch is passed to the model whole, as laplace-torch does.
+
+    Raises
+    ------
+    KeyError
+        If a mapping batch has no entry ``dict_key_y``.
+    ValueError
+        If the batch is neither a mapping nor a pair ``(inputs, targets)`` of an
+        input and a tensor.
+    """
+    if isinstance(batch, Mapping):
+        if dict_key_y not in batch:
+            raise KeyError(
+                f"The batch has no targets under {dict_key_y!r}; its keys are {sorted(map(str, batch))}. "
+                "Pass dict_key_y=... to the constructor."
+            )
+        x, y = batch, batch[dict_key_y]
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
+        x, y = batch
+    else:
+        raise ValueError(
+            "A batch must be a pair (inputs, targets) or a mapping that holds both; "
+            f"got {_describe(batch)}. Wrap the loader so that it yields one of the two."
+        )
+    if not isinstance(x, (Tensor, Mapping)) or not isinstance(y, Tensor):
+        raise ValueError(
+            "Inputs must be a tensor or a mapping, and targets a tensor; got "
+            f"{type(x).__name__} and {type(y).__name__}. Convert them in the data set or the collate function."
+        )
+    if y.ndim == 0 or batch_size(x) != y.shape[0]:
+        raise ValueError(
+            f"Inputs and targets of a batch must have the same length; got {batch_size(x)} inputs "
+            f"and targets of shape {tuple(y.shape)}."
+        )
+    return x, y
+
+
+def _describe(batch: Any) -> str:
+    size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+    return f"{type(batch).__name__}{size}"
+
+
+def batch_size(x: Input, dict_key_x: str | None = None) -> int:
+    """Return the length of the batch axis.
+
+    Of a mapping, the entry ``dict_key_x`` decides; without it, the first tensor.
+    """
+    if isinstance(x, Tensor):
+        return x.shape[0] if x.ndim else 0
+    entries = [x[dict_key_x]] if dict_key_x in x else list(x.values())
+    for value in entries:
+        if isinstance(value, Tensor) and value.ndim:
+            return value.shape[0]
+    raise ValueError(
+        "A mapping input must hold a tensor whose first axis is the batch; "
+        f"got the keys {sorted(map(str, x))} without one."
+    )
+
+
+def to_model(x: Input, device: torch.device, dtype: torch.dtype) -> Input:
+    """Move an input to the model's device; floating point goes to the model's dtype.
+
+    Tensors made under ``torch.inference_mode`` are cloned, as forward-mode AD
+    cannot use them.
+    """
+    if isinstance(x, Mapping):
+        return {k: to_model(v, device, dtype) if isinstance(v, Tensor) else v for k, v in x.items()}
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"The model's input must be a tensor or a mapping of tensors; got {type(x).__name__}."
+        )
+    x = x.to(device=device, dtype=dtype if x.is_floating_point() else None, non_blocking=True)
+    return x.clone() if x.is_inference() else x
+
+
+def is_finite(x: Input) -> bool:
+    """Tell whether no floating-point entry of an input is NaN or infinite."""
+    values = x.values() if isinstance(x, Mapping) else [x]
+    return all(
+        bool(v.isfinite().all())
+        for v in values
+        if isinstance(v, Tensor) and v.is_floating_point()
+    )
+
+
+def rows(x: Input, start: int, stop: int) -> Input:
+    """Slice the batch axis; entries of a mapping without that axis are kept whole."""
+    if isinstance(x, Tensor):
+        return x[start:stop]
+    size = batch_size(x)
+    return {k: v[start:stop] if _has_batch_axis(v, size) else v for k, v in x.items()}
+
+
+def single_row(x: Input, index: int) -> Input:
+    """Copy one row out of a batch, so that the batch itself can be freed."""
+    row = rows(x, index, index + 1)
+    if isinstance(row, Tensor):
+        return row.detach().clone()
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in row.items()}
+
+
+def _has_batch_axis(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+
+
+def collate(inputs: Sequence[Input], batch: int) -> Iterator[tuple[list[int], Input]]:
+    """Join single rows into batches of at most ``batch`` rows of equal shape.
+
+    Yields
+    ------
+    indices, x : list of int, input
+        Which of ``inputs`` the rows of ``x`` are. Inputs of different shapes
+        (sequences padded batch by batch) never meet in one batch.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(inputs):
+        groups.setdefault(_signature(x), []).append(i)
+    for indices in groups.values():
+        for start in range(0, len(indices), batch):
+            part = indices[start : start + batch]
+            yield part, _join([inputs[i] for i in part])
+
+
+def _signature(x: Input) -> Any:
+    if isinstance(x, Tensor):
+        return (x.shape[1:], x.dtype)
+    return tuple(
+        (k, v.shape[1:] if v.ndim else v.item(), v.dtype) if isinstance(v, Tensor) else (k, id(v))
+        for k, v in x.items()
+    )
+
+
+def _join(inputs: Sequence[Input]) -> Input:
+    first = inputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(inputs))  # type: ignore[arg-type]
+    return {
+        k: torch.cat([x[k] for x in inputs]) if _has_batch_axis(v, 1) else v  # type: ignore[index]
+        for k, v in first.items()
+    }
+
+
+def named_batches(loader: Iterable[Any], dict_key_y: str) -> Iterator[tuple[str, Input, Tensor]]:
+    """Yield ``(name, inputs, targets)`` of each batch, with finite inputs.
+
+    The name ("batch 3") is for error messages.
+
+    Raises
+    ------
+    ValueError
+        If a batch has the wrong structure, or its inputs are not finite.
+    """
+    for i, batch in enumerate(loader):
+        x, y = split_batch(batch, dict_key_y)
+        if batch_size(x) == 0:
+            continue
+        if not is_finite(x):
+            raise ValueError(
+                f"The inputs of batch {i} hold NaN or infinite values; every input must be finite. "
+                "Clean or drop them before fitting."
+            )
+        yield f"batch {i}", x, y

@@ -1,0 +1,167 @@
+r"""Landmark gradients: rows :math:`R_m = J(x_m)[c_m]` of the Jacobian, one output each.
+
+An *engine* maps (model, weights, x, outputs) to a dict name -> (B, *shape). Three
+libraries compute the same rows; torch.func is the one that needs no layer rules.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from asdl.core import extend as asdl_extend
+from asdl.operations import OP_BATCH_GRADS
+from backpack import backpack, extend
+from backpack.extensions import BatchGrad
+from torch import Tensor, nn
+from torch.func import grad, vjp, vmap
+
+from .autodiff import FunctionalModel, Weights
+from .batches import Input, batch_size
+
+Engine = Callable[[FunctionalModel, Weights, Input, Tensor], Weights]
+
+
+def gradient_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
+    """Compute per-sample gradients of one output each, with torch.func.
+
+    Parameters
+    ----------
+    x : input of B rows
+    outputs : LongTensor (B,)
+        Which output of each row.
+
+    Returns
+    -------
+    dict of Tensor (B, *shape)
+
+    Notes
+    -----
+    Cost: at least 3 forward passes a row. Memory: B x P numbers.
+    """
+
+    def output(w: Weights, row: Input, c: Tensor) -> Tensor:
+        return model(w, _with_batch_axis(row, axes)).gather(1, c.view(1, 1)).squeeze()
+
+    axes = _batch_axes(x)
+    return vmap(grad(output), in_dims=(None, axes, 0))(weights, x, outputs)
+
+
+def _batch_axes(x: Input) -> Any:
+    if isinstance(x, Tensor):
+        return 0
+    size = batch_size(x)
+    return {
+        k: 0 if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else None for k, v in x.items()
+    }
+
+
+def _with_batch_axis(row: Input, axes: Any) -> Input:
+    if isinstance(row, Tensor):
+        return row.unsqueeze(0)
+    return {k: v if axes[k] is None else v.unsqueeze(0) for k, v in row.items()}
+
+
+def backpack_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
+    """Compute what :func:`gradient_rows` does with BackPACK's ``BatchGrad``.
+
+    Works on a copy of the module, since BackPACK leaves hooks and attributes behind.
+
+    Raises
+    ------
+    ValueError
+        If BackPACK has no correct per-sample gradient for one of the weights.
+    """
+    module = extend(deepcopy(model.module))
+    with backpack(BatchGrad()):
+        _backward_of_outputs(module, x, outputs)
+    found = {k: getattr(p, "grad_batch", None) for k, p in module.named_parameters()}
+    return _verified("BackPACK", found, module, batch_size(x))
+
+
+def asdl_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
+    """Compute what :func:`gradient_rows` does with ASDL's per-sample gradients.
+
+    Works on a copy of the module.
+
+    Raises
+    ------
+    ValueError
+        If ASDL has no correct per-sample gradient for one of the weights.
+    """
+    module = deepcopy(model.module)
+    found: dict[str, Any] = {}
+    with warnings.catch_warnings(), asdl_extend(module, OP_BATCH_GRADS) as context:
+        # ASDL's kind of hook is deprecated; _verified catches what it could miss.
+        warnings.filterwarnings("ignore", "Using a non-full backward hook", FutureWarning)
+        _backward_of_outputs(module, x, outputs)
+        for prefix, layer in module.named_modules():
+            for name, gradient in (context.batch_grads(layer) or {}).items():
+                found[f"{prefix}.{name}" if prefix else name] = gradient
+    return _verified("ASDL", found, module, batch_size(x))
+
+
+@torch.enable_grad()
+def _backward_of_outputs(module: nn.Module, x: Input, outputs: Tensor) -> None:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        x = x.detach().requires_grad_()  # else BackPACK's hooks on the first layer warn
+    out = module(x)
+    getattr(out, "logits", out).gather(1, outputs[:, None]).sum().backward()
+
+
+def _verified(library: str, found: dict[str, Any], module: nn.Module, size: int) -> Weights:
+    """Bring a library's rows into shape, and check them: their sum is the ordinary gradient.
+
+    A weight that a library has no rule for has no row; one that is shared between
+    layers, or used outside of a layer, would have a wrong one.
+    """
+    result, wrong = {}, []
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        total = torch.zeros_like(p) if p.grad is None else p.grad
+        row = found.get(name)
+        if row is None or row.numel() % (size * p.numel()):
+            wrong.append(name)
+            continue
+        # A layer applied at several positions reports one row per position.
+        result[name] = row.detach().reshape(size, -1, *p.shape).sum(1)
+        scale = result[name].abs().sum(0).max()
+        if (result[name].sum(0) - total).abs().max() > 100 * torch.finfo(p.dtype).eps * scale:
+            wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"{library} has no correct per-sample gradient for {', '.join(wrong)}; it knows the weights of "
+            "common layers only. Leave `backend` out: torch.func needs no rules for layers."
+        )
+    return result
+
+
+def weighted_gradients(
+    model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor, coefficients: Tensor
+) -> Weights:
+    r"""Compute :math:`\sum_b a_{bk} \nabla_\theta f_{c_b}(x_b)` for every k, without the rows.
+
+    Parameters
+    ----------
+    x : input of B rows
+    outputs : LongTensor (B,)
+    coefficients : Tensor (B, K)
+        :math:`a_{bk}`.
+
+    Returns
+    -------
+    dict of Tensor (K, *shape)
+
+    Notes
+    -----
+    Cost: one forward and K backward passes. Memory: the activations of B rows, K
+    times, and K x P numbers.
+    """
+    f, pull = vjp(lambda w: model(w, x), weights)
+    selected = torch.nn.functional.one_hot(outputs, f.shape[-1]).to(f.dtype)
+    cotangents = torch.einsum("bk,bc->kbc", coefficients.to(f.dtype), selected)
+    return vmap(pull)(cotangents)[0]

@@ -1,0 +1,158 @@
+r"""Drawing landmarks and curvature inputs from a stream: bottom-k sampling by hash.
+
+Every row of the data gets a key, a hash of (seed, purpose, position in the stream);
+the k rows with the smallest keys are a uniform sample without replacement. One pass
+suffices, the size of the data need not be known, and the result depends neither on
+the batch size nor on the machine.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import Input
+
+# What a key is for: samples with different purposes are independent.
+LANDMARK_INPUT, CURVATURE_INPUT, LANDMARK_OUTPUT, LANDMARK_PAIR = range(4)
+
+
+def hash_keys(seed: int, purpose: int, positions: Tensor) -> Tensor:
+    """Return uniform 62-bit keys, one per position (N,), by the splitmix64 finaliser.
+
+    Source: Steele, Lea, Flood (2014), Fast splittable pseudorandom number
+    generators. int64 arithmetic wraps, so the keys are the same on every machine.
+    """
+    state = torch.full((), seed, dtype=torch.int64)
+    for word in (torch.full((), purpose, dtype=torch.int64), positions.to(torch.int64)):
+        state = _mix(state ^ _mix(word))
+    return state & (2**62 - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = z - 7046029254386353131
+    z = (z ^ _shift(z, 30)) * -4658895280553007687
+    z = (z ^ _shift(z, 27)) * -7723592293110705685
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class BottomK:
+    """A sample of fixed size from a stream: the smallest keys, evenly over groups.
+
+    With one group it is a uniform sample. With several, rows are given up from the
+    largest group first, so that the groups end up as equal as their sizes allow:
+    all of a small group, and what remains shared among the others.
+
+    Parameters
+    ----------
+    capacity : int
+        How many rows to keep.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._heaps: dict[int, list[tuple[int, int]]] = {}  # group -> [(-key, position)]
+        self._rows: dict[int, tuple[int, Any]] = {}  # position -> (group, row)
+
+    def offer(
+        self,
+        positions: Tensor,
+        keys: Tensor,
+        groups: Sequence[int] | None,
+        row: Callable[[int], Any],
+    ) -> None:
+        """Offer rows; ``row(i)`` is called for the i-th only if it is kept for now.
+
+        Parameters
+        ----------
+        positions, keys : LongTensor (B,)
+        groups : sequence of int (B,), optional
+            None: one group.
+        row : callable
+        """
+        labels = [0] * len(positions) if groups is None else groups
+        for i, (position, key, group) in enumerate(zip(positions.tolist(), keys.tolist(), labels)):
+            heap = self._heaps.setdefault(group, [])
+            heapq.heappush(heap, (-key, position))
+            dropped = self._drop() if len(self._rows) == self.capacity else None
+            if dropped == position:
+                continue
+            self._rows.pop(dropped, None)  # type: ignore[arg-type]
+            self._rows[position] = (group, row(i))
+
+    def _drop(self) -> int:
+        # Ties go to the largest label, always: a group once cut back never grows again.
+        largest = max(self._heaps, key=lambda g: (len(self._heaps[g]), g))
+        return heapq.heappop(self._heaps[largest])[1]
+
+    def positions(self) -> list[int]:
+        """Return the positions of the rows kept, ascending."""
+        return sorted(self._rows)
+
+    def rows(self) -> list[Any]:
+        """Return the rows kept, in the order of the stream."""
+        return [self._rows[p][1] for p in self.positions()]
+
+    def groups(self) -> list[int]:
+        """Return the group of each row kept, in the order of the stream."""
+        return [self._rows[p][0] for p in self.positions()]
+
+
+@dataclass(frozen=True)
+class Landmarks:
+    """M pairs of an input and one of its outputs.
+
+    Attributes
+    ----------
+    inputs : sequence of inputs
+        M single rows (the same object may occur several times).
+    outputs : LongTensor (M,)
+    """
+
+    inputs: Sequence[Input]
+    outputs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+def draw_outputs(sample: BottomK, n_outputs: int, seed: int, balanced: bool) -> Landmarks:
+    r"""Give each sampled input an output coordinate, uniformly.
+
+    While the sample is full, inputs are distinct. If the data ended before (M > N),
+    M of the N x C pairs are drawn without replacement, so that an input may occur
+    with several of its outputs; all pairs are taken where there are no more than M.
+
+    Parameters
+    ----------
+    sample : BottomK
+        Its capacity is M.
+    n_outputs : int
+        C.
+    balanced : bool
+        Also draw the pairs evenly over the groups of the sample.
+
+    Returns
+    -------
+    Landmarks
+        With min(M, N x C) pairs.
+    """
+    inputs, n = sample.rows(), len(sample.rows())
+    if n == sample.capacity:
+        keys = hash_keys(seed, LANDMARK_OUTPUT, torch.tensor(sample.positions()))
+        return Landmarks(inputs, keys % n_outputs)
+    pairs = torch.arange(n * n_outputs)
+    groups = [g for g in sample.groups() for _ in range(n_outputs)] if balanced else None
+    chosen = BottomK(sample.capacity)
+    chosen.offer(pairs, hash_keys(seed, LANDMARK_PAIR, pairs), groups, lambda i: i)
+    index = torch.tensor(chosen.rows())
+    return Landmarks([inputs[i] for i in (index // n_outputs).tolist()], index % n_outputs)

@@ -1,0 +1,79 @@
+r"""The Gaussian over the K coordinates of the weights, and what it says about outputs.
+
+The weights are :math:`\theta^* + V z` with :math:`z \sim N(0, A^{-1})`. Everything is
+expressed with one root: :math:`A^{-1} = S S^T`, and *whitened* features
+:math:`\psi = \phi S`, whose inner products are covariances.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def posterior_scale(precision: Tensor) -> Tensor:
+    r"""Factor a covariance: S (K, K) with :math:`S S^T = A^{-1}`, without inverting A.
+
+    Raises
+    ------
+    torch.linalg.LinAlgError
+        If the precision is not positive definite.
+    """
+    factor, info = torch.linalg.cholesky_ex(precision)
+    if info.any():
+        raise torch.linalg.LinAlgError(
+            "The posterior precision is not positive definite; the prior precision must be positive and "
+            "finite, and the curvature positive semi-definite. "
+            f"Its smallest eigenvalue is {float(torch.linalg.eigvalsh(precision)[0]):.3e}."
+        )
+    identity = torch.eye(len(precision), dtype=precision.dtype, device=precision.device)
+    return torch.linalg.solve_triangular(factor.mT, identity, upper=True)
+
+
+def log_det(precision: Tensor) -> Tensor:
+    """Return the log determinant of a positive definite matrix, differentiably."""
+    return 2 * torch.linalg.cholesky(precision).diagonal().log().sum()
+
+
+def whiten(phi: Tensor, scale: Tensor) -> Tensor:
+    r"""Return :math:`\psi = \phi S` (B, C, K) in the dtype of the features."""
+    return phi @ scale.to(phi.dtype)
+
+
+def covariance(psi: Tensor) -> Tensor:
+    """Return the covariance (B, C, C) of each input's outputs."""
+    return psi @ psi.mT
+
+
+def joint_covariance(psi: Tensor) -> Tensor:
+    """Return the covariance (BC, BC) of all inputs' outputs; input-major order."""
+    flat = psi.flatten(0, 1)
+    return flat @ flat.T
+
+
+def variance(psi: Tensor) -> Tensor:
+    """Return the variance (B, C) of each output; no C x C matrix."""
+    return psi.square().sum(-1)
+
+
+def functional_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:
+    r"""Return :math:`f + \psi \epsilon` (S, B, C): one noise vector for all inputs.
+
+    Parameters
+    ----------
+    f : Tensor (B, C)
+    psi : Tensor (B, C, K)
+    noise : Tensor (S, K)
+        Jointly consistent over inputs, and never singular, whatever K and C are.
+    """
+    return f + torch.einsum("bck,sk->sbc", psi, noise.to(psi.dtype))
+
+
+def independent_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:
+    """Return samples (S, B, C) with the variances of the outputs and no correlation.
+
+    Parameters
+    ----------
+    noise : Tensor broadcastable to (S, B, C)
+    """
+    return f + variance(psi).sqrt() * noise.to(psi.dtype)

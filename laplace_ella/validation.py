@@ -1,0 +1,153 @@
+r"""Checks of what users pass, made once, before any work.
+
+Messages say what is wrong, what is allowed, what was passed, and what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Input, batch_size, is_finite, single_row
+from .checkpoint import FORMAT
+from .landmarks import Landmarks
+
+LINKS = ("probit", "mc", "bridge", "bridge_norm")
+
+
+def check_model(model: nn.Module) -> None:
+    """Require at least one parameter that requires grad."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "The model has no parameter that requires grad, so there is no weight to be uncertain about. "
+            "Call requires_grad_(True) on the parameters to include."
+        )
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Require one of a few strings."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
+
+
+def check_size(name: str, value: Any, optional: bool = True) -> None:
+    """Require a positive integer, or None if it is optional."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        alternative = " or None" if optional else ""
+        raise ValueError(f"{name} must be a positive integer{alternative}; got {value!r}.")
+
+
+def check_seed(value: Any) -> None:
+    """Require an integer that fits a generator's seed."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2^63 - 1; got {value!r}.")
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Return a positive finite number as a float."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real) or not (0 < value < math.inf):
+        raise ValueError(f"{name} must be a positive finite number; got {value!r}.")
+    return float(value)
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Require a positive finite number, or a tensor of them."""
+    if not isinstance(value, Tensor):
+        positive_number(name, value)
+    elif not bool((value.detach().isfinite() & (value.detach() > 0)).all()):
+        raise ValueError(f"{name} must be positive and finite in every entry; got {value.detach()}.")
+
+
+def check_prediction(
+    pred_type: Any,
+    link_approx: Any,
+    n_samples: Any,
+    generator: torch.Generator | None,
+    device: torch.device | None,
+) -> str:
+    """Check the options of a prediction, and return the predictive: "glm" or "nn"."""
+    check_choice("pred_type", pred_type, ("glm", "nn", "gp"))
+    check_choice("link_approx", link_approx, LINKS)
+    check_size("n_samples", n_samples, optional=False)
+    if pred_type == "nn" and link_approx != "mc":
+        raise ValueError(
+            f"pred_type='nn' averages over samples: link_approx must be 'mc'; got {link_approx!r}."
+        )
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator; got {type(generator).__name__}.")
+    if generator is not None and device is not None and generator.device != device:
+        raise ValueError(
+            f"generator must be on the model's device, {device}; it is on {generator.device}."
+        )
+    return "nn" if pred_type == "nn" else "glm"
+
+
+def check_features(phi: Any, rank: int, device: torch.device) -> None:
+    """Require features (B, C, K) on the model's device."""
+    if not isinstance(phi, Tensor) or phi.ndim != 3 or phi.shape[-1] != rank:
+        got = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
+        raise ValueError(
+            f"Js must be the features (batch, outputs, {rank}) that backend.jacobians(x) returns, with "
+            f"K = {rank} columns instead of one per weight; got {got}."
+        )
+    if phi.device != device:
+        raise ValueError(f"Js must be on the model's device, {device}; it is on {phi.device}.")
+
+
+def check_landmarks(landmarks: Any) -> None:
+    """Require a pair of M finite inputs and a LongTensor (M,)."""
+    valid = isinstance(landmarks, (tuple, list)) and len(landmarks) == 2
+    if not valid or not isinstance(landmarks[1], Tensor):
+        raise ValueError(
+            "landmarks must be a pair (inputs, outputs): one batch of M inputs, and a LongTensor (M,) with "
+            f"the output coordinate of each; got {type(landmarks).__name__}."
+        )
+    inputs, outputs = landmarks
+    if outputs.dtype != torch.int64 or outputs.ndim != 1 or not len(outputs):
+        raise ValueError(
+            f"The outputs of landmarks must be a LongTensor of shape (M,); got shape {tuple(outputs.shape)}, {outputs.dtype}."
+        )
+    if batch_size(inputs) != len(outputs):
+        raise ValueError(
+            f"landmarks must hold as many inputs as outputs; got {batch_size(inputs)} and {len(outputs)}."
+        )
+    if not is_finite(inputs):
+        raise ValueError("The inputs of landmarks hold NaN or infinite values; they must be finite.")
+
+
+def explicit_landmarks(given: tuple[Input, Tensor], n_outputs: int) -> Landmarks:
+    """Turn a checked pair into landmarks, requiring existing output coordinates."""
+    inputs, outputs = given
+    if int(outputs.min()) < 0 or int(outputs.max()) >= n_outputs:
+        raise ValueError(
+            f"The outputs of landmarks must lie in 0..{n_outputs - 1}; got {int(outputs.min())}..{int(outputs.max())}."
+        )
+    return Landmarks([single_row(inputs, i) for i in range(len(outputs))], outputs.cpu())
+
+
+def check_state(state: Any, cls_name: str, likelihood: str) -> None:
+    """Require a checkpoint of this class and likelihood, in the present format."""
+    if not isinstance(state, dict) or "fingerprint" not in state or state.get("cls_name") != cls_name:
+        found = state.get("cls_name") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f"The state must come from {cls_name}.state_dict(); got one of {found}. "
+            "Build the estimator with the same subset_of_weights and hessian_structure."
+        )
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"The checkpoint has format {state.get('format')}, this version reads {FORMAT}; fit again."
+        )
+    if state["likelihood"] != likelihood:
+        raise ValueError(
+            f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."
+        )
