@@ -79,7 +79,7 @@ class NystromBasis:
         blocks = [v.flatten(1) for v in self.directions.values()]
         if delta.numel() == sum(b.shape[1] for b in blocks):
             parts = delta.split([b.shape[1] for b in blocks])
-            return sum((b.double() * d) @ b.double().T for b, d in zip(blocks, parts))  # type: ignore[return-value]
+            return sum((b.double() * d) @ b.double().T for b, d in zip(blocks, parts))
         return torch.einsum("l,lkj->kj", delta, self.weight_grams)
 
     def combine(self, coordinates: Tensor) -> Weights:
@@ -198,9 +198,7 @@ class _RowSource:
         batches = self._batches(range(len(self.landmarks)))
         for part, x in progress(batches, "Directions"):
             outputs = self.landmarks.outputs[part].to(self.device)
-            sums = weighted_gradients(
-                self.model, self.weights, self.to_model(x), outputs, coefficients[part]
-            )
+            sums = weighted_gradients(self.model, self.weights, self.to_model(x), outputs, coefficients[part])
             for name, value in sums.items():
                 total[name] += value
         return {k: _like(w, total[k]) for k, w in self.weights.items()}
@@ -279,8 +277,7 @@ def _directions_from_rows(rows: Tensor, coefficients: Tensor, weights: Weights) 
     for name, weight in weights.items():
         stop = start + weight.numel()
         parts = [
-            coefficients.T @ rows[:, a : min(a + _SLICE, stop)].double()
-            for a in range(start, stop, _SLICE)
+            coefficients.T @ rows[:, a : min(a + _SLICE, stop)].double() for a in range(start, stop, _SLICE)
         ]
         values = torch.cat(parts, 1).reshape(coefficients.shape[1], *weight.shape)
         directions[name], start = _like(weight, values), stop

@@ -67,7 +67,7 @@ def batch_size(x: Input, dict_key_x: str | None = None) -> int:
     """
     if isinstance(x, Tensor):
         return x.shape[0] if x.ndim else 0
-    entries = [x[dict_key_x]] if dict_key_x in x else list(x.values())
+    entries = [x[dict_key_x]] if dict_key_x is not None and dict_key_x in x else list(x.values())
     for value in entries:
         if isinstance(value, Tensor) and value.ndim:
             return value.shape[0]
@@ -96,11 +96,7 @@ def to_model(x: Input, device: torch.device, dtype: torch.dtype) -> Input:
 def is_finite(x: Input) -> bool:
     """Tell whether no floating-point entry of an input is NaN or infinite."""
     values = x.values() if isinstance(x, Mapping) else [x]
-    return all(
-        bool(v.isfinite().all())
-        for v in values
-        if isinstance(v, Tensor) and v.is_floating_point()
-    )
+    return all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor) and v.is_floating_point())
 
 
 def rows(x: Input, start: int, stop: int) -> Input:

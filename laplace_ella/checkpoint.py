@@ -1,4 +1,4 @@
-r"""What a checkpoint holds about the model: a hash of its weights, never a copy."""
+r"""Checkpoints: tensors and plain types, with a hash of the model instead of a copy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        if flat.numel():
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -46,18 +47,46 @@ def unpack_basis(state: dict[str, Any], model: nn.Module) -> NystromBasis:
     ValueError
         If its directions are not those of the model's trainable parameters.
     """
-    weights = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
     directions = state["directions"]
-    if {k: tuple(v.shape[1:]) for k, v in directions.items()} != {
-        k: tuple(w.shape) for k, w in weights.items()
-    }:
+    if {k: v.shape[1:] for k, v in directions.items()} != {k: w.shape for k, w in weights.items()}:
         raise ValueError(
             "The checkpoint's directions belong to other parameters than those of this model that require "
             "grad. Build the model as it was, with the same requires_grad flags, and load again."
         )
+    device = next(iter(weights.values())).device
     return NystromBasis(
         {k: directions[k].to(w) for k, w in weights.items()},
-        state["eigenvalues"].to(next(iter(weights.values())).device, torch.float64),
+        state["eigenvalues"].to(device, torch.float64),
         float(state["trace"]),
         int(state["n_landmarks"]),
     )
+
+
+def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module) -> None:
+    """Require a checkpoint of this class, likelihood and model, in the present format.
+
+    Raises
+    ------
+    ValueError
+        Naming what differs.
+    """
+    found = state.get("cls_name") if isinstance(state, dict) else type(state).__name__
+    if found != cls_name:
+        raise ValueError(
+            f"The state must come from {cls_name}.state_dict(); got one of {found}. "
+            "Build the estimator with the same subset_of_weights and hessian_structure."
+        )
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"The checkpoint has format {state.get('format')}, this version reads {FORMAT}; fit again."
+        )
+    if state["likelihood"] != likelihood:
+        raise ValueError(
+            f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."
+        )
+    if state["fingerprint"] != fingerprint(model):
+        raise ValueError(
+            "The checkpoint was made with another model: the hash of parameters and buffers differs. "
+            "Load the model's own weights first, then the checkpoint."
+        )

@@ -6,7 +6,7 @@ Laplace with the weights confined to :math:`\theta^* + \operatorname{span}(V)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -24,10 +24,11 @@ from .features import (
     plan_chunks,
     reverse_features,
 )
-from .gradients import Engine, asdl_rows, backpack_rows, gradient_rows
+from .gradients import asdl_rows, backpack_rows, gradient_rows
 from .landmarks import Landmarks
 from .likelihoods import LIKELIHOODS
 from .memory import default_budget
+from .validation import check_finite_features
 
 
 class NystromGGN(GGNInterface):
@@ -46,8 +47,8 @@ class NystromGGN(GGNInterface):
         Bytes that gradient rows may take. Default: a quarter of the free memory.
     """
 
-    engine: ClassVar[Engine] = staticmethod(gradient_rows)
-    project: ClassVar[Callable[..., tuple[Tensor, Tensor]]] = staticmethod(forward_features)
+    engine: ClassVar[Any] = staticmethod(gradient_rows)  # see gradients.Engine
+    project: ClassVar[Any] = staticmethod(forward_features)
 
     def __init__(
         self,
@@ -108,9 +109,7 @@ class NystromGGN(GGNInterface):
                 progress=progress,
             )
 
-    def features(
-        self, x: Input, basis: NystromBasis, enable_backprop: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def features(self, x: Input, basis: NystromBasis, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C) with a given basis."""
         with safe_autodiff(self.model, enable_backprop):
             x = self.to_model(x)
@@ -155,6 +154,48 @@ class NystromGGN(GGNInterface):
         root = LIKELIHOODS[self.likelihood].curvature_root(phi.double(), f.double())
         return root.T @ root
 
+    def accumulate(
+        self,
+        batches: Iterable[tuple[str, Input]],
+        basis: NystromBasis,
+        n_data: int,
+        every: int | None = None,
+    ) -> list[tuple[int, Tensor]]:
+        r"""Sum the curvature over batches, and scale it to N inputs.
+
+        Parameters
+        ----------
+        batches : iterable of (name, input)
+        n_data : int
+            N.
+        every : int, optional
+            Take a snapshot after every so many batches; always after the last.
+
+        Returns
+        -------
+        list of (n, G)
+            The number n of inputs read, and :math:`N / n` times their curvature (K, K).
+
+        Raises
+        ------
+        ValueError
+            If the features of a batch are not finite.
+        """
+        total = torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=self._reference.device)
+        snapshots: list[tuple[int, Tensor]] = []
+        seen = step = taken = 0
+        for step, (name, x) in enumerate(batches, start=1):
+            phi, f = self.features(x, basis)
+            check_finite_features(phi, f, name)
+            total += self.curvature(phi, f)
+            seen += len(f)
+            if every and step % every == 0:
+                snapshots.append((seen, total * (n_data / seen)))
+                taken = step
+        if taken < step:
+            snapshots.append((seen, total * (n_data / seen)))
+        return snapshots
+
     def _feature_chunks(self, x: Input, rank: int) -> Chunks:
         row_bytes = self._largest_activation(x)
         if self._reference.device.type == "cpu":
@@ -163,7 +204,9 @@ class NystromGGN(GGNInterface):
 
     def _gradient_rows_per_call(self, x: Input) -> int:
         working_set = CPU_WORKING_SET if self._reference.device.type == "cpu" else self._budget() // 4
-        return max(1, min(working_set // self._largest_activation(x), self._budget() // 4 // self._row_size()))
+        return max(
+            1, min(working_set // self._largest_activation(x), self._budget() // 4 // self._row_size())
+        )
 
     def _largest_activation(self, x: Input) -> int:
         signature = tuple(

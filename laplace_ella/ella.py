@@ -2,10 +2,9 @@ r"""The estimator: laplace-torch's contract, kept by the modules that do the wor
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import laplace
 import torch
@@ -15,16 +14,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 from tqdm.auto import tqdm
 
-from . import checkpoint, links, posterior, tuning, validation
+from . import checkpoint, posterior, tuning, validation
 from .basis import NystromBasis
-from .batches import Input, collate, is_finite, named_batches
-from .curvature import NystromGGN, nystrom_backend
-from .landmarks import Landmarks, draw_outputs
+from .batches import Input, collate, named_batches
+from .curvature import nystrom_backend
+from .landmarks import draw_outputs
 from .likelihoods import LIKELIHOODS
+from .predictive import Predictive, predict
 from .scan import Scan, scan
 
 DEFAULT_SUBSAMPLE_SIZE = 500
 DEFAULT_N_EIGENVALUES = 20
+_PLAIN_STATE = ("enable_backprop", "subsample_size", "n_eigenvalues", "curvature_size", "seed")
 
 
 def Laplace(
@@ -53,7 +54,7 @@ def Laplace(
     return laplace.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
 
 
-class ELLALaplace(ParametricLaplace):
+class ELLALaplace(Predictive, ParametricLaplace):
     r"""Linearised Laplace over all weights, through a Nystrom approximation of the NTK.
 
     The posterior lives on :math:`\theta^* + V z`, with K orthonormal directions V that
@@ -156,7 +157,7 @@ class ELLALaplace(ParametricLaplace):
         # The host's constructor assigns hyperparameters, whose setters use these.
         self.H: Tensor | None = None
         self._posterior_scale: Tensor | None = None
-        self._named_sizes = (subsample_size is not None, n_eigenvalues is not None)
+        self._named_by_user = {k for k in ("subsample_size", "n_eigenvalues") if sizes[k] is not None}
         self.subsample_size = DEFAULT_SUBSAMPLE_SIZE if subsample_size is None else subsample_size
         self.n_eigenvalues = DEFAULT_N_EIGENVALUES if n_eigenvalues is None else n_eigenvalues
         self.curvature_size = curvature_size
@@ -170,7 +171,7 @@ class ELLALaplace(ParametricLaplace):
             sigma_noise,
             prior_precision,
             prior_mean,
-            temperature,  # type: ignore[arg-type]
+            temperature,
             enable_backprop,
             dict_key_x,
             dict_key_y,
@@ -183,7 +184,7 @@ class ELLALaplace(ParametricLaplace):
 
     def _build_backend(self) -> None:
         try:
-            self.backend
+            _ = self.backend
         except TypeError as error:
             raise ValueError(
                 f"backend_kwargs={self._backend_kwargs} do not fit {self._backend_cls.__name__}: {error}. "
@@ -216,7 +217,7 @@ class ELLALaplace(ParametricLaplace):
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
         validation.check_positive("prior_precision", value)
-        ParametricLaplace.prior_precision.fset(self, value)  # type: ignore[attr-defined]
+        ParametricLaplace.prior_precision.fset(self, value)
 
     @property
     def sigma_noise(self) -> Tensor:
@@ -230,7 +231,7 @@ class ELLALaplace(ParametricLaplace):
             raise ValueError(
                 f"sigma_noise is for regression only and must be 1 for {self.likelihood!r}; got {value}."
             )
-        ParametricLaplace.sigma_noise.fset(self, value)  # type: ignore[attr-defined]
+        ParametricLaplace.sigma_noise.fset(self, value)
 
     # ------------------------------------------------------------------ fit
 
@@ -247,7 +248,7 @@ class ELLALaplace(ParametricLaplace):
             Before a fit.
         """
         self._check_H_init()
-        return self.backend.basis  # type: ignore[attr-defined]
+        return self.backend.basis
 
     def fit(
         self,
@@ -278,7 +279,7 @@ class ELLALaplace(ParametricLaplace):
             Draw landmark inputs evenly over the classes.
         val_loader : iterable, optional
             Record the validation NLL in ``fit_history_["val_nll"]``, as
-            :class:`laplace.ELLA` does; it does not influence the fit.
+            ``laplace.ELLA`` does; it does not influence the fit.
         val_steps : int, optional
             Record it after every so many curvature batches too.
 
@@ -298,7 +299,7 @@ class ELLALaplace(ParametricLaplace):
         fresh = override or self.H is None
         found = scan(
             progress(train_loader, "Training data"),
-            self.backend.forward,  # type: ignore[attr-defined]
+            self.backend.forward,
             LIKELIHOODS[self.likelihood],
             n_landmarks=self.subsample_size if fresh and landmarks is None else 0,
             n_curvature=self.curvature_size or 0,
@@ -308,16 +309,12 @@ class ELLALaplace(ParametricLaplace):
             first_position=0 if fresh else self.n_data,
         )
         basis = self._new_basis(found, landmarks, balanced, progress) if fresh else self.basis
-        G, snapshots = self._curvature(found, basis, train_loader, val_steps, progress)
-        if fresh:
-            self.H, self.loss, self.n_data = G, found.loss, found.n_data
-        else:
-            self.H, self.loss = self.H + G, self.loss + found.loss
-            self.n_data += found.n_data
-        self.backend.basis = basis  # type: ignore[attr-defined]
-        self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
-        self._set_n_outputs(found.n_outputs)
-        self._posterior_scale = None
+        batches = progress(self._curvature_batches(found, train_loader), "Curvature")
+        snapshots = self.backend.accumulate(batches, basis, found.n_data, val_steps)
+        H, loss, n_data = snapshots[-1][1], found.loss, found.n_data
+        if not fresh:
+            H, loss, n_data = self.H + H, self.loss + loss, self.n_data + n_data
+        self._set_fit(basis, H, loss, n_data, found.n_outputs)
         self._record_history(snapshots, val_loader)
 
     def _check_fit(self, train_loader: Any, landmarks: Any, balanced: bool, val_steps: Any) -> None:
@@ -332,53 +329,35 @@ class ELLALaplace(ParametricLaplace):
                 "Pass an iterable that can be started again, or a number as curvature_size."
             )
 
-    def _set_n_outputs(self, n_outputs: int) -> None:
-        self.n_outputs = n_outputs
-        self.model.output_size = n_outputs  # type: ignore[assignment]  # as the host does
+    def _set_fit(self, basis: NystromBasis, H: Tensor, loss: Tensor, n_data: int, n_outputs: int) -> None:
+        self.backend.basis = basis
+        self.H, self.loss, self.n_data, self.n_outputs = H, loss, n_data, n_outputs
+        self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
+        self.model.output_size = n_outputs  # as the host does
+        self._posterior_scale = None
 
     def _new_basis(
         self, found: Scan, given: tuple[Input, Tensor] | None, balanced: bool, progress: Any
     ) -> NystromBasis:
         if given is None:
             landmarks = draw_outputs(found.landmarks, found.n_outputs, self.seed, balanced)
-            self._report_reduction(
-                0, "subsample_size", self.subsample_size, len(landmarks), "the data have no more pairs"
-            )
+            if len(landmarks) < self.subsample_size:
+                self._report_reduction(
+                    "subsample_size", len(landmarks), "the data have no more pairs of input and output"
+                )
         else:
             landmarks = validation.explicit_landmarks(given, found.n_outputs)
-        basis = self.backend.build_basis(landmarks, self.n_eigenvalues, progress)  # type: ignore[attr-defined]
-        self._report_reduction(
-            1,
-            "n_eigenvalues",
-            self.n_eigenvalues,
-            basis.rank,
-            f"the gradients of the {len(landmarks)} landmarks have no higher numerical rank",
-        )
+        basis = self.backend.build_basis(landmarks, self.n_eigenvalues, progress)
+        if basis.rank < self.n_eigenvalues:
+            reason = f"the gradients of {len(landmarks)} landmarks have no higher numerical rank"
+            self._report_reduction("n_eigenvalues", basis.rank, reason)
         return basis
 
-    def _report_reduction(self, which: int, name: str, wanted: int, got: int, reason: str) -> None:
-        if got < wanted and self._named_sizes[which]:
-            warnings.warn(f"{name} was reduced from {wanted} to {got}: {reason}.", stacklevel=4)
-
-    def _curvature(
-        self, found: Scan, basis: NystromBasis, loader: Any, every: int | None, progress: Any
-    ) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-        """Return G (K, K), scaled to all N inputs, and what it was every few batches on the way."""
-        total = torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=self._device)
-        snapshots: list[tuple[int, Tensor]] = []
-        seen = 0
-        batches = self._curvature_batches(found, loader)
-        for step, (name, x) in enumerate(progress(batches, "Curvature"), start=1):
-            phi, f = self.backend.features(x, basis)  # type: ignore[attr-defined]
-            _check_features(phi, f, name)
-            total += self.backend.curvature(phi, f)  # type: ignore[attr-defined]
-            seen += len(f)
-            if every and step % every == 0:
-                snapshots.append((seen, total * (found.n_data / seen)))
-        G = total * (found.n_data / seen)
-        if not snapshots or snapshots[-1][0] < seen:
-            snapshots.append((seen, G))
-        return G, snapshots
+    def _report_reduction(self, name: str, reached: int, reason: str) -> None:
+        if name in self._named_by_user:
+            warnings.warn(
+                f"{name} was reduced from {getattr(self, name)} to {reached}: {reason}.", stacklevel=4
+            )
 
     def _curvature_batches(self, found: Scan, loader: Any) -> Iterator[tuple[str, Input]]:
         if self.curvature_size is None:
@@ -392,12 +371,12 @@ class ELLALaplace(ParametricLaplace):
         self.fit_history_ = {"processed_examples": [float(n) for n, _ in snapshots], "val_nll": []}
         if val_loader is None:
             return
-        batches = self._validation_batches(val_loader, _progress(False))
+        data = self._validation_data(val_loader, "glm", _progress(False))
         final = self.H
         try:
             for _, self.H in snapshots:
                 self._posterior_scale = None
-                self.fit_history_["val_nll"].append(self._score(batches, None, "glm", "probit", 100))
+                self.fit_history_["val_nll"].append(self._score(data, None, "glm", "probit", 100))
         finally:
             self.H, self._posterior_scale = final, None
 
@@ -405,8 +384,10 @@ class ELLALaplace(ParametricLaplace):
 
     @property
     def posterior_precision(self) -> Tensor:
-        r""":math:`A = G / (\sigma^2 T) + V^T \Delta V` (K, K), float64, differentiable in the
-        prior precision and the noise."""
+        r""":math:`A = G / (\sigma^2 T) + V^T \Delta V` (K, K), float64.
+
+        Differentiable in the prior precision and the noise.
+        """
         self._check_H_init()
         return self._H_factor.double() * self.H + self.basis.project_precision(self.prior_precision)
 
@@ -431,235 +412,6 @@ class ELLALaplace(ParametricLaplace):
     def log_det_posterior_precision(self) -> Tensor:
         """Log determinant of A."""
         return posterior.log_det(self.posterior_precision)
-
-    def log_prob(self, value: Tensor, normalized: bool = True) -> NoReturn:
-        """Refuse: the posterior has no density over all weights.
-
-        Raises
-        ------
-        NotImplementedError
-        """
-        raise NotImplementedError(_NO_DENSITY)
-
-    def square_norm(self, value: Tensor) -> NoReturn:
-        """Refuse: the posterior has no precision over all weights.
-
-        Raises
-        ------
-        NotImplementedError
-        """
-        raise NotImplementedError(_NO_DENSITY)
-
-    # ------------------------------------------------------------------ prediction
-
-    def features(self, x: Input) -> tuple[Tensor, Tensor]:
-        r"""Compute :math:`\phi(x) = J(x) V` and f(x).
-
-        Returns
-        -------
-        phi, f : Tensor (B, C, K), Tensor (B, C)
-
-        Raises
-        ------
-        AttributeError
-            Before a fit.
-        ValueError
-            If inputs or features are not finite.
-
-        Notes
-        -----
-        Cost: at least 1 + 2K forward passes a row.
-        """
-        self._check_H_init()
-        if isinstance(x, (Tensor, dict)) and not is_finite(x):
-            raise ValueError("The inputs hold NaN or infinite values; they must be finite.")
-        phi, f = self.backend.jacobians(x, enable_backprop=self.enable_backprop)
-        _check_features(phi, f, "the inputs given")
-        return phi, f
-
-    def __call__(
-        self,
-        x: Input,
-        pred_type: str = "glm",
-        joint: bool = False,
-        link_approx: str = "probit",
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-        fitting: bool = False,
-        **model_kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict; see :meth:`laplace.ParametricLaplace.__call__`, from which it differs in this.
-
-        - ``pred_type="gp"`` means "glm".
-        - ``link_approx="mc"`` draws quasi-random noise from the estimator's seed, or
-          from ``generator``, one vector for all inputs: the same call gives the same
-          result.
-        - No link forms a (B, C, C) tensor.
-
-        Returns
-        -------
-        Tensor (B, C), or pair of Tensor
-            Class probabilities; or mean (B, C) and covariance (B, C, C), its diagonal
-            (B, C) with ``diagonal_output``, or (BC,) and (BC, BC) with ``joint``. The
-            observation noise is not included.
-
-        Raises
-        ------
-        AttributeError
-            Before a fit.
-        ValueError
-            On an unknown ``pred_type`` or ``link_approx``, or inputs that are not finite.
-        """
-        pred_type = validation.check_prediction(pred_type, link_approx, n_samples, generator, self._device)
-        self._check_H_init()
-        likelihood = self.likelihood
-        if likelihood == "reward_modeling":
-            likelihood = "classification" if fitting else "regression"
-        if pred_type == "glm":
-            return self._predict(
-                *self.features(x), likelihood, joint, link_approx, n_samples, diagonal_output, generator
-            )
-        samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
-        if likelihood == "regression":
-            return samples.mean(0), samples.var(0)
-        return samples.softmax(-1).mean(0)
-
-    def _predict(
-        self,
-        phi: Tensor,
-        f: Tensor,
-        likelihood: str,
-        joint: bool,
-        link_approx: str,
-        n_samples: int,
-        diagonal_output: bool,
-        generator: torch.Generator | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        psi = posterior.whiten(phi, self.posterior_scale)
-        if likelihood == "regression":
-            return _moments(f, psi, joint, diagonal_output)
-        if link_approx == "probit":
-            return links.probit(f, psi)
-        if link_approx == "mc":
-            dimension = f.shape[-1] if diagonal_output else psi.shape[-1]
-            noise = links.quasi_normal(n_samples, dimension, _seed(generator, self.seed))
-            return links.monte_carlo(f, psi, noise, diagonal_output)
-        return links.laplace_bridge(f, psi, normalize=link_approx == "bridge_norm")
-
-    def predictive(
-        self, x: Input, pred_type: str = "glm", link_approx: str = "probit", n_samples: int = 100
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict; the host's shorthand for a call."""
-        return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
-
-    def _glm_predictive_distribution(
-        self, X: Input, joint: bool = False, diagonal_output: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        phi, f = self.features(X)
-        return _moments(f, posterior.whiten(phi, self.posterior_scale), joint, diagonal_output)
-
-    def _check_jacobians(self, Js: Tensor) -> None:
-        validation.check_features(Js, self.basis.rank, self._device)
-
-    def functional_variance(self, Js: Tensor) -> Tensor:
-        """Return the covariance (B, C, C) of each input's outputs.
-
-        Parameters
-        ----------
-        Js : Tensor (B, C, K)
-            What ``backend.jacobians`` returns: the features.
-        """
-        self._check_jacobians(Js)
-        return posterior.covariance(posterior.whiten(Js, self.posterior_scale))
-
-    def functional_covariance(self, Js: Tensor) -> Tensor:
-        """Return the joint covariance (BC, BC) of all inputs' outputs.
-
-        Parameters
-        ----------
-        Js : Tensor (B, C, K)
-            What ``backend.jacobians`` returns: the features.
-        """
-        self._check_jacobians(Js)
-        return posterior.joint_covariance(posterior.whiten(Js, self.posterior_scale))
-
-    # ------------------------------------------------------------------ samples
-
-    def _noise(self, *shape: int, generator: torch.Generator | None) -> Tensor:
-        validation.check_size("n_samples", shape[0], optional=False)
-        device = self._device if generator is None else generator.device
-        noise = torch.randn(*shape, generator=generator, device=device, dtype=self._dtype)
-        return noise.to(self._device)
-
-    def _coordinates(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
-        noise = self._noise(n_samples, self.basis.rank, generator=generator)
-        return noise @ self.posterior_scale.to(noise.dtype).T
-
-    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        r"""Draw weights :math:`\theta^* + V z` (S, P), in the order of ``parameters()``."""
-        offsets = self.basis.combine(self._coordinates(n_samples, generator))
-        return self.mean + torch.cat([v.flatten(1) for v in offsets.values()], 1)
-
-    def functional_samples(
-        self,
-        x: Input,
-        pred_type: str = "glm",
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw functions, evaluated at the inputs: (S, B, C).
-
-        Each draw uses one noise vector in K dimensions for all inputs, so that a
-        function is smooth, and two calls with equal generators agree.
-
-        Parameters
-        ----------
-        diagonal_output : bool
-            Draw outputs and inputs independently instead (glm).
-
-        Raises
-        ------
-        AttributeError, ValueError
-            As for a call.
-        """
-        pred_type = validation.check_prediction(pred_type, "mc", n_samples, generator, None)
-        self._check_H_init()
-        if pred_type == "nn":
-            return self._nn_functional_samples(x, n_samples, generator)
-        phi, f = self.features(x)
-        psi = posterior.whiten(phi, self.posterior_scale)
-        if diagonal_output:
-            noise = self._noise(n_samples, *f.shape, generator=generator)
-            return posterior.independent_samples(f, psi, noise)
-        return posterior.functional_samples(
-            f, psi, self._noise(n_samples, psi.shape[-1], generator=generator)
-        )
-
-    def predictive_samples(
-        self,
-        x: Input,
-        pred_type: str = "glm",
-        n_samples: int = 100,
-        diagonal_output: bool = False,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Draw :meth:`functional_samples`, through the softmax for classification: (S, B, C)."""
-        samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
-        return samples.softmax(-1) if self.likelihood == "classification" else samples
-
-    def _nn_functional_samples(
-        self,
-        X: Input,
-        n_samples: int = 100,
-        generator: torch.Generator | None = None,
-        **model_kwargs: Any,
-    ) -> Tensor:
-        offsets = self.basis.combine(self._coordinates(n_samples, generator))
-        return self.backend.forward_at(  # type: ignore[attr-defined]
-            offsets, X, enable_backprop=self.enable_backprop, **model_kwargs
-        )
 
     # ------------------------------------------------------------------ tuning
 
@@ -713,7 +465,7 @@ class ELLALaplace(ParametricLaplace):
             pred_type, "mc" if method == "marglik" else link_approx, n_samples, None, None
         )
         self._check_H_init()
-        before = (self._prior_precision, self._temperature, self._temperature_fixed)
+        before = (self.prior_precision, self.temperature)
         try:
             if method == "marglik":
                 self._maximize_evidence(
@@ -727,8 +479,7 @@ class ELLALaplace(ParametricLaplace):
                     grid.tolist(), val_loader, loss, pred_type, link_approx, n_samples, progress_bar
                 )
         except BaseException:
-            self._prior_precision, self._temperature, self._temperature_fixed = before
-            self._posterior_scale = None
+            self.prior_precision, self._temperature = before
             raise
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}, temperature {self.temperature:.4g}.")
@@ -778,61 +529,53 @@ class ELLALaplace(ParametricLaplace):
         if loss is not None and not callable(loss):
             raise ValueError(f"loss must be a torchmetrics.Metric or a callable; got {type(loss).__name__}.")
         progress = _progress(progress_bar)
-        batches = self._validation_batches(val_loader, progress, pred_type)
-        fixed = self._temperature if self._temperature_fixed else None
-        before = tuning.Setting(self._prior_precision, self._temperature)  # type: ignore[arg-type]
+        data = self._validation_data(val_loader, pred_type, progress)
+        before = (self.prior_precision, self.temperature)
 
         def evaluate(setting: tuning.Setting) -> float:
-            self._apply(setting)
-            return self._score(batches, loss, pred_type, link_approx, n_samples)
+            self.prior_precision, self._temperature = setting.prior_precision, setting.temperature
+            return self._score(data, loss, pred_type, link_approx, n_samples)
 
-        best = tuning.grid_search(evaluate, priors, fixed, progress)
+        best = tuning.grid_search(
+            evaluate, priors, self.temperature if self._temperature_fixed else None, progress
+        )
         if best is None:
             warnings.warn(
                 "The loss is the same for every setting on the grid, so the setting is left as it was. "
                 "A loss of the mean alone does not depend on prior and temperature.",
                 stacklevel=3,
             )
-        self._apply(before if best is None else best)
+            self.prior_precision, self._temperature = before
+        else:
+            self.prior_precision, self._temperature = best.prior_precision, best.temperature
 
-    def _apply(self, setting: tuning.Setting) -> None:
-        self.prior_precision = setting.prior_precision
-        self._temperature = setting.temperature
+    def _validation_data(self, loader: Any, pred_type: str, progress: Any) -> tuning.ValidationData:
+        """Keep the features of each batch; its inputs, for the "nn" predictive."""
 
-    def _validation_batches(
-        self, val_loader: Any, progress: Any, pred_type: str = "glm"
-    ) -> list[tuple[Any, Tensor]]:
-        """Return (features, targets) of each batch; (input, targets) for the "nn" predictive."""
-        likelihood, result = LIKELIHOODS[self.likelihood], []
-        for name, x, y in progress(named_batches(val_loader, self.dict_key_y), "Validation data"):
-            if pred_type == "nn":
-                f = self.backend.forward(x)  # type: ignore[attr-defined]
-                kept: Any = x
-            else:
-                phi, f = self.features(x)
-                kept = (phi.detach(), f.detach())
-            try:
-                result.append((kept, likelihood.targets(y.to(f.device), f)))
-            except ValueError as error:
-                raise ValueError(f"In validation {name}: {error}") from None
-        if not result:
-            raise ValueError("The validation loader yielded no data; at least one input is needed.")
-        return result
+        def keep_features(x: Input) -> tuple[Any, Tensor]:
+            phi, f = (t.detach() for t in self.features(x))
+            return (phi, f), f
 
+        def keep_input(x: Input) -> tuple[Any, Tensor]:
+            return x, self.backend.forward(x)
+
+        prepare = keep_input if pred_type == "nn" else keep_features
+        return tuning.ValidationData(loader, prepare, LIKELIHOODS[self.likelihood], self.dict_key_y, progress)
+
+    @torch.no_grad()
     def _score(
-        self, batches: list[tuple[Any, Tensor]], loss: Any, pred_type: str, link: str, n_samples: int
+        self, data: tuning.ValidationData, loss: Any, pred_type: str, link: str, n_samples: int
     ) -> float:
         likelihood = "regression" if self.likelihood == "regression" else "classification"
-        with torch.no_grad():
-            if pred_type == "nn":
-                predictions = [self(x, "nn", False, link, n_samples, fitting=True) for x, _ in batches]
-            else:
-                predictions = [
-                    self._predict(*kept, likelihood, False, link, n_samples, False, None)
-                    for kept, _ in batches
-                ]
-            targets = [y for _, y in batches]
-            return tuning.score(predictions, targets, loss, self.sigma_noise.detach().square())
+
+        def from_features(kept: tuple[Tensor, Tensor]) -> tuning.Prediction:
+            psi = posterior.whiten(kept[0], self.posterior_scale)
+            return predict(kept[1], psi, likelihood, link_approx=link, n_samples=n_samples, seed=self.seed)
+
+        def from_input(x: Input) -> tuning.Prediction:
+            return self(x, "nn", link_approx=link, n_samples=n_samples, fitting=True)
+
+        return data.score(from_input if pred_type == "nn" else from_features, loss, self.sigma_noise.square())
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -850,7 +593,7 @@ class ELLALaplace(ParametricLaplace):
         return {
             "format": checkpoint.FORMAT,
             "cls_name": type(self).__name__,
-            "likelihood": str(getattr(self.likelihood, "value", self.likelihood)),
+            "likelihood": self._likelihood_name,
             "fingerprint": checkpoint.fingerprint(self.model),
             "basis": checkpoint.pack_basis(self.basis),
             "H": self.H,
@@ -862,11 +605,7 @@ class ELLALaplace(ParametricLaplace):
             "sigma_noise": self.sigma_noise.detach(),
             "temperature": self.temperature,
             "temperature_fixed": self._temperature_fixed,
-            "enable_backprop": self.enable_backprop,
-            "subsample_size": self.subsample_size,
-            "n_eigenvalues": self.n_eigenvalues,
-            "curvature_size": self.curvature_size,
-            "seed": self.seed,
+            **{name: getattr(self, name) for name in _PLAIN_STATE},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -878,29 +617,20 @@ class ELLALaplace(ParametricLaplace):
             If the state is not one of this class, or belongs to another model,
             likelihood or choice of parameters. The estimator is then as it was.
         """
-        validation.check_state(state_dict, type(self).__name__, str(getattr(self.likelihood, "value", self.likelihood)))
-        if state_dict["fingerprint"] != checkpoint.fingerprint(self.model):
-            raise ValueError(
-                "The checkpoint was made with another model: the hash of parameters and buffers differs. "
-                "Load the model's own weights first, then the checkpoint."
-            )
+        checkpoint.check_state(state_dict, type(self).__name__, self._likelihood_name, self.model)
         basis = checkpoint.unpack_basis(state_dict["basis"], self.model)
-        self.prior_mean = state_dict["prior_mean"]
-        self.prior_precision = state_dict["prior_precision"]
-        self.sigma_noise = state_dict["sigma_noise"]
+        for name in ("prior_mean", "prior_precision", "sigma_noise", *_PLAIN_STATE):
+            setattr(self, name, state_dict[name])
         self.temperature = state_dict["temperature"]
         self._temperature_fixed = state_dict["temperature_fixed"]
-        self.H = state_dict["H"].to(self._device, torch.float64)
-        self.loss = state_dict["loss"].to(self._device)
-        for name in ("n_data", "enable_backprop", "subsample_size", "n_eigenvalues", "curvature_size", "seed"):
-            setattr(self, name, state_dict[name])
-        self.backend.basis = basis  # type: ignore[attr-defined]
-        self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
-        self._set_n_outputs(state_dict["n_outputs"])
-        self._posterior_scale = None
+        H, loss = state_dict["H"].to(self._device), state_dict["loss"].to(self._device)
+        self._set_fit(basis, H, loss, state_dict["n_data"], state_dict["n_outputs"])
+
+    @property
+    def _likelihood_name(self) -> str:
+        return str(getattr(self.likelihood, "value", self.likelihood))
 
     def __repr__(self) -> str:
-        likelihood = str(getattr(self.likelihood, "value", self.likelihood))
         if self.H is None:
             fitted = f"M={self.subsample_size}, K={self.n_eigenvalues}, P={self.n_params}, not fitted"
         else:
@@ -915,36 +645,10 @@ class ELLALaplace(ParametricLaplace):
         )
         fixed = "" if self._temperature_fixed else " (free)"
         return (
-            f"ELLALaplace({likelihood!r}, {fitted}, prior_precision={prior}, "
+            f"ELLALaplace({self._likelihood_name!r}, {fitted}, prior_precision={prior}, "
             f"temperature={self.temperature:.4g}{fixed})"
         )
 
 
-_NO_DENSITY = (
-    "ELLA's posterior lives on the K directions around the weights and has no density over all P weights. "
-    "Use sample(), functional_samples() or log_marginal_likelihood()."
-)
-
-
 def _progress(enabled: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
     return lambda iterable, description: tqdm(iterable, desc=description, disable=not enabled)
-
-
-def _check_features(phi: Tensor, f: Tensor, name: str) -> None:
-    if not (phi.isfinite().all() and f.isfinite().all()):
-        raise ValueError(
-            f"The features or outputs for {name} hold NaN or infinite values; they must be finite. "
-            "A square root or a norm at zero has no finite derivative: check the model there."
-        )
-
-
-def _moments(f: Tensor, psi: Tensor, joint: bool, diagonal_output: bool) -> tuple[Tensor, Tensor]:
-    if joint:
-        return f.flatten(), posterior.joint_covariance(psi)
-    return f, posterior.variance(psi) if diagonal_output else posterior.covariance(psi)
-
-
-def _seed(generator: torch.Generator | None, default: int) -> int:
-    if generator is None:
-        return default
-    return int(torch.randint(2**31, (), generator=generator, device=generator.device))

@@ -76,7 +76,8 @@ def forward_features(
 
     def push_block(block: Input) -> tuple[Tensor, Tensor]:
         def push(tangent: Weights) -> tuple[Tensor, Tensor]:
-            return jvp(lambda w: model(w, block), (weights,), (tangent,))
+            f, phi, *_ = jvp(lambda w: model(w, block), (weights,), (tangent,))
+            return f, phi
 
         parts = []
         for start in range(0, n_directions, chunks.directions):
@@ -88,8 +89,7 @@ def forward_features(
 
     n_directions = next(iter(directions.values())).shape[0]
     blocks = [
-        push_block(rows(x, start, start + chunks.rows))
-        for start in range(0, batch_size(x), chunks.rows)
+        push_block(rows(x, start, start + chunks.rows)) for start in range(0, batch_size(x), chunks.rows)
     ]
     return torch.cat([phi for phi, _ in blocks]), torch.cat([f for _, f in blocks])
 
@@ -114,8 +114,7 @@ def reverse_features(
         for c in range(f.shape[-1]):
             outputs = torch.full((batch_size(block),), c, device=f.device)
             gradients = gradient_rows(model, weights, block, outputs)
-            columns.append(
-                sum(gradients[k].flatten(1) @ v.flatten(1).T for k, v in directions.items())
-            )
+            parts = [gradients[k].flatten(1) @ v.flatten(1).T for k, v in directions.items()]
+            columns.append(torch.stack(parts).sum(0))
         blocks.append(torch.stack(columns, 1))
     return torch.cat(blocks), f

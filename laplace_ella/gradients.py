@@ -54,9 +54,7 @@ def _batch_axes(x: Input) -> Any:
     if isinstance(x, Tensor):
         return 0
     size = batch_size(x)
-    return {
-        k: 0 if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else None for k, v in x.items()
-    }
+    return {k: 0 if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else None for k, v in x.items()}
 
 
 def _with_batch_axis(row: Input, axes: Any) -> Input:
@@ -161,7 +159,7 @@ def weighted_gradients(
     Cost: one forward and K backward passes. Memory: the activations of B rows, K
     times, and K x P numbers.
     """
-    f, pull = vjp(lambda w: model(w, x), weights)
+    f, pull, *_ = vjp(lambda w: model(w, x), weights)
     selected = torch.nn.functional.one_hot(outputs, f.shape[-1]).to(f.dtype)
     cotangents = torch.einsum("bk,bc->kbc", coefficients.to(f.dtype), selected)
     return vmap(pull)(cotangents)[0]

@@ -106,3 +106,23 @@ LIKELIHOODS = {
     "regression": GAUSSIAN,
     "reward_modeling": CATEGORICAL,
 }
+
+
+def checked_targets(likelihood: Likelihood, y: Tensor, f: Tensor, name: str) -> Tensor:
+    """Return the targets of one batch in the likelihood's shape, on the device of f (B, C).
+
+    Raises
+    ------
+    ValueError
+        If targets do not fit or outputs are not finite; the message names the batch.
+    """
+    try:
+        y = likelihood.targets(y.to(f.device), f)
+    except ValueError as error:
+        raise ValueError(f"In {name}: {error}") from None
+    if not f.isfinite().all():
+        raise ValueError(
+            f"The model's outputs for {name} hold NaN or infinite values; they must be finite. "
+            "Check the weights and the inputs of that batch."
+        )
+    return y

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .batches import batch_size, named_batches, single_row
 from .landmarks import CURVATURE_INPUT, LANDMARK_INPUT, BottomK, hash_keys
-from .likelihoods import Likelihood
+from .likelihoods import Likelihood, checked_targets
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def scan(
     loss = torch.zeros((), dtype=torch.float64)
     for name, x, y in named_batches(loader, dict_key_y):
         f = forward(x)
-        y = _checked(y, f, likelihood, name)
+        y = checked_targets(likelihood, y, f, name)
         if n_outputs not in (0, f.shape[-1]):
             raise ValueError(
                 f"The model returned {f.shape[-1]} outputs in {name} and {n_outputs} before; "
@@ -93,9 +94,7 @@ def scan(
         for purpose, sample in samples.items():
             if sample.capacity:
                 groups = _classes(y) if balanced and purpose == LANDMARK_INPUT else None
-                sample.offer(
-                    positions, hash_keys(seed, purpose, positions), groups, lambda i: single_row(x, i)
-                )
+                sample.offer(positions, hash_keys(seed, purpose, positions), groups, partial(single_row, x))
         loss = loss.to(f.device) + likelihood.loss(f, y)
         n, longest = n + size, max(longest, size)
     if n == 0:
@@ -104,19 +103,6 @@ def scan(
             "A generator that was read before is empty: pass a fresh one."
         )
     return Scan(n, n_outputs, loss, longest, samples[LANDMARK_INPUT], samples[CURVATURE_INPUT])
-
-
-def _checked(y: Tensor, f: Tensor, likelihood: Likelihood, name: str) -> Tensor:
-    try:
-        y = likelihood.targets(y.to(f.device), f)
-    except ValueError as error:
-        raise ValueError(f"In {name}: {error}") from None
-    if not f.isfinite().all():
-        raise ValueError(
-            f"The model's outputs for {name} hold NaN or infinite values; they must be finite. "
-            "Check the weights and the inputs of that batch."
-        )
-    return y
 
 
 def _classes(y: Tensor) -> list[int]:

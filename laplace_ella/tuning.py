@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torchmetrics
 from torch import Tensor
 
 from .basis import Progress
+from .batches import Input, named_batches
+from .likelihoods import Likelihood, checked_targets
 
-Prediction = Tensor | tuple[Tensor, Tensor]
-# (prediction of a batch, its targets) -> nothing; then one number
-Loss = torchmetrics.Metric | Callable[..., Any]
+Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
+Loss: TypeAlias = torchmetrics.Metric | Callable[..., Any]
 
 # Four values a decade: NLL changes by less than a standard error in between.
 TEMPERATURES = tuple(10 ** (e / 4) for e in range(-12, 25))
@@ -49,32 +50,66 @@ def nll(prediction: Prediction, y: Tensor, noise_variance: Tensor) -> Tensor:
     return 0.5 * (squared / var + (2 * math.pi * var).log()).sum()
 
 
-def score(
-    predictions: Sequence[Prediction],
-    targets: Sequence[Tensor],
-    loss: Loss | None,
-    noise_variance: Tensor,
-) -> float:
-    """Score predictions of all batches as laplace-torch does.
+class ValidationData:
+    """Validation batches, reduced to what predictions need: the model runs once.
 
     Parameters
     ----------
-    loss : torchmetrics.Metric or callable, optional
-        A metric is reset, updated batch by batch with (prediction, targets), or
-        (mean, covariance, targets) if it takes three, and computed. A callable gets
-        all predictions and targets joined: (probabilities, targets) or (means,
-        covariances, targets). Default: mean NLL an input.
+    loader : iterable
+        Batches of inputs and targets.
+    prepare : callable
+        Input -> (what to keep of it, outputs (B, C)).
+    likelihood : Likelihood
+    dict_key_y : str
+    progress : callable
+
+    Raises
+    ------
+    ValueError
+        If the loader is empty, or a batch malformed.
     """
-    if loss is None:
-        total = sum(nll(p, y, noise_variance) for p, y in zip(predictions, targets))
-        return float(total / sum(len(y) for y in targets))
-    if isinstance(loss, torchmetrics.Metric):
-        return _metric_score(predictions, targets, loss)
-    if isinstance(predictions[0], Tensor):
-        parts = [torch.cat(list(predictions))]
-    else:
-        parts = [torch.cat(list(column)) for column in zip(*predictions)]
-    return float(loss(*parts, torch.cat(list(targets))))
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        prepare: Callable[[Input], tuple[Any, Tensor]],
+        likelihood: Likelihood,
+        dict_key_y: str,
+        progress: Progress,
+    ) -> None:
+        self.kept: list[Any] = []
+        self.targets: list[Tensor] = []
+        for name, x, y in progress(named_batches(loader, dict_key_y), "Validation data"):
+            kept, f = prepare(x)
+            self.kept.append(kept)
+            self.targets.append(checked_targets(likelihood, y, f, f"validation {name}"))
+        if not self.kept:
+            raise ValueError("The validation loader yielded no data; at least one input is needed.")
+
+    def score(self, predict: Callable[[Any], Prediction], loss: Loss | None, noise_variance: Tensor) -> float:
+        r"""Score predictions as laplace-torch does, except that the default is NLL for regression too.
+
+        Parameters
+        ----------
+        predict : callable
+            What was kept of a batch -> its prediction.
+        loss : torchmetrics.Metric or callable, optional
+            A metric is reset, updated batch by batch with (prediction, targets), or
+            (mean, covariance, targets) if it takes three, and computed. A callable gets
+            all predictions and targets joined: (probabilities, targets) or (means,
+            covariances, targets). Default: mean NLL an input.
+        noise_variance : Tensor ()
+            :math:`\sigma^2`, for the default loss.
+        """
+        predictions = [predict(kept) for kept in self.kept]
+        if loss is None:
+            total = sum(nll(p, y, noise_variance) for p, y in zip(predictions, self.targets))
+            return float(total / sum(len(y) for y in self.targets))
+        if isinstance(loss, torchmetrics.Metric):
+            return _metric_score(predictions, self.targets, loss)
+        columns = zip(*(p if isinstance(p, tuple) else (p,) for p in predictions))
+        parts = [torch.cat(column) for column in columns]
+        return float(loss(*parts, torch.cat(self.targets)))
 
 
 def _metric_score(
@@ -85,7 +120,7 @@ def _metric_score(
         parts = (prediction,) if isinstance(prediction, Tensor) else prediction
         try:
             metric.update(*parts, y)
-        except TypeError:
+        except TypeError:  # a metric of two arguments, as in laplace-torch
             metric.update(parts[0], y)
     return float(metric.compute().sum())
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .batches import Input, batch_size, is_finite, single_row
-from .checkpoint import FORMAT
 from .landmarks import Landmarks
 
 LINKS = ("probit", "mc", "bridge", "bridge_norm")
@@ -40,14 +38,14 @@ def check_size(name: str, value: Any, optional: bool = True) -> None:
     """Require a positive integer, or None if it is optional."""
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         alternative = " or None" if optional else ""
         raise ValueError(f"{name} must be a positive integer{alternative}; got {value!r}.")
 
 
 def check_seed(value: Any) -> None:
     """Require an integer that fits a generator's seed."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= value < 2**63:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2^63 - 1; got {value!r}.")
 
 
@@ -55,7 +53,7 @@ def positive_number(name: str, value: Any) -> float:
     """Return a positive finite number as a float."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real) or not (0 < value < math.inf):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
         raise ValueError(f"{name} must be a positive finite number; got {value!r}.")
     return float(value)
 
@@ -86,9 +84,7 @@ def check_prediction(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"generator must be a torch.Generator; got {type(generator).__name__}.")
     if generator is not None and device is not None and generator.device != device:
-        raise ValueError(
-            f"generator must be on the model's device, {device}; it is on {generator.device}."
-        )
+        raise ValueError(f"generator must be on the model's device, {device}; it is on {generator.device}.")
     return "nn" if pred_type == "nn" else "glm"
 
 
@@ -102,6 +98,23 @@ def check_features(phi: Any, rank: int, device: torch.device) -> None:
         )
     if phi.device != device:
         raise ValueError(f"Js must be on the model's device, {device}; it is on {phi.device}.")
+
+
+def check_finite_input(x: Input) -> None:
+    """Require inputs without NaN or infinity."""
+    if not is_finite(x):
+        raise ValueError(
+            "The inputs hold NaN or infinite values; they must be finite. Clean or drop them first."
+        )
+
+
+def check_finite_features(phi: Tensor, f: Tensor, name: str) -> None:
+    """Require features and outputs without NaN or infinity, naming the batch."""
+    if not (phi.isfinite().all() and f.isfinite().all()):
+        raise ValueError(
+            f"The features or outputs for {name} hold NaN or infinite values; they must be finite. "
+            "A square root or a norm at zero has no finite derivative: check the model there."
+        )
 
 
 def check_landmarks(landmarks: Any) -> None:
@@ -133,21 +146,3 @@ def explicit_landmarks(given: tuple[Input, Tensor], n_outputs: int) -> Landmarks
             f"The outputs of landmarks must lie in 0..{n_outputs - 1}; got {int(outputs.min())}..{int(outputs.max())}."
         )
     return Landmarks([single_row(inputs, i) for i in range(len(outputs))], outputs.cpu())
-
-
-def check_state(state: Any, cls_name: str, likelihood: str) -> None:
-    """Require a checkpoint of this class and likelihood, in the present format."""
-    if not isinstance(state, dict) or "fingerprint" not in state or state.get("cls_name") != cls_name:
-        found = state.get("cls_name") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(
-            f"The state must come from {cls_name}.state_dict(); got one of {found}. "
-            "Build the estimator with the same subset_of_weights and hessian_structure."
-        )
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"The checkpoint has format {state.get('format')}, this version reads {FORMAT}; fit again."
-        )
-    if state["likelihood"] != likelihood:
-        raise ValueError(
-            f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."
-        )
