@@ -89,7 +89,8 @@ def to_model(x: Input, device: torch.device, dtype: torch.dtype) -> Input:
         raise ValueError(
             f"The model's input must be a tensor or a mapping of tensors; got {type(x).__name__}."
         )
-    x = x.to(device=device, dtype=dtype if x.is_floating_point() else None, non_blocking=True)
+    # Not waiting for a copy is safe towards the GPU only.
+    x = x.to(device, dtype if x.is_floating_point() else None, non_blocking=device.type == "cuda")
     return x.clone() if x.is_inference() else x
 
 

@@ -12,6 +12,12 @@ from torch import nn
 from .basis import NystromBasis
 
 FORMAT = 1
+PLAIN_STATE = ("enable_backprop", "subsample_size", "n_eigenvalues", "curvature_size", "seed")
+TENSOR_STATE = ("prior_mean", "prior_precision", "sigma_noise")
+STATE_KEYS = {
+    *("format", "cls_name", "likelihood", "fingerprint", "basis", "H", "loss", "n_data", "n_outputs"),
+    *("temperature", "temperature_fixed", *TENSOR_STATE, *PLAIN_STATE),
+}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -81,6 +87,9 @@ def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module) ->
         raise ValueError(
             f"The checkpoint has format {state.get('format')}, this version reads {FORMAT}; fit again."
         )
+    missing = STATE_KEYS - state.keys()
+    if missing:
+        raise ValueError(f"The checkpoint is incomplete: it lacks {sorted(missing)}. Save it again.")
     if state["likelihood"] != likelihood:
         raise ValueError(
             f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."

@@ -25,7 +25,6 @@ from .scan import Scan, scan
 
 DEFAULT_SUBSAMPLE_SIZE = 500
 DEFAULT_N_EIGENVALUES = 20
-_PLAIN_STATE = ("enable_backprop", "subsample_size", "n_eigenvalues", "curvature_size", "seed")
 
 
 def Laplace(
@@ -323,7 +322,7 @@ class ELLALaplace(Predictive, ParametricLaplace):
             raise ValueError("balanced=True needs classes; regression has none. Leave it out.")
         if landmarks is not None:
             validation.check_landmarks(landmarks)
-        if self.curvature_size is None and iter(train_loader) is train_loader:
+        if self.curvature_size is None and isinstance(train_loader, Iterator):
             raise ValueError(
                 "curvature_size=None reads the data twice, and this loader is an iterator that can be read once. "
                 "Pass an iterable that can be started again, or a number as curvature_size."
@@ -508,8 +507,8 @@ class ELLALaplace(Predictive, ParametricLaplace):
             )
         if not self._temperature_fixed:
             warnings.warn(
-                "The evidence tunes the prior only: the temperature stays 1, where ELLA's predictions are close "
-                "to MAP's whatever the prior. Use method='gridsearch' with a val_loader to tune both, "
+                f"The evidence tunes the prior only: the temperature stays {self.temperature:.4g}; at 1, ELLA's "
+                "predictions are close to MAP's whatever the prior. Use method='gridsearch' with a val_loader to tune both, "
                 "or pass temperature=1.0 if that is what you want.",
                 stacklevel=3,
             )
@@ -600,12 +599,10 @@ class ELLALaplace(Predictive, ParametricLaplace):
             "loss": self.loss,
             "n_data": self.n_data,
             "n_outputs": self.n_outputs,
-            "prior_mean": self.prior_mean.detach(),
-            "prior_precision": self.prior_precision.detach(),
-            "sigma_noise": self.sigma_noise.detach(),
             "temperature": self.temperature,
             "temperature_fixed": self._temperature_fixed,
-            **{name: getattr(self, name) for name in _PLAIN_STATE},
+            **{name: getattr(self, name).detach() for name in checkpoint.TENSOR_STATE},
+            **{name: getattr(self, name) for name in checkpoint.PLAIN_STATE},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -619,7 +616,7 @@ class ELLALaplace(Predictive, ParametricLaplace):
         """
         checkpoint.check_state(state_dict, type(self).__name__, self._likelihood_name, self.model)
         basis = checkpoint.unpack_basis(state_dict["basis"], self.model)
-        for name in ("prior_mean", "prior_precision", "sigma_noise", *_PLAIN_STATE):
+        for name in (*checkpoint.TENSOR_STATE, *checkpoint.PLAIN_STATE):
             setattr(self, name, state_dict[name])
         self.temperature = state_dict["temperature"]
         self._temperature_fixed = state_dict["temperature_fixed"]

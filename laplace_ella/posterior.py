@@ -66,7 +66,8 @@ def functional_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:
     noise : Tensor (S, K)
         Jointly consistent over inputs, and never singular, whatever K and C are.
     """
-    return f + torch.einsum("bck,sk->sbc", psi, noise.to(psi.dtype))
+    offsets = noise.to(psi.dtype) @ psi.flatten(0, 1).T
+    return f + offsets.view(-1, *f.shape)
 
 
 def independent_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class ValidationData:
     loader : iterable
         Batches of inputs and targets.
     prepare : callable
-        Input -> (what to keep of it, outputs (B, C)).
+        Input -> (what to keep of it, outputs (B, C)). Tuples of tensors are joined.
     likelihood : Likelihood
     dict_key_y : str
     progress : callable
@@ -85,6 +85,9 @@ class ValidationData:
             self.targets.append(checked_targets(likelihood, y, f, f"validation {name}"))
         if not self.kept:
             raise ValueError("The validation loader yielded no data; at least one input is needed.")
+        if isinstance(self.kept[0], tuple):  # features: one batch of all, as candidates are many
+            self.kept = [tuple(torch.cat(column) for column in zip(*self.kept))]
+            self.targets = [torch.cat(self.targets)]
 
     def score(self, predict: Callable[[Any], Prediction], loss: Loss | None, noise_variance: Tensor) -> float:
         r"""Score predictions as laplace-torch does, except that the default is NLL for regression too.

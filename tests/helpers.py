@@ -1,0 +1,160 @@
+"""Small models, data and references shared by the tests of the contract, traps, input and checkpoints."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import laplace_ella
+
+# Distinct primes, so that a swapped axis cannot pass.
+N, D, H, C, M, K = 23, 5, 7, 3, 13, 2
+N_TEST = 11
+
+
+def mlp(n_outputs=C, seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, n_outputs)).to(dtype)
+
+
+def inputs(n=N, seed=1, dtype=torch.float64):
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def targets(likelihood, n=N, n_outputs=C, seed=2, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    if likelihood == "regression":
+        return torch.randn(n, n_outputs, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randint(n_outputs, (n,), generator=generator)
+
+
+def loader(x, y, batch_size=7, **kwargs):
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size, **kwargs)
+
+
+def train_loader(likelihood="classification", dtype=torch.float64, **kwargs):
+    return loader(inputs(dtype=dtype), targets(likelihood, dtype=dtype), **kwargs)
+
+
+def val_loader(likelihood="classification", dtype=torch.float64):
+    x = inputs(17, seed=3, dtype=dtype)
+    return loader(x, targets(likelihood, 17, seed=4, dtype=dtype), batch_size=5)
+
+
+def build(likelihood="classification", model=None, **kwargs):
+    kwargs = {"subsample_size": M, "n_eigenvalues": 5, "temperature": 1.0, **kwargs}
+    model = mlp() if model is None else model
+    return laplace_ella.Laplace(model, likelihood, "all", "ella", **kwargs)
+
+
+def fitted(likelihood="classification", model=None, data=None, **kwargs):
+    la = build(likelihood, model, **kwargs)
+    la.fit(train_loader(likelihood) if data is None else data)
+    return la
+
+
+def reward_batches(n=N, dtype=torch.float64):
+    x = torch.randn(n, 2, D, generator=torch.Generator().manual_seed(5), dtype=dtype)
+    return loader(x, targets("classification", n, 2))
+
+
+class RewardModel(nn.Module):
+    """Rewards (B, 1) of options (B, D); logits (B, 2) of pairs of options (B, 2, D)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(n_outputs=1)
+
+    def forward(self, x):
+        if x.ndim == 3:
+            return self.net(x.flatten(0, 1)).reshape(len(x), 2)
+        return self.net(x)
+
+
+class DictModel(nn.Module):
+    """Takes a mapping, returns an object with ``.logits``, as Hugging Face's models do."""
+
+    def __init__(self, key_x="input_ids"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.key_x = key_x
+        self.embedding = nn.Embedding(11, H, dtype=torch.float64)
+        self.head = nn.Linear(H, C, dtype=torch.float64)
+
+    def forward(self, batch):
+        mask = batch["attention_mask"][..., None]
+        mean = (self.embedding(batch[self.key_x]) * mask).sum(1) / mask.sum(1)
+        return SimpleNamespace(logits=self.head(mean.tanh()))
+
+
+def dict_batches(key_x="input_ids", key_y="labels", n=N, batch_size=7):
+    generator = torch.Generator().manual_seed(6)
+    tokens = torch.randint(11, (n, 5), generator=generator)
+    mask = (torch.arange(5) < torch.randint(2, 6, (n, 1), generator=generator)).long()
+    y = targets("classification", n)
+    return [
+        {key_x: a, "attention_mask": b, key_y: c}
+        for a, b, c in zip(tokens.split(batch_size), mask.split(batch_size), y.split(batch_size))
+    ]
+
+
+def reference_features(model, basis, x):
+    """J(x) V from one plain backward pass per row and output, in evaluation mode."""
+    flags = [(m, m.training) for m in model.modules()]
+    model.eval()
+    weights = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    with torch.enable_grad():
+        out = model(x)
+        f = getattr(out, "logits", out)
+        phi = f.new_zeros(*f.shape, basis.rank)
+        for b in range(f.shape[0]):
+            for c in range(f.shape[1]):
+                grads = torch.autograd.grad(f[b, c], list(weights.values()), retain_graph=True, allow_unused=True)
+                for (name, _), g in zip(weights.items(), grads):
+                    if g is not None:
+                        phi[b, c] += torch.tensordot(basis.directions[name], g, g.ndim)
+    for m, training in flags:
+        m.training = training
+    return phi.detach(), f.detach()
+
+
+def as_tuple(prediction):
+    return prediction if isinstance(prediction, tuple) else (prediction,)
+
+
+def assert_same(left, right):
+    """Require bitwise equal predictions."""
+    for a, b in zip(as_tuple(left), as_tuple(right), strict=True):
+        assert torch.equal(a, b)
+
+
+class Snapshot:
+    """What must be as before: a fitted estimator's predictions, state and settings."""
+
+    def __init__(self, la, x, **options):
+        self.la, self.x, self.options = la, x, options
+        self.prediction = la(x, **options)
+        self.values = self._values()
+
+    def _values(self):
+        la = self.la
+        tensors = (la.H, la.loss, la.mean, la.prior_precision, la.sigma_noise, la.basis.eigenvalues)
+        return [t.clone() for t in map(torch.as_tensor, tensors)], (
+            la.n_data,
+            la.n_outputs,
+            la.temperature,
+            la._temperature_fixed,
+            la.subsample_size,
+            la.n_eigenvalues,
+            la.seed,
+        )
+
+    def check(self):
+        tensors, plain = self._values()
+        assert plain == self.values[1]
+        for a, b in zip(tensors, self.values[0], strict=True):
+            assert torch.equal(a, b)
+        assert_same(self.la(self.x, **self.options), self.prediction)

@@ -1,0 +1,881 @@
+"""One test for each trap that was met in practice: forward-mode AD, the host, the user's model and process."""
+
+from __future__ import annotations
+
+import configparser
+import importlib.metadata
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import laplace
+import pytest
+import torch
+from helpers import (
+    C,
+    D,
+    H,
+    K,
+    M,
+    N,
+    N_TEST,
+    DictModel,
+    Snapshot,
+    as_tuple,
+    assert_same,
+    build,
+    dict_batches,
+    fitted,
+    inputs,
+    loader,
+    mlp,
+    reference_features,
+    targets,
+    train_loader,
+    val_loader,
+)
+from laplace.curvature import AsdlGGN, BackPackGGN, GGNInterface
+from laplace.utils import RunningNLLMetric
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from laplace_ella import ELLALaplace, NystromGGN, ReverseNystromGGN
+
+X = inputs(N_TEST, seed=7)
+BACKENDS = [NystromGGN, ReverseNystromGGN]
+T_STEPS, WIDTH = 3, 4  # length and width of the sequences below
+
+
+def sequences(n=N, seed=11, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, T_STEPS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+
+class OnSequences(nn.Module):
+    """A layer on sequences, and a linear head on the mean of what it returns."""
+
+    def __init__(self, make, width=WIDTH, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = make().to(dtype)
+        self.head = nn.Linear(width, C).to(dtype)
+
+    def forward(self, x):
+        out = self.layer(x)
+        return self.head((out[0] if isinstance(out, tuple) else out).mean(1))
+
+
+class Attention(nn.Module):
+    """Fused scaled-dot-product attention, called directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+def check_features(la, x, **tolerance):
+    phi, f = la.features(x)
+    expected_phi, expected_f = reference_features(la.model, la.basis, x)
+    torch.testing.assert_close(f, expected_f, **tolerance)
+    torch.testing.assert_close(phi, expected_phi, **tolerance)
+    assert phi.abs().max() > 0
+
+
+def fitted_on_sequences(make, backend=None, width=WIDTH, training=False, dtype=torch.float64, **kwargs):
+    model = OnSequences(make, width, dtype).train(training)
+    data = loader(sequences(dtype=dtype), targets("classification"))
+    return fitted(model=model, data=data, backend=backend, **kwargs)
+
+
+# ------------------------------------------------------------------ forward-mode AD
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_1_fused_attention(backend):
+    la = fitted_on_sequences(Attention, backend)
+    check_features(la, sequences(N_TEST, 12))
+    assert la(sequences(N_TEST, 12), "nn", link_approx="mc").shape == (N_TEST, C)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_2_the_fast_path_of_transformer_layers(backend, training, grad):
+    def make():
+        return nn.TransformerEncoderLayer(WIDTH, 2, 7, dropout=0.5, batch_first=True)
+
+    with torch.set_grad_enabled(grad):
+        la = fitted_on_sequences(make, backend, training=training)
+        check_features(la, sequences(N_TEST, 12))
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_3_recurrent_layers(layer, dtype, layers):
+    la = fitted_on_sequences(
+        lambda: layer(WIDTH, 7, layers, batch_first=True), width=7, dtype=dtype, n_eigenvalues=3
+    )
+    tolerance = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {}
+    check_features(la, sequences(N_TEST, 12, dtype), **tolerance)
+
+
+def test_8_features_keep_no_graph_of_the_weights():
+    seen = []
+    model = mlp()
+    model[1].register_forward_hook(lambda m, a, out: seen.append((out.requires_grad, torch.is_grad_enabled())))
+    with torch.enable_grad():
+        la = fitted(model=model)
+        seen.clear()
+        phi, f = la.features(X.clone().requires_grad_())
+    assert not phi.requires_grad
+    assert not f.requires_grad
+    assert seen
+    assert not any(flag for pair in seen for flag in pair)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("n", [1, 2, N_TEST])
+def test_11_chunks_of_directions_that_do_not_divide_their_number(chunk_size, n):
+    expected, la = fitted(), fitted(chunk_size=chunk_size)
+    for a, b in zip(la.features(X[:n]), expected.features(X[:n]), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class Masked(DictModel):
+    """Branches on the values of the mask, as Hugging Face's attention masks do."""
+
+    def forward(self, batch):
+        if bool(batch["attention_mask"].all()):
+            batch = {**batch, "attention_mask": torch.ones_like(batch["attention_mask"])}
+        return super().forward(batch)
+
+
+def test_12_data_dependent_masks():
+    la = fitted(model=Masked(), data=dict_batches())
+    check_features(la, dict_batches(n=N_TEST, batch_size=N_TEST)[0])
+
+
+def test_12_features_never_batch_over_the_inputs():
+    model = Masked()
+    plain = DictModel()
+    la = fitted(model=plain, data=dict_batches())
+    batch = dict_batches()[0]
+    phi, f = NystromGGN(model, "classification").features(batch, la.basis)
+    expected_phi, expected_f = reference_features(plain, la.basis, batch)
+    torch.testing.assert_close(phi, expected_phi)
+    torch.testing.assert_close(f, expected_f)
+
+
+def batch_norm_net():
+    torch.manual_seed(0)
+    layers = [nn.Linear(D, H), nn.BatchNorm1d(H), nn.Tanh(), nn.Dropout(0.5), nn.Linear(H, C)]
+    model = nn.Sequential(*layers).double()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("backend", [NystromGGN, ReverseNystromGGN, BackPackGGN, AsdlGGN])
+def test_14_train_mode_changes_neither_results_nor_buffers(backend):
+    evaluated, trained = fitted(model=batch_norm_net().eval()), fitted(model=batch_norm_net().train(), backend=backend)
+    torch.testing.assert_close(trained(X), evaluated(X), rtol=1e-8, atol=1e-10)
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    left, right = (e(X, "nn", link_approx="mc", generator=g) for e, g in zip((trained, evaluated), generators))
+    torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)
+    for name, buffer in batch_norm_net().named_buffers():
+        assert torch.equal(dict(trained.model.named_buffers())[name], buffer), name
+    assert all(m.training for m in trained.model.modules())
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_15_predicting_in_inference_mode(likelihood, context, backend):
+    la = fitted(likelihood, backend=backend)
+    with context():
+        x = X.clone()
+        inside = la(x)
+        samples = la.predictive_samples(x, "nn", 3, generator=torch.Generator().manual_seed(0))
+    assert_same(inside, la(x))
+    assert torch.equal(samples, la.predictive_samples(x, "nn", 3, generator=torch.Generator().manual_seed(0)))
+
+
+def test_15_what_inference_mode_caches_can_be_differentiated_later():
+    la = fitted("regression", enable_backprop=True)
+    with torch.inference_mode():
+        inside = la(X)
+    x = X.clone().requires_grad_()
+    mean, cov = la(x)
+    torch.testing.assert_close(cov.detach(), inside[1])
+    cov.sum().backward()
+    assert x.grad.abs().max() > 0
+
+
+def test_15_fitting_in_inference_mode():
+    la = build("regression", enable_backprop=True)
+    with torch.inference_mode():
+        la.fit(train_loader("regression"))
+    torch.testing.assert_close(la.H, fitted("regression").H)
+    delta = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    la.log_marginal_likelihood(delta).backward()
+    assert delta.grad.abs().item() > 0
+    x = X.clone().requires_grad_()
+    la(x)[1].sum().backward()
+    assert x.grad.abs().max() > 0
+
+
+def test_15_tuning_in_inference_mode():
+    la, other = fitted(temperature=200.0), fitted(temperature=200.0)
+    with torch.inference_mode():
+        la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), grid_size=5)
+    other.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), grid_size=5)
+    assert la.prior_precision.item() == other.prior_precision.item()
+
+
+def conv_net(memory_format=torch.contiguous_format):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 5, 2), nn.Flatten(), nn.Linear(20, C))
+    return model.double().to(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("memory_budget", [None, 20_000], ids=["rows", "blocks"])
+def test_16_directions_have_the_strides_and_dtype_of_their_weights(memory_format, memory_budget):
+    x = torch.randn(N, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    la = fitted(
+        model=conv_net(memory_format),
+        data=loader(x, targets("classification")),
+        memory_budget=memory_budget,
+    )
+    for name, p in la.model.named_parameters():
+        v = la.basis.directions[name]
+        assert v.shape == (5, *p.shape)
+        assert v[0].stride() == p.stride(), name
+        assert v.dtype == p.dtype
+    check_features(la, x[:3])
+
+
+def test_16_a_transposed_weight():
+    model = mlp()
+    model[0].weight = nn.Parameter(model[0].weight.detach().T.contiguous().T)
+    la = fitted(model=model)
+    assert la.basis.directions["0.weight"][0].stride() == (1, H)
+    torch.testing.assert_close(la(X), fitted()(X))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_17_low_precision(dtype, tolerance, likelihood):
+    la = fitted(likelihood, mlp(dtype=dtype), train_loader(likelihood, dtype), n_eigenvalues=5)
+    # The same rounded weights and inputs in double precision.
+    exact = fitted(likelihood, mlp(dtype=dtype).double(), [(x.double(), y) for x, y in train_loader(likelihood, dtype)])
+    assert la.basis.rank == 5
+    assert la.H.dtype == la.basis.eigenvalues.dtype == torch.float64
+    x = X.to(dtype)
+    for got, expected in zip(as_tuple(la(x)), as_tuple(exact(x.double())), strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - expected).norm() < tolerance * expected.norm()
+
+
+class Tied(nn.Module):
+    """Uses one weight at two places."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, C)
+        self.second.weight = self.first.weight
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("memory_budget", [None, 20_000], ids=["rows", "blocks"])
+def test_19_tied_weights_are_one_weight(backend, memory_budget):
+    la = fitted(model=Tied(), backend=backend, memory_budget=memory_budget)
+    n_params = sum(p.numel() for p in la.model.parameters())
+    assert sorted(la.basis.directions) == ["first.bias", "first.weight", "head.bias", "head.weight", "second.bias"]
+    assert la.sample(2).shape == (2, n_params)
+    check_features(la, X)
+    fixed = fitted(model=Tied(), prior_precision=torch.linspace(1, 2, n_params))
+    assert fixed.prior_precision_diag.shape == (n_params,)
+
+
+@pytest.mark.parametrize("backend", [BackPackGGN, AsdlGGN])
+def test_19_libraries_that_do_not_know_of_tied_weights_are_not_trusted(backend):
+    with pytest.raises(ValueError, match=r"first\.weight|second\.weight"):
+        fitted(model=Tied(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_19_frozen_weights_have_no_directions(backend):
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    la = fitted(model=model, backend=backend)
+    assert list(la.basis.directions) == ["0.bias", "2.weight"]
+    assert la.sample(2).shape == (2, H + C * H)
+    check_features(la, X)
+    before = model[0].weight.clone()
+    assert la(X, "nn", link_approx="mc").shape == (N_TEST, C)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_19_backpack_refuses_frozen_weights_as_in_the_host():
+    model = mlp()
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"BackPACK|switched off"):
+        build(model=model, backend=BackPackGGN)
+
+
+class Norm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(D, C, bias=False).double()
+
+    def forward(self, x):
+        f = self.net(x)
+        return f + f.square().sum(-1, keepdim=True).sqrt()
+
+
+def test_20_a_root_at_zero_is_named():
+    x = inputs()
+    x[9] = 0
+    landmarks = (inputs(M, seed=20), torch.arange(M) % C)
+    la = build(model=Norm())
+    with pytest.raises(ValueError, match="curvature batch 1"):
+        la.fit(loader(x, targets("classification")), landmarks=landmarks)
+    with pytest.raises(ValueError, match="landmarks"):
+        la.fit(train_loader(), landmarks=(torch.zeros(1, D), torch.tensor([0])))
+    assert la.H is None
+
+
+# ------------------------------------------------------------------ the host
+
+
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "bridge_norm"])
+@pytest.mark.parametrize("rank", [1, K])
+def test_host_1_fewer_directions_than_outputs(link, rank):
+    la = fitted(n_eigenvalues=rank, temperature=50.0)
+    p = la(X, link_approx=link)
+    assert rank < C
+    torch.testing.assert_close(p.sum(-1), torch.ones(N_TEST, dtype=torch.float64))
+    assert la.predictive_samples(X, n_samples=7).isfinite().all()
+
+
+class SubclassWithKey(ELLALaplace):
+    _key = ("all", "ella-of-the-trap-tests")
+
+
+def test_host_2_a_subclass_with_its_own_key_leaves_the_parent_in_place():
+    assert type(laplace.Laplace(mlp(), "classification", "all", "ella-of-the-trap-tests")) is SubclassWithKey
+    assert type(laplace.Laplace(mlp(), "classification", "all", "ella")) is ELLALaplace
+
+
+@pytest.mark.parametrize("link", ["bridge", "bridge_norm"])
+def test_host_3_bridge_links_edit_nothing_in_place(link):
+    la = fitted(temperature=200.0)
+    first = la(X, link_approx=link)
+    assert torch.equal(first, la(X, link_approx=link))
+    # The tuning keeps features: were they edited, later settings would be scored wrongly.
+    grid, scores = torch.logspace(-1, 3, 7).tolist(), []
+    for delta in grid:
+        la.prior_precision = delta
+        scores.append(sum(F.nll_loss(la(x, link_approx=link).log(), y, reduction="sum") for x, y in val_loader()))
+    options = {"log_prior_prec_min": -1, "log_prior_prec_max": 3, "grid_size": 7, "link_approx": link}
+    la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), **options)
+    assert la.prior_precision.item() == grid[int(torch.stack(scores).argmin())]
+
+
+def test_host_4_the_constructor_of_the_host_assigns_through_our_setters():
+    la = build("regression", prior_precision=2.0, sigma_noise=0.5, temperature=3.0)
+    assert la.H is None
+    assert (la.prior_precision.item(), la.sigma_noise.item(), la.temperature) == (2.0, 0.5, 3.0)
+    assert la.mean is la.prior_mean
+
+
+def test_host_5_members_of_the_host_live_in_the_span():
+    la = fitted("regression", prior_precision=torch.linspace(1, 2, 66), sigma_noise=0.5)
+    V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
+    projected = V.T @ (la.prior_precision_diag[:, None] * V)
+    A = la.H / 0.25 + projected
+    torch.testing.assert_close(la.posterior_precision, A)
+    torch.testing.assert_close(la.log_det_prior_precision, projected.logdet())
+    torch.testing.assert_close(la.log_det_posterior_precision, A.logdet())
+    draws = la.sample(20_000, torch.Generator().manual_seed(0)) - la.mean
+    torch.testing.assert_close(draws @ V @ V.T, draws)
+    found = (draws @ V).T.cov()
+    assert (found - A.inverse()).norm() < 0.05 * A.inverse().norm()
+
+
+def test_host_6_marglik_warns_once_that_the_temperature_stays():
+    la = fitted(temperature=None)
+    with pytest.warns(UserWarning, match="temperature") as caught:
+        la.optimize_prior_precision(n_steps=2)
+    assert len(caught) == 1
+
+
+def test_host_6_marglik_does_not_reset_a_temperature_that_was_tuned():
+    la = fitted(temperature=None)
+    x = inputs(31, seed=9) * 3
+    other = fitted(temperature=1e3)
+    la.optimize_prior_precision(method="gridsearch", val_loader=loader(x, other(x)), grid_size=3)
+    tuned = la.temperature
+    with pytest.warns(UserWarning, match=r"temperature") as caught:
+        la.optimize_prior_precision(n_steps=2)
+    assert la.temperature == tuned
+    assert "stays 1" not in str(caught[0].message)
+
+
+def test_host_6_the_default_loss_of_regression_depends_on_the_prior():
+    la = fitted("regression", temperature=30.0, prior_precision=7.7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a tie would warn
+        la.optimize_prior_precision(method="gridsearch", val_loader=val_loader("regression"))
+    assert la.prior_precision.item() != 7.7
+
+
+def test_host_6_a_loss_that_ties_leaves_the_setting_and_says_so():
+    la = fitted("regression", prior_precision=7.7, temperature=None)
+    with pytest.warns(UserWarning, match="same for every setting") as caught:
+        la.optimize_prior_precision(
+            method="gridsearch",
+            val_loader=val_loader("regression"),
+            loss=lambda mean, cov, y: (mean - y).square().mean(),
+            grid_size=3,
+        )
+    assert len(caught) == 1
+    assert la.prior_precision.item() == pytest.approx(7.7)
+    assert la.temperature == 1.0
+
+
+def test_host_7_the_default_grid_reaches_large_priors():
+    torch.manual_seed(0)
+    la = fitted(model=nn.Linear(D, C).double(), temperature=1e9)
+    x = inputs(31, seed=9) * 300
+    la.prior_precision = 2e5
+    y = la(x)
+    la.prior_precision = 1.0
+    la.optimize_prior_precision(method="gridsearch", val_loader=loader(x, y))
+    assert la.prior_precision.item() == pytest.approx(2e5, rel=0.15)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_host_9_mappings_and_logits_without_gradients(context):
+    la = fitted(model=DictModel(), data=dict_batches())
+    with context():
+        batch = dict_batches()[0]
+        p = la(batch)
+    torch.testing.assert_close(p, la(batch))
+
+
+def test_host_10_a_metric_is_reset_between_values():
+    la = fitted(temperature=200.0)
+    metric = RunningNLLMetric()
+    metric.update(torch.full((3, C), 1 / C), torch.zeros(3, dtype=torch.long))
+    options = {"log_prior_prec_min": -2, "log_prior_prec_max": 3, "grid_size": 17}
+    la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), loss=metric, **options)
+    chosen = la.prior_precision.item()
+    scores = {}
+    for delta in torch.logspace(-2, 3, 17).tolist():
+        la.prior_precision = delta
+        scores[delta] = sum(F.nll_loss(la(x).log(), y, reduction="sum").item() for x, y in val_loader())
+    assert chosen == min(scores, key=scores.get)
+
+
+def test_host_11_the_exact_ggn_of_the_host_agrees_to_rounding():
+    model = mlp()
+    la = fitted(model=model, subsample_size=N * C, n_eigenvalues=60, memory_budget=10**8) if False else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        la = fitted(model=model, subsample_size=N * C, n_eigenvalues=66)
+    assert [w for w in caught if "n_eigenvalues was reduced" in str(w.message)] or la.basis.rank == 66
+    full = laplace.Laplace(mlp(), "classification", "all", "full", backend=GGNInterface)
+    full.fit(train_loader())
+    x, _ = next(iter(train_loader()))
+    # On the training inputs the span holds every gradient involved.
+    torch.testing.assert_close(la(x), full(x), rtol=1e-9, atol=1e-11)
+
+
+def test_host_12_outputs_with_logits_can_be_fitted():
+    class Plain(DictModel):
+        def forward(self, batch):
+            return super().forward(batch).logits
+
+    la, plain = fitted(model=DictModel(), data=dict_batches()), fitted(model=Plain(), data=dict_batches())
+    assert torch.equal(la.H, plain.H)
+
+
+def test_host_13_asdl_is_the_right_package():
+    import asdl.core
+
+    assert callable(asdl.core.extend)
+    owners = importlib.metadata.packages_distributions()["asdl"]
+    assert "asdfghjkl" in owners
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    required = setup["options"]["install_requires"].split()
+    assert "asdfghjkl" in required
+    assert "asdl" not in required
+
+
+def test_importing_the_package_switches_nothing():
+    code = (
+        "import warnings; warnings.simplefilter('ignore'); import torch, laplace, sys; sys.path.insert(0, sys.argv[1]);"
+        "state = lambda: (torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.mkldnn.enabled,"
+        "torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled(),"
+        "torch.initial_seed(), torch.get_rng_state().sum().item());"
+        "torch.manual_seed(3); before = state(); import laplace_ella; assert state() == before"
+    )
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------ the user's model and process
+
+
+def process_flags():
+    cuda = torch.backends.cuda
+    return {
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+        "cudnn_sdp": cuda.cudnn_sdp_enabled(),
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "cudnn": torch.backends.cudnn.enabled,
+        "cudnn benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "dtype": torch.get_default_dtype(),
+        "warnings": list(warnings.filters),
+    }
+
+
+class Untouched:
+    """Everything of a model and of the process that must be as before."""
+
+    def __init__(self, model):
+        self.model = model
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 7.0) if p.requires_grad else None
+        self.before = self._look()
+
+    def _look(self):
+        m = self.model
+        return {
+            "parameters": {k: p.detach().clone() for k, p in m.named_parameters()},
+            "buffers": {k: b.clone() for k, b in m.named_buffers()},
+            "grads": {k: None if p.grad is None else p.grad.clone() for k, p in m.named_parameters()},
+            "identities": [(id(p), p.data_ptr(), p.requires_grad, p.grad_fn) for p in m.parameters()],
+            "buffer identities": [(id(b), b.data_ptr()) for b in m.buffers()],
+            "training": [s.training for s in m.modules()],
+            "classes": [type(s) for s in m.modules()],
+            "attributes": [sorted(set(vars(s)) - {"output_size", "calls"}) for s in m.modules()],
+            "parameter attributes": [sorted(vars(p)) for p in m.parameters()],
+            "hooks": [
+                (len(s._forward_hooks), len(s._forward_pre_hooks), len(s._backward_hooks)) for s in m.modules()
+            ],
+            "flags": process_flags(),
+        }
+
+    def check(self):
+        after = self._look()
+        for name, before in self.before.items():
+            if isinstance(before, dict) and name != "flags":
+                assert before.keys() == after[name].keys()
+                for key, value in before.items():
+                    got = after[name][key]
+                    assert got is value or torch.equal(got, value), (name, key)
+            else:
+                assert after[name] == before, name
+
+
+class Mixed(nn.Module):
+    """Attention, a recurrent layer, BatchNorm, dropout and a frozen weight, in mixed train and eval mode.
+
+    Raises an error of its own at the call numbered ``fail_at``.
+    """
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.recurrent = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(WIDTH, C)
+        self.double()
+        self.head.bias.requires_grad_(False)
+        self.norm.eval()
+        self.calls, self.fail_at = 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise ModelError(f"call {self.calls}")
+        x = self.attention(x, x, x, need_weights=False)[0]
+        x = self.recurrent(x)[0].mean(1)
+        return self.head(self.dropout(self.norm(x)))
+
+
+class ModelError(Exception):
+    pass
+
+
+class LoaderError(Exception):
+    pass
+
+
+class LossError(Exception):
+    pass
+
+
+SEQUENCES = sequences(N_TEST, 12)
+
+
+def sequence_loader(n=N, seed=11):
+    return loader(sequences(n, seed), targets("classification", n))
+
+
+def mixed(**kwargs):
+    return fitted(model=Mixed(), data=sequence_loader(), n_eigenvalues=3, temperature=None, **kwargs)
+
+
+def grid_search(la, **kwargs):
+    options = {"link_approx": "mc", "n_samples": 3, "grid_size": 3, **kwargs}
+    la.optimize_prior_precision(method="gridsearch", val_loader=sequence_loader(17, 13), **options)
+
+
+WORK = {
+    "fit": lambda la: la.fit(sequence_loader()),
+    "fit in blocks": lambda la: fitted(model=la.model, data=sequence_loader(), memory_budget=30_000),
+    "fit streamed": lambda la: fitted(model=la.model, data=sequence_loader(), curvature_size=None),
+    "add": lambda la: la.fit(sequence_loader(), override=False),
+    "features": lambda la: la.features(SEQUENCES),
+    "glm": lambda la: la(SEQUENCES),
+    "mc": lambda la: la(SEQUENCES, link_approx="mc"),
+    "nn": lambda la: la(SEQUENCES, "nn", link_approx="mc", n_samples=3),
+    "sample": lambda la: la.sample(3),
+    "functional_samples": lambda la: la.functional_samples(SEQUENCES),
+    "nn samples": lambda la: la.predictive_samples(SEQUENCES, "nn", 3),
+    "evidence": lambda la: la.log_marginal_likelihood(torch.ones(1, requires_grad=True).double()).backward(),
+    "gridsearch": grid_search,
+    "gridsearch nn": lambda la: grid_search(la, pred_type="nn"),
+    "state_dict": lambda la: la.load_state_dict(la.state_dict()),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_the_model_and_the_process_are_untouched(name):
+    la = mixed()
+    untouched = Untouched(la.model)
+    WORK[name](la)
+    untouched.check()
+
+
+def test_the_evidence_loop_leaves_the_model_untouched():
+    la = mixed()
+    untouched = Untouched(la.model)
+    with pytest.warns(UserWarning, match="temperature"):
+        la.optimize_prior_precision(n_steps=3)
+    untouched.check()
+
+
+@pytest.mark.parametrize("backend", [NystromGGN, ReverseNystromGGN, BackPackGGN, AsdlGGN])
+def test_every_backend_leaves_the_model_untouched(backend):
+    model = batch_norm_net()
+    model[1].eval()
+    untouched = Untouched(model)
+    la = fitted(model=model, backend=backend)
+    la(X)
+    untouched.check()
+
+
+@pytest.mark.parametrize("name", ["fit", "glm", "nn", "gridsearch"])
+@pytest.mark.parametrize("turn_on", [False, True])
+def test_switches_that_the_user_set_are_kept(name, turn_on):
+    la = mixed()
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(turn_on)
+        kernels = [SDPBackend.FLASH_ATTENTION] if turn_on else [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
+        with sdpa_kernel(kernels), torch.backends.mkldnn.flags(enabled=turn_on), torch.set_grad_enabled(turn_on):
+            untouched = Untouched(la.model)
+            WORK[name](la)
+            untouched.check()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def calls_of(name):
+    la = mixed()
+    la.model.calls = 0
+    WORK[name](la)
+    return la.model.calls
+
+
+@pytest.mark.parametrize(
+    "name", ["fit", "fit in blocks", "fit streamed", "add", "glm", "nn", "nn samples", "gridsearch", "gridsearch nn"]
+)
+def test_an_error_of_the_model_comes_through_and_changes_nothing(name):
+    total = calls_of(name)
+    assert total
+    la = mixed()
+    before = Snapshot(la, SEQUENCES)
+    for fail_at in sorted({1, 2, 3, total // 2, total - 1, total} & set(range(1, total + 1))):
+        untouched = Untouched(la.model)
+        la.model.calls, la.model.fail_at = 0, fail_at
+        with pytest.raises(ModelError, match=f"call {fail_at}"):
+            WORK[name](la)
+        la.model.fail_at = None
+        untouched.check()
+        before.check()
+
+
+@pytest.mark.parametrize("backend", [BackPackGGN, AsdlGGN])
+def test_an_error_inside_a_library_comes_through_and_changes_nothing(backend):
+    class Failing(nn.Sequential):
+        fail = False
+
+        def forward(self, x):
+            if self.fail and torch.is_grad_enabled():
+                raise ModelError
+            return super().forward(x)
+
+    model = Failing(*mlp())
+    la = fitted(model=model, backend=backend)
+    before, untouched = Snapshot(la, X), Untouched(model)
+    Failing.fail = True
+    with pytest.raises(ModelError):
+        la.fit(train_loader())
+    Failing.fail = False
+    untouched.check()
+    before.check()
+
+
+class Breaking:
+    """A loader that breaks off, in the n-th pass over it."""
+
+    def __init__(self, in_pass=1):
+        self.remaining = in_pass
+
+    def __iter__(self):
+        self.remaining -= 1
+        for i, batch in enumerate(sequence_loader()):
+            if i == 2 and self.remaining == 0:
+                raise LoaderError
+            yield batch
+
+
+def test_an_error_of_the_loader_comes_through_and_changes_nothing():
+    for curvature_size, in_pass in ((2000, 1), (None, 1), (None, 3)):
+        la = mixed(curvature_size=curvature_size)
+        before, untouched = Snapshot(la, SEQUENCES), Untouched(la.model)
+        with pytest.raises(LoaderError):
+            la.fit(Breaking(in_pass))
+        untouched.check()
+        before.check()
+    with pytest.raises(LoaderError):
+        la.optimize_prior_precision(method="gridsearch", val_loader=Breaking())
+    untouched.check()
+    before.check()
+
+
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+def test_an_error_of_the_loss_comes_through_and_changes_nothing(pred_type):
+    la = mixed()
+    before, untouched = Snapshot(la, SEQUENCES), Untouched(la.model)
+    scored = []
+
+    def loss(p, y):
+        scored.append(p)
+        if len(scored) == 3:
+            raise LossError
+        return F.nll_loss(p.log(), y)
+
+    with pytest.raises(LossError):
+        grid_search(la, pred_type=pred_type, loss=loss)
+    untouched.check()
+    before.check()
+
+
+def test_an_interrupt_changes_nothing():
+    la = mixed()
+    before, untouched = Snapshot(la, SEQUENCES), Untouched(la.model)
+
+    def loss(p, y):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grid_search(la, loss=loss)
+    untouched.check()
+    before.check()
+
+
+def test_threads_predict_what_one_thread_does():
+    la = mixed()
+    untouched = Untouched(la.model)
+    blocks = [sequences(5, seed) for seed in range(20, 36)]
+
+    def predict(i):
+        if i % 3 == 2:
+            return la(blocks[i], "nn", link_approx="mc", n_samples=3, generator=torch.Generator().manual_seed(i))
+        return la(blocks[i], link_approx=("probit", "mc")[i % 2])
+
+    expected = [predict(i) for i in range(len(blocks))]
+    with ThreadPoolExecutor(5) as pool:
+        found = list(pool.map(predict, range(len(blocks))))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    untouched.check()
+
+
+def test_threads_that_fail_do_not_disturb_those_that_do_not():
+    la = mixed()
+    untouched = Untouched(la.model)
+    expected = la(SEQUENCES)
+
+    def predict(i):
+        if i % 2:
+            with pytest.raises(RuntimeError):
+                la(SEQUENCES[..., :2])
+            return expected
+        return la(SEQUENCES)
+
+    with ThreadPoolExecutor(5) as pool:
+        assert all(torch.equal(p, expected) for p in pool.map(predict, range(16)))
+    untouched.check()
+
+
+def test_two_estimators_of_one_model_do_not_share_state():
+    model = mlp()
+    first = fitted(model=model)
+    before = first(X)
+    second = fitted(model=model, seed=5, n_eigenvalues=3, prior_precision=9.0)
+    second(X)
+    assert torch.equal(first(X), before)
+
+
+def test_predicting_uses_the_random_state_of_nobody():
+    la = fitted()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for link in ("probit", "mc", "bridge"):
+        la(X, link_approx=link)
+    la.optimize_prior_precision(method="gridsearch", val_loader=list(val_loader()), grid_size=3, link_approx="mc")
+    torch.manual_seed(0)
+    la.fit(list(train_loader()))
+    assert torch.equal(torch.get_rng_state(), before)
