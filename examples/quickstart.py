@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.resources
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,8 @@ def plot_reliability(test: dict[str, Tensor], y: Tensor, path: Path) -> None:
     for (name, p), upper, lower in zip(test.items(), axes[0], axes[1]):
         counts, _, accuracies = (np.array(v) for v in zip(*calibration(p, y)))
         seen = counts > 0
-        error = np.sqrt(accuracies * (1 - accuracies) / np.maximum(counts, 1))
+        smoothed = (accuracies * counts + 1) / (counts + 2)  # else bins of 0 or 1 would show no error
+        error = np.sqrt(smoothed * (1 - smoothed) / (counts + 2))
         upper.bar(centers[seen], accuracies[seen], 0.9 / N_BINS, color=COLORS[name], alpha=0.8)
         upper.errorbar(centers[seen], accuracies[seen], error[seen], fmt="none", ecolor="black", lw=1)
         upper.plot([0, 1], [0, 1], color="black", ls="--", lw=1, label="calibrated")
@@ -258,7 +260,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     plot_reliability(test, y_test, args.out / "reliability.png")
     plot_confidence(test, unseen, args.out / "confidence.png")
-    print(f"\nfigures: {args.out / 'reliability.png'}, {args.out / 'confidence.png'}")
+    out = os.path.relpath(args.out)
+    print(f"\nfigures: {out}/reliability.png, {out}/confidence.png")
     check(model, la, data, (test, unseen))
     print(f"done in {time.perf_counter() - start:.0f} s")
 

@@ -112,7 +112,9 @@ def reference_features(model, basis, x):
         phi = f.new_zeros(*f.shape, basis.rank)
         for b in range(f.shape[0]):
             for c in range(f.shape[1]):
-                grads = torch.autograd.grad(f[b, c], list(weights.values()), retain_graph=True, allow_unused=True)
+                grads = torch.autograd.grad(
+                    f[b, c], list(weights.values()), retain_graph=True, allow_unused=True
+                )
                 for (name, _), g in zip(weights.items(), grads):
                     if g is not None:
                         phi[b, c] += torch.tensordot(basis.directions[name], g, g.ndim)

@@ -40,7 +40,10 @@ SETTINGS = {
     "classification": ("classification", {}),
     "regression": ("regression", {"sigma_noise": 0.4, "prior_mean": 0.1}),
     "layerwise": ("classification", {"prior_precision": torch.arange(1.0, 5.0)}),
-    "diagonal": ("regression", {"prior_precision": torch.linspace(1, 2, 66), "prior_mean": torch.full((66,), 0.2)}),
+    "diagonal": (
+        "regression",
+        {"prior_precision": torch.linspace(1, 2, 66), "prior_mean": torch.full((66,), 0.2)},
+    ),
     "sizes": ("classification", {"subsample_size": 17, "n_eigenvalues": 3, "curvature_size": 7, "seed": 5}),
     "streamed": ("classification", {"curvature_size": None, "enable_backprop": True}),
 }
@@ -60,7 +63,15 @@ def test_a_restored_estimator_is_the_one_saved(name, tmp_path):
     for field in ("H", "loss", "mean", "prior_precision", "sigma_noise", "posterior_covariance"):
         assert torch.equal(getattr(other, field), getattr(la, field)), field
     torch.testing.assert_close(other.prior_mean.squeeze(), la.prior_mean.squeeze())
-    for field in ("n_data", "n_outputs", "subsample_size", "n_eigenvalues", "curvature_size", "seed", "enable_backprop"):
+    for field in (
+        "n_data",
+        "n_outputs",
+        "subsample_size",
+        "n_eigenvalues",
+        "curvature_size",
+        "seed",
+        "enable_backprop",
+    ):
         assert getattr(other, field) == getattr(la, field), field
     for field in ("eigenvalues", "trace", "n_landmarks", "rank", "retained"):
         assert torch.equal(*(torch.as_tensor(getattr(e.basis, field)) for e in (other, la))), field

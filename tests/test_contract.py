@@ -14,11 +14,12 @@ import torchmetrics
 from helpers import (
     C,
     D,
+    DictModel,
     H,
     M,
     N,
-    DictModel,
     RewardModel,
+    as_tuple,
     assert_same,
     build,
     dict_batches,
@@ -117,7 +118,9 @@ def test_prior_precision_of_a_wrong_form_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    "value", [0.3, torch.tensor(0.3), torch.tensor([0.3]), torch.full((P,), 0.3)], ids=["float", "0-d", "1-d", "P"]
+    "value",
+    [0.3, torch.tensor(0.3), torch.tensor([0.3]), torch.full((P,), 0.3)],
+    ids=["float", "0-d", "1-d", "P"],
 )
 def test_prior_mean_takes_every_form_and_enters_the_scatter(value):
     la = fitted(prior_mean=value, prior_precision=2.0)
@@ -147,7 +150,20 @@ def test_sizes_may_be_numpy_integers_as_in_the_hosts_ella(sizes):
 
 def test_positional_arguments_are_the_hosts():
     la = laplace_ella.Laplace(
-        mlp(), "regression", "all", "ella", 0.5, 3.0, 0.1, 2.0, True, "x", "y", CurvlinopsGGN, {"chunk_size": 2}, {}
+        mlp(),
+        "regression",
+        "all",
+        "ella",
+        0.5,
+        3.0,
+        0.1,
+        2.0,
+        True,
+        "x",
+        "y",
+        CurvlinopsGGN,
+        {"chunk_size": 2},
+        {},
     )
     assert (la.sigma_noise.item(), la.prior_precision.item(), la.temperature) == (0.5, 3.0, 2.0)
     assert la.prior_mean.item() == 0.1
@@ -334,7 +350,9 @@ def test_class_probabilities(pred_type, link, diagonal_output):
     assert (p > 0).all()
     assert torch.equal(p, la(X, pred_type, link_approx=link, n_samples=19, diagonal_output=diagonal_output))
     assert not p.requires_grad
-    assert torch.equal(p, la(X, pred_type, joint=True, link_approx=link, n_samples=19, diagonal_output=diagonal_output))
+    assert torch.equal(
+        p, la(X, pred_type, joint=True, link_approx=link, n_samples=19, diagonal_output=diagonal_output)
+    )
 
 
 @pytest.mark.parametrize("pred_type", ["glm", "gp"])
@@ -361,7 +379,8 @@ def test_regression_moments(pred_type):
 def test_nn_predictions(likelihood):
     la = fitted(likelihood)
     first, second = (
-        la(X, "nn", link_approx="mc", n_samples=13, generator=torch.Generator().manual_seed(0)) for _ in range(2)
+        la(X, "nn", link_approx="mc", n_samples=13, generator=torch.Generator().manual_seed(0))
+        for _ in range(2)
     )
     assert_same(first, second)
     if likelihood == "classification":
@@ -419,12 +438,41 @@ def test_reward_modeling_can_be_tuned(method):
 @pytest.mark.parametrize("pred_type", ["glm", "nn"])
 @pytest.mark.parametrize("link", LINKS)
 def test_mapping_batches_and_logits(pred_type, link):
-    la = fitted(model=DictModel("tokens"), data=dict_batches("tokens", "y"), dict_key_x="tokens", dict_key_y="y")
+    la = fitted(
+        model=DictModel("tokens"), data=dict_batches("tokens", "y"), dict_key_x="tokens", dict_key_y="y"
+    )
     assert la.n_data == N
     batch = dict_batches("tokens", "y")[1]
     p = la(batch, pred_type, link_approx="mc" if pred_type == "nn" else link)
     assert p.shape == (7, C)
     assert la.predictive_samples(batch, pred_type, 5).shape == (5, 7, C)
+
+
+def test_dict_key_x_names_the_entry_that_holds_the_batch():
+    class Weighted(DictModel):
+        def forward(self, batch):
+            return super().forward({**batch, "attention_mask": batch["attention_mask"] * batch["weights"]})
+
+    def shared(batches):
+        return [{"weights": torch.arange(1.0, 6.0).double(), **b} for b in batches]
+
+    def written_out(batches):
+        return [
+            {**b, "weights": torch.arange(1.0, 6.0).double().expand(len(b["labels"]), 5)} for b in batches
+        ]
+
+    la = fitted(model=Weighted(), data=shared(dict_batches()))
+    expected = fitted(model=Weighted(), data=written_out(dict_batches()))
+    torch.testing.assert_close(la.H, expected.H)
+    torch.testing.assert_close(la(shared(dict_batches())[0]), expected(written_out(dict_batches())[0]))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_a_batch_without_inputs_gives_a_prediction_without_rows(likelihood):
+    p = fitted(likelihood)(X[:0])
+    assert [t.shape for t in as_tuple(p)] == (
+        [(0, C)] if likelihood == "classification" else [(0, C), (0, C, C)]
+    )
 
 
 def test_a_missing_label_key_raises_a_key_error():
@@ -433,7 +481,9 @@ def test_a_missing_label_key_raises_a_key_error():
 
 
 def test_mapping_validation_batches():
-    la = fitted(model=DictModel("tokens"), data=dict_batches("tokens", "y"), dict_key_x="tokens", dict_key_y="y")
+    la = fitted(
+        model=DictModel("tokens"), data=dict_batches("tokens", "y"), dict_key_x="tokens", dict_key_y="y"
+    )
     la.optimize_prior_precision(method="gridsearch", val_loader=dict_batches("tokens", "y", 17), grid_size=5)
     assert la.prior_precision.item() in torch.logspace(-4, 6, 5).tolist()
 
@@ -630,7 +680,9 @@ def test_a_metric_of_three_arguments_gets_mean_covariance_and_targets():
         log_prior_prec_max=2,
         grid_size=41,
     )
-    _, var = la(next(iter(loader(inputs(17, seed=3), targets("regression", 17, seed=4), 17)))[0], diagonal_output=True)
+    _, var = la(
+        next(iter(loader(inputs(17, seed=3), targets("regression", 17, seed=4), 17)))[0], diagonal_output=True
+    )
     assert var.mean().log().abs().item() < np.log(10) / 20 + 1e-6
 
 
@@ -659,7 +711,9 @@ def test_a_callable_gets_what_the_hosts_validation_gives_it(likelihood, as_float
         value = sum(p.double().square().sum() for p in parts[:-1]).log() ** 2
         return value.item() if as_float else value
 
-    la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(likelihood), loss=record, grid_size=3)
+    la.optimize_prior_precision(
+        method="gridsearch", val_loader=val_loader(likelihood), loss=record, grid_size=3
+    )
     ours = list(calls)
     calls.clear()
     expected = {}
@@ -686,6 +740,31 @@ def test_grid_search_with_the_nn_predictive(likelihood):
     assert la.prior_precision.item() > grid[0]  # a prior that wide ruins sampled weights
 
 
+@pytest.mark.parametrize("n_outputs", [1, C])
+def test_the_nn_predictive_of_a_regression_is_scored_by_its_own_variances(n_outputs):
+    x, y = inputs(17, seed=3), targets("regression", 17, n_outputs, seed=4)
+    la = fitted(
+        "regression", mlp(n_outputs), loader(inputs(), targets("regression", N, n_outputs)), temperature=30.0
+    )
+    torch.manual_seed(0)
+
+    def nll(mean, var, y):
+        return -Normal(mean, (var + la.sigma_noise**2).sqrt()).log_prob(y).sum()
+
+    options = {
+        "link_approx": "mc",
+        "n_samples": 7,
+        "grid_size": 5,
+        "log_prior_prec_min": -1,
+        "log_prior_prec_max": 3,
+    }
+    la.optimize_prior_precision("nn", "gridsearch", val_loader=[(x, y)], loss=nll, **options)
+    expected = la.prior_precision.item()
+    torch.manual_seed(0)
+    la.optimize_prior_precision("nn", "gridsearch", val_loader=[(x, y)], **options)
+    assert la.prior_precision.item() == expected
+
+
 def test_grid_search_with_the_nn_predictive_wants_the_mc_link():
     with pytest.raises(ValueError, match="mc"):
         fitted().optimize_prior_precision("nn", "gridsearch", val_loader=val_loader())
@@ -707,7 +786,12 @@ def test_a_free_temperature_is_tuned_to_a_known_optimum(temperature, link):
     la = fitted(model=model)
     val = soft_labels(la, temperature, link_approx=link)
     la.optimize_prior_precision(
-        method="gridsearch", val_loader=val, link_approx=link, log_prior_prec_min=-9, log_prior_prec_max=-6, grid_size=4
+        method="gridsearch",
+        val_loader=val,
+        link_approx=link,
+        log_prior_prec_min=-9,
+        log_prior_prec_max=-6,
+        grid_size=4,
     )
     assert la.temperature == pytest.approx(temperature, rel=0.1)
     assert la.prior_precision.item() < 1e-5
@@ -792,7 +876,8 @@ def test_verbose_prints_the_result(capsys):
 
 
 @pytest.mark.parametrize(
-    ("likelihood", "structure"), [("classification", "scalar"), ("classification", "diag"), ("regression", "layerwise")]
+    ("likelihood", "structure"),
+    [("classification", "scalar"), ("classification", "diag"), ("regression", "layerwise")],
 )
 @pytest.mark.parametrize("backend", [AsdlGGN, CurvlinopsGGN])
 def test_marglik_training_runs(likelihood, structure, backend):
@@ -825,7 +910,15 @@ def test_marglik_training_runs(likelihood, structure, backend):
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_code_for_the_hosts_own_ella_runs(likelihood):
     la = laplace.Laplace(
-        mlp(), likelihood, "all", "ella", subsample_size=M, n_eigenvalues=5, prior_precision=2.0, temperature=1.0, seed=3
+        mlp(),
+        likelihood,
+        "all",
+        "ella",
+        subsample_size=M,
+        n_eigenvalues=5,
+        prior_precision=2.0,
+        temperature=1.0,
+        seed=3,
     )
     val = val_loader(likelihood)
     la.fit(train_loader(likelihood), val_loader=val, val_steps=1, balanced=likelihood == "classification")
@@ -890,7 +983,12 @@ def test_any_iterable_of_batches_gives_the_same_fit(name):
     ("sampler", "size"),
     [
         (lambda: SubsetRandomSampler(range(17), generator=torch.Generator().manual_seed(0)), 17),
-        (lambda: WeightedRandomSampler(torch.arange(1.0, N + 1), 19, generator=torch.Generator().manual_seed(0)), 19),
+        (
+            lambda: WeightedRandomSampler(
+                torch.arange(1.0, N + 1), 19, generator=torch.Generator().manual_seed(0)
+            ),
+            19,
+        ),
     ],
     ids=["subset", "weighted"],
 )
@@ -899,7 +997,9 @@ def test_a_sampler_decides_what_the_data_are(sampler, size):
     assert la.n_data == size
     index = torch.tensor(list(sampler()))
     logits = la.model(inputs()[index])
-    torch.testing.assert_close(la.loss, F.cross_entropy(logits, targets("classification")[index], reduction="sum"))
+    torch.testing.assert_close(
+        la.loss, F.cross_entropy(logits, targets("classification")[index], reduction="sum")
+    )
 
 
 def test_streamed_curvature_equals_the_one_kept():

@@ -1,4 +1,4 @@
-"""One test for each trap that was met in practice: forward-mode AD, the host, the user's model and process."""
+"""One test for each trap met in practice: forward-mode AD, the host, the user's model and process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import laplace
 import pytest
 import torch
 from helpers import (
+    N_TEST,
     C,
     D,
+    DictModel,
     H,
     K,
     M,
     N,
-    N_TEST,
-    DictModel,
     Snapshot,
     as_tuple,
     assert_same,
@@ -130,7 +130,9 @@ def test_3_recurrent_layers(layer, dtype, layers):
 def test_8_features_keep_no_graph_of_the_weights():
     seen = []
     model = mlp()
-    model[1].register_forward_hook(lambda m, a, out: seen.append((out.requires_grad, torch.is_grad_enabled())))
+    model[1].register_forward_hook(
+        lambda m, a, out: seen.append((out.requires_grad, torch.is_grad_enabled()))
+    )
     with torch.enable_grad():
         la = fitted(model=model)
         seen.clear()
@@ -185,14 +187,42 @@ def batch_norm_net():
 
 @pytest.mark.parametrize("backend", [NystromGGN, ReverseNystromGGN, BackPackGGN, AsdlGGN])
 def test_14_train_mode_changes_neither_results_nor_buffers(backend):
-    evaluated, trained = fitted(model=batch_norm_net().eval()), fitted(model=batch_norm_net().train(), backend=backend)
+    evaluated, trained = (
+        fitted(model=batch_norm_net().eval()),
+        fitted(model=batch_norm_net().train(), backend=backend),
+    )
     torch.testing.assert_close(trained(X), evaluated(X), rtol=1e-8, atol=1e-10)
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    left, right = (e(X, "nn", link_approx="mc", generator=g) for e, g in zip((trained, evaluated), generators))
+    left, right = (
+        e(X, "nn", link_approx="mc", generator=g) for e, g in zip((trained, evaluated), generators)
+    )
     torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-10)
     for name, buffer in batch_norm_net().named_buffers():
         assert torch.equal(dict(trained.model.named_buffers())[name], buffer), name
     assert all(m.training for m in trained.model.modules())
+
+
+class Ticking(nn.Module):
+    """Counts its calls in a buffer, in evaluation mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("ticks", torch.zeros(()))
+
+    def forward(self, x):
+        self.ticks += 1
+        return self.net(x)
+
+
+@pytest.mark.parametrize("backend", [NystromGGN, ReverseNystromGGN, BackPackGGN, AsdlGGN])
+@pytest.mark.filterwarnings("ignore:Extension saving to grad_batch:UserWarning")
+def test_14_buffers_written_in_evaluation_mode_are_left_alone(backend):
+    la = fitted(model=Ticking(), backend=backend)
+    torch.testing.assert_close(la(X), fitted()(X), rtol=1e-8, atol=1e-10)
+    la(X, "nn", link_approx="mc", n_samples=3)
+    la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), grid_size=3)
+    assert la.model.ticks.item() == 0
 
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
@@ -213,7 +243,7 @@ def test_15_what_inference_mode_caches_can_be_differentiated_later():
     with torch.inference_mode():
         inside = la(X)
     x = X.clone().requires_grad_()
-    mean, cov = la(x)
+    _, cov = la(x)
     torch.testing.assert_close(cov.detach(), inside[1])
     cov.sum().backward()
     assert x.grad.abs().max() > 0
@@ -224,9 +254,10 @@ def test_15_fitting_in_inference_mode():
     with torch.inference_mode():
         la.fit(train_loader("regression"))
     torch.testing.assert_close(la.H, fitted("regression").H)
-    delta = torch.ones(1, dtype=torch.float64, requires_grad=True)
-    la.log_marginal_likelihood(delta).backward()
+    delta, sigma = (torch.ones(1, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    la.log_marginal_likelihood(delta, sigma).backward()
     assert delta.grad.abs().item() > 0
+    assert sigma.grad.abs().item() > 0
     x = X.clone().requires_grad_()
     la(x)[1].sum().backward()
     assert x.grad.abs().max() > 0
@@ -242,7 +273,9 @@ def test_15_tuning_in_inference_mode():
 
 def conv_net(memory_format=torch.contiguous_format):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 5, 2), nn.Flatten(), nn.Linear(20, C))
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 5, 2), nn.Flatten(), nn.Linear(20, C)
+    )
     return model.double().to(memory_format=memory_format)
 
 
@@ -271,12 +304,16 @@ def test_16_a_transposed_weight():
     torch.testing.assert_close(la(X), fitted()(X))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)]
+)
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_17_low_precision(dtype, tolerance, likelihood):
     la = fitted(likelihood, mlp(dtype=dtype), train_loader(likelihood, dtype), n_eigenvalues=5)
     # The same rounded weights and inputs in double precision.
-    exact = fitted(likelihood, mlp(dtype=dtype).double(), [(x.double(), y) for x, y in train_loader(likelihood, dtype)])
+    exact = fitted(
+        likelihood, mlp(dtype=dtype).double(), [(x.double(), y) for x, y in train_loader(likelihood, dtype)]
+    )
     assert la.basis.rank == 5
     assert la.H.dtype == la.basis.eigenvalues.dtype == torch.float64
     x = X.to(dtype)
@@ -304,13 +341,20 @@ class Tied(nn.Module):
 def test_19_tied_weights_are_one_weight(backend, memory_budget):
     la = fitted(model=Tied(), backend=backend, memory_budget=memory_budget)
     n_params = sum(p.numel() for p in la.model.parameters())
-    assert sorted(la.basis.directions) == ["first.bias", "first.weight", "head.bias", "head.weight", "second.bias"]
+    assert sorted(la.basis.directions) == [
+        "first.bias",
+        "first.weight",
+        "head.bias",
+        "head.weight",
+        "second.bias",
+    ]
     assert la.sample(2).shape == (2, n_params)
     check_features(la, X)
     fixed = fitted(model=Tied(), prior_precision=torch.linspace(1, 2, n_params))
     assert fixed.prior_precision_diag.shape == (n_params,)
 
 
+@pytest.mark.filterwarnings("ignore:Extension saving to grad_batch:UserWarning")
 @pytest.mark.parametrize("backend", [BackPackGGN, AsdlGGN])
 def test_19_libraries_that_do_not_know_of_tied_weights_are_not_trusted(backend):
     with pytest.raises(ValueError, match=r"first\.weight|second\.weight"):
@@ -391,7 +435,9 @@ def test_host_3_bridge_links_edit_nothing_in_place(link):
     grid, scores = torch.logspace(-1, 3, 7).tolist(), []
     for delta in grid:
         la.prior_precision = delta
-        scores.append(sum(F.nll_loss(la(x, link_approx=link).log(), y, reduction="sum") for x, y in val_loader()))
+        scores.append(
+            sum(F.nll_loss(la(x, link_approx=link).log(), y, reduction="sum") for x, y in val_loader())
+        )
     options = {"log_prior_prec_min": -1, "log_prior_prec_max": 3, "grid_size": 7, "link_approx": link}
     la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), **options)
     assert la.prior_precision.item() == grid[int(torch.stack(scores).argmin())]
@@ -494,12 +540,9 @@ def test_host_10_a_metric_is_reset_between_values():
 
 
 def test_host_11_the_exact_ggn_of_the_host_agrees_to_rounding():
-    model = mlp()
-    la = fitted(model=model, subsample_size=N * C, n_eigenvalues=60, memory_budget=10**8) if False else None
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        la = fitted(model=model, subsample_size=N * C, n_eigenvalues=66)
-    assert [w for w in caught if "n_eigenvalues was reduced" in str(w.message)] or la.basis.rank == 66
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the rank may be lower than P
+        la = fitted(subsample_size=N * C, n_eigenvalues=66)
     full = laplace.Laplace(mlp(), "classification", "all", "full", backend=GGNInterface)
     full.fit(train_loader())
     x, _ = next(iter(train_loader()))
@@ -531,7 +574,8 @@ def test_host_13_asdl_is_the_right_package():
 
 def test_importing_the_package_switches_nothing():
     code = (
-        "import warnings; warnings.simplefilter('ignore'); import torch, laplace, sys; sys.path.insert(0, sys.argv[1]);"
+        "import warnings; warnings.simplefilter('ignore');"
+        "import torch, laplace, sys; sys.path.insert(0, sys.argv[1]);"
         "state = lambda: (torch.get_default_dtype(), torch.is_grad_enabled(), torch.backends.mkldnn.enabled,"
         "torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled(),"
         "torch.initial_seed(), torch.get_rng_state().sum().item());"
@@ -586,7 +630,8 @@ class Untouched:
             "attributes": [sorted(set(vars(s)) - {"output_size", "calls"}) for s in m.modules()],
             "parameter attributes": [sorted(vars(p)) for p in m.parameters()],
             "hooks": [
-                (len(s._forward_hooks), len(s._forward_pre_hooks), len(s._backward_hooks)) for s in m.modules()
+                (len(s._forward_hooks), len(s._forward_pre_hooks), len(s._backward_hooks))
+                for s in m.modules()
             ],
             "flags": process_flags(),
         }
@@ -604,7 +649,7 @@ class Untouched:
 
 
 class Mixed(nn.Module):
-    """Attention, a recurrent layer, BatchNorm, dropout and a frozen weight, in mixed train and eval mode.
+    """Attention, BatchNorm, dropout and a frozen weight, in mixed train and evaluation mode.
 
     Raises an error of its own at the call numbered ``fail_at``.
     """
@@ -613,7 +658,6 @@ class Mixed(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-        self.recurrent = nn.GRU(WIDTH, WIDTH, batch_first=True)
         self.norm = nn.BatchNorm1d(WIDTH)
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(WIDTH, C)
@@ -627,8 +671,7 @@ class Mixed(nn.Module):
         if self.calls == self.fail_at:
             raise ModelError(f"call {self.calls}")
         x = self.attention(x, x, x, need_weights=False)[0]
-        x = self.recurrent(x)[0].mean(1)
-        return self.head(self.dropout(self.norm(x)))
+        return self.head(self.dropout(self.norm(x.mean(1))))
 
 
 class ModelError(Exception):
@@ -656,6 +699,7 @@ def mixed(**kwargs):
 
 def grid_search(la, **kwargs):
     options = {"link_approx": "mc", "n_samples": 3, "grid_size": 3, **kwargs}
+    torch.manual_seed(0)  # of the "nn" predictive
     la.optimize_prior_precision(method="gridsearch", val_loader=sequence_loader(17, 13), **options)
 
 
@@ -694,6 +738,17 @@ def test_the_evidence_loop_leaves_the_model_untouched():
     untouched.check()
 
 
+def test_a_recurrent_model_and_the_process_are_untouched():
+    model = OnSequences(lambda: nn.LSTM(WIDTH, 7, batch_first=True), 7)
+    untouched = Untouched(model)
+    la = fitted(model=model, data=sequence_loader(), n_eigenvalues=3)
+    la(SEQUENCES)
+    la(SEQUENCES, "nn", link_approx="mc", n_samples=3)
+    with pytest.raises(RuntimeError):
+        la(SEQUENCES[..., :2])
+    untouched.check()
+
+
 @pytest.mark.parametrize("backend", [NystromGGN, ReverseNystromGGN, BackPackGGN, AsdlGGN])
 def test_every_backend_leaves_the_model_untouched(backend):
     model = batch_norm_net()
@@ -708,16 +763,20 @@ def test_every_backend_leaves_the_model_untouched(backend):
 @pytest.mark.parametrize("turn_on", [False, True])
 def test_switches_that_the_user_set_are_kept(name, turn_on):
     la = mixed()
-    before = torch.backends.mha.get_fastpath_enabled()
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     try:
         torch.backends.mha.set_fastpath_enabled(turn_on)
-        kernels = [SDPBackend.FLASH_ATTENTION] if turn_on else [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
-        with sdpa_kernel(kernels), torch.backends.mkldnn.flags(enabled=turn_on), torch.set_grad_enabled(turn_on):
+        torch.backends.mkldnn.set_flags(_enabled=turn_on, _fp32_precision=None)
+        kernels = (
+            [SDPBackend.FLASH_ATTENTION] if turn_on else [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
+        )
+        with sdpa_kernel(kernels), torch.set_grad_enabled(turn_on):
             untouched = Untouched(la.model)
             WORK[name](la)
             untouched.check()
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(before[0])
+        torch.backends.mkldnn.set_flags(_enabled=before[1], _fp32_precision=None)
 
 
 def calls_of(name):
@@ -728,7 +787,8 @@ def calls_of(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["fit", "fit in blocks", "fit streamed", "add", "glm", "nn", "nn samples", "gridsearch", "gridsearch nn"]
+    "name",
+    ["fit", "fit in blocks", "fit streamed", "add", "glm", "nn", "nn samples", "gridsearch", "gridsearch nn"],
 )
 def test_an_error_of_the_model_comes_through_and_changes_nothing(name):
     total = calls_of(name)
@@ -781,7 +841,7 @@ class Breaking:
 
 
 def test_an_error_of_the_loader_comes_through_and_changes_nothing():
-    for curvature_size, in_pass in ((2000, 1), (None, 1), (None, 3)):
+    for curvature_size, in_pass in ((2000, 1), (None, 1), (None, 2)):
         la = mixed(curvature_size=curvature_size)
         before, untouched = Snapshot(la, SEQUENCES), Untouched(la.model)
         with pytest.raises(LoaderError):
@@ -832,7 +892,9 @@ def test_threads_predict_what_one_thread_does():
 
     def predict(i):
         if i % 3 == 2:
-            return la(blocks[i], "nn", link_approx="mc", n_samples=3, generator=torch.Generator().manual_seed(i))
+            return la(
+                blocks[i], "nn", link_approx="mc", n_samples=3, generator=torch.Generator().manual_seed(i)
+            )
         return la(blocks[i], link_approx=("probit", "mc")[i % 2])
 
     expected = [predict(i) for i in range(len(blocks))]
@@ -850,7 +912,7 @@ def test_threads_that_fail_do_not_disturb_those_that_do_not():
 
     def predict(i):
         if i % 2:
-            with pytest.raises(RuntimeError):
+            with pytest.raises(AssertionError, match="embedding dimension"):
                 la(SEQUENCES[..., :2])
             return expected
         return la(SEQUENCES)
@@ -869,13 +931,13 @@ def test_two_estimators_of_one_model_do_not_share_state():
     assert torch.equal(first(X), before)
 
 
-def test_predicting_uses_the_random_state_of_nobody():
+def test_the_random_state_of_torch_is_left_alone():
     la = fitted()
-    torch.manual_seed(0)
+    train, val = list(train_loader()), list(val_loader())
     before = torch.get_rng_state()
     for link in ("probit", "mc", "bridge"):
         la(X, link_approx=link)
-    la.optimize_prior_precision(method="gridsearch", val_loader=list(val_loader()), grid_size=3, link_approx="mc")
-    torch.manual_seed(0)
-    la.fit(list(train_loader()))
+    la.optimize_prior_precision(method="gridsearch", val_loader=val, grid_size=3, link_approx="mc")
+    la.fit(train)
+    la.sample(3, torch.Generator().manual_seed(0))
     assert torch.equal(torch.get_rng_state(), before)
