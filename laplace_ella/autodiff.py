@@ -91,8 +91,8 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
         # oneDNN's and cuDNN's recurrent kernels have no forward-mode rule; both
         # also run convolutions, so they stay on for every other model.
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_disabled(torch.backends.mkldnn))
+            stack.enter_context(_disabled(torch.backends.cudnn))
         stack.enter_context(_evaluation_mode(module))
         yield
 
@@ -105,6 +105,17 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _disabled(library: Any) -> Iterator[None]:
+    # The libraries' own flags() contexts set their TF32 options too, and may warn.
+    before = library.enabled
+    library.enabled = False
+    try:
+        yield
+    finally:
+        library.enabled = before
 
 
 @contextmanager

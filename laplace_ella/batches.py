@@ -15,7 +15,7 @@ from torch import Tensor
 Input = Tensor | Mapping[str, Any]
 
 
-def split_batch(batch: Any, dict_key_y: str) -> tuple[Input, Tensor]:
+def split_batch(batch: Any, dict_key_x: str, dict_key_y: str) -> tuple[Input, Tensor]:
     """Separate the model's input from the targets of one batch of a loader.
 
     A mapping batch is passed to the model whole, as laplace-torch does.
@@ -47,12 +47,13 @@ def split_batch(batch: Any, dict_key_y: str) -> tuple[Input, Tensor]:
             "Inputs must be a tensor or a mapping, and targets a tensor; got "
             f"{type(x).__name__} and {type(y).__name__}. Convert them in the data set or the collate function."
         )
-    if y.ndim == 0 or batch_size(x) != y.shape[0]:
+    inputs = key_first(x, dict_key_x)
+    if y.ndim == 0 or batch_size(inputs) != y.shape[0]:
         raise ValueError(
-            f"Inputs and targets of a batch must have the same length; got {batch_size(x)} inputs "
+            f"Inputs and targets of a batch must have the same length; got {batch_size(inputs)} inputs "
             f"and targets of shape {tuple(y.shape)}."
         )
-    return x, y
+    return inputs, y
 
 
 def _describe(batch: Any) -> str:
@@ -60,15 +61,18 @@ def _describe(batch: Any) -> str:
     return f"{type(batch).__name__}{size}"
 
 
-def batch_size(x: Input, dict_key_x: str | None = None) -> int:
-    """Return the length of the batch axis.
+def key_first(x: Input, dict_key_x: str) -> Input:
+    """Put the entry that decides the batch axis first, if a mapping has it."""
+    if not isinstance(x, Mapping) or dict_key_x not in x:
+        return x
+    return {dict_key_x: x[dict_key_x], **x}
 
-    Of a mapping, the entry ``dict_key_x`` decides; without it, the first tensor.
-    """
+
+def batch_size(x: Input) -> int:
+    """Return the length of the batch axis; of a mapping, that of its first tensor."""
     if isinstance(x, Tensor):
         return x.shape[0] if x.ndim else 0
-    entries = [x[dict_key_x]] if dict_key_x is not None and dict_key_x in x else list(x.values())
-    for value in entries:
+    for value in x.values():
         if isinstance(value, Tensor) and value.ndim:
             return value.shape[0]
     raise ValueError(
@@ -157,7 +161,9 @@ def _join(inputs: Sequence[Input]) -> Input:
     }
 
 
-def named_batches(loader: Iterable[Any], dict_key_y: str) -> Iterator[tuple[str, Input, Tensor]]:
+def named_batches(
+    loader: Iterable[Any], dict_key_x: str, dict_key_y: str
+) -> Iterator[tuple[str, Input, Tensor]]:
     """Yield ``(name, inputs, targets)`` of each batch, with finite inputs.
 
     The name ("batch 3") is for error messages.
@@ -168,7 +174,7 @@ def named_batches(loader: Iterable[Any], dict_key_y: str) -> Iterator[tuple[str,
         If a batch has the wrong structure, or its inputs are not finite.
     """
     for i, batch in enumerate(loader):
-        x, y = split_batch(batch, dict_key_y)
+        x, y = split_batch(batch, dict_key_x, dict_key_y)
         if batch_size(x) == 0:
             continue
         if not is_finite(x):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .autodiff import FunctionalModel, Weights, largest_activation, safe_autodiff
 from .basis import NystromBasis, Progress, build_basis
-from .batches import Input, rows, to_model
+from .batches import Input, batch_size, collate, key_first, rows, to_model
 from .features import (
     CPU_WORKING_SET,
     LIVE_TENSORS,
@@ -24,7 +24,7 @@ from .features import (
     plan_chunks,
     reverse_features,
 )
-from .gradients import asdl_rows, backpack_rows, gradient_rows
+from .gradients import Engine, asdl_rows, backpack_rows, gradient_rows, supported_engine
 from .landmarks import Landmarks
 from .likelihoods import LIKELIHOODS
 from .memory import default_budget
@@ -48,7 +48,6 @@ class NystromGGN(GGNInterface):
     """
 
     engine: ClassVar[Any] = staticmethod(gradient_rows)  # see gradients.Engine
-    project: ClassVar[Any] = staticmethod(forward_features)
 
     def __init__(
         self,
@@ -65,6 +64,7 @@ class NystromGGN(GGNInterface):
         self.memory_budget = memory_budget
         self.basis: NystromBasis | None = None
         self._function = FunctionalModel(model)
+        self._engine: Engine = type(self).engine
         self._row_bytes: dict[Any, int] = {}
 
     @property
@@ -73,7 +73,7 @@ class NystromGGN(GGNInterface):
 
     def to_model(self, x: Input) -> Input:
         """Move an input to the model's device and dtype."""
-        return to_model(x, self._reference.device, self._reference.dtype)
+        return to_model(key_first(x, self.dict_key_x), self._reference.device, self._reference.dtype)
 
     def forward(self, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the model's outputs (B, C), in evaluation mode and without a graph."""
@@ -98,13 +98,16 @@ class NystromGGN(GGNInterface):
     def build_basis(self, landmarks: Landmarks, rank: int, progress: Progress) -> NystromBasis:
         """Compute the basis of the landmarks' gradients; see :func:`laplace_ella.basis.build_basis`."""
         with safe_autodiff(self.model):
+            _, pair = next(collate([landmarks.inputs[0]] * 2, 2))
+            pair = self.to_model(pair)
+            self._engine = supported_engine(type(self).engine, self._function, pair)
             return build_basis(
                 self._function,
                 landmarks,
                 rank,
-                engine=type(self).engine,
+                engine=self._engine,
                 to_model=self.to_model,
-                block_rows=self._gradient_rows_per_call(self.to_model(landmarks.inputs[0])),
+                block_rows=self._gradient_rows_per_call(pair),
                 memory_rows=self._budget() // self._row_size(),
                 progress=progress,
             )
@@ -112,14 +115,12 @@ class NystromGGN(GGNInterface):
     def features(self, x: Input, basis: NystromBasis, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C) with a given basis."""
         with safe_autodiff(self.model, enable_backprop):
-            x = self.to_model(x)
-            return type(self).project(
-                self._function,
-                self._function.weights(),
-                basis.directions,
-                x,
-                self._feature_chunks(x, basis.rank),
-            )
+            x, weights = self.to_model(x), self._function.weights()
+            if batch_size(x) == 0:
+                f = self._function(weights, x)
+                return f.new_zeros(*f.shape, basis.rank), f
+            chunks = self._feature_chunks(x, basis.rank)
+            return self._project(weights, basis.directions, x, chunks)
 
     def jacobians(self, x: Input, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         r"""Compute the features, the Jacobian of the outputs in the K coordinates.
@@ -196,6 +197,11 @@ class NystromGGN(GGNInterface):
             snapshots.append((seen, total * (n_data / seen)))
         return snapshots
 
+    def _project(
+        self, weights: Weights, directions: Weights, x: Input, chunks: Chunks
+    ) -> tuple[Tensor, Tensor]:
+        return forward_features(self._function, weights, directions, x, chunks)
+
     def _feature_chunks(self, x: Input, rank: int) -> Chunks:
         row_bytes = self._largest_activation(x)
         if self._reference.device.type == "cpu":
@@ -231,7 +237,10 @@ class ReverseNystromGGN(NystromGGN):
     Prefer it with few outputs and many directions (C = 1, K = 20, say).
     """
 
-    project = staticmethod(reverse_features)
+    def _project(
+        self, weights: Weights, directions: Weights, x: Input, chunks: Chunks
+    ) -> tuple[Tensor, Tensor]:
+        return reverse_features(self._function, weights, directions, x, chunks, self._engine)
 
     def _feature_chunks(self, x: Input, rank: int) -> Chunks:
         return Chunks(rows=self._gradient_rows_per_call(x), directions=rank)

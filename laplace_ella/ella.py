@@ -11,7 +11,6 @@ import torch
 from laplace import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from tqdm.auto import tqdm
 
 from . import checkpoint, posterior, tuning, validation
@@ -113,6 +112,9 @@ class ELLALaplace(Predictive, ParametricLaplace):
 
     _key = ("all", "ella")
 
+    n_data: int
+    loss: Any  # Tensor () after a fit
+
     # Fixed until the options they describe exist.
     logit_scale = 1.0
     residual = "none"
@@ -153,6 +155,8 @@ class ELLALaplace(Predictive, ParametricLaplace):
         for name, value in sizes.items():
             validation.check_size(name, value)
         validation.check_seed(seed)
+        validation.check_positive("sigma_noise", sigma_noise)
+        validation.check_scalar("sigma_noise", sigma_noise)
         # The host's constructor assigns hyperparameters, whose setters use these.
         self.H: Tensor | None = None
         self._posterior_scale: Tensor | None = None
@@ -225,12 +229,16 @@ class ELLALaplace(Predictive, ParametricLaplace):
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        validation.check_positive("sigma_noise", value)
-        if self.likelihood != "regression" and torch.as_tensor(value).ne(1).any():
-            raise ValueError(
-                f"sigma_noise is for regression only and must be 1 for {self.likelihood!r}; got {value}."
-            )
+        self._check_noise(value)
         ParametricLaplace.sigma_noise.fset(self, value)
+
+    def _check_noise(self, value: float | Tensor) -> None:
+        validation.check_positive("sigma_noise", value)
+        validation.check_scalar("sigma_noise", value)
+        if self.likelihood != "regression" and float(value) != 1:
+            raise ValueError(
+                f"sigma_noise is for regression only and must be 1 for {self._likelihood_name!r}; got {value}."
+            )
 
     # ------------------------------------------------------------------ fit
 
@@ -249,6 +257,8 @@ class ELLALaplace(Predictive, ParametricLaplace):
         self._check_H_init()
         return self.backend.basis
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def fit(
         self,
         train_loader: Iterable[Any],
@@ -304,6 +314,7 @@ class ELLALaplace(Predictive, ParametricLaplace):
             n_curvature=self.curvature_size or 0,
             seed=self.seed,
             balanced=balanced,
+            dict_key_x=self.dict_key_x,
             dict_key_y=self.dict_key_y,
             first_position=0 if fresh else self.n_data,
         )
@@ -313,8 +324,17 @@ class ELLALaplace(Predictive, ParametricLaplace):
         H, loss, n_data = snapshots[-1][1], found.loss, found.n_data
         if not fresh:
             H, loss, n_data = self.H + H, self.loss + loss, self.n_data + n_data
-        self._set_fit(basis, H, loss, n_data, found.n_outputs)
-        self._record_history(snapshots, val_loader)
+        before = self._fit_state()
+        try:
+            self._set_fit(basis, H, loss, n_data, found.n_outputs)
+            self._record_history(snapshots, val_loader)
+        except BaseException:
+            self.backend.basis, self.H, self.loss, self.n_data, self.n_outputs, self.mean = before
+            self._posterior_scale = None
+            raise
+
+    def _fit_state(self) -> tuple[Any, ...]:
+        return self.backend.basis, self.H, self.loss, self.n_data, self.n_outputs, self.mean
 
     def _check_fit(self, train_loader: Any, landmarks: Any, balanced: bool, val_steps: Any) -> None:
         validation.check_size("val_steps", val_steps)
@@ -331,7 +351,7 @@ class ELLALaplace(Predictive, ParametricLaplace):
     def _set_fit(self, basis: NystromBasis, H: Tensor, loss: Tensor, n_data: int, n_outputs: int) -> None:
         self.backend.basis = basis
         self.H, self.loss, self.n_data, self.n_outputs = H, loss, n_data, n_outputs
-        self.mean = parameters_to_vector(self.params).detach().to(self._dtype)
+        self.mean = torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype)
         self.model.output_size = n_outputs  # as the host does
         self._posterior_scale = None
 
@@ -360,24 +380,22 @@ class ELLALaplace(Predictive, ParametricLaplace):
 
     def _curvature_batches(self, found: Scan, loader: Any) -> Iterator[tuple[str, Input]]:
         if self.curvature_size is None:
-            for name, x, _ in named_batches(loader, self.dict_key_y):
+            for name, x, _ in named_batches(loader, self.dict_key_x, self.dict_key_y):
                 yield name, x
         else:
             for i, (_, x) in enumerate(collate(found.curvature.rows(), found.batch)):
                 yield f"curvature batch {i}", x
 
     def _record_history(self, snapshots: list[tuple[int, Tensor]], val_loader: Any) -> None:
-        self.fit_history_ = {"processed_examples": [float(n) for n, _ in snapshots], "val_nll": []}
-        if val_loader is None:
-            return
-        data = self._validation_data(val_loader, "glm", _progress(False))
-        final = self.H
-        try:
+        scores: list[float] = []
+        if val_loader is not None:
+            data = self._validation_data(val_loader, "glm", _progress(False))
+            final = self.H
             for _, self.H in snapshots:
                 self._posterior_scale = None
-                self.fit_history_["val_nll"].append(self._score(data, None, "glm", "probit", 100))
-        finally:
+                scores.append(self._score(data, None, "glm", "probit", 100))
             self.H, self._posterior_scale = final, None
+        self.fit_history_ = {"processed_examples": [float(n) for n, _ in snapshots], "val_nll": scores}
 
     # ------------------------------------------------------------------ posterior
 
@@ -394,7 +412,8 @@ class ELLALaplace(Predictive, ParametricLaplace):
     def posterior_scale(self) -> Tensor:
         """S (K, K) with S S^T the posterior covariance, float64."""
         if self._posterior_scale is None:
-            self._posterior_scale = posterior.posterior_scale(self.posterior_precision.detach())
+            with torch.inference_mode(False):  # it is kept, and may meet a graph later
+                self._posterior_scale = posterior.posterior_scale(self.posterior_precision.detach())
         return self._posterior_scale
 
     @property
@@ -411,6 +430,29 @@ class ELLALaplace(Predictive, ParametricLaplace):
     def log_det_posterior_precision(self) -> Tensor:
         """Log determinant of A."""
         return posterior.log_det(self.posterior_precision)
+
+    def log_marginal_likelihood(
+        self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
+    ) -> Tensor:
+        """Compute the evidence of the model confined to the K directions.
+
+        Overrides :meth:`laplace.ParametricLaplace.log_marginal_likelihood`: log
+        determinants are of K x K matrices, and bad values are refused before the
+        current ones change. Differentiable in both arguments, which become current.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If a value is not positive and finite, or noise is given to a classifier.
+        """
+        self._check_H_init()
+        if prior_precision is not None:
+            validation.check_positive("prior_precision", prior_precision)
+        if sigma_noise is not None:
+            self._check_noise(sigma_noise)
+        return super().log_marginal_likelihood(prior_precision, sigma_noise)
 
     # ------------------------------------------------------------------ tuning
 
@@ -559,7 +601,14 @@ class ELLALaplace(Predictive, ParametricLaplace):
             return x, self.backend.forward(x)
 
         prepare = keep_input if pred_type == "nn" else keep_features
-        return tuning.ValidationData(loader, prepare, LIKELIHOODS[self.likelihood], self.dict_key_y, progress)
+        return tuning.ValidationData(
+            loader,
+            prepare,
+            LIKELIHOODS[self.likelihood],
+            self.dict_key_x,
+            self.dict_key_y,
+            progress,
+        )
 
     @torch.no_grad()
     def _score(

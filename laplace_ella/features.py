@@ -15,7 +15,7 @@ from torch.func import jvp, vmap
 
 from .autodiff import FunctionalModel, Weights
 from .batches import Input, batch_size, rows
-from .gradients import gradient_rows
+from .gradients import Engine, gradient_rows
 
 # Tensors of this many bytes stay in cache, and below the size at which glibc maps
 # and unmaps memory at every allocation.
@@ -95,11 +95,17 @@ def forward_features(
 
 
 def reverse_features(
-    model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
+    model: FunctionalModel,
+    weights: Weights,
+    directions: Weights,
+    x: Input,
+    chunks: Chunks,
+    engine: Engine = gradient_rows,
 ) -> tuple[Tensor, Tensor]:
     r"""Compute :math:`\phi(x)` by one per-sample gradient per output, contracted with V.
 
-    Parameters, returns: as :func:`forward_features`; ``chunks.directions`` is not used.
+    Parameters, returns: as :func:`forward_features`; ``chunks.directions`` is not used,
+    ``engine`` computes the gradients.
 
     Notes
     -----
@@ -113,7 +119,7 @@ def reverse_features(
         columns = []
         for c in range(f.shape[-1]):
             outputs = torch.full((batch_size(block),), c, device=f.device)
-            gradients = gradient_rows(model, weights, block, outputs)
+            gradients = engine(model, weights, block, outputs)
             parts = [gradients[k].flatten(1) @ v.flatten(1).T for k, v in directions.items()]
             columns.append(torch.stack(parts).sum(0))
         blocks.append(torch.stack(columns, 1))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
 from .autodiff import FunctionalModel, Weights
-from .batches import Input, batch_size
+from .batches import Input, batch_size, rows
 
 Engine = Callable[[FunctionalModel, Weights, Input, Tensor], Weights]
 
@@ -61,6 +61,48 @@ def _with_batch_axis(row: Input, axes: Any) -> Input:
     if isinstance(row, Tensor):
         return row.unsqueeze(0)
     return {k: v if axes[k] is None else v.unsqueeze(0) for k, v in row.items()}
+
+
+def looped_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
+    """Compute what :func:`gradient_rows` does, one row after the other.
+
+    For models whose operators do not batch over samples (recurrent layers, branches
+    that depend on the data). Cost: at least 3 forward passes of a single row.
+    """
+
+    def output(w: Weights, row: Input, c: Tensor) -> Tensor:
+        return model(w, row)[0, c]
+
+    gradients = [grad(output)(weights, rows(x, i, i + 1), outputs[i]) for i in range(batch_size(x))]
+    return {k: torch.stack([g[k] for g in gradients]) for k in weights}
+
+
+def supported_engine(engine: Engine, model: FunctionalModel, x: Input) -> Engine:
+    """Return the engine, or the loop over rows if the model cannot be batched over samples.
+
+    Parameters
+    ----------
+    x : input of two rows
+        On which to try it, once.
+    """
+    if engine is not gradient_rows:
+        return engine
+    try:
+        engine(model, model.weights(), x, torch.zeros(2, dtype=torch.int64, device=_device(model)))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        warnings.warn(
+            "The model cannot be differentiated for several inputs at once, so landmark gradients are computed "
+            f"one by one, which is slower. The reason: {str(error).splitlines()[0]}",
+            stacklevel=6,
+        )
+        return looped_rows
+    return engine
+
+
+def _device(model: FunctionalModel) -> torch.device:
+    return next(model.module.parameters()).device
 
 
 def backpack_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:

@@ -75,7 +75,13 @@ def _class_probabilities(y: Tensor, f: Tensor) -> Tensor:
             f"Targets of shape {tuple(y.shape)} would broadcast against outputs of shape {tuple(f.shape)}. "
             "Give class indices of shape (batch,) or one probability per output."
         )
-    return y.to(f.dtype)
+    y = y.double()
+    if not bool((y >= 0).all()) or (y.sum(-1) - 1).abs().max() > 1e-3:
+        raise ValueError(
+            "Class probabilities must be non-negative and sum to one for each input; "
+            f"got rows that sum to {float(y.sum(-1).min()):.4g}..{float(y.sum(-1).max()):.4g}."
+        )
+    return y
 
 
 def _gaussian_targets(y: Tensor, f: Tensor) -> Tensor:
@@ -92,7 +98,7 @@ def _gaussian_targets(y: Tensor, f: Tensor) -> Tensor:
 
 CATEGORICAL = Likelihood(
     targets=_softmax_targets,
-    loss=lambda f, y: F.cross_entropy(f.double(), y if y.ndim == 1 else y.double(), reduction="sum"),
+    loss=lambda f, y: F.cross_entropy(f.double(), y, reduction="sum"),
     curvature_root=_softmax_root,
 )
 GAUSSIAN = Likelihood(

@@ -7,7 +7,6 @@ covariance is :math:`\psi \psi^T`; none forms a C x C matrix, and all work with 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -88,7 +87,6 @@ def monte_carlo(f: Tensor, psi: Tensor, noise: Tensor, diagonal_output: bool) ->
     return total / len(noise)
 
 
-@lru_cache(maxsize=8)
 def quasi_normal(n_samples: int, dimension: int, seed: int) -> Tensor:
     """Draw quasi-random standard normal points (S, D), float64, on the CPU.
 

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 
+class NotPositiveDefiniteError(torch.linalg.LinAlgError):
+    """A precision that no Gaussian has."""
+
+
 def posterior_scale(precision: Tensor) -> Tensor:
     r"""Factor a covariance: S (K, K) with :math:`S S^T = A^{-1}`, without inverting A.
 
     Raises
     ------
-    torch.linalg.LinAlgError
+    NotPositiveDefiniteError
         If the precision is not positive definite.
     """
     factor, info = torch.linalg.cholesky_ex(precision)
     if info.any():
-        raise torch.linalg.LinAlgError(
+        raise NotPositiveDefiniteError(
             "The posterior precision is not positive definite; the prior precision must be positive and "
             "finite, and the curvature positive semi-definite. "
             f"Its smallest eigenvalue is {float(torch.linalg.eigvalsh(precision)[0]):.3e}."

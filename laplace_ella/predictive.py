@@ -264,8 +264,11 @@ class Predictive:
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
+        validation.check_finite_input(X)
         offsets = self.basis.combine(self._coordinates(n_samples, generator))
-        return self.backend.forward_at(offsets, X, enable_backprop=self.enable_backprop, **model_kwargs)
+        samples = self.backend.forward_at(offsets, X, enable_backprop=self.enable_backprop, **model_kwargs)
+        validation.check_finite_samples(samples)
+        return samples
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> NoReturn:
         """Refuse: the posterior has no density over all weights.

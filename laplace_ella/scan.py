@@ -50,6 +50,7 @@ def scan(
     n_curvature: int,
     seed: int,
     balanced: bool,
+    dict_key_x: str,
     dict_key_y: str,
     first_position: int = 0,
 ) -> Scan:
@@ -81,7 +82,7 @@ def scan(
     samples = {LANDMARK_INPUT: BottomK(n_landmarks), CURVATURE_INPUT: BottomK(n_curvature)}
     n, n_outputs, longest = 0, 0, 0
     loss = torch.zeros((), dtype=torch.float64)
-    for name, x, y in named_batches(loader, dict_key_y):
+    for name, x, y in named_batches(loader, dict_key_x, dict_key_y):
         f = forward(x)
         y = checked_targets(likelihood, y, f, name)
         if n_outputs not in (0, f.shape[-1]):

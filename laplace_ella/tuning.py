@@ -19,6 +19,7 @@ from torch import Tensor
 from .basis import Progress
 from .batches import Input, named_batches
 from .likelihoods import Likelihood, checked_targets
+from .posterior import NotPositiveDefiniteError
 
 Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
 Loss: TypeAlias = torchmetrics.Metric | Callable[..., Any]
@@ -33,8 +34,9 @@ def nll(prediction: Prediction, y: Tensor, noise_variance: Tensor) -> Tensor:
 
     Parameters
     ----------
-    prediction : Tensor (B, C), or pair of mean (B, C) and covariance (B, C, C)
-        Class probabilities; or moments of the outputs, without observation noise.
+    prediction : Tensor (B, C), or pair of Tensor
+        Class probabilities; or mean (B, C) and covariance (B, C, C) or variance (B, C)
+        of the outputs, without observation noise.
     y : Tensor
         Class indices (B,) or probabilities (B, C); or targets (B, C).
     noise_variance : Tensor ()
@@ -44,8 +46,9 @@ def nll(prediction: Prediction, y: Tensor, noise_variance: Tensor) -> Tensor:
         log_p = prediction.double().clamp_min(torch.finfo(torch.float64).tiny).log()
         picked = log_p.gather(1, y[:, None]) if y.ndim == 1 else log_p * y
         return -picked.sum()
-    mean, cov = prediction
-    var = cov.diagonal(dim1=-2, dim2=-1).double() + noise_variance.double()
+    mean, spread = prediction
+    var = spread if spread.ndim == mean.ndim else spread.diagonal(dim1=-2, dim2=-1)
+    var = var.double() + noise_variance.double()
     squared = (y.double() - mean.double()).square()
     return 0.5 * (squared / var + (2 * math.pi * var).log()).sum()
 
@@ -60,7 +63,7 @@ class ValidationData:
     prepare : callable
         Input -> (what to keep of it, outputs (B, C)). Tuples of tensors are joined.
     likelihood : Likelihood
-    dict_key_y : str
+    dict_key_x, dict_key_y : str
     progress : callable
 
     Raises
@@ -74,12 +77,13 @@ class ValidationData:
         loader: Iterable[Any],
         prepare: Callable[[Input], tuple[Any, Tensor]],
         likelihood: Likelihood,
+        dict_key_x: str,
         dict_key_y: str,
         progress: Progress,
     ) -> None:
         self.kept: list[Any] = []
         self.targets: list[Tensor] = []
-        for name, x, y in progress(named_batches(loader, dict_key_y), "Validation data"):
+        for name, x, y in progress(named_batches(loader, dict_key_x, dict_key_y), "Validation data"):
             kept, f = prepare(x)
             self.kept.append(kept)
             self.targets.append(checked_targets(likelihood, y, f, f"validation {name}"))
@@ -148,7 +152,7 @@ class _Search:
         if setting not in self.table:
             try:
                 value = self.evaluate(setting)
-            except torch.linalg.LinAlgError as error:
+            except NotPositiveDefiniteError as error:
                 self.failures.append(str(error))
                 value = math.nan
             if not math.isfinite(value):
@@ -177,7 +181,7 @@ def grid_search(
     Parameters
     ----------
     evaluate : callable
-        Setting -> loss; NaN, infinity or a LinAlgError skips the candidate.
+        Setting -> loss; NaN, infinity or a precision that is not positive definite skips the candidate.
     priors : sequence of float
     temperature : float, optional
         None tunes it.

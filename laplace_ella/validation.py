@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -38,14 +39,14 @@ def check_size(name: str, value: Any, optional: bool = True) -> None:
     """Require a positive integer, or None if it is optional."""
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         alternative = " or None" if optional else ""
         raise ValueError(f"{name} must be a positive integer{alternative}; got {value!r}.")
 
 
 def check_seed(value: Any) -> None:
     """Require an integer that fits a generator's seed."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2^63 - 1; got {value!r}.")
 
 
@@ -53,7 +54,7 @@ def positive_number(name: str, value: Any) -> float:
     """Return a positive finite number as a float."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (0 < value < math.inf):
+    if isinstance(value, bool) or not isinstance(value, Real) or not (0 < float(value) < math.inf):
         raise ValueError(f"{name} must be a positive finite number; got {value!r}.")
     return float(value)
 
@@ -64,6 +65,12 @@ def check_positive(name: str, value: Any) -> None:
         positive_number(name, value)
     elif not bool((value.detach().isfinite() & (value.detach() > 0)).all()):
         raise ValueError(f"{name} must be positive and finite in every entry; got {value.detach()}.")
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Require a number, or a tensor () or (1,)."""
+    if isinstance(value, Tensor) and (value.numel() != 1 or value.ndim > 1):
+        raise ValueError(f"{name} must be a number or a tensor of one; got shape {tuple(value.shape)}.")
 
 
 def check_prediction(
@@ -98,6 +105,15 @@ def check_features(phi: Any, rank: int, device: torch.device) -> None:
         )
     if phi.device != device:
         raise ValueError(f"Js must be on the model's device, {device}; it is on {phi.device}.")
+
+
+def check_finite_samples(samples: Tensor) -> None:
+    """Require outputs at sampled weights without NaN or infinity."""
+    if not samples.isfinite().all():
+        raise ValueError(
+            "The outputs at sampled weights hold NaN or infinite values. The posterior is too wide for the "
+            "'nn' predictive: raise the prior precision, lower the temperature, or use pred_type='glm'."
+        )
 
 
 def check_finite_input(x: Input) -> None:

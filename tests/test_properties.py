@@ -24,6 +24,7 @@ from laplace_ella.landmarks import (
     hash_keys,
 )
 from laplace_ella.likelihoods import CATEGORICAL
+from laplace_ella.links import quasi_normal
 from laplace_ella.predictive import moments, predict
 from laplace_ella.scan import scan
 
@@ -422,6 +423,25 @@ def test_mc_noise_is_finite_for_any_number_of_samples(n_samples, diagonal_output
     assert_close(out.sum(-1), torch.ones(B, dtype=dtype))
 
 
+@pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2**-30])
+def test_mc_noise_is_finite_for_every_point_of_the_sequence(point, monkeypatch):
+    """A scrambled point lies on a grid of 2^-30, and 0 has no finite quantile."""
+
+    def draw(self, n, dtype):
+        return torch.full((n, self.dimension), point, dtype=dtype)
+
+    monkeypatch.setattr(torch.quasirandom.SobolEngine, "draw", draw)
+    noise = quasi_normal(2, K, seed=0)
+    assert noise.isfinite().all()
+    assert_close(noise, torch.special.ndtri(torch.full((2, K), point, dtype=F64)).clamp(-6.3, 6.3), 0, 0.2)
+
+
+def test_mc_noise_is_standard_normal():
+    noise = quasi_normal(2**12, K, seed=0)
+    assert_close(noise.mean(0), torch.zeros(K, dtype=F64), atol=1e-3)
+    assert_close(noise.T.cov(), torch.eye(K, dtype=F64), atol=0.02)
+
+
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("rank", [1, 2, C, K])
 def test_every_link_gives_probabilities_at_every_rank(link, rank, dtype):
@@ -596,6 +616,7 @@ def landmark_scan(n: int, seed: int, n_landmarks: int = 0, n_curvature: int = 0,
         n_curvature=n_curvature,
         seed=seed,
         balanced=options.pop("balanced", False),
+        dict_key_x="input_ids",
         dict_key_y="labels",
         **options,
     )
@@ -724,6 +745,8 @@ def test_low_precision_agrees_with_double(low, name, likelihood):
     assert all(v.dtype == low for v in la.basis.directions.values())
     phi, f = la.features(p.x_test)
     assert phi.dtype == f.dtype == low
+    G = oracle.curvature(phi.double(), f.double(), likelihood)
+    assert_close(la.backend.curvature(phi, f), G)  # rounded features, but no rounding after them
     tolerance = 30 * torch.finfo(low).eps
     assert_close(la.basis.eigenvalues, reference.basis.eigenvalues, tolerance)
     mean, cov = la._glm_predictive_distribution(p.x_test)

@@ -120,9 +120,10 @@ def test_2_the_fast_path_of_transformer_layers(backend, training, grad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_3_recurrent_layers(layer, dtype, layers):
-    la = fitted_on_sequences(
-        lambda: layer(WIDTH, 7, layers, batch_first=True), width=7, dtype=dtype, n_eigenvalues=3
-    )
+    with pytest.warns(UserWarning, match="one by one"):
+        la = fitted_on_sequences(
+            lambda: layer(WIDTH, 7, layers, batch_first=True), width=7, dtype=dtype, n_eigenvalues=3
+        )
     tolerance = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {}
     check_features(la, sequences(N_TEST, 12, dtype), **tolerance)
 
@@ -161,7 +162,9 @@ class Masked(DictModel):
 
 
 def test_12_data_dependent_masks():
-    la = fitted(model=Masked(), data=dict_batches())
+    with pytest.warns(UserWarning, match="one by one") as record:
+        la = fitted(model=Masked(), data=dict_batches())
+    assert len(record) == 1
     check_features(la, dict_batches(n=N_TEST, batch_size=N_TEST)[0])
 
 
@@ -741,7 +744,8 @@ def test_the_evidence_loop_leaves_the_model_untouched():
 def test_a_recurrent_model_and_the_process_are_untouched():
     model = OnSequences(lambda: nn.LSTM(WIDTH, 7, batch_first=True), 7)
     untouched = Untouched(model)
-    la = fitted(model=model, data=sequence_loader(), n_eigenvalues=3)
+    with pytest.warns(UserWarning, match="one by one"):
+        la = fitted(model=model, data=sequence_loader(), n_eigenvalues=3)
     la(SEQUENCES)
     la(SEQUENCES, "nn", link_approx="mc", n_samples=3)
     with pytest.raises(RuntimeError):
