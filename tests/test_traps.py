@@ -770,7 +770,7 @@ def test_switches_that_the_user_set_are_kept(name, turn_on):
     before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     try:
         torch.backends.mha.set_fastpath_enabled(turn_on)
-        torch.backends.mkldnn.set_flags(_enabled=turn_on, _fp32_precision=None)
+        torch.backends.mkldnn.enabled = turn_on
         kernels = (
             [SDPBackend.FLASH_ATTENTION] if turn_on else [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
         )
@@ -780,7 +780,7 @@ def test_switches_that_the_user_set_are_kept(name, turn_on):
             untouched.check()
     finally:
         torch.backends.mha.set_fastpath_enabled(before[0])
-        torch.backends.mkldnn.set_flags(_enabled=before[1], _fp32_precision=None)
+        torch.backends.mkldnn.enabled = before[1]
 
 
 def calls_of(name):
