@@ -3,7 +3,7 @@ r"""The estimator: laplace-torch's contract, kept by the modules that do the wor
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import laplace
@@ -11,16 +11,17 @@ import torch
 from laplace import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from . import checkpoint, posterior, tuning, validation
+from . import checkpoint, posterior, validation
 from .basis import NystromBasis
 from .batches import Input, collate, named_batches
 from .curvature import nystrom_backend
+from .hyperparameters import Hyperparameters
 from .landmarks import draw_outputs
 from .likelihoods import LIKELIHOODS
-from .predictive import Predictive, predict
+from .predictive import Predictive
 from .scan import Scan, scan
+from .tuning import Tuning, progress_bars
 
 DEFAULT_SUBSAMPLE_SIZE = 500
 DEFAULT_N_EIGENVALUES = 20
@@ -52,7 +53,7 @@ def Laplace(
     return laplace.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
 
 
-class ELLALaplace(Predictive, ParametricLaplace):
+class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
     r"""Linearised Laplace over all weights, through a Nystrom approximation of the NTK.
 
     The posterior lives on :math:`\theta^* + V z`, with K orthonormal directions V that
@@ -194,52 +195,6 @@ class ELLALaplace(Predictive, ParametricLaplace):
                 "It takes chunk_size and memory_budget."
             ) from error
 
-    # ------------------------------------------------------------------ hyperparameters
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        # fp16 holds no number above 65504, so hyperparameters of such models are fp32.
-        return torch.promote_types(super()._dtype, torch.float32)
-
-    @property
-    def temperature(self) -> float:
-        """T, which divides the curvature; assigning it fixes it, None frees it at 1."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float | None) -> None:
-        number = 1.0 if value is None else validation.positive_number("temperature", value)
-        self._temperature, self._temperature_fixed = number, value is not None
-        self._posterior_scale = None
-
-    @property
-    def prior_precision(self) -> Tensor:
-        """Delta: (1,), one per weight tensor (L,), or one per weight (P,)."""
-        return self._prior_precision
-
-    @prior_precision.setter
-    def prior_precision(self, value: float | Tensor) -> None:
-        validation.check_positive("prior_precision", value)
-        ParametricLaplace.prior_precision.fset(self, value)
-
-    @property
-    def sigma_noise(self) -> Tensor:
-        """Observation noise, a standard deviation; 1 unless the likelihood is regression."""
-        return self._sigma_noise
-
-    @sigma_noise.setter
-    def sigma_noise(self, value: float | Tensor) -> None:
-        self._check_noise(value)
-        ParametricLaplace.sigma_noise.fset(self, value)
-
-    def _check_noise(self, value: float | Tensor) -> None:
-        validation.check_positive("sigma_noise", value)
-        validation.check_scalar("sigma_noise", value)
-        if self.likelihood != "regression" and float(value) != 1:
-            raise ValueError(
-                f"sigma_noise is for regression only and must be 1 for {self._likelihood_name!r}; got {value}."
-            )
-
     # ------------------------------------------------------------------ fit
 
     def _init_H(self) -> None:
@@ -304,7 +259,7 @@ class ELLALaplace(Predictive, ParametricLaplace):
         input. Memory: M x P numbers if the budget allows, K x P afterwards.
         """
         self._check_fit(train_loader, landmarks, balanced, val_steps)
-        progress = _progress(progress_bar)
+        progress = progress_bars(progress_bar)
         fresh = override or self.H is None
         found = scan(
             progress(train_loader, "Training data"),
@@ -375,7 +330,7 @@ class ELLALaplace(Predictive, ParametricLaplace):
     def _report_reduction(self, name: str, reached: int, reason: str) -> None:
         if name in self._named_by_user:
             warnings.warn(
-                f"{name} was reduced from {getattr(self, name)} to {reached}: {reason}.", stacklevel=4
+                f"{name} was reduced from {getattr(self, name)} to {reached}: {reason}.", stacklevel=6
             )
 
     def _curvature_batches(self, found: Scan, loader: Any) -> Iterator[tuple[str, Input]]:
@@ -389,7 +344,7 @@ class ELLALaplace(Predictive, ParametricLaplace):
     def _record_history(self, snapshots: list[tuple[int, Tensor]], val_loader: Any) -> None:
         scores: list[float] = []
         if val_loader is not None:
-            data = self._validation_data(val_loader, "glm", _progress(False))
+            data = self._validation_data(val_loader, "glm", progress_bars(False))
             final = self.H
             for _, self.H in snapshots:
                 self._posterior_scale = None
@@ -454,177 +409,6 @@ class ELLALaplace(Predictive, ParametricLaplace):
             self._check_noise(sigma_noise)
         return super().log_marginal_likelihood(prior_precision, sigma_noise)
 
-    # ------------------------------------------------------------------ tuning
-
-    def optimize_prior_precision(
-        self,
-        pred_type: str = "glm",
-        method: str = "marglik",
-        n_steps: int = 100,
-        lr: float = 1e-1,
-        init_prior_prec: float | Tensor = 1.0,
-        prior_structure: str = "scalar",
-        val_loader: Iterable[Any] | None = None,
-        loss: tuning.Loss | None = None,
-        log_prior_prec_min: float = -4,
-        log_prior_prec_max: float = 6,
-        grid_size: int = 100,
-        link_approx: str = "probit",
-        n_samples: int = 100,
-        verbose: bool = False,
-        progress_bar: bool = False,
-        log_prior_prec_base: float = 10.0,
-    ) -> None:
-        """Tune the prior precision; with ``temperature=None``, a grid search tunes T too.
-
-        See :meth:`laplace.BaseLaplace.optimize_prior_precision` for the parameters; what
-        differs:
-
-        - "gridsearch" runs the model once over ``val_loader`` (glm). The default loss is
-          the mean NLL, for regression too (with the noise in the variance).
-        - A temperature given as a number stays; None is tuned together with the prior,
-          from 1e-3 to 1e6. After "marglik" it stays 1, with a warning.
-        - If tuning fails, the estimator is as it was.
-
-        Raises
-        ------
-        AttributeError
-            Before a fit.
-        ValueError
-            On an unknown option, without ``val_loader`` where it is needed, or if no
-            candidate has a finite loss.
-
-        Notes
-        -----
-        Cost: 1 + 2K forward passes a validation input, whatever the grid. Memory:
-        N_val x C x K numbers.
-        """
-        validation.check_choice("method", method, ("marglik", "gridsearch"))
-        validation.check_choice("prior_structure", prior_structure, ("scalar", "layerwise", "diag"))
-        validation.check_size("grid_size", grid_size, optional=False)
-        pred_type = validation.check_prediction(
-            pred_type, "mc" if method == "marglik" else link_approx, n_samples, None, None
-        )
-        self._check_H_init()
-        before = (self.prior_precision, self.temperature)
-        try:
-            if method == "marglik":
-                self._maximize_evidence(
-                    n_steps, lr, init_prior_prec, prior_structure, val_loader, progress_bar
-                )
-            else:
-                grid = torch.logspace(
-                    log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
-                )
-                self._search_grid(
-                    grid.tolist(), val_loader, loss, pred_type, link_approx, n_samples, progress_bar
-                )
-        except BaseException:
-            self.prior_precision, self._temperature = before
-            raise
-        if verbose:
-            print(f"Optimized prior precision is {self.prior_precision}, temperature {self.temperature:.4g}.")
-
-    def _maximize_evidence(
-        self,
-        n_steps: int,
-        lr: float,
-        init: float | Tensor,
-        structure: str,
-        val_loader: Any,
-        progress_bar: bool,
-    ) -> None:
-        with warnings.catch_warnings():
-            # The host reminds of the link here, which evidence does not use.
-            warnings.filterwarnings("ignore", "By default `link_approx`")
-            super().optimize_prior_precision(
-                "glm",
-                "marglik",
-                n_steps,
-                lr,
-                init,
-                structure,
-                val_loader=val_loader,
-                progress_bar=progress_bar,
-            )
-        if not self._temperature_fixed:
-            warnings.warn(
-                f"The evidence tunes the prior only: the temperature stays {self.temperature:.4g}; at 1, ELLA's "
-                "predictions are close to MAP's whatever the prior. Use method='gridsearch' with a val_loader to tune both, "
-                "or pass temperature=1.0 if that is what you want.",
-                stacklevel=3,
-            )
-
-    def _search_grid(
-        self,
-        priors: list[float],
-        val_loader: Any,
-        loss: Any,
-        pred_type: str,
-        link_approx: str,
-        n_samples: int,
-        progress_bar: bool,
-    ) -> None:
-        if val_loader is None:
-            raise ValueError("method='gridsearch' scores on validation data: pass val_loader=...")
-        if loss is not None and not callable(loss):
-            raise ValueError(f"loss must be a torchmetrics.Metric or a callable; got {type(loss).__name__}.")
-        progress = _progress(progress_bar)
-        data = self._validation_data(val_loader, pred_type, progress)
-        before = (self.prior_precision, self.temperature)
-
-        def evaluate(setting: tuning.Setting) -> float:
-            self.prior_precision, self._temperature = setting.prior_precision, setting.temperature
-            return self._score(data, loss, pred_type, link_approx, n_samples)
-
-        best = tuning.grid_search(
-            evaluate, priors, self.temperature if self._temperature_fixed else None, progress
-        )
-        if best is None:
-            warnings.warn(
-                "The loss is the same for every setting on the grid, so the setting is left as it was. "
-                "A loss of the mean alone does not depend on prior and temperature.",
-                stacklevel=3,
-            )
-            self.prior_precision, self._temperature = before
-        else:
-            self.prior_precision, self._temperature = best.prior_precision, best.temperature
-
-    def _validation_data(self, loader: Any, pred_type: str, progress: Any) -> tuning.ValidationData:
-        """Keep the features of each batch; its inputs, for the "nn" predictive."""
-
-        def keep_features(x: Input) -> tuple[Any, Tensor]:
-            phi, f = (t.detach() for t in self.features(x))
-            return (phi, f), f
-
-        def keep_input(x: Input) -> tuple[Any, Tensor]:
-            return x, self.backend.forward(x)
-
-        prepare = keep_input if pred_type == "nn" else keep_features
-        return tuning.ValidationData(
-            loader,
-            prepare,
-            LIKELIHOODS[self.likelihood],
-            self.dict_key_x,
-            self.dict_key_y,
-            progress,
-        )
-
-    @torch.no_grad()
-    def _score(
-        self, data: tuning.ValidationData, loss: Any, pred_type: str, link: str, n_samples: int
-    ) -> float:
-        likelihood = "regression" if self.likelihood == "regression" else "classification"
-
-        def from_features(kept: tuple[Tensor, Tensor]) -> tuning.Prediction:
-            psi = posterior.whiten(kept[0], self.posterior_scale)
-            return predict(kept[1], psi, likelihood, link_approx=link, n_samples=n_samples, seed=self.seed)
-
-        def from_input(x: Input) -> tuning.Prediction:
-            return self(x, "nn", link_approx=link, n_samples=n_samples, fitting=True)
-
-        return data.score(from_input if pred_type == "nn" else from_features, loss, self.sigma_noise.square())
-
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -672,10 +456,6 @@ class ELLALaplace(Predictive, ParametricLaplace):
         H, loss = state_dict["H"].to(self._device), state_dict["loss"].to(self._device)
         self._set_fit(basis, H, loss, state_dict["n_data"], state_dict["n_outputs"])
 
-    @property
-    def _likelihood_name(self) -> str:
-        return str(getattr(self.likelihood, "value", self.likelihood))
-
     def __repr__(self) -> str:
         if self.H is None:
             fitted = f"M={self.subsample_size}, K={self.n_eigenvalues}, P={self.n_params}, not fitted"
@@ -694,7 +474,3 @@ class ELLALaplace(Predictive, ParametricLaplace):
             f"ELLALaplace({self._likelihood_name!r}, {fitted}, prior_precision={prior}, "
             f"temperature={self.temperature:.4g}{fixed})"
         )
-
-
-def _progress(enabled: bool) -> Callable[[Iterable[Any], str], Iterable[Any]]:
-    return lambda iterable, description: tqdm(iterable, desc=description, disable=not enabled)

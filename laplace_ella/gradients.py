@@ -95,7 +95,7 @@ def supported_engine(engine: Engine, model: FunctionalModel, x: Input) -> Engine
         warnings.warn(
             "The model cannot be differentiated for several inputs at once, so landmark gradients are computed "
             f"one by one, which is slower. The reason: {str(error).splitlines()[0]}",
-            stacklevel=6,
+            stacklevel=7,
         )
         return looped_rows
     return engine

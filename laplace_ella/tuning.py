@@ -1,251 +1,215 @@
-r"""Choosing prior precision and temperature on validation data.
+r"""``optimize_prior_precision``: evidence as the host has it, grid search from one pass.
 
-Features do not depend on either, so the model runs once; every candidate is scored
-from the features kept.
+Features depend neither on the prior nor on the temperature, so the model runs once
+over the validation data, and every candidate is scored from the features kept.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-import torchmetrics
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from . import posterior, validation
 from .basis import Progress
-from .batches import Input, named_batches
-from .likelihoods import Likelihood, checked_targets
-from .posterior import NotPositiveDefiniteError
-
-Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
-Loss: TypeAlias = torchmetrics.Metric | Callable[..., Any]
-
-# Four values a decade: NLL changes by less than a standard error in between.
-TEMPERATURES = tuple(10 ** (e / 4) for e in range(-12, 25))
-_GOLDEN = (math.sqrt(5) - 1) / 2
+from .batches import Input
+from .likelihoods import LIKELIHOODS
+from .predictive import predict
+from .scoring import Loss, Prediction, ValidationData
+from .search import Setting, grid_search
 
 
-def nll(prediction: Prediction, y: Tensor, noise_variance: Tensor) -> Tensor:
-    r"""Return the negative log predictive density of a batch, summed, float64.
-
-    Parameters
-    ----------
-    prediction : Tensor (B, C), or pair of Tensor
-        Class probabilities; or mean (B, C) and covariance (B, C, C) or variance (B, C)
-        of the outputs, without observation noise.
-    y : Tensor
-        Class indices (B,) or probabilities (B, C); or targets (B, C).
-    noise_variance : Tensor ()
-        :math:`\sigma^2`, added to the variance of each output (regression).
-    """
-    if isinstance(prediction, Tensor):
-        log_p = prediction.double().clamp_min(torch.finfo(torch.float64).tiny).log()
-        picked = log_p.gather(1, y[:, None]) if y.ndim == 1 else log_p * y
-        return -picked.sum()
-    mean, spread = prediction
-    var = spread if spread.ndim == mean.ndim else spread.diagonal(dim1=-2, dim2=-1)
-    var = var.double() + noise_variance.double()
-    squared = (y.double() - mean.double()).square()
-    return 0.5 * (squared / var + (2 * math.pi * var).log()).sum()
+def progress_bars(enabled: bool) -> Progress:
+    """Return what wraps an iterable in a named progress bar, or does nothing."""
+    return lambda iterable, description: tqdm(iterable, desc=description, disable=not enabled)
 
 
-class ValidationData:
-    """Validation batches, reduced to what predictions need: the model runs once.
+class Tuning:
+    """Tuning of prior precision and temperature.
 
-    Parameters
-    ----------
-    loader : iterable
-        Batches of inputs and targets.
-    prepare : callable
-        Input -> (what to keep of it, outputs (B, C)). Tuples of tensors are joined.
-    likelihood : Likelihood
-    dict_key_x, dict_key_y : str
-    progress : callable
-
-    Raises
-    ------
-    ValueError
-        If the loader is empty, or a batch malformed.
+    A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here, and
+    laplace-torch, next in line, the maximisation of the evidence.
     """
 
-    def __init__(
+    likelihood: str
+    backend: Any
+    seed: int
+    dict_key_x: str
+    dict_key_y: str
+    prior_precision: Any  # Tensor (1,), (L,) or (P,)
+    sigma_noise: Any  # Tensor ()
+    temperature: Any  # float
+    posterior_scale: Any  # Tensor (K, K)
+    _temperature_fixed: bool
+    _check_H_init: Callable[[], None]
+    features: Callable[[Input], tuple[Tensor, Tensor]]
+    __call__: Callable[..., Any]
+
+    def optimize_prior_precision(
         self,
-        loader: Iterable[Any],
-        prepare: Callable[[Input], tuple[Any, Tensor]],
-        likelihood: Likelihood,
-        dict_key_x: str,
-        dict_key_y: str,
-        progress: Progress,
+        pred_type: str = "glm",
+        method: str = "marglik",
+        n_steps: int = 100,
+        lr: float = 1e-1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: str = "scalar",
+        val_loader: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 6,
+        grid_size: int = 100,
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
     ) -> None:
-        self.kept: list[Any] = []
-        self.targets: list[Tensor] = []
-        for name, x, y in progress(named_batches(loader, dict_key_x, dict_key_y), "Validation data"):
-            kept, f = prepare(x)
-            self.kept.append(kept)
-            self.targets.append(checked_targets(likelihood, y, f, f"validation {name}"))
-        if not self.kept:
-            raise ValueError("The validation loader yielded no data; at least one input is needed.")
-        if isinstance(self.kept[0], tuple):  # features: one batch of all, as candidates are many
-            self.kept = [tuple(torch.cat(column) for column in zip(*self.kept))]
-            self.targets = [torch.cat(self.targets)]
+        """Tune the prior precision; with ``temperature=None``, a grid search tunes T too.
 
-    def score(self, predict: Callable[[Any], Prediction], loss: Loss | None, noise_variance: Tensor) -> float:
-        r"""Score predictions as laplace-torch does, except that the default is NLL for regression too.
+        See :meth:`laplace.BaseLaplace.optimize_prior_precision` for the parameters; what
+        differs:
 
-        Parameters
-        ----------
-        predict : callable
-            What was kept of a batch -> its prediction.
-        loss : torchmetrics.Metric or callable, optional
-            A metric is reset, updated batch by batch with (prediction, targets), or
-            (mean, covariance, targets) if it takes three, and computed. A callable gets
-            all predictions and targets joined: (probabilities, targets) or (means,
-            covariances, targets). Default: mean NLL an input.
-        noise_variance : Tensor ()
-            :math:`\sigma^2`, for the default loss.
+        - "gridsearch" runs the model once over ``val_loader`` (glm). The default loss is
+          the mean NLL, for regression too (with the noise in the variance).
+        - A temperature given as a number stays; None is tuned together with the prior,
+          from 1e-3 to 1e6. After "marglik" it stays 1, with a warning.
+        - If tuning fails, the estimator is as it was.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            On an unknown option, without ``val_loader`` where it is needed, or if no
+            candidate has a finite loss.
+
+        Notes
+        -----
+        Cost: 1 + 2K forward passes a validation input, whatever the grid. Memory:
+        N_val x C x K numbers.
         """
-        predictions = [predict(kept) for kept in self.kept]
-        if loss is None:
-            total = sum(nll(p, y, noise_variance) for p, y in zip(predictions, self.targets))
-            return float(total / sum(len(y) for y in self.targets))
-        if isinstance(loss, torchmetrics.Metric):
-            return _metric_score(predictions, self.targets, loss)
-        columns = zip(*(p if isinstance(p, tuple) else (p,) for p in predictions))
-        parts = [torch.cat(column) for column in columns]
-        return float(loss(*parts, torch.cat(self.targets)))
-
-
-def _metric_score(
-    predictions: Sequence[Prediction], targets: Sequence[Tensor], metric: torchmetrics.Metric
-) -> float:
-    metric.reset()
-    for prediction, y in zip(predictions, targets):
-        parts = (prediction,) if isinstance(prediction, Tensor) else prediction
+        validation.check_choice("method", method, ("marglik", "gridsearch"))
+        validation.check_choice("prior_structure", prior_structure, ("scalar", "layerwise", "diag"))
+        validation.check_size("grid_size", grid_size, optional=False)
+        pred_type = validation.check_prediction(
+            pred_type, "mc" if method == "marglik" else link_approx, n_samples, None, None
+        )
+        self._check_H_init()
+        before = (self.prior_precision, self.temperature)
         try:
-            metric.update(*parts, y)
-        except TypeError:  # a metric of two arguments, as in laplace-torch
-            metric.update(parts[0], y)
-    return float(metric.compute().sum())
+            if method == "marglik":
+                self._maximize_evidence(
+                    n_steps, lr, init_prior_prec, prior_structure, val_loader, progress_bar
+                )
+            else:
+                grid = torch.logspace(
+                    log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
+                )
+                self._search_grid(
+                    grid.tolist(), val_loader, loss, pred_type, link_approx, n_samples, progress_bar
+                )
+        except BaseException:
+            self.prior_precision, self._temperature = before
+            raise
+        if verbose:
+            print(f"Optimized prior precision is {self.prior_precision}, temperature {self.temperature:.4g}.")
 
+    def _maximize_evidence(
+        self,
+        n_steps: int,
+        lr: float,
+        init: float | Tensor,
+        structure: str,
+        val_loader: Any,
+        progress_bar: bool,
+    ) -> None:
+        with warnings.catch_warnings():
+            # The host reminds of the link here, which evidence does not use.
+            warnings.filterwarnings("ignore", "By default `link_approx`")
+            super().optimize_prior_precision(  # type: ignore[misc]
+                "glm",
+                "marglik",
+                n_steps,
+                lr,
+                init,
+                structure,
+                val_loader=val_loader,
+                progress_bar=progress_bar,
+            )
+        if not self._temperature_fixed:
+            warnings.warn(
+                f"The evidence tunes the prior only: the temperature stays {self.temperature:.4g}; at 1, ELLA's "
+                "predictions are close to MAP's whatever the prior. Use method='gridsearch' with a val_loader to tune both, "
+                "or pass temperature=1.0 if that is what you want.",
+                stacklevel=3,
+            )
 
-@dataclass(frozen=True)
-class Setting:
-    """One candidate: a prior precision, and a temperature."""
+    def _search_grid(
+        self,
+        priors: list[float],
+        val_loader: Any,
+        loss: Any,
+        pred_type: str,
+        link_approx: str,
+        n_samples: int,
+        progress_bar: bool,
+    ) -> None:
+        if val_loader is None:
+            raise ValueError("method='gridsearch' scores on validation data: pass val_loader=...")
+        if loss is not None and not callable(loss):
+            raise ValueError(f"loss must be a torchmetrics.Metric or a callable; got {type(loss).__name__}.")
+        progress = progress_bars(progress_bar)
+        data = self._validation_data(val_loader, pred_type, progress)
+        before = (self.prior_precision, self.temperature)
 
-    prior_precision: float
-    temperature: float
+        def evaluate(setting: Setting) -> float:
+            self.prior_precision, self._temperature = setting.prior_precision, setting.temperature
+            return self._score(data, loss, pred_type, link_approx, n_samples)
 
-
-class _Search:
-    """Scores candidates, each once, and remembers the best; ties keep the earlier one."""
-
-    def __init__(self, evaluate: Callable[[Setting], float]) -> None:
-        self.evaluate = evaluate
-        self.table: dict[Setting, float] = {}
-        self.failures: list[str] = []
-
-    def __call__(self, setting: Setting) -> float:
-        if setting not in self.table:
-            try:
-                value = self.evaluate(setting)
-            except NotPositiveDefiniteError as error:
-                self.failures.append(str(error))
-                value = math.nan
-            if not math.isfinite(value):
-                self.failures.append(f"the loss is {value} at {setting}")
-            self.table[setting] = value if math.isfinite(value) else math.inf
-        return self.table[setting]
-
-    @property
-    def best(self) -> Setting:
-        return min(self.table, key=self.table.__getitem__)
-
-
-def grid_search(
-    evaluate: Callable[[Setting], float],
-    priors: Sequence[float],
-    temperature: float | None,
-    progress: Progress,
-) -> Setting | None:
-    """Find the setting with the smallest loss.
-
-    With a fixed temperature every prior is tried. With None, temperature and prior
-    are tuned jointly: all temperatures with one prior a decade, then all priors and a
-    golden-section search at the best. Candidates go from small to large variance, so
-    that ties go to the smaller one.
-
-    Parameters
-    ----------
-    evaluate : callable
-        Setting -> loss; NaN, infinity or a precision that is not positive definite skips the candidate.
-    priors : sequence of float
-    temperature : float, optional
-        None tunes it.
-
-    Returns
-    -------
-    Setting or None
-        None if the loss is the same for every candidate.
-
-    Raises
-    ------
-    ValueError
-        If no candidate has a finite loss.
-    """
-    search = _Search(evaluate)
-    descending = sorted(priors, reverse=True)
-    if temperature is not None:
-        grid = [Setting(p, temperature) for p in descending]
-    else:
-        grid = [Setting(p, t) for t in TEMPERATURES for p in _one_a_decade(descending)]
-    for setting in progress(grid, "Grid search"):
-        search(setting)
-    if temperature is None and math.isfinite(search.table[search.best]):
-        _refine(search, descending, progress)
-    return _conclude(search)
-
-
-def _one_a_decade(descending: Sequence[float]) -> list[float]:
-    chosen = [descending[0]]
-    for p in descending[1:]:
-        if p <= chosen[-1] / 9.99:
-            chosen.append(p)
-    return chosen
-
-
-def _refine(search: _Search, priors: Sequence[float], progress: Progress) -> None:
-    temperature = search.best.temperature
-    for p in progress(priors, "Prior precision"):
-        search(Setting(p, temperature))
-    prior = search.best.prior_precision
-    low = math.log10(max(temperature * 10**-0.25, TEMPERATURES[0]))
-    high = math.log10(min(temperature * 10**0.25, TEMPERATURES[-1]))
-    while high - low > 0.02:
-        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        if search(Setting(prior, 10**left)) <= search(Setting(prior, 10**right)):
-            high = right
+        best = grid_search(evaluate, priors, self.temperature if self._temperature_fixed else None, progress)
+        if best is None:
+            warnings.warn(
+                "The loss is the same for every setting on the grid, so the setting is left as it was. "
+                "A loss of the mean alone does not depend on prior and temperature.",
+                stacklevel=3,
+            )
+            self.prior_precision, self._temperature = before
         else:
-            low = left
+            self.prior_precision, self._temperature = best.prior_precision, best.temperature
 
+    def _validation_data(self, loader: Any, pred_type: str, progress: Any) -> ValidationData:
+        """Keep the features of each batch; its inputs, for the "nn" predictive."""
 
-def _conclude(search: _Search) -> Setting | None:
-    values = list(search.table.values())
-    lowest = min(values)
-    if not math.isfinite(lowest):
-        raise ValueError(
-            f"None of the {len(values)} settings tried has a finite loss; the first reason: {search.failures[0]}. "
-            "The estimator is as it was. Check the validation targets and the loss."
+        def keep_features(x: Input) -> tuple[Any, Tensor]:
+            phi, f = (t.detach() for t in self.features(x))
+            return (phi, f), f
+
+        def keep_input(x: Input) -> tuple[Any, Tensor]:
+            return x, self.backend.forward(x)
+
+        prepare = keep_input if pred_type == "nn" else keep_features
+        return ValidationData(
+            loader,
+            prepare,
+            LIKELIHOODS[self.likelihood],
+            self.dict_key_x,
+            self.dict_key_y,
+            progress,
         )
-    if search.failures:
-        warnings.warn(
-            f"{sum(math.isinf(v) for v in values)} of {len(values)} settings were skipped; "
-            f"the first reason: {search.failures[0]}.",
-            stacklevel=4,
-        )
-    if max(values) - lowest <= 1e-12 * abs(lowest):
-        return None
-    return search.best
+
+    @torch.no_grad()
+    def _score(self, data: ValidationData, loss: Any, pred_type: str, link: str, n_samples: int) -> float:
+        likelihood = "regression" if self.likelihood == "regression" else "classification"
+
+        def from_features(kept: tuple[Tensor, Tensor]) -> Prediction:
+            psi = posterior.whiten(kept[0], self.posterior_scale)
+            return predict(kept[1], psi, likelihood, link_approx=link, n_samples=n_samples, seed=self.seed)
+
+        def from_input(x: Input) -> Prediction:
+            return self(x, "nn", link_approx=link, n_samples=n_samples, fitting=True)
+
+        return data.score(from_input if pred_type == "nn" else from_features, loss, self.sigma_noise.square())
