@@ -164,14 +164,13 @@ class _RowSource:
         self.device, self.dtype = first.device, first.dtype
         self.eps = torch.finfo(self.dtype).eps
 
-    def _batches(self, indices: Sequence[int]) -> list[tuple[list[int], Any]]:
-        inputs = [self.landmarks.inputs[i] for i in indices]
-        return list(collate(inputs, self.block_rows))
+    def _batches(self, indices: Sequence[int], size: int) -> list[tuple[list[int], Any]]:
+        return list(collate([self.landmarks.inputs[i] for i in indices], size))
 
     def __call__(self, indices: Sequence[int], progress: Callable[[Any], Any] = iter) -> Tensor:
         """Return the rows (len(indices), P)."""
         out = torch.empty(len(indices), sum(self.sizes), device=self.device, dtype=self.dtype)
-        for part, x in progress(self._batches(indices)):
+        for part, x in progress(self._batches(indices, self.block_rows)):
             chosen = [indices[i] for i in part]
             outputs = self.landmarks.outputs[chosen].to(self.device)
             gradients = self.engine(self.model, self.weights, self.to_model(x), outputs)
@@ -195,7 +194,8 @@ class _RowSource:
             k: torch.zeros(rank, *w.shape, device=self.device, dtype=accumulate)
             for k, w in self.weights.items()
         }
-        batches = self._batches(range(len(self.landmarks)))
+        # Each row's activations are differentiated K times at once.
+        batches = self._batches(range(len(self.landmarks)), max(1, self.block_rows // rank))
         for part, x in progress(batches, "Directions"):
             outputs = self.landmarks.outputs[part].to(self.device)
             sums = weighted_gradients(self.model, self.weights, self.to_model(x), outputs, coefficients[part])

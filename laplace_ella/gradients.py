@@ -113,11 +113,13 @@ def backpack_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
     Raises
     ------
     ValueError
-        If BackPACK has no correct per-sample gradient for one of the weights.
+        If BackPACK cannot run the model, or has no correct gradient for a weight.
     """
-    module = extend(deepcopy(model.module))
-    with backpack(BatchGrad()):
-        _backward_of_outputs(module, x, outputs)
+    module = extend(_copy(model.module))
+    with warnings.catch_warnings(), backpack(BatchGrad()):
+        # Said of every module that holds others; _verified names the weights that matter.
+        warnings.filterwarnings("ignore", "Extension saving to grad_batch does not have", UserWarning)
+        _backward_of_outputs("BackPACK", module, x, outputs)
     found = {k: getattr(p, "grad_batch", None) for k, p in module.named_parameters()}
     return _verified("BackPACK", found, module, batch_size(x))
 
@@ -130,26 +132,43 @@ def asdl_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tenso
     Raises
     ------
     ValueError
-        If ASDL has no correct per-sample gradient for one of the weights.
+        If ASDL cannot run the model, or has no correct gradient for a weight.
     """
-    module = deepcopy(model.module)
+    module = _copy(model.module)
     found: dict[str, Any] = {}
     with warnings.catch_warnings(), asdl_extend(module, OP_BATCH_GRADS) as context:
         # ASDL's kind of hook is deprecated; _verified catches what it could miss.
         warnings.filterwarnings("ignore", "Using a non-full backward hook", FutureWarning)
-        _backward_of_outputs(module, x, outputs)
+        _backward_of_outputs("ASDL", module, x, outputs)
         for prefix, layer in module.named_modules():
             for name, gradient in (context.batch_grads(layer) or {}).items():
                 found[f"{prefix}.{name}" if prefix else name] = gradient
     return _verified("ASDL", found, module, batch_size(x))
 
 
+def _copy(module: nn.Module) -> nn.Module:
+    copy = deepcopy(module)
+    for m in copy.modules():
+        if getattr(m, "inplace", False):
+            # Overwriting what a hook returned is an error.
+            m.inplace = False  # type: ignore[assignment]
+    return copy
+
+
 @torch.enable_grad()
-def _backward_of_outputs(module: nn.Module, x: Input, outputs: Tensor) -> None:
+def _backward_of_outputs(library: str, module: nn.Module, x: Input, outputs: Tensor) -> None:
     if isinstance(x, Tensor) and x.is_floating_point():
         x = x.detach().requires_grad_()  # else BackPACK's hooks on the first layer warn
-    out = module(x)
-    getattr(out, "logits", out).gather(1, outputs[:, None]).sum().backward()
+    try:
+        out = module(x)
+        getattr(out, "logits", out).gather(1, outputs[:, None]).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"{library} cannot differentiate this model, which runs without it: {error} "
+            "Leave `backend` out: torch.func needs no rules for layers."
+        ) from error
 
 
 def _verified(library: str, found: dict[str, Any], module: nn.Module, size: int) -> Weights:

@@ -1077,7 +1077,6 @@ def test_backends_without_a_known_ggn_are_refused(backend):
         build(backend=backend)
 
 
-@pytest.mark.filterwarnings("ignore:Extension saving to grad_batch:UserWarning")
 @pytest.mark.parametrize("backend", [BackPackGGN, AsdlGGN])
 def test_a_library_without_a_rule_is_refused_and_not_trusted(backend):
     class Raw(nn.Module):

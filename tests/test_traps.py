@@ -219,7 +219,6 @@ class Ticking(nn.Module):
 
 
 @pytest.mark.parametrize("backend", [NystromGGN, ReverseNystromGGN, BackPackGGN, AsdlGGN])
-@pytest.mark.filterwarnings("ignore:Extension saving to grad_batch:UserWarning")
 def test_14_buffers_written_in_evaluation_mode_are_left_alone(backend):
     la = fitted(model=Ticking(), backend=backend)
     torch.testing.assert_close(la(X), fitted()(X), rtol=1e-8, atol=1e-10)
@@ -357,7 +356,6 @@ def test_19_tied_weights_are_one_weight(backend, memory_budget):
     assert fixed.prior_precision_diag.shape == (n_params,)
 
 
-@pytest.mark.filterwarnings("ignore:Extension saving to grad_batch:UserWarning")
 @pytest.mark.parametrize("backend", [BackPackGGN, AsdlGGN])
 def test_19_libraries_that_do_not_know_of_tied_weights_are_not_trusted(backend):
     with pytest.raises(ValueError, match=r"first\.weight|second\.weight"):
