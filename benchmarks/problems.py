@@ -55,15 +55,12 @@ class ResNet20(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def resnet20(data: Path | None, device: torch.device, inplace: bool = True) -> nn.Module:
+def resnet20(data: Path | None, device: torch.device) -> nn.Module:
     """Return a ResNet-20 in evaluation mode, with the weights in ``data`` or random ones."""
     torch.manual_seed(0)
     model = ResNet20()
     if data is not None:
         model.load_state_dict(torch.load(data / "cifar10_resnet20.pt", weights_only=True))
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = inplace
     return model.eval().to(device)
 
 

@@ -1,0 +1,31 @@
+"""The README's complete example runs, and its cost table is what the benchmark wrote."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_ten_lines_run():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    names = {}
+    exec(compile(blocks[1], "README.md", "exec"), names)
+    probs = names["probs"]
+    assert probs.shape == (397, 10)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(397))
+    assert (probs.argmax(-1) == names["y"][1400:]).double().mean() > 0.8
+    assert "retained trace" in repr(names["la"])
+
+
+@pytest.mark.parametrize("script", ["report"])
+def test_the_cost_table_is_the_benchmarks(script, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+    report = __import__(script)
+    table = report.cost_table(json.loads((ROOT / "benchmarks/results/quick.json").read_text()))
+    assert table in README
