@@ -37,7 +37,7 @@ examples: $(VENV)/.installed-examples  ## run the examples, with their assertion
 	$(RUN)/python examples/quickstart.py --quick
 	$(RUN)/python examples/regression.py
 
-bench: $(VENV)/.installed-test  ## costs on this machine, as JSON
+bench: $(VENV)/.installed-bench  ## costs on this machine, as JSON
 	$(RUN)/python benchmarks/run.py --quick
 
 # The oldest versions supported, in an environment of their own.

@@ -6,6 +6,7 @@ whatever it switches, exceptions included.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +26,11 @@ Weights = dict[str, Tensor]
 # process or the whole module. One re-entrant lock, held while any of them is
 # changed, makes the contexts nest strictly: the last one out restores.
 _LOCK = threading.RLock()
+
+
+def flat(values: Tensor) -> Tensor:
+    """Flatten all axes but the first, also where there is no other, or an empty one."""
+    return values.reshape(values.shape[0], math.prod(values.shape[1:]))
 
 
 class FunctionalModel:
@@ -121,15 +127,26 @@ def _disabled(library: Any) -> Iterator[None]:
 @contextmanager
 def _evaluation_mode(module: nn.Module) -> Iterator[None]:
     # The flag itself, not .eval(): modules may override train() with side effects
-    # (LoRA layers merge their weights there), and each keeps its own flag.
-    before = [(m, m.training) for m in module.modules()]
+    # (LoRA layers merge their weights there), and each keeps its own flag. Tensors that
+    # a forward pass stores would belong to a transform that has ended.
+    before = [(m, dict(vars(m))) for m in module.modules()]
     try:
         for m, _ in before:
             m.training = False
         yield
     finally:
-        for m, training in before:
-            m.training = training
+        for m, attributes in before:
+            m.training = attributes["training"]
+            _restore_tensors(m.__dict__, attributes)
+
+
+def _restore_tensors(current: dict[str, Any], before: dict[str, Any]) -> None:
+    stored = [k for k, v in current.items() if isinstance(v, Tensor) and before.get(k) is not v]
+    for name in stored:
+        if name in before:
+            current[name] = before[name]
+        else:
+            del current[name]
 
 
 class _TensorSizes(TorchDispatchMode):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import FunctionalModel, Weights
+from .autodiff import FunctionalModel, Weights, flat
 from .batches import collate
 from .gradients import Engine, weighted_gradients
 from .landmarks import Landmarks
@@ -61,7 +61,7 @@ class NystromBasis:
     @cached_property
     def weight_grams(self) -> Tensor:
         r""":math:`V_l^T V_l` (L, K, K) of each weight tensor l, float64; they sum to the identity."""
-        blocks = [v.flatten(1).double() for v in self.directions.values()]
+        blocks = (flat(v).double() for v in self.directions.values())
         return torch.stack([b @ b.T for b in blocks])
 
     def project_precision(self, prior_precision: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class NystromBasis:
         delta = prior_precision.double()
         if delta.numel() == 1:
             return delta * torch.eye(self.rank, dtype=torch.float64, device=delta.device)
-        blocks = [v.flatten(1) for v in self.directions.values()]
+        blocks = [flat(v) for v in self.directions.values()]
         if delta.numel() == sum(b.shape[1] for b in blocks):
             parts = delta.split([b.shape[1] for b in blocks])
             return sum((b.double() * d) @ b.double().T for b, d in zip(blocks, parts))
@@ -176,10 +176,10 @@ class _RowSource:
             gradients = self.engine(self.model, self.weights, self.to_model(x), outputs)
             start = 0
             for name, size in zip(self.weights, self.sizes):
-                block = gradients[name].flatten(1)
+                block = flat(gradients[name])
                 if not block.isfinite().all():
                     raise ValueError(
-                        f"The gradients of landmarks {chosen} hold NaN or infinite values in {name!r}; "
+                        f"The gradients of landmarks {self.landmarks.names(chosen)} hold NaN or infinite values in {name!r}; "
                         "they must be finite. A square root or a norm at zero is a usual cause."
                     )
                 out[part, start : start + size] = block
@@ -279,6 +279,7 @@ def _directions_from_rows(rows: Tensor, coefficients: Tensor, weights: Weights) 
         parts = [
             coefficients.T @ rows[:, a : min(a + _SLICE, stop)].double() for a in range(start, stop, _SLICE)
         ]
+        parts.append(coefficients.new_empty(coefficients.shape[1], 0))  # a weight may be empty
         values = torch.cat(parts, 1).reshape(coefficients.shape[1], *weight.shape)
         directions[name], start = _like(weight, values), stop
     return directions

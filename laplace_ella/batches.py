@@ -6,7 +6,8 @@ mapping (a Hugging Face batch, say) some of whose entries are such tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -65,7 +66,17 @@ def key_first(x: Input, dict_key_x: str) -> Input:
     """Put the entry that decides the batch axis first, if a mapping has it."""
     if not isinstance(x, Mapping) or dict_key_x not in x:
         return x
-    return {dict_key_x: x[dict_key_x], **x}
+    return like(x, {dict_key_x: x[dict_key_x], **x})
+
+
+def like(x: Mapping[str, Any], entries: dict[str, Any]) -> Mapping[str, Any]:
+    """Put entries into a mapping of the type of ``x``, which models may rely on."""
+    if type(x) is dict or not isinstance(x, MutableMapping):
+        return entries
+    new = copy(x)
+    new.clear()
+    new.update(entries)
+    return new
 
 
 def batch_size(x: Input) -> int:
@@ -88,7 +99,8 @@ def to_model(x: Input, device: torch.device, dtype: torch.dtype) -> Input:
     cannot use them.
     """
     if isinstance(x, Mapping):
-        return {k: to_model(v, device, dtype) if isinstance(v, Tensor) else v for k, v in x.items()}
+        moved = {k: to_model(v, device, dtype) if isinstance(v, Tensor) else v for k, v in x.items()}
+        return like(x, moved)
     if not isinstance(x, Tensor):
         raise ValueError(
             f"The model's input must be a tensor or a mapping of tensors; got {type(x).__name__}."
@@ -109,7 +121,7 @@ def rows(x: Input, start: int, stop: int) -> Input:
     if isinstance(x, Tensor):
         return x[start:stop]
     size = batch_size(x)
-    return {k: v[start:stop] if _has_batch_axis(v, size) else v for k, v in x.items()}
+    return like(x, {k: v[start:stop] if _has_batch_axis(v, size) else v for k, v in x.items()})
 
 
 def single_row(x: Input, index: int) -> Input:
@@ -117,7 +129,7 @@ def single_row(x: Input, index: int) -> Input:
     row = rows(x, index, index + 1)
     if isinstance(row, Tensor):
         return row.detach().clone()
-    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in row.items()}
+    return like(row, {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in row.items()})
 
 
 def _has_batch_axis(value: Any, size: int) -> bool:
@@ -145,20 +157,27 @@ def collate(inputs: Sequence[Input], batch: int) -> Iterator[tuple[list[int], In
 def _signature(x: Input) -> Any:
     if isinstance(x, Tensor):
         return (x.shape[1:], x.dtype)
-    return tuple(
-        (k, v.shape[1:] if v.ndim else v.item(), v.dtype) if isinstance(v, Tensor) else (k, id(v))
-        for k, v in x.items()
-    )
+    return tuple((k, _entry_signature(v)) for k, v in x.items())
+
+
+def _entry_signature(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return id(value)
+    if _has_batch_axis(value, 1):
+        return (value.shape[1:], value.dtype)
+    # Shared by its whole batch: rows may only meet where it is the same.
+    return (value.shape, value.dtype, hash(tuple(value.flatten().tolist())))
 
 
 def _join(inputs: Sequence[Input]) -> Input:
     first = inputs[0]
     if isinstance(first, Tensor):
         return torch.cat(list(inputs))  # type: ignore[arg-type]
-    return {
+    joined = {
         k: torch.cat([x[k] for x in inputs]) if _has_batch_axis(v, 1) else v  # type: ignore[index]
         for k, v in first.items()
     }
+    return like(first, joined)
 
 
 def named_batches(

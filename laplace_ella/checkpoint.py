@@ -16,7 +16,7 @@ PLAIN_STATE = ("enable_backprop", "subsample_size", "n_eigenvalues", "curvature_
 TENSOR_STATE = ("prior_mean", "prior_precision", "sigma_noise")
 STATE_KEYS = {
     *("format", "cls_name", "likelihood", "fingerprint", "basis", "H", "loss", "n_data", "n_outputs"),
-    *("temperature", "temperature_fixed", *TENSOR_STATE, *PLAIN_STATE),
+    *("temperature", "temperature_fixed", "named_by_user", *TENSOR_STATE, *PLAIN_STATE),
 }
 
 

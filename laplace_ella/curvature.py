@@ -28,7 +28,7 @@ from .gradients import Engine, asdl_rows, backpack_rows, gradient_rows, supporte
 from .landmarks import Landmarks
 from .likelihoods import LIKELIHOODS
 from .memory import default_budget
-from .validation import check_finite_features
+from .validation import check_finite_features, check_size
 
 
 class NystromGGN(GGNInterface):
@@ -60,11 +60,11 @@ class NystromGGN(GGNInterface):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__(model, likelihood, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-        self.chunk_size = chunk_size
-        self.memory_budget = memory_budget
+        self.chunk_size = check_size("chunk_size", chunk_size)
+        self.memory_budget = check_size("memory_budget", memory_budget)
         self.basis: NystromBasis | None = None
         self._function = FunctionalModel(model)
-        self._engine: Engine = type(self).engine
+        self._engine: Engine | None = None
         self._row_bytes: dict[Any, int] = {}
 
     @property
@@ -98,16 +98,14 @@ class NystromGGN(GGNInterface):
     def build_basis(self, landmarks: Landmarks, rank: int, progress: Progress) -> NystromBasis:
         """Compute the basis of the landmarks' gradients; see :func:`laplace_ella.basis.build_basis`."""
         with safe_autodiff(self.model):
-            _, pair = next(collate([landmarks.inputs[0]] * 2, 2))
-            pair = self.to_model(pair)
-            self._engine = supported_engine(type(self).engine, self._function, pair)
+            longest = self.to_model(max(landmarks.inputs, key=_numel))
             return build_basis(
                 self._function,
                 landmarks,
                 rank,
-                engine=self._engine,
+                engine=self._supported_engine(longest),
                 to_model=self.to_model,
-                block_rows=self._gradient_rows_per_call(pair),
+                block_rows=self._gradient_rows_per_call(longest),
                 memory_rows=self._budget() // self._row_size(),
                 progress=progress,
             )
@@ -197,6 +195,14 @@ class NystromGGN(GGNInterface):
             snapshots.append((seen, total * (n_data / seen)))
         return snapshots
 
+    def _supported_engine(self, x: Input) -> Engine:
+        """Try the class's engine on two copies of the first row, once."""
+        if self._engine is None:
+            row = rows(x, 0, 1)
+            _, pair = next(collate([row, row], 2))
+            self._engine = supported_engine(type(self).engine, self._function, pair)
+        return self._engine
+
     def _project(
         self, weights: Weights, directions: Weights, x: Input, chunks: Chunks
     ) -> tuple[Tensor, Tensor]:
@@ -231,6 +237,11 @@ class NystromGGN(GGNInterface):
         return self.memory_budget or default_budget(self._reference.device)
 
 
+def _numel(x: Input) -> int:
+    values = [x] if isinstance(x, Tensor) else x.values()
+    return sum(v.numel() for v in values if isinstance(v, Tensor))
+
+
 class ReverseNystromGGN(NystromGGN):
     """:class:`NystromGGN` in reverse mode: cost grows with C instead of K.
 
@@ -240,7 +251,8 @@ class ReverseNystromGGN(NystromGGN):
     def _project(
         self, weights: Weights, directions: Weights, x: Input, chunks: Chunks
     ) -> tuple[Tensor, Tensor]:
-        return reverse_features(self._function, weights, directions, x, chunks, self._engine)
+        engine = self._supported_engine(x)
+        return reverse_features(self._function, weights, directions, x, chunks, engine)
 
     def _feature_chunks(self, x: Input, rank: int) -> Chunks:
         return Chunks(rows=self._gradient_rows_per_call(x), directions=rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import laplace
@@ -115,6 +116,7 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
 
     n_data: int
     loss: Any  # Tensor () after a fit
+    H: Any  # Tensor (K, K) after a fit, None before
 
     # Fixed until the options they describe exist.
     logit_scale = 1.0
@@ -153,21 +155,20 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
             "chunk_size": chunk_size,
             "memory_budget": memory_budget,
         }
-        for name, value in sizes.items():
-            validation.check_size(name, value)
-        validation.check_seed(seed)
+        sizes = {name: validation.check_size(name, value) for name, value in sizes.items()}
         validation.check_positive("sigma_noise", sigma_noise)
         validation.check_scalar("sigma_noise", sigma_noise)
         # The host's constructor assigns hyperparameters, whose setters use these.
-        self.H: Tensor | None = None
+        self.H = None
         self._posterior_scale: Tensor | None = None
         self._named_by_user = {k for k in ("subsample_size", "n_eigenvalues") if sizes[k] is not None}
-        self.subsample_size = DEFAULT_SUBSAMPLE_SIZE if subsample_size is None else subsample_size
-        self.n_eigenvalues = DEFAULT_N_EIGENVALUES if n_eigenvalues is None else n_eigenvalues
-        self.curvature_size = curvature_size
-        self.seed = seed
-        self.chunk_size = chunk_size
-        self.memory_budget = memory_budget
+        self.subsample_size = sizes["subsample_size"] or DEFAULT_SUBSAMPLE_SIZE
+        self.n_eigenvalues = sizes["n_eigenvalues"] or DEFAULT_N_EIGENVALUES
+        self.curvature_size = sizes["curvature_size"]
+        self.seed = validation.check_seed(seed)
+        self.chunk_size = sizes["chunk_size"]
+        self.memory_budget = sizes["memory_budget"]
+        self._fingerprint = ""
         self.fit_history_: dict[str, list[float]] = {"processed_examples": [], "val_nll": []}
         super().__init__(
             model,
@@ -258,12 +259,21 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         Cost in forward passes: N, plus 3 or more a landmark, plus 1 + 2K a curvature
         input. Memory: M x P numbers if the budget allows, K x P afterwards.
         """
-        self._check_fit(train_loader, landmarks, balanced, val_steps)
+        self._check_fit(train_loader, balanced, val_steps)
+        if landmarks is not None:
+            landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
         progress = progress_bars(progress_bar)
         fresh = override or self.H is None
+
+        def forward(x: Input) -> Tensor:
+            f = self.backend.forward(x)
+            if landmarks is not None:
+                validation.check_coordinates(landmarks[1], f.shape[-1])
+            return f
+
         found = scan(
             progress(train_loader, "Training data"),
-            self.backend.forward,
+            forward,
             LIKELIHOODS[self.likelihood],
             n_landmarks=self.subsample_size if fresh and landmarks is None else 0,
             n_curvature=self.curvature_size or 0,
@@ -278,25 +288,34 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         snapshots = self.backend.accumulate(batches, basis, found.n_data, val_steps)
         H, loss, n_data = snapshots[-1][1], found.loss, found.n_data
         if not fresh:
+            snapshots = [(self.n_data + n, self.H + G) for n, G in snapshots]
             H, loss, n_data = self.H + H, self.loss + loss, self.n_data + n_data
-        before = self._fit_state()
-        try:
+        with self._undone_on_error():
             self._set_fit(basis, H, loss, n_data, found.n_outputs)
             self._record_history(snapshots, val_loader)
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        before, basis = dict(vars(self)), self.backend.basis
+        n_outputs = getattr(self.model, "output_size", None)
+        try:
+            yield
         except BaseException:
-            self.backend.basis, self.H, self.loss, self.n_data, self.n_outputs, self.mean = before
-            self._posterior_scale = None
+            self.__dict__.update(before)
+            self.backend.basis = basis
+            if n_outputs is not None:
+                self.model.output_size = n_outputs
             raise
 
-    def _fit_state(self) -> tuple[Any, ...]:
-        return self.backend.basis, self.H, self.loss, self.n_data, self.n_outputs, self.mean
-
-    def _check_fit(self, train_loader: Any, landmarks: Any, balanced: bool, val_steps: Any) -> None:
+    def _check_fit(self, train_loader: Any, balanced: bool, val_steps: Any) -> None:
         validation.check_size("val_steps", val_steps)
+        if [id(p) for p in self.model.parameters() if p.requires_grad] != [id(p) for p in self.params]:
+            raise ValueError(
+                "The model's parameters that require grad are not those it had when the estimator was built. "
+                "Build a new estimator after changing them."
+            )
         if balanced and self.likelihood == "regression":
             raise ValueError("balanced=True needs classes; regression has none. Leave it out.")
-        if landmarks is not None:
-            validation.check_landmarks(landmarks)
         if self.curvature_size is None and isinstance(train_loader, Iterator):
             raise ValueError(
                 "curvature_size=None reads the data twice, and this loader is an iterator that can be read once. "
@@ -308,6 +327,7 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         self.H, self.loss, self.n_data, self.n_outputs = H, loss, n_data, n_outputs
         self.mean = torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype)
         self.model.output_size = n_outputs  # as the host does
+        self._fingerprint = checkpoint.fingerprint(self.model)
         self._posterior_scale = None
 
     def _new_basis(
@@ -320,7 +340,7 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
                     "subsample_size", len(landmarks), "the data have no more pairs of input and output"
                 )
         else:
-            landmarks = validation.explicit_landmarks(given, found.n_outputs)
+            landmarks = validation.explicit_landmarks(given)
         basis = self.backend.build_basis(landmarks, self.n_eigenvalues, progress)
         if basis.rank < self.n_eigenvalues:
             reason = f"the gradients of {len(landmarks)} landmarks have no higher numerical rank"
@@ -335,11 +355,19 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
 
     def _curvature_batches(self, found: Scan, loader: Any) -> Iterator[tuple[str, Input]]:
         if self.curvature_size is None:
-            for name, x, _ in named_batches(loader, self.dict_key_x, self.dict_key_y):
+            seen = 0
+            for name, x, y in named_batches(loader, self.dict_key_x, self.dict_key_y):
+                seen += len(y)
                 yield name, x
+            if seen != found.n_data:
+                raise ValueError(
+                    f"The second pass over the training data read {seen} inputs, the first {found.n_data}; with "
+                    "curvature_size=None the loader must yield the same data twice. Pass a number instead."
+                )
         else:
-            for i, (_, x) in enumerate(collate(found.curvature.rows(), found.batch)):
-                yield f"curvature batch {i}", x
+            positions = found.curvature.positions()
+            for indices, x in collate(found.curvature.rows(), found.batch):
+                yield f"training inputs {[positions[i] for i in indices][:8]}", x
 
     def _record_history(self, snapshots: list[tuple[int, Tensor]], val_loader: Any) -> None:
         scores: list[float] = []
@@ -420,13 +448,21 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         ------
         AttributeError
             Before a fit.
+        ValueError
+            If the model has changed since.
         """
         self._check_H_init()
+        if self._fingerprint != checkpoint.fingerprint(self.model):
+            raise ValueError(
+                "The model's weights or buffers have changed since the fit, which belongs to the old ones. "
+                "Fit again, or restore them."
+            )
         return {
             "format": checkpoint.FORMAT,
             "cls_name": type(self).__name__,
             "likelihood": self._likelihood_name,
-            "fingerprint": checkpoint.fingerprint(self.model),
+            "fingerprint": self._fingerprint,
+            "named_by_user": sorted(self._named_by_user),
             "basis": checkpoint.pack_basis(self.basis),
             "H": self.H,
             "loss": self.loss,
@@ -449,12 +485,27 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         """
         checkpoint.check_state(state_dict, type(self).__name__, self._likelihood_name, self.model)
         basis = checkpoint.unpack_basis(state_dict["basis"], self.model)
-        for name in (*checkpoint.TENSOR_STATE, *checkpoint.PLAIN_STATE):
-            setattr(self, name, state_dict[name])
-        self.temperature = state_dict["temperature"]
-        self._temperature_fixed = state_dict["temperature_fixed"]
-        H, loss = state_dict["H"].to(self._device), state_dict["loss"].to(self._device)
-        self._set_fit(basis, H, loss, state_dict["n_data"], state_dict["n_outputs"])
+        self._warn_of_differences(state_dict)
+        with self._undone_on_error():
+            for name in (*checkpoint.TENSOR_STATE, *checkpoint.PLAIN_STATE):
+                setattr(self, name, state_dict[name])
+            self.temperature = state_dict["temperature"]
+            self._temperature_fixed = state_dict["temperature_fixed"]
+            self._named_by_user = set(state_dict["named_by_user"])
+            H, loss = state_dict["H"].to(self._device), state_dict["loss"].to(self._device)
+            self._set_fit(basis, H, loss, state_dict["n_data"], state_dict["n_outputs"])
+
+    def _warn_of_differences(self, state: dict[str, Any]) -> None:
+        pairs: dict[str, tuple[Any, Any]] = {
+            "enable_backprop": (self.enable_backprop, state["enable_backprop"])
+        }
+        if self._temperature_fixed:
+            pairs["temperature"] = (self.temperature, state["temperature"])
+        for name, (mine, theirs) in pairs.items():
+            if mine != theirs:
+                warnings.warn(
+                    f"The checkpoint has {name}={theirs}, which replaces {name}={mine}.", stacklevel=3
+                )
 
     def __repr__(self) -> str:
         if self.H is None:

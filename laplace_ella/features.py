@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
-from .autodiff import FunctionalModel, Weights
+from .autodiff import FunctionalModel, Weights, flat
 from .batches import Input, batch_size, rows
 from .gradients import Engine, gradient_rows
 
@@ -120,7 +120,7 @@ def reverse_features(
         for c in range(f.shape[-1]):
             outputs = torch.full((batch_size(block),), c, device=f.device)
             gradients = engine(model, weights, block, outputs)
-            parts = [gradients[k].flatten(1) @ v.flatten(1).T for k, v in directions.items()]
+            parts = [flat(gradients[k]) @ flat(v).T for k, v in directions.items()]
             columns.append(torch.stack(parts).sum(0))
         blocks.append(torch.stack(columns, 1))
     return torch.cat(blocks), f

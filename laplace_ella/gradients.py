@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import grad, vjp, vmap
 
 from .autodiff import FunctionalModel, Weights
-from .batches import Input, batch_size, rows
+from .batches import Input, batch_size, like, rows
 
 Engine = Callable[[FunctionalModel, Weights, Input, Tensor], Weights]
 
@@ -43,24 +43,15 @@ def gradient_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
     Cost: at least 3 forward passes a row. Memory: B x P numbers.
     """
 
-    def output(w: Weights, row: Input, c: Tensor) -> Tensor:
-        return model(w, _with_batch_axis(row, axes)).gather(1, c.view(1, 1)).squeeze()
+    def output(w: Weights, row: Any, c: Tensor) -> Tensor:
+        entries = {k: v if axes[k] is None else v.unsqueeze(0) for k, v in row.items()}
+        batch = entries["x"] if isinstance(x, Tensor) else like(x, entries)
+        return model(w, batch).gather(1, c.view(1, 1)).squeeze()
 
-    axes = _batch_axes(x)
-    return vmap(grad(output), in_dims=(None, axes, 0))(weights, x, outputs)
-
-
-def _batch_axes(x: Input) -> Any:
-    if isinstance(x, Tensor):
-        return 0
+    entries = {"x": x} if isinstance(x, Tensor) else dict(x)  # vmap knows plain containers only
     size = batch_size(x)
-    return {k: 0 if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else None for k, v in x.items()}
-
-
-def _with_batch_axis(row: Input, axes: Any) -> Input:
-    if isinstance(row, Tensor):
-        return row.unsqueeze(0)
-    return {k: v if axes[k] is None else v.unsqueeze(0) for k, v in row.items()}
+    axes = {k: 0 if isinstance(v, Tensor) and v.ndim and len(v) == size else None for k, v in entries.items()}
+    return vmap(grad(output), in_dims=(None, axes, 0))(weights, entries, outputs)
 
 
 def looped_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:

@@ -19,6 +19,7 @@ class Hyperparameters:
 
     likelihood: str
     _prior_precision: Tensor
+    _prior_mean: Tensor
     _sigma_noise: Tensor
     _temperature: float
     _temperature_fixed: bool
@@ -48,6 +49,8 @@ class Hyperparameters:
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
         validation.check_positive("prior_precision", value)
+        value = value.clone() if isinstance(value, Tensor) else value
+        validation.check_positive("prior_precision", torch.as_tensor(value).to(self._dtype))
         _host_setter(self, "prior_precision")(self, value)
 
     @property
@@ -63,10 +66,27 @@ class Hyperparameters:
     def _check_noise(self, value: float | Tensor) -> None:
         validation.check_positive("sigma_noise", value)
         validation.check_scalar("sigma_noise", value)
+        validation.check_positive("sigma_noise", torch.as_tensor(value).to(self._dtype))
         if self.likelihood != "regression" and float(value) != 1:
             raise ValueError(
                 f"sigma_noise is for regression only and must be 1 for {self._likelihood_name!r}; got {value}."
             )
+
+    @property
+    def prior_mean(self) -> Tensor:
+        """Prior mean: () or (1,), or one per weight (P,)."""
+        return self._prior_mean
+
+    @prior_mean.setter
+    def prior_mean(self, value: float | Tensor) -> None:
+        _host_setter(self, "prior_mean")(self, value)
+        if not self._prior_mean.isfinite().all():
+            raise ValueError(f"prior_mean must be finite in every entry; got {value}.")
+
+    @property
+    def _H_factor(self) -> Tensor:
+        # float64: the square of a small noise underflows in float32
+        return 1 / self.sigma_noise.double().square() / self.temperature
 
     @property
     def _likelihood_name(self) -> str:

@@ -116,10 +116,19 @@ class Landmarks:
     inputs : sequence of inputs
         M single rows (the same object may occur several times).
     outputs : LongTensor (M,)
+    positions : sequence of int, optional
+        Where in the training data the inputs were; None if they were given.
     """
 
     inputs: Sequence[Input]
     outputs: Tensor
+    positions: Sequence[int] | None = None
+
+    def names(self, indices: Sequence[int]) -> str:
+        """Say which inputs these are, for error messages."""
+        if self.positions is None:
+            return f"{list(indices)[:8]} of those given"
+        return f"drawn from training inputs {[self.positions[i] for i in indices][:8]}"
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -146,13 +155,15 @@ def draw_outputs(sample: BottomK, n_outputs: int, seed: int, balanced: bool) -> 
     Landmarks
         With min(M, N x C) pairs.
     """
-    inputs, n = sample.rows(), len(sample.rows())
+    inputs, positions = sample.rows(), sample.positions()
+    n = len(inputs)
     if n == sample.capacity:
-        keys = hash_keys(seed, LANDMARK_OUTPUT, torch.tensor(sample.positions()))
-        return Landmarks(inputs, keys % n_outputs)
+        keys = hash_keys(seed, LANDMARK_OUTPUT, torch.tensor(positions))
+        return Landmarks(inputs, keys % n_outputs, positions)
     pairs = torch.arange(n * n_outputs)
     groups = [g for g in sample.groups() for _ in range(n_outputs)] if balanced else None
     chosen = BottomK(sample.capacity)
     chosen.offer(pairs, hash_keys(seed, LANDMARK_PAIR, pairs), groups, lambda i: i)
     index = torch.tensor(chosen.rows())
-    return Landmarks([inputs[i] for i in (index // n_outputs).tolist()], index % n_outputs)
+    source = (index // n_outputs).tolist()
+    return Landmarks([inputs[i] for i in source], index % n_outputs, [positions[i] for i in source])

@@ -77,8 +77,8 @@ def monte_carlo(f: Tensor, psi: Tensor, noise: Tensor, diagonal_output: bool) ->
     diagonal_output : bool
         Ignore correlations between outputs.
     """
-    total = torch.zeros_like(f)
-    for block in noise.to(f).split(_SAMPLES_PER_BLOCK):
+    total = torch.zeros_like(f, dtype=psi.dtype)
+    for block in noise.to(psi).split(_SAMPLES_PER_BLOCK):
         if diagonal_output:
             samples = independent_samples(f, psi, block[:, None])
         else:
@@ -92,7 +92,18 @@ def quasi_normal(n_samples: int, dimension: int, seed: int) -> Tensor:
 
     A scrambled Sobol sequence: the same seed gives the same points, and a hundred of
     them integrate a smooth function as well as many more independent ones.
+
+    Raises
+    ------
+    ValueError
+        If D is larger than the sequence allows.
     """
+    largest = torch.quasirandom.SobolEngine.MAXDIM
+    if dimension > largest:
+        raise ValueError(
+            f"The Monte-Carlo link is quasi-random in at most {largest} dimensions (K, or C with "
+            f"diagonal_output); got {dimension}. Use link_approx='probit', or predictive_samples()."
+        )
     points = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed).draw(
         n_samples, dtype=torch.float64
     )

@@ -23,25 +23,32 @@ def posterior_scale(precision: Tensor) -> Tensor:
     NotPositiveDefiniteError
         If the precision is not positive definite.
     """
-    factor, info = torch.linalg.cholesky_ex(precision)
-    if info.any():
-        raise NotPositiveDefiniteError(
-            "The posterior precision is not positive definite; the prior precision must be positive and "
-            "finite, and the curvature positive semi-definite. "
-            f"Its smallest eigenvalue is {float(torch.linalg.eigvalsh(precision)[0]):.3e}."
-        )
+    factor = _cholesky(precision)
     identity = torch.eye(len(precision), dtype=precision.dtype, device=precision.device)
     return torch.linalg.solve_triangular(factor.mT, identity, upper=True)
 
 
 def log_det(precision: Tensor) -> Tensor:
     """Return the log determinant of a positive definite matrix, differentiably."""
-    return 2 * torch.linalg.cholesky(precision).diagonal().log().sum()
+    return 2 * _cholesky(precision).diagonal().log().sum()
+
+
+def _cholesky(precision: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(precision)
+    if not precision.isfinite().all() or info.any():
+        values = precision.detach().diagonal()
+        raise NotPositiveDefiniteError(
+            "The precision of the K coordinates is not finite and positive definite; its diagonal ranges from "
+            f"{float(values.min()):.3e} to {float(values.max()):.3e}. Prior precision, noise and temperature "
+            "must be of a size that floating point can hold next to the curvature."
+        )
+    return factor
 
 
 def whiten(phi: Tensor, scale: Tensor) -> Tensor:
-    r"""Return :math:`\psi = \phi S` (B, C, K) in the dtype of the features."""
-    return phi @ scale.to(phi.dtype)
+    r"""Return :math:`\psi = \phi S` (B, C, K), in float32 at least: squares overflow in fp16."""
+    dtype = torch.promote_types(phi.dtype, torch.float32)
+    return phi.to(dtype) @ scale.to(dtype)
 
 
 def covariance(psi: Tensor) -> Tensor:
@@ -71,7 +78,7 @@ def functional_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:
         Jointly consistent over inputs, and never singular, whatever K and C are.
     """
     offsets = noise.to(psi.dtype) @ psi.flatten(0, 1).T
-    return f + offsets.view(-1, *f.shape)
+    return f + offsets.view(len(noise), *f.shape)
 
 
 def independent_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import links, posterior, validation
+from .autodiff import flat
 from .batches import Input
 
 _NO_DENSITY = (
@@ -38,12 +39,14 @@ def predict(
     if likelihood == "regression":
         return moments(f, psi, joint, diagonal_output)
     if link_approx == "probit":
-        return links.probit(f, psi)
-    if link_approx == "mc":
+        probabilities = links.probit(f, psi)
+    elif link_approx == "mc":
         dimension = f.shape[-1] if diagonal_output else psi.shape[-1]
         noise = links.quasi_normal(n_samples, dimension, seed)
-        return links.monte_carlo(f, psi, noise, diagonal_output)
-    return links.laplace_bridge(f, psi, normalize=link_approx == "bridge_norm")
+        probabilities = links.monte_carlo(f, psi, noise, diagonal_output)
+    else:
+        probabilities = links.laplace_bridge(f, psi, normalize=link_approx == "bridge_norm")
+    return probabilities.to(f.dtype)
 
 
 def moments(
@@ -51,8 +54,9 @@ def moments(
 ) -> tuple[Tensor, Tensor]:
     """Return mean and covariance: (B, C) and (B, C, C) or (B, C); (BC,) and (BC, BC) if joint."""
     if joint:
-        return f.flatten(), posterior.joint_covariance(psi)
-    return f, posterior.variance(psi) if diagonal_output else posterior.covariance(psi)
+        return f.flatten(), posterior.joint_covariance(psi).to(f.dtype)
+    spread = posterior.variance(psi) if diagonal_output else posterior.covariance(psi)
+    return f, spread.to(f.dtype)
 
 
 class Predictive:
@@ -136,6 +140,7 @@ class Predictive:
         if likelihood == "reward_modeling":
             likelihood = "classification" if fitting else "regression"
         if pred_type == "nn":
+            validation.check_variance_samples(likelihood, n_samples)
             samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
             if likelihood == "regression":
                 return samples.mean(0), samples.var(0)
@@ -181,7 +186,7 @@ class Predictive:
             What ``backend.jacobians`` returns: the features.
         """
         self._check_jacobians(Js)
-        return posterior.covariance(posterior.whiten(Js, self.posterior_scale))
+        return posterior.covariance(posterior.whiten(Js, self.posterior_scale)).to(Js.dtype)
 
     def functional_covariance(self, Js: Tensor) -> Tensor:
         """Return the joint covariance (BC, BC) of all inputs' outputs.
@@ -192,7 +197,7 @@ class Predictive:
             What ``backend.jacobians`` returns: the features.
         """
         self._check_jacobians(Js)
-        return posterior.joint_covariance(posterior.whiten(Js, self.posterior_scale))
+        return posterior.joint_covariance(posterior.whiten(Js, self.posterior_scale)).to(Js.dtype)
 
     def _noise(self, *shape: int, generator: torch.Generator | None) -> Tensor:
         validation.check_size("n_samples", shape[0], optional=False)
@@ -207,7 +212,7 @@ class Predictive:
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         r"""Draw weights :math:`\theta^* + V z` (S, P), in the order of ``parameters()``."""
         offsets = self.basis.combine(self._coordinates(n_samples, generator))
-        return self.mean + torch.cat([v.flatten(1) for v in offsets.values()], 1)
+        return self.mean + torch.cat([flat(v) for v in offsets.values()], 1)
 
     def functional_samples(
         self,
@@ -240,10 +245,9 @@ class Predictive:
         psi = posterior.whiten(phi, self.posterior_scale)
         if diagonal_output:
             noise = self._noise(n_samples, *f.shape, generator=generator)
-            return posterior.independent_samples(f, psi, noise)
-        return posterior.functional_samples(
-            f, psi, self._noise(n_samples, psi.shape[-1], generator=generator)
-        )
+            return posterior.independent_samples(f, psi, noise).to(f.dtype)
+        noise = self._noise(n_samples, psi.shape[-1], generator=generator)
+        return posterior.functional_samples(f, psi, noise).to(f.dtype)
 
     def predictive_samples(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from .basis import Progress
 from .posterior import NotPositiveDefiniteError
+from .validation import NonFiniteSamplesError
 
 # Four values a decade: NLL changes by less than a standard error in between.
 TEMPERATURES = tuple(10 ** (e / 4) for e in range(-12, 25))
@@ -35,7 +36,7 @@ class _Search:
         if setting not in self.table:
             try:
                 value = self.evaluate(setting)
-            except NotPositiveDefiniteError as error:
+            except (NotPositiveDefiniteError, NonFiniteSamplesError) as error:
                 self.failures.append(str(error))
                 value = math.nan
             if not math.isfinite(value):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from . import posterior, validation
 from .basis import Progress
@@ -25,7 +25,8 @@ from .search import Setting, grid_search
 
 def progress_bars(enabled: bool) -> Progress:
     """Return what wraps an iterable in a named progress bar, or does nothing."""
-    return lambda iterable, description: tqdm(iterable, desc=description, disable=not enabled)
+    # tqdm.auto's bars start an iterable twice, and with it the workers of a loader.
+    return lambda iterable, name: tqdm(iterable, desc=name) if enabled else iterable
 
 
 class Tuning:
@@ -45,6 +46,7 @@ class Tuning:
     temperature: Any  # float
     posterior_scale: Any  # Tensor (K, K)
     _temperature_fixed: bool
+    _device: Any
     _check_H_init: Callable[[], None]
     features: Callable[[Input], tuple[Tensor, Tensor]]
     __call__: Callable[..., Any]
@@ -89,8 +91,9 @@ class Tuning:
 
         Notes
         -----
-        Cost: 1 + 2K forward passes a validation input, whatever the grid. Memory:
-        N_val x C x K numbers.
+        Cost: 1 + 2K forward passes a validation input, whatever the grid; with
+        ``pred_type="nn"``, n_samples forward passes an input and candidate (temperature
+        and prior: about 500 candidates). Memory: N_val x C x K numbers.
         """
         validation.check_choice("method", method, ("marglik", "gridsearch"))
         validation.check_choice("prior_structure", prior_structure, ("scalar", "layerwise", "diag"))
@@ -207,9 +210,20 @@ class Tuning:
 
         def from_features(kept: tuple[Tensor, Tensor]) -> Prediction:
             psi = posterior.whiten(kept[0], self.posterior_scale)
-            return predict(kept[1], psi, likelihood, link_approx=link, n_samples=n_samples, seed=self.seed)
+            return predict(
+                kept[1],
+                psi,
+                likelihood,
+                link_approx=link,
+                n_samples=n_samples,
+                # NLL needs variances only; what the user's loss gets is the host's.
+                diagonal_output=likelihood == "regression" and loss is None,
+                seed=self.seed,
+            )
 
         def from_input(x: Input) -> Prediction:
-            return self(x, "nn", link_approx=link, n_samples=n_samples, fitting=True)
+            # The same noise for every candidate, so that the best is not the luckiest.
+            generator = torch.Generator(self._device).manual_seed(self.seed)
+            return self(x, "nn", link_approx=link, n_samples=n_samples, generator=generator, fitting=True)
 
         return data.score(from_input if pred_type == "nn" else from_features, loss, self.sigma_noise.square())

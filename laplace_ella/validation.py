@@ -6,14 +6,14 @@ Messages say what is wrong, what is allowed, what was passed, and what to do.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .batches import Input, batch_size, is_finite, single_row
+from .batches import Input, batch_size, is_finite, key_first, single_row
 from .landmarks import Landmarks
 
 LINKS = ("probit", "mc", "bridge", "bridge_norm")
@@ -35,19 +35,21 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
 
 
-def check_size(name: str, value: Any, optional: bool = True) -> None:
-    """Require a positive integer, or None if it is optional."""
+def check_size(name: str, value: Any, optional: bool = True) -> int | None:
+    """Return a positive integer as an int; or None, if it is optional."""
     if value is None and optional:
-        return
+        return None
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         alternative = " or None" if optional else ""
         raise ValueError(f"{name} must be a positive integer{alternative}; got {value!r}.")
+    return int(value)
 
 
-def check_seed(value: Any) -> None:
-    """Require an integer that fits a generator's seed."""
+def check_seed(value: Any) -> int:
+    """Return an integer that fits a generator's seed as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2^63 - 1; got {value!r}.")
+    return int(value)
 
 
 def positive_number(name: str, value: Any) -> float:
@@ -107,10 +109,20 @@ def check_features(phi: Any, rank: int, device: torch.device) -> None:
         raise ValueError(f"Js must be on the model's device, {device}; it is on {phi.device}.")
 
 
+class NonFiniteSamplesError(ValueError):
+    """Outputs at sampled weights that are NaN or infinite."""
+
+
+def check_variance_samples(likelihood: str, n_samples: int) -> None:
+    """Require two samples where a variance is estimated from them."""
+    if likelihood == "regression" and n_samples < 2:
+        raise ValueError(f"A variance needs n_samples of at least 2 with pred_type='nn'; got {n_samples}.")
+
+
 def check_finite_samples(samples: Tensor) -> None:
     """Require outputs at sampled weights without NaN or infinity."""
     if not samples.isfinite().all():
-        raise ValueError(
+        raise NonFiniteSamplesError(
             "The outputs at sampled weights hold NaN or infinite values. The posterior is too wide for the "
             "'nn' predictive: raise the prior precision, lower the temperature, or use pred_type='glm'."
         )
@@ -133,15 +145,15 @@ def check_finite_features(phi: Tensor, f: Tensor, name: str) -> None:
         )
 
 
-def check_landmarks(landmarks: Any) -> None:
-    """Require a pair of M finite inputs and a LongTensor (M,)."""
+def check_landmarks(landmarks: Any, dict_key_x: str) -> tuple[Input, Tensor]:
+    """Require a pair of M finite inputs and a LongTensor (M,), and return it."""
     valid = isinstance(landmarks, (tuple, list)) and len(landmarks) == 2
-    if not valid or not isinstance(landmarks[1], Tensor):
+    if not valid or not isinstance(landmarks[0], (Tensor, Mapping)) or not isinstance(landmarks[1], Tensor):
         raise ValueError(
             "landmarks must be a pair (inputs, outputs): one batch of M inputs, and a LongTensor (M,) with "
             f"the output coordinate of each; got {type(landmarks).__name__}."
         )
-    inputs, outputs = landmarks
+    inputs, outputs = key_first(landmarks[0], dict_key_x), landmarks[1]
     if outputs.dtype != torch.int64 or outputs.ndim != 1 or not len(outputs):
         raise ValueError(
             f"The outputs of landmarks must be a LongTensor of shape (M,); got shape {tuple(outputs.shape)}, {outputs.dtype}."
@@ -152,13 +164,18 @@ def check_landmarks(landmarks: Any) -> None:
         )
     if not is_finite(inputs):
         raise ValueError("The inputs of landmarks hold NaN or infinite values; they must be finite.")
+    return inputs, outputs
 
 
-def explicit_landmarks(given: tuple[Input, Tensor], n_outputs: int) -> Landmarks:
-    """Turn a checked pair into landmarks, requiring existing output coordinates."""
-    inputs, outputs = given
+def check_coordinates(outputs: Tensor, n_outputs: int) -> None:
+    """Require output coordinates that exist."""
     if int(outputs.min()) < 0 or int(outputs.max()) >= n_outputs:
         raise ValueError(
             f"The outputs of landmarks must lie in 0..{n_outputs - 1}; got {int(outputs.min())}..{int(outputs.max())}."
         )
+
+
+def explicit_landmarks(given: tuple[Input, Tensor]) -> Landmarks:
+    """Turn a checked pair into landmarks."""
+    inputs, outputs = given
     return Landmarks([single_row(inputs, i) for i in range(len(outputs))], outputs.cpu())
