@@ -7,6 +7,7 @@ with V). Neither forms a Jacobian.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from .gradients import Engine, gradient_rows
 
 # Tensors of this many bytes stay in cache, and below the size at which glibc maps
 # and unmaps memory at every allocation.
-CPU_WORKING_SET = 2**24
+CPU_WORKING_SET = 2**23
 # A forward-mode pass keeps about this many tensors of the largest size alive.
 LIVE_TENSORS = 8
 
@@ -88,9 +89,9 @@ def forward_features(
         return torch.cat(parts, -1), f[0]
 
     n_directions = next(iter(directions.values())).shape[0]
-    blocks = [
-        push_block(rows(x, start, start + chunks.rows)) for start in range(0, batch_size(x), chunks.rows)
-    ]
+    size = batch_size(x)
+    step = math.ceil(size / math.ceil(size / chunks.rows))  # blocks of equal size
+    blocks = [push_block(rows(x, start, start + step)) for start in range(0, size, step)]
     return torch.cat([phi for phi, _ in blocks]), torch.cat([f for _, f in blocks])
 
 
