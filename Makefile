@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
-export PYTHONWARNINGS ?= default
+# A warning of torch about a dependency's import, of no use to readers of an example.
+QUIET := -W 'ignore:`torch.jit:FutureWarning'
 
 .PHONY: help demo test test-oldest check format lint types examples bench clean
 
@@ -17,7 +18,7 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed-examples  ## train, swap one string, tune, show the result
-	$(RUN)/python examples/quickstart.py
+	$(RUN)/python $(QUIET) examples/quickstart.py
 
 test: $(VENV)/.installed-test  ## all tests
 	$(RUN)/python -m pytest
@@ -34,8 +35,8 @@ types: $(VENV)/.installed-dev
 	$(RUN)/mypy
 
 examples: $(VENV)/.installed-examples  ## run the examples, with their assertions
-	$(RUN)/python examples/quickstart.py --quick
-	$(RUN)/python examples/regression.py
+	$(RUN)/python $(QUIET) examples/quickstart.py --quick
+	$(RUN)/python $(QUIET) examples/regression.py
 
 bench: $(VENV)/.installed-bench  ## costs on this machine, as JSON
 	$(RUN)/python benchmarks/run.py --quick

@@ -27,6 +27,7 @@ def cost_table(found: dict[str, Any]) -> str:
     for row in found["results"]:
         bounds = row["target"] or {}
         target = " ".join(f"{bound} {number:g}" for bound, number in bounds.items())
+        target += " (missed)" if row["met"] is False else ""
         lines.append(f"| {row['case']} | {row['value']:.3g} {row['unit']} | {target} |")
     return head + "\n".join(lines) + "\n"
 
