@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Tuning:
     posterior_scale: Any  # Tensor (K, K)
     _temperature_fixed: bool
     _device: Any
+    _undone_on_error: Callable[[], AbstractContextManager[None]]
     _check_H_init: Callable[[], None]
     features: Callable[[Input], tuple[Tensor, Tensor]]
     __call__: Callable[..., Any]
@@ -102,8 +104,7 @@ class Tuning:
             pred_type, "mc" if method == "marglik" else link_approx, n_samples, None, None
         )
         self._check_H_init()
-        before = (self.prior_precision, self.temperature)
-        try:
+        with self._undone_on_error():
             if method == "marglik":
                 self._maximize_evidence(
                     n_steps, lr, init_prior_prec, prior_structure, val_loader, progress_bar
@@ -115,9 +116,6 @@ class Tuning:
                 self._search_grid(
                     grid.tolist(), val_loader, loss, pred_type, link_approx, n_samples, progress_bar
                 )
-        except BaseException:
-            self.prior_precision, self._temperature = before
-            raise
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}, temperature {self.temperature:.4g}.")
 
