@@ -389,7 +389,7 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         Differentiable in the prior precision and the noise.
         """
         self._check_H_init()
-        return self._H_factor.double() * self.H + self.basis.project_precision(self.prior_precision)
+        return self._H_factor * self.H + self.basis.project_precision(self.prior_precision)
 
     @property
     def posterior_scale(self) -> Tensor:
