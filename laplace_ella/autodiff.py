@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .batches import Input, collate, single_row
+from .batches import Input, detached, rows
 
 Weights = dict[str, Tensor]
 
@@ -31,6 +31,25 @@ _LOCK = threading.RLock()
 def flat(values: Tensor) -> Tensor:
     """Flatten all axes but the first, also where there is no other, or an empty one."""
     return values.reshape(values.shape[0], math.prod(values.shape[1:]))
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside DataParallel, DistributedDataParallel and torch.compile."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(module.module)
+    inner = getattr(module, "_orig_mod", None)
+    return unwrap(inner) if isinstance(inner, nn.Module) else module
+
+
+class _Within(nn.Module):
+    """Hands its module to an action, so that weights stay exchanged while more than a forward runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, action: Callable[[nn.Module], Any]) -> Any:
+        return action(self.module)
 
 
 class FunctionalModel:
@@ -48,10 +67,19 @@ class FunctionalModel:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self._within = _Within(module)
 
     def weights(self) -> Weights:
         """Return the weights that require grad, detached, in the order of ``parameters()``."""
         return {k: p.detach() for k, p in self.module.named_parameters() if p.requires_grad}
+
+    def buffers(self) -> Weights:
+        """Return copies of the buffers."""
+        return {k: b.detach().clone() for k, b in self.module.named_buffers()}
+
+    def within(self, tensors: Weights, action: Callable[[nn.Module], Any]) -> Any:
+        """Run ``action(module)`` while ``tensors`` take the places of weights and buffers."""
+        return functional_call(self._within, {f"module.{k}": v for k, v in tensors.items()}, (action,))
 
     def __call__(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, C) at ``weights``.
@@ -61,16 +89,67 @@ class FunctionalModel:
         ValueError
             If the outputs are not a tensor of two axes.
         """
-        buffers = {k: b.detach().clone() for k, b in self.module.named_buffers()}
-        out = functional_call(self.module, (weights, buffers), (x,), model_kwargs)
-        f = getattr(out, "logits", out)
-        if not isinstance(f, Tensor) or f.ndim != 2:
-            got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
-            raise ValueError(
-                "The model must return a tensor of shape (batch, outputs), or an object with such "
-                f"`.logits`; got {got}. Wrap the model so that its forward flattens the outputs."
+        return self.within(
+            {**self.buffers(), **weights}, lambda module: outputs_of(module, x, **model_kwargs)
+        )
+
+
+def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
+    """Run a module, and return its outputs (B, C).
+
+    Raises
+    ------
+    ValueError
+        If the outputs are not a tensor of two axes.
+    """
+    out = module(x, **model_kwargs)
+    f = getattr(out, "logits", out)
+    if not isinstance(f, Tensor) or f.ndim != 2:
+        got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
+        raise ValueError(
+            "The model must return a tensor of shape (batch, outputs), or an object with such "
+            f"`.logits`; got {got}. Wrap the model so that its forward flattens the outputs."
+        )
+    return f
+
+
+Pull = Callable[..., Weights]
+
+
+def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, Weights, Pull], Any]) -> Any:
+    """Run the model once, and let ``action(f, leaves, pull)`` take gradients by plain backward passes.
+
+    ``leaves`` are the weights f was computed with. ``pull(scalar, names)`` returns the gradient of a scalar made from the outputs f
+    with respect to the weights named. Works where torch.func does not: with old-style
+    autograd functions, and with re-entrant checkpoints, which know ``backward()`` only.
+    If gradients are recorded (``enable_backprop``), the result can be differentiated.
+    """
+    record = torch.is_grad_enabled()
+    leaves = {k: w.requires_grad_() for k, w in model.weights().items()}
+
+    def pull(scalar: Tensor, names: Iterable[str]) -> Weights:
+        if record:
+            found = torch.autograd.grad(
+                scalar, list(leaves.values()), retain_graph=True, create_graph=True, allow_unused=True
             )
-        return f
+            gradients: dict[str, Tensor | None] = dict(zip(leaves, found))
+        else:
+            for leaf in leaves.values():
+                leaf.grad = None
+            if scalar.requires_grad:
+                scalar.backward(retain_graph=True)
+            gradients = {k: leaf.grad for k, leaf in leaves.items()}
+        return {k: _or_zeros(gradients[k], leaves[k]) for k in names}
+
+    def run(module: nn.Module) -> Any:
+        with torch.enable_grad():
+            return action(outputs_of(module, x if record else detached(x)), leaves, pull)
+
+    return model.within({**model.buffers(), **leaves}, run)
+
+
+def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight) if gradient is None else gradient
 
 
 @contextmanager
@@ -79,8 +158,8 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
 
     Inside: evaluation mode, mathematical attention and no fused fast path (neither
     fused kernel has a forward-mode rule), no fused recurrent kernels if the module
-    holds recurrent layers, no inference mode, gradients recorded only with
-    ``enable_backprop``. Threads take turns.
+    holds recurrent layers, compiled parts run eagerly, no inference mode, gradients
+    recorded only with ``enable_backprop``. Threads take turns.
 
     Parameters
     ----------
@@ -94,6 +173,9 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
         stack.enter_context(torch.set_grad_enabled(enable_backprop))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_fast_path())
+        stack.enter_context(_without_autocast_cache())
+        if _has_compiled_parts(module):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         # oneDNN's and cuDNN's recurrent kernels have no forward-mode rule; both
         # also run convolutions, so they stay on for every other model.
         if any(isinstance(m, nn.RNNBase) for m in module.modules()):
@@ -111,6 +193,22 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    # Under the user's autocast, every copy of the weights would stay until its end.
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _has_compiled_parts(module: nn.Module) -> bool:
+    # torch 2.4 and 2.5 cannot be told to run such parts eagerly.
+    return hasattr(torch.compiler, "set_stance") and any(hasattr(m, "_orig_mod") for m in module.modules())
 
 
 @contextmanager
@@ -150,7 +248,7 @@ def _restore_tensors(current: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 class _TensorSizes(TorchDispatchMode):
-    """Record the size in bytes of every tensor that an operator returns."""
+    """Record the bytes behind every tensor that an operator returns; a view has those of its base."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,21 +257,25 @@ class _TensorSizes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         values = out if isinstance(out, (tuple, list)) else [out]
-        self.nbytes += [v.numel() * v.element_size() for v in values if isinstance(v, Tensor)]
+        self.nbytes += [v.untyped_storage().nbytes() for v in values if isinstance(v, Tensor)]
         return out
 
 
-def largest_activation(model: FunctionalModel, x: Input) -> int:
-    """Return the bytes one row of ``x`` takes in the largest intermediate tensor of a forward pass.
+def largest_activation(model: FunctionalModel, pair: Input) -> int:
+    """Return the bytes one row takes in the largest intermediate tensor of a forward pass.
 
+    Parameters
+    ----------
+    pair : input of two rows
+
+    Notes
+    -----
     Cost: a forward pass of one row and one of two. Their difference leaves out what
     does not grow with the batch (weights, masks). Call it inside :func:`safe_autodiff`.
     """
-    row = single_row(x, 0)
-    _, pair = next(collate([row, row], 2))
     sizes = []
-    for batch in (row, pair):
-        with _TensorSizes() as record:
+    for batch in (rows(pair, 0, 1), pair):
+        with torch.no_grad(), _TensorSizes() as record:
             model(model.weights(), batch)
         sizes.append(record.nbytes)
     one, two = sizes

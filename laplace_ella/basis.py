@@ -7,24 +7,14 @@ r"""The Nystrom basis: gradient rows R -> Gram matrix -> directions V in weight 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations_with_replacement
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .autodiff import FunctionalModel, Weights, flat
-from .batches import collate
-from .gradients import Engine, weighted_gradients
-from .landmarks import Landmarks
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-
-# The Gram matrix is summed over slices of this many weights, each held in float64.
-_SLICE = 8192
+from .autodiff import Weights, flat
+from .gram import Progress, RowSource, Spill, choose_rows
 
 
 @dataclass(frozen=True)
@@ -88,34 +78,20 @@ class NystromBasis:
 
 
 def build_basis(
-    model: FunctionalModel,
-    landmarks: Landmarks,
-    rank: int,
-    *,
-    engine: Engine,
-    to_model: Callable[[Any], Any],
-    block_rows: int,
-    memory_rows: int,
-    progress: Progress,
+    source: RowSource, rank: int, *, budget: int, spill: Spill | None = None, progress: Progress
 ) -> NystromBasis:
     """Compute the leading directions of the landmarks' gradients.
 
     Parameters
     ----------
-    landmarks : Landmarks
-        M pairs.
+    source : RowSource
+        Gradient rows of M landmarks.
     rank : int
         K wanted; fewer are returned if the numerical rank of the rows is lower.
-    engine : callable
-        Computes gradient rows (see gradients.py).
-    to_model : callable
-        Moves an input to the model.
-    block_rows : int
-        Landmarks per call of the engine.
-    memory_rows : int
-        How many rows of P numbers may be kept. At least M: every gradient is
-        computed once. Below: the Gram matrix is built block by block, recomputing
-        rows, and V comes from weighted backward passes.
+    budget : int
+        Bytes that gradient rows may take; see :func:`laplace_ella.gram.choose_rows`.
+    spill : Spill, optional
+        Where rows go that do not fit.
     progress : callable
         Wraps an iterable in a progress bar: (iterable, description) -> iterable.
 
@@ -126,129 +102,17 @@ def build_basis(
 
     Notes
     -----
-    Cost: 3 or more forward passes a landmark if all rows fit. With b blocks of
-    half of ``memory_rows``, b (b + 1) / 2 times a block's gradients, and 1 + 2K
-    forward passes a landmark for V.
+    Cost: 3 or more forward passes a landmark if all rows fit or are spilled; else as
+    many times as ``choose_rows(...).gradients`` counts.
     """
-    source = _RowSource(model, landmarks, engine, to_model, block_rows)
-    size = len(landmarks)
-    if size <= memory_rows:
-        rows = source(list(range(size)), lambda blocks: progress(blocks, "Landmark gradients"))
-        gram = _gram(rows, lambda slices: progress(slices, "Gram matrix"))
-    else:
-        gram = _gram_by_blocks(source, size, max(1, memory_rows // 2), progress)
-    eigenvalues, coefficients = _leading_eigenpairs(gram, rank, source.eps)
-    if size <= memory_rows:
-        directions = _directions_from_rows(rows, coefficients, source.weights)
-    else:
-        directions = source.combine(coefficients, progress)
-    return NystromBasis(directions, eigenvalues, float(gram.trace()), size)
-
-
-class _RowSource:
-    """Gradient rows of chosen landmarks, computed when asked for."""
-
-    def __init__(
-        self,
-        model: FunctionalModel,
-        landmarks: Landmarks,
-        engine: Engine,
-        to_model: Callable[[Any], Any],
-        block_rows: int,
-    ) -> None:
-        self.model, self.landmarks, self.engine = model, landmarks, engine
-        self.to_model, self.block_rows = to_model, block_rows
-        self.weights = model.weights()
-        self.sizes = [w.numel() for w in self.weights.values()]
-        first = next(iter(self.weights.values()))
-        self.device, self.dtype = first.device, first.dtype
-        self.eps = torch.finfo(self.dtype).eps
-
-    def _batches(self, indices: Sequence[int], size: int) -> list[tuple[list[int], Any]]:
-        return list(collate([self.landmarks.inputs[i] for i in indices], size))
-
-    def __call__(self, indices: Sequence[int], progress: Callable[[Any], Any] = iter) -> Tensor:
-        """Return the rows (len(indices), P)."""
-        out = torch.empty(len(indices), sum(self.sizes), device=self.device, dtype=self.dtype)
-        for part, x in progress(self._batches(indices, self.block_rows)):
-            chosen = [indices[i] for i in part]
-            outputs = self.landmarks.outputs[chosen].to(self.device)
-            gradients = self.engine(self.model, self.weights, self.to_model(x), outputs)
-            start = 0
-            for name, size in zip(self.weights, self.sizes):
-                block = flat(gradients[name])
-                if not block.isfinite().all():
-                    raise ValueError(
-                        f"The gradients of landmarks {self.landmarks.names(chosen)} hold NaN or infinite values in {name!r}; "
-                        "they must be finite. A square root or a norm at zero is a usual cause."
-                    )
-                out[part, start : start + size] = block
-                start += size
-        return out
-
-    def combine(self, coefficients: Tensor, progress: Progress) -> Weights:
-        """Return the combinations of all rows with coefficients (M, K), without the rows."""
-        rank = coefficients.shape[1]
-        accumulate = torch.promote_types(self.dtype, torch.float32)
-        total = {
-            k: torch.zeros(rank, *w.shape, device=self.device, dtype=accumulate)
-            for k, w in self.weights.items()
-        }
-        # Each row's activations are differentiated K times at once.
-        batches = self._batches(range(len(self.landmarks)), max(1, self.block_rows // rank))
-        for part, x in progress(batches, "Directions"):
-            outputs = self.landmarks.outputs[part].to(self.device)
-            sums = weighted_gradients(self.model, self.weights, self.to_model(x), outputs, coefficients[part])
-            for name, value in sums.items():
-                total[name] += value
-        return {k: _like(w, total[k]) for k, w in self.weights.items()}
-
-
-def _like(weight: Tensor, values: Tensor) -> Tensor:
-    """Store (K, *shape) so that each slice has the weight's dtype and strides.
-
-    A tangent whose strides differ from its weight's is copied at every use.
-    """
-    strides = (weight.numel(), *weight.stride())
-    return weight.new_empty(0).new_empty_strided(tuple(values.shape), strides).copy_(values)
-
-
-def _gram(rows: Tensor, progress: Callable[[Any], Any] = iter) -> Tensor:
-    """Return ``rows @ rows.T`` (M, M) in float64, computing the upper half only."""
-    size = rows.shape[0]
-    gram = torch.zeros(size, size, dtype=torch.float64, device=rows.device)
-    parts = list(torch.arange(size, device=rows.device).chunk(min(8, size)))
-    bounds = [(int(p[0]), int(p[-1]) + 1) for p in parts]
-    for start in progress(range(0, rows.shape[1], _SLICE)):
-        piece = rows[:, start : start + _SLICE].double()
-        for (a, b), (c, d) in combinations_with_replacement(bounds, 2):
-            gram[a:b, c:d].addmm_(piece[a:b], piece[c:d].T)
-    return gram.triu() + gram.triu(1).T
-
-
-def _cross(left: Tensor, right: Tensor) -> Tensor:
-    out = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
-    for start in range(0, left.shape[1], _SLICE):
-        stop = start + _SLICE
-        out.addmm_(left[:, start:stop].double(), right[:, start:stop].double().T)
-    return out
-
-
-def _gram_by_blocks(source: _RowSource, size: int, block: int, progress: Progress) -> Tensor:
-    """Build the Gram matrix with two blocks of rows in memory at a time."""
-    blocks = [list(range(a, min(a + block, size))) for a in range(0, size, block)]
-    gram = torch.zeros(size, size, dtype=torch.float64, device=source.device)
-    pairs = list(combinations_with_replacement(range(len(blocks)), 2))
-    left = torch.empty(0)
-    for i, j in progress(pairs, "Gram matrix, block by block"):
-        if i == j:
-            left = source(blocks[i])
-            part = _gram(left)
-        else:
-            part = _cross(left, source(blocks[j]))
-        a, b = slice(blocks[i][0], blocks[i][-1] + 1), slice(blocks[j][0], blocks[j][-1] + 1)
-        gram[a, b], gram[b, a] = part, part.T
-    return gram
+    rows = choose_rows(source, budget, spill)
+    gram = rows.gram(progress)
+    eigenvalues, coefficients = _leading_eigenpairs(gram, rank, torch.finfo(source.dtype).eps)
+    values = rows.combine(coefficients, progress)
+    directions = {
+        k: _like(w, values[k].reshape(len(eigenvalues), *w.shape)) for k, w in source.weights.items()
+    }
+    return NystromBasis(directions, eigenvalues, float(gram.trace()), len(source))
 
 
 def _leading_eigenpairs(gram: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -272,14 +136,10 @@ def _leading_eigenpairs(gram: Tensor, rank: int, eps: float) -> tuple[Tensor, Te
     return eigenvalues, vectors * signs / eigenvalues.sqrt()
 
 
-def _directions_from_rows(rows: Tensor, coefficients: Tensor, weights: Weights) -> Weights:
-    directions, start = {}, 0
-    for name, weight in weights.items():
-        stop = start + weight.numel()
-        parts = [
-            coefficients.T @ rows[:, a : min(a + _SLICE, stop)].double() for a in range(start, stop, _SLICE)
-        ]
-        parts.append(coefficients.new_empty(coefficients.shape[1], 0))  # a weight may be empty
-        values = torch.cat(parts, 1).reshape(coefficients.shape[1], *weight.shape)
-        directions[name], start = _like(weight, values), stop
-    return directions
+def _like(weight: Tensor, values: Tensor) -> Tensor:
+    """Store (K, *shape) so that each slice has the weight's dtype and strides.
+
+    A tangent whose strides differ from its weight's is copied at every use.
+    """
+    strides = (weight.numel(), *weight.stride())
+    return weight.new_empty(0).new_empty_strided(tuple(values.shape), strides).copy_(values)

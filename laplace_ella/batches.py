@@ -110,6 +110,13 @@ def to_model(x: Input, device: torch.device, dtype: torch.dtype) -> Input:
     return x.clone() if x.is_inference() else x
 
 
+def detached(x: Input) -> Input:
+    """Cut an input from the graph that led to it."""
+    if isinstance(x, Tensor):
+        return x.detach()
+    return like(x, {k: v.detach() if isinstance(v, Tensor) else v for k, v in x.items()})
+
+
 def is_finite(x: Input) -> bool:
     """Tell whether no floating-point entry of an input is NaN or infinite."""
     values = x.values() if isinstance(x, Mapping) else [x]

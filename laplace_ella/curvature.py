@@ -7,47 +7,62 @@ Laplace with the weights confined to :math:`\theta^* + \operatorname{span}(V)`.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
 from laplace.curvature import AsdlGGN, BackPackGGN, CurvlinopsGGN, EFInterface, GGNInterface
 from torch import Tensor, nn
 
-from .autodiff import FunctionalModel, Weights, largest_activation, safe_autodiff
-from .basis import NystromBasis, Progress, build_basis
-from .batches import Input, batch_size, collate, key_first, rows, to_model
-from .features import (
-    CPU_WORKING_SET,
-    LIVE_TENSORS,
-    Chunks,
-    forward_features,
-    plan_chunks,
-    reverse_features,
-)
-from .gradients import Engine, asdl_rows, backpack_rows, gradient_rows, supported_engine
+from .autodiff import Weights, safe_autodiff, unwrap
+from .basis import NystromBasis, build_basis
+from .batches import Input, key_first, to_model
+from .engine import AUTODIFF, Engine
+from .gradients import RowEngine, asdl_rows, backpack_rows
+from .gram import Progress, RowSource, Spill
 from .landmarks import Landmarks
 from .likelihoods import LIKELIHOODS
-from .memory import default_budget
-from .validation import check_finite_features, check_size
+from .probing import Support
+from .validation import (
+    check_budget,
+    check_choice,
+    check_finite_features,
+    check_size,
+    check_spill,
+    check_whole,
+)
 
 
 class NystromGGN(GGNInterface):
-    r"""Generalised Gauss-Newton curvature seen through a Nystrom basis, in forward mode.
+    r"""Generalised Gauss-Newton curvature seen through a Nystrom basis.
 
     Parameters
     ----------
     model : torch.nn.Module
+        DataParallel, DistributedDataParallel and torch.compile wrappers are taken off.
     likelihood : {"classification", "regression"}
     dict_key_x, dict_key_y : str
         Keys of inputs and targets in mapping batches.
     chunk_size : int, optional
         Directions per forward-mode call. Default: as many as keep tensors in cache
         (CPU), or within the memory budget (GPU).
-    memory_budget : int, optional
-        Bytes that gradient rows may take. Default: a quarter of the free memory.
+    memory_budget : int or float, optional
+        Bytes (int), or share of the device's free memory (float), that gradient rows
+        and activations may take. Default: a quarter of the free memory.
+    autodiff : {"auto", "forward", "double", "reverse"}
+        How features are computed. "auto": reverse mode if 8 C <= K, else forward mode;
+        where the model has an operator that does not support it, the next that works.
+    compile : bool
+        Run forward mode through :func:`torch.compile`.
+    spill : {"cpu"} or path, optional
+        Keep gradient rows that do not fit the budget in CPU memory, or in a temporary
+        file in this folder, instead of computing them again.
+    spill_dtype : torch.dtype
+        In which precision; the relative error of an entry is half its eps.
     """
 
-    engine: ClassVar[Any] = staticmethod(gradient_rows)  # see gradients.Engine
+    row_engine: ClassVar[Any] = None  # None: torch.func, or a loop where that fails
+    default_autodiff: ClassVar[str] = "auto"
 
     def __init__(
         self,
@@ -57,15 +72,22 @@ class NystromGGN(GGNInterface):
         dict_key_y: str = "labels",
         *,
         chunk_size: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | float | None = None,
+        autodiff: str | None = None,
+        compile: bool = False,  # noqa: A002
+        spill: str | PathLike[str] | None = None,
+        spill_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        super().__init__(model, likelihood, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-        self.chunk_size = check_size("chunk_size", chunk_size)
-        self.memory_budget = check_size("memory_budget", memory_budget)
+        check_whole(model)
+        super().__init__(unwrap(model), likelihood, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+        autodiff = self.default_autodiff if autodiff is None else autodiff
+        check_choice("autodiff", autodiff, AUTODIFF)
+        folder = check_spill(spill, spill_dtype)
+        self.spill = None if spill is None else Spill(folder, spill_dtype)
         self.basis: NystromBasis | None = None
-        self._function = FunctionalModel(model)
-        self._engine: Engine | None = None
-        self._row_bytes: dict[Any, int] = {}
+        self.engine = Engine(
+            self.model, autodiff, check_size("chunk_size", chunk_size), check_budget(memory_budget), compile
+        )
 
     @property
     def _reference(self) -> Tensor:
@@ -78,7 +100,8 @@ class NystromGGN(GGNInterface):
     def forward(self, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the model's outputs (B, C), in evaluation mode and without a graph."""
         with safe_autodiff(self.model):
-            return self._function(self._function.weights(), self.to_model(x), **model_kwargs)
+            function = self.engine.function
+            return function(function.weights(), self.to_model(x), **model_kwargs)
 
     def forward_at(
         self, offsets: Weights, x: Input, enable_backprop: bool = False, **model_kwargs: Any
@@ -86,39 +109,50 @@ class NystromGGN(GGNInterface):
         """Return the outputs (S, B, C) at the weights plus each of S offsets (S, *shape)."""
         n_samples = next(iter(offsets.values())).shape[0]
         with safe_autodiff(self.model, enable_backprop):
-            x = self.to_model(x)
-            weights = self._function.weights()
+            x, function = self.to_model(x), self.engine.function
+            weights = function.weights()
             return torch.stack(
                 [
-                    self._function({k: w + offsets[k][s] for k, w in weights.items()}, x, **model_kwargs)
+                    function({k: w + offsets[k][s] for k, w in weights.items()}, x, **model_kwargs)
                     for s in range(n_samples)
                 ]
             )
 
+    def support(self, x: Input) -> Support:
+        """Say how the model can be differentiated; found out once a device, on a row of ``x``.
+
+        Raises
+        ------
+        Exception
+            Whatever the model raises.
+        ValueError
+            If nothing works, or forward and reverse mode disagree.
+        """
+        return self.engine.support(self.to_model(x))
+
+    def row_source(self, landmarks: Landmarks) -> RowSource:
+        """Prepare the gradient rows of landmarks."""
+        longest = self.to_model(max(landmarks.inputs, key=_numel))
+        rows_by: RowEngine = self.row_engine or self.engine.support(longest).engine
+        return RowSource(
+            self.engine.function,
+            landmarks,
+            rows_by,
+            self.to_model,
+            self.engine.gradients_per_call(longest),
+            separable=self.row_engine is None,
+        )
+
     def build_basis(self, landmarks: Landmarks, rank: int, progress: Progress) -> NystromBasis:
         """Compute the basis of the landmarks' gradients; see :func:`laplace_ella.basis.build_basis`."""
         with safe_autodiff(self.model):
-            longest = self.to_model(max(landmarks.inputs, key=_numel))
-            return build_basis(
-                self._function,
-                landmarks,
-                rank,
-                engine=self._supported_engine(longest),
-                to_model=self.to_model,
-                block_rows=self._gradient_rows_per_call(longest),
-                memory_rows=self._budget() // self._row_size(),
-                progress=progress,
-            )
+            source = self.row_source(landmarks)
+            return build_basis(source, rank, budget=self.engine.budget(), spill=self.spill, progress=progress)
 
     def features(self, x: Input, basis: NystromBasis, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C) with a given basis."""
         with safe_autodiff(self.model, enable_backprop):
-            x, weights = self.to_model(x), self._function.weights()
-            if batch_size(x) == 0:
-                f = self._function(weights, x)
-                return f.new_zeros(*f.shape, basis.rank), f
-            chunks = self._feature_chunks(x, basis.rank)
-            return self._project(weights, basis.directions, x, chunks)
+            return self.engine.features(self.to_model(x), basis.directions)
 
     def jacobians(self, x: Input, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         r"""Compute the features, the Jacobian of the outputs in the K coordinates.
@@ -195,47 +229,6 @@ class NystromGGN(GGNInterface):
             snapshots.append((seen, total * (n_data / seen)))
         return snapshots
 
-    def _supported_engine(self, x: Input) -> Engine:
-        """Try the class's engine on two copies of the first row, once."""
-        if self._engine is None:
-            row = rows(x, 0, 1)
-            _, pair = next(collate([row, row], 2))
-            self._engine = supported_engine(type(self).engine, self._function, pair)
-        return self._engine
-
-    def _project(
-        self, weights: Weights, directions: Weights, x: Input, chunks: Chunks
-    ) -> tuple[Tensor, Tensor]:
-        return forward_features(self._function, weights, directions, x, chunks)
-
-    def _feature_chunks(self, x: Input, rank: int) -> Chunks:
-        row_bytes = self._largest_activation(x)
-        if self._reference.device.type == "cpu":
-            return plan_chunks(row_bytes, rank, CPU_WORKING_SET, self.chunk_size)
-        return plan_chunks(row_bytes, rank, self._budget() // LIVE_TENSORS, self.chunk_size)
-
-    def _gradient_rows_per_call(self, x: Input) -> int:
-        working_set = CPU_WORKING_SET if self._reference.device.type == "cpu" else self._budget() // 4
-        return max(
-            1, min(working_set // self._largest_activation(x), self._budget() // 4 // self._row_size())
-        )
-
-    def _largest_activation(self, x: Input) -> int:
-        signature = tuple(
-            (v.shape[1:], v.dtype) if isinstance(v, Tensor) else None
-            for v in (x.values() if not isinstance(x, Tensor) else [x])
-        )
-        if signature not in self._row_bytes:
-            with torch.no_grad():
-                self._row_bytes[signature] = largest_activation(self._function, rows(x, 0, 1))
-        return self._row_bytes[signature]
-
-    def _row_size(self) -> int:
-        return sum(w.numel() * w.element_size() for w in self._function.weights().values())
-
-    def _budget(self) -> int:
-        return self.memory_budget or default_budget(self._reference.device)
-
 
 def _numel(x: Input) -> int:
     values = [x] if isinstance(x, Tensor) else x.values()
@@ -248,20 +241,13 @@ class ReverseNystromGGN(NystromGGN):
     Prefer it with few outputs and many directions (C = 1, K = 20, say).
     """
 
-    def _project(
-        self, weights: Weights, directions: Weights, x: Input, chunks: Chunks
-    ) -> tuple[Tensor, Tensor]:
-        engine = self._supported_engine(x)
-        return reverse_features(self._function, weights, directions, x, chunks, engine)
-
-    def _feature_chunks(self, x: Input, rank: int) -> Chunks:
-        return Chunks(rows=self._gradient_rows_per_call(x), directions=rank)
+    default_autodiff = "reverse"
 
 
 class BackPackNystromGGN(NystromGGN):
     """:class:`NystromGGN` with landmark gradients from BackPACK."""
 
-    engine = staticmethod(backpack_rows)
+    row_engine = staticmethod(backpack_rows)
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         if not all(p.requires_grad for p in model.parameters()):
@@ -275,7 +261,7 @@ class BackPackNystromGGN(NystromGGN):
 class AsdlNystromGGN(NystromGGN):
     """:class:`NystromGGN` with landmark gradients from ASDL."""
 
-    engine = staticmethod(asdl_rows)
+    row_engine = staticmethod(asdl_rows)
 
 
 _BACKENDS: list[tuple[type, type[NystromGGN]]] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from os import PathLike
 from typing import Any
 
 import laplace
@@ -14,6 +15,7 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from . import checkpoint, posterior, validation
+from .autodiff import unwrap
 from .basis import NystromBasis
 from .batches import Input, collate, named_batches
 from .curvature import nystrom_backend
@@ -65,7 +67,8 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
     Parameters
     ----------
     model, likelihood, sigma_noise, prior_precision, prior_mean
-        As in :class:`laplace.ParametricLaplace`. The prior precision may be scalar, one
+        As in :class:`laplace.ParametricLaplace`. DataParallel, DistributedDataParallel
+        and torch.compile wrappers are taken off the model. The prior precision may be scalar, one
         per weight tensor, or one per weight.
     temperature : float, optional
         T; a number stays fixed. None means 1 until ``optimize_prior_precision(
@@ -94,8 +97,18 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         Of landmarks, curvature inputs and Monte-Carlo links.
     chunk_size : int, optional
         Directions per forward-mode call; default by memory.
-    memory_budget : int, optional
-        Bytes that gradient rows may take; default a quarter of the free memory.
+    memory_budget : int or float, optional
+        Bytes (int), or share of the device's free memory (float), that gradient rows and
+        activations may take; default a quarter of the free memory.
+    autodiff : {"auto", "forward", "double", "reverse"}, optional
+        How features are computed; default "auto", which see in :class:`NystromGGN`.
+    compile : bool
+        Run forward mode through :func:`torch.compile`: minutes of compiling for each
+        shape of batch, then faster.
+    spill : {"cpu"} or path, optional
+        Where gradient rows go that do not fit, instead of being computed again.
+    spill_dtype : torch.dtype
+        In which precision; see :class:`NystromGGN`.
 
     Attributes
     ----------
@@ -144,7 +157,11 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         curvature_size: int | None = 2000,
         seed: int = 0,
         chunk_size: int | None = None,
-        memory_budget: int | None = None,
+        memory_budget: int | float | None = None,
+        autodiff: str | None = None,
+        compile: bool = False,  # noqa: A002
+        spill: str | PathLike[str] | None = None,
+        spill_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         validation.check_model(model)
         validation.check_choice("likelihood", likelihood, LIKELIHOODS)
@@ -153,7 +170,6 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
             "n_eigenvalues": n_eigenvalues,
             "curvature_size": curvature_size,
             "chunk_size": chunk_size,
-            "memory_budget": memory_budget,
         }
         sizes = {name: validation.check_size(name, value) for name, value in sizes.items()}
         validation.check_positive("sigma_noise", sigma_noise)
@@ -167,11 +183,11 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         self.curvature_size = sizes["curvature_size"]
         self.seed = validation.check_seed(seed)
         self.chunk_size = sizes["chunk_size"]
-        self.memory_budget = sizes["memory_budget"]
+        self.memory_budget = validation.check_budget(memory_budget)
         self._fingerprint = ""
         self.fit_history_: dict[str, list[float]] = {"processed_examples": [], "val_nll": []}
         super().__init__(
-            model,
+            unwrap(model),
             likelihood,
             sigma_noise,
             prior_precision,
@@ -181,7 +197,15 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
             dict_key_x,
             dict_key_y,
             nystrom_backend(backend),
-            {"chunk_size": chunk_size, "memory_budget": memory_budget, **(backend_kwargs or {})},
+            {
+                "chunk_size": chunk_size,
+                "memory_budget": memory_budget,
+                "autodiff": autodiff,
+                "compile": compile,
+                "spill": spill,
+                "spill_dtype": spill_dtype,
+                **(backend_kwargs or {}),
+            },
             asdl_fisher_kwargs,
         )
         self.mean = self.prior_mean
@@ -193,7 +217,7 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         except TypeError as error:
             raise ValueError(
                 f"backend_kwargs={self._backend_kwargs} do not fit {self._backend_cls.__name__}: {error}. "
-                "It takes chunk_size and memory_budget."
+                "It takes chunk_size, memory_budget, autodiff, compile, spill and spill_dtype."
             ) from error
 
     # ------------------------------------------------------------------ fit
@@ -269,6 +293,7 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
             f = self.backend.forward(x)
             if landmarks is not None:
                 validation.check_coordinates(landmarks[1], f.shape[-1])
+            self.backend.support(x)  # probes at the first batch, before any long work
             return f
 
         found = scan(
@@ -492,6 +517,7 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
             self.temperature = state_dict["temperature"]
             self._temperature_fixed = state_dict["temperature_fixed"]
             self._named_by_user = set(state_dict["named_by_user"])
+            self.backend.engine.forget()
             H, loss = state_dict["H"].to(self._device), state_dict["loss"].to(self._device)
             self._set_fit(basis, H, loss, state_dict["n_data"], state_dict["n_outputs"])
 

@@ -1,57 +1,26 @@
 r"""Features :math:`\phi(x) = J(x) V`: the Jacobian seen through the basis.
 
-Two twins with one signature: forward mode (K Jacobian-vector products, which share
-one evaluation of the model) and reverse mode (C per-sample gradients, contracted
-with V). Neither forms a Jacobian.
+Several ways with one signature, (model, weights, directions, x, chunks) -> (phi, f),
+which agree to rounding and differ in cost and in what operators they need. None
+forms a Jacobian. :mod:`laplace_ella.probing` finds out which a model supports.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
+from torch.func import jvp, vjp, vmap
 
-from .autodiff import FunctionalModel, Weights, flat
+from .autodiff import FunctionalModel, Weights, backward_passes, flat
 from .batches import Input, batch_size, rows
-from .gradients import Engine, gradient_rows
+from .gradients import per_row
+from .memory import Chunks
 
-# Tensors of this many bytes stay in cache, and below the size at which glibc maps
-# and unmaps memory at every allocation.
-CPU_WORKING_SET = 2**23
-# A forward-mode pass keeps about this many tensors of the largest size alive.
-LIVE_TENSORS = 8
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """How much one call of the model takes: rows of the batch, and directions."""
-
-    rows: int
-    directions: int
-
-
-def plan_chunks(row_bytes: int, n_directions: int, working_set: int, chunk_size: int | None) -> Chunks:
-    """Split a batch and K directions so that tensors stay within ``working_set`` bytes.
-
-    Directions first: every further chunk of directions evaluates the model again.
-
-    Parameters
-    ----------
-    row_bytes : int
-        Bytes one row takes in the largest intermediate tensor.
-    n_directions : int
-        K.
-    working_set : int
-        Bytes the largest tensor may take, tangents included.
-    chunk_size : int, optional
-        Directions per call, if the user fixed them.
-    """
-    slots = max(1, working_set // max(1, row_bytes))
-    directions = min(n_directions, chunk_size or slots)
-    return Chunks(rows=max(1, slots // directions), directions=directions)
+Features = Callable[[FunctionalModel, Weights, Weights, Input, Chunks], tuple[Tensor, Tensor]]
 
 
 def forward_features(
@@ -81,47 +50,128 @@ def forward_features(
             return f, phi
 
         parts = []
-        for start in range(0, n_directions, chunks.directions):
+        for start in range(0, _rank(directions), chunks.directions):
             tangents = {k: v[start : start + chunks.directions] for k, v in directions.items()}
             # out_dims=None for the outputs would be natural, but fails under chunking.
             f, phi = vmap(push, out_dims=(0, -1))(tangents)
             parts.append(phi)
         return torch.cat(parts, -1), f[0]
 
-    n_directions = next(iter(directions.values())).shape[0]
-    size = batch_size(x)
-    step = math.ceil(size / math.ceil(size / chunks.rows))  # blocks of equal size
-    blocks = [push_block(rows(x, start, start + step)) for start in range(0, size, step)]
-    return torch.cat([phi for phi, _ in blocks]), torch.cat([f for _, f in blocks])
+    return _in_blocks(push_block, x, chunks.rows)
+
+
+def looped_forward_features(
+    model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
+) -> tuple[Tensor, Tensor]:
+    """Compute what :func:`forward_features` does, one direction after the other.
+
+    For models whose operators do not batch over tangents. Cost: at least 3K forward passes a row.
+    """
+
+    def push_block(block: Input) -> tuple[Tensor, Tensor]:
+        columns = []
+        for k in range(_rank(directions)):
+            tangent = {name: v[k] for name, v in directions.items()}
+            f, phi, *_ = jvp(lambda w: model(w, block), (weights,), (tangent,))
+            columns.append(phi)
+        return torch.stack(columns, -1), f
+
+    return _in_blocks(push_block, x, chunks.rows)
+
+
+def double_vjp_features(
+    model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
+) -> tuple[Tensor, Tensor]:
+    r"""Compute :math:`\phi(x)` by two backward passes a direction.
+
+    :math:`J^T u` is linear in u, and the gradient of :math:`\langle J^T u, v \rangle` with
+    respect to u is :math:`J v`. Needs operators that can be differentiated twice, and no
+    forward-mode rule. Cost: about 3 + 3K forward passes a row.
+    """
+    record = torch.is_grad_enabled()
+
+    def push_block(block: Input) -> tuple[Tensor, Tensor]:
+        def push(f: Tensor, leaves: Weights, _: Any) -> tuple[Tensor, Tensor]:
+            u = torch.zeros_like(f, requires_grad=True)
+            pulled = torch.autograd.grad(f, list(leaves.values()), u, create_graph=True, allow_unused=True)
+            used = [(k, g) for k, g in zip(leaves, pulled) if g is not None]
+            names, gradients = [k for k, _ in used], [g for _, g in used]
+            columns = [
+                torch.autograd.grad(
+                    gradients, u, [directions[n][k] for n in names], retain_graph=True, create_graph=record
+                )[0]
+                for k in range(_rank(directions))
+            ]
+            return torch.stack(columns, -1), f if record else f.detach()
+
+        return backward_passes(model, block, push)
+
+    return _in_blocks(push_block, x, chunks.rows)
 
 
 def reverse_features(
-    model: FunctionalModel,
-    weights: Weights,
-    directions: Weights,
-    x: Input,
-    chunks: Chunks,
-    engine: Engine = gradient_rows,
+    model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
-    r"""Compute :math:`\phi(x)` by one per-sample gradient per output, contracted with V.
+    r"""Compute :math:`\phi(x)` by one backward pass an output, contracted with V at once.
 
-    Parameters, returns: as :func:`forward_features`; ``chunks.directions`` is not used,
-    ``engine`` computes the gradients.
+    ``chunks.directions`` is not used.
 
     Notes
     -----
-    Cost: about 1 + 3C forward passes a row, however large K is. Memory:
-    ``chunks.rows`` x P numbers.
+    Cost: about 1 + 2C forward passes a row plus the contraction, C K / t of them where
+    t positions share a weight, however large K is. Memory: ``chunks.rows`` x P numbers.
     """
-    blocks = []
-    f = model(weights, x)
-    for start in range(0, batch_size(x), chunks.rows):
-        block = rows(x, start, start + chunks.rows)
+    bases = {k: flat(v).T for k, v in directions.items()}
+
+    def contract(row: Input) -> tuple[Tensor, Tensor]:
+        f, pull, *_ = vjp(lambda w: model(w, row)[0], weights)
         columns = []
-        for c in range(f.shape[-1]):
-            outputs = torch.full((batch_size(block),), c, device=f.device)
-            gradients = engine(model, weights, block, outputs)
-            parts = [flat(gradients[k]) @ flat(v).T for k, v in directions.items()]
-            columns.append(torch.stack(parts).sum(0))
-        blocks.append(torch.stack(columns, 1))
-    return torch.cat(blocks), f
+        for c in range(len(f)):
+            unit = torch.nn.functional.one_hot(torch.tensor(c, device=f.device), len(f)).to(f.dtype)
+            (gradient,) = pull(unit)
+            columns.append(sum(gradient[k].reshape(-1) @ b for k, b in bases.items()))
+        return torch.stack(columns), f
+
+    return _in_blocks(lambda block: per_row(contract, block), x, chunks.rows)
+
+
+def looped_reverse_features(
+    model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
+) -> tuple[Tensor, Tensor]:
+    """Compute what :func:`reverse_features` does, one row after the other.
+
+    Needs no more than ``backward()``. Cost: at least 1 + 2C forward passes of a single row.
+    """
+    record = torch.is_grad_enabled()
+    bases = {k: flat(v).T for k, v in directions.items()}
+
+    def contract(f: Tensor, leaves: Weights, pull: Any) -> tuple[Tensor, Tensor]:
+        columns = []
+        for output in f[0]:
+            gradient = pull(output, bases)
+            columns.append(sum(gradient[k].reshape(-1) @ b for k, b in bases.items()))
+        return torch.stack(columns)[None], f if record else f.detach()
+
+    return _in_blocks(lambda row: backward_passes(model, row, contract), x, 1)
+
+
+FEATURES: dict[str, Features] = {
+    "forward": forward_features,
+    "forward loop": looped_forward_features,
+    "double": double_vjp_features,
+    "reverse": reverse_features,
+    "reverse loop": looped_reverse_features,
+}
+
+
+def _rank(directions: Weights) -> int:
+    return next(iter(directions.values())).shape[0]
+
+
+def _in_blocks(
+    compute: Callable[[Input], tuple[Tensor, Tensor]], x: Input, block_rows: int
+) -> tuple[Tensor, Tensor]:
+    size = batch_size(x)
+    step = math.ceil(size / math.ceil(size / block_rows))  # blocks of equal size
+    blocks = [compute(rows(x, start, start + step)) for start in range(0, size, step)]
+    return torch.cat([phi for phi, _ in blocks]), torch.cat([f for _, f in blocks])

@@ -17,12 +17,33 @@ from asdl.operations import OP_BATCH_GRADS
 from backpack import backpack, extend
 from backpack.extensions import BatchGrad
 from torch import Tensor, nn
-from torch.func import grad, vjp, vmap
+from torch.func import grad, vmap
 
-from .autodiff import FunctionalModel, Weights
+from .autodiff import FunctionalModel, Weights, backward_passes
 from .batches import Input, batch_size, like, rows
 
-Engine = Callable[[FunctionalModel, Weights, Input, Tensor], Weights]
+RowEngine = Callable[[FunctionalModel, Weights, Input, Tensor], Weights]
+
+
+def per_row(function: Callable[..., Any], x: Input, *more: Any) -> Any:
+    """Apply ``function(row, *entries)`` to every row of a batch at once.
+
+    Parameters
+    ----------
+    function : callable
+        Takes a batch of one row, and one entry of each of ``more``.
+    x : input of B rows
+    *more : Tensor (B, ...)
+    """
+    entries = {"x": x} if isinstance(x, Tensor) else dict(x)  # vmap knows plain containers only
+    size = batch_size(x)
+    axes = {k: 0 if isinstance(v, Tensor) and v.ndim and len(v) == size else None for k, v in entries.items()}
+
+    def on_row(row: Any, *values: Any) -> Any:
+        batch = {k: v if axes[k] is None else v.unsqueeze(0) for k, v in row.items()}
+        return function(batch["x"] if isinstance(x, Tensor) else like(x, batch), *values)
+
+    return vmap(on_row, in_dims=(axes, *[0] * len(more)))(entries, *more)
 
 
 def gradient_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
@@ -30,6 +51,8 @@ def gradient_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
 
     Parameters
     ----------
+    weights : dict of Tensor
+        With respect to these; the module's own stand in for those left out.
     x : input of B rows
     outputs : LongTensor (B,)
         Which output of each row.
@@ -43,57 +66,25 @@ def gradient_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
     Cost: at least 3 forward passes a row. Memory: B x P numbers.
     """
 
-    def output(w: Weights, row: Any, c: Tensor) -> Tensor:
-        entries = {k: v if axes[k] is None else v.unsqueeze(0) for k, v in row.items()}
-        batch = entries["x"] if isinstance(x, Tensor) else like(x, entries)
-        return model(w, batch).gather(1, c.view(1, 1)).squeeze()
+    def gradient(row: Input, c: Tensor) -> Weights:
+        return grad(lambda w: model(w, row).gather(1, c.view(1, 1)).squeeze())(weights)
 
-    entries = {"x": x} if isinstance(x, Tensor) else dict(x)  # vmap knows plain containers only
-    size = batch_size(x)
-    axes = {k: 0 if isinstance(v, Tensor) and v.ndim and len(v) == size else None for k, v in entries.items()}
-    return vmap(grad(output), in_dims=(None, axes, 0))(weights, entries, outputs)
+    return per_row(gradient, x, outputs)
 
 
 def looped_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
     """Compute what :func:`gradient_rows` does, one row after the other.
 
     For models whose operators do not batch over samples (recurrent layers, branches
-    that depend on the data). Cost: at least 3 forward passes of a single row.
+    that depend on the data), or that torch.func cannot differentiate at all (old-style
+    autograd functions, checkpoints). Cost: at least 3 forward passes of a single row.
     """
 
-    def output(w: Weights, row: Input, c: Tensor) -> Tensor:
-        return model(w, row)[0, c]
+    def gradient(row: Input, c: Tensor) -> Weights:
+        return backward_passes(model, row, lambda f, leaves, pull: pull(f[0, c], weights))
 
-    gradients = [grad(output)(weights, rows(x, i, i + 1), outputs[i]) for i in range(batch_size(x))]
+    gradients = [gradient(rows(x, i, i + 1), outputs[i]) for i in range(batch_size(x))]
     return {k: torch.stack([g[k] for g in gradients]) for k in weights}
-
-
-def supported_engine(engine: Engine, model: FunctionalModel, x: Input) -> Engine:
-    """Return the engine, or the loop over rows if the model cannot be batched over samples.
-
-    Parameters
-    ----------
-    x : input of two rows
-        On which to try it, once.
-    """
-    if engine is not gradient_rows:
-        return engine
-    try:
-        engine(model, model.weights(), x, torch.zeros(2, dtype=torch.int64, device=_device(model)))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        warnings.warn(
-            "The model cannot be differentiated for several inputs at once, so landmark gradients are computed "
-            f"one by one, which is slower. The reason: {str(error).splitlines()[0]}",
-            stacklevel=7,
-        )
-        return looped_rows
-    return engine
-
-
-def _device(model: FunctionalModel) -> torch.device:
-    return next(model.module.parameters()).device
 
 
 def backpack_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
@@ -188,30 +179,3 @@ def _verified(library: str, found: dict[str, Any], module: nn.Module, size: int)
             "common layers only. Leave `backend` out: torch.func needs no rules for layers."
         )
     return result
-
-
-def weighted_gradients(
-    model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor, coefficients: Tensor
-) -> Weights:
-    r"""Compute :math:`\sum_b a_{bk} \nabla_\theta f_{c_b}(x_b)` for every k, without the rows.
-
-    Parameters
-    ----------
-    x : input of B rows
-    outputs : LongTensor (B,)
-    coefficients : Tensor (B, K)
-        :math:`a_{bk}`.
-
-    Returns
-    -------
-    dict of Tensor (K, *shape)
-
-    Notes
-    -----
-    Cost: one forward and K backward passes. Memory: the activations of B rows, K
-    times, and K x P numbers.
-    """
-    f, pull, *_ = vjp(lambda w: model(w, x), weights)
-    selected = torch.nn.functional.one_hot(outputs, f.shape[-1]).to(f.dtype)
-    cotangents = torch.einsum("bk,bc->kbc", coefficients.to(f.dtype), selected)
-    return vmap(pull)(cotangents)[0]

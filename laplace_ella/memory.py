@@ -1,18 +1,161 @@
-r"""How much memory there is, and how much of it rows and activations may take."""
+r"""How much memory there is, how much of it may be used, and what to do when it runs out."""
 
 from __future__ import annotations
+
+import ctypes
+import platform
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import psutil
 import torch
 
-# Share of the free memory that a fit may plan with, when the user names no budget.
+# Share of the free memory that is planned with, when the user names no budget.
 DEFAULT_SHARE = 0.25
+# Tensors of this many bytes stay in cache, and below the size at which glibc maps
+# and unmaps memory at every allocation.
+CPU_WORKING_SET = 2**23
+# A forward-mode pass keeps about this many tensors of the largest size alive.
+LIVE_TENSORS = 8
+
+# The name that torch 2.4 knows too; it covers every accelerator.
+OutOfMemory = torch.cuda.OutOfMemoryError
+Result = TypeVar("Result")
 
 
-def default_budget(device: torch.device) -> int:
-    """Return a quarter of the free memory of a device, in bytes; on CPU, of the available RAM."""
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a device; on CPU, the available RAM."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    return int(DEFAULT_SHARE * free)
+        # What torch's allocator has reserved and not handed out is free for us too.
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(psutil.virtual_memory().available)
+
+
+def budget_bytes(budget: int | float | None, device: torch.device) -> int:
+    """Turn a budget into bytes: an int is bytes, a float a share of the free memory, None a quarter."""
+    if isinstance(budget, int):
+        return budget
+    return max(1, int((DEFAULT_SHARE if budget is None else budget) * free_memory(device)))
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How much one call of the model takes: rows of the batch, and directions."""
+
+    rows: int
+    directions: int
+
+    def halved(self) -> Chunks | None:
+        """Return half the rows, or else half the directions; None if there is one of each."""
+        if self.rows > 1:
+            return Chunks((self.rows + 1) // 2, self.directions)
+        if self.directions > 1:
+            return Chunks(1, (self.directions + 1) // 2)
+        return None
+
+
+def plan_chunks(row_bytes: int, n_directions: int, working_set: int, chunk_size: int | None) -> Chunks:
+    """Split a batch and K directions so that tensors stay within ``working_set`` bytes.
+
+    Directions first: every further chunk of directions evaluates the model again.
+
+    Parameters
+    ----------
+    row_bytes : int
+        Bytes one row takes in the largest intermediate tensor.
+    n_directions : int
+        K.
+    working_set : int
+        Bytes the largest tensor may take, tangents included.
+    chunk_size : int, optional
+        Directions per call, if the user fixed them.
+    """
+    slots = max(1, working_set // max(1, row_bytes))
+    directions = min(n_directions, chunk_size or slots)
+    return Chunks(rows=max(1, slots // directions), directions=directions)
+
+
+def with_smaller_chunks(
+    compute: Callable[[Chunks], Result], chunks: Chunks, device: torch.device, need: Callable[[Chunks], int]
+) -> tuple[Result, Chunks]:
+    """Compute; when the device runs out of memory, halve the chunks with one warning and go on.
+
+    Parameters
+    ----------
+    compute : callable
+        Chunks -> result.
+    need : callable
+        Chunks -> bytes they are expected to take, for messages.
+
+    Returns
+    -------
+    result, chunks
+        The chunks that did it.
+
+    Raises
+    ------
+    torch.cuda.OutOfMemoryError
+        If a single row and direction do not fit.
+    """
+    first = chunks
+    while True:
+        try:
+            result = compute(chunks)
+        except OutOfMemory as error:
+            smaller = chunks.halved()
+            if smaller is None:
+                raise OutOfMemory(_too_small(need(chunks), device)) from error
+        else:
+            if chunks != first:
+                warnings.warn(
+                    f"{device} ran out of memory with {first.rows} rows x {first.directions} directions in one call; "
+                    f"going on with {chunks.rows} x {chunks.directions}. A lower memory_budget avoids this.",
+                    stacklevel=2,
+                )
+            return result, chunks
+        # Outside of the handler, whose traceback keeps the tensors of the failed call alive.
+        chunks = smaller
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _too_small(need: int, device: torch.device) -> str:
+    return (
+        f"One row with one direction needs about {gigabytes(need)} and does not fit on {device}, where "
+        f"{gigabytes(free_memory(device))} are free. Smaller chunks do not exist: free memory there, use smaller "
+        "inputs or fewer directions (n_eigenvalues), or move the model to a larger device."
+    )
+
+
+def gigabytes(n_bytes: float) -> str:
+    """Write bytes for people."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.3g} {unit}"
+    return f"{n_bytes:.0f} bytes"
+
+
+def raise_malloc_thresholds() -> str:
+    """Make glibc keep freed memory instead of handing it back, for this whole process.
+
+    glibc maps large temporaries at every allocation and unmaps them when they are
+    freed, so that every pass through a network touches fresh pages. Raising its
+    thresholds (``M_MMAP_THRESHOLD`` to 2^30, ``M_TRIM_THRESHOLD`` to 2^31 - 1 bytes) avoids
+    the page faults; the process holds on to its peak memory. Nothing calls this for
+    you. docs/performance.md has the effect; jemalloc and tcmalloc have the same.
+
+    Returns
+    -------
+    str
+        What was done. Nothing is, where the C library is not glibc.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return "nothing done: the C library is not glibc"
+    trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of <malloc.h>
+    mallopt = ctypes.CDLL(None).mallopt
+    if mallopt(mmap, 2**30) and mallopt(trim, 2**31 - 1):
+        return "glibc's M_MMAP_THRESHOLD is 2^30 bytes, M_TRIM_THRESHOLD 2^31 - 1"
+    return "nothing done: mallopt refused"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,17 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_whole(model: nn.Module) -> None:
+    """Refuse weights that are spread over processes."""
+    sharded = any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules())
+    if sharded or any(hasattr(p, "device_mesh") for p in model.parameters()):
+        raise ValueError(
+            "The model's weights are sharded over processes (FSDP, DTensor), where forward-mode AD has no rules; "
+            "every process must hold them whole. Use DistributedDataParallel, or gather the weights into a plain "
+            "copy of the module first."
+        )
+
+
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Require one of a few strings."""
     allowed = list(allowed)
@@ -43,6 +56,34 @@ def check_size(name: str, value: Any, optional: bool = True) -> int | None:
         alternative = " or None" if optional else ""
         raise ValueError(f"{name} must be a positive integer{alternative}; got {value!r}.")
     return int(value)
+
+
+def check_budget(value: Any) -> int | float | None:
+    """Return a positive number of bytes as an int, a share in (0, 1] as a float; or None."""
+    if value is None:
+        return None
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1:
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) <= 1:
+        return float(value)
+    raise ValueError(
+        "memory_budget must be a positive number of bytes (an int), a share of the free memory in (0, 1] "
+        f"(a float), or None; got {value!r}."
+    )
+
+
+SPILL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_spill(spill: Any, dtype: Any) -> str | None:
+    """Return the folder rows are spilled to; None for CPU memory, or no spilling."""
+    if dtype not in SPILL_DTYPES:
+        raise ValueError(f"spill_dtype must be one of {[str(d) for d in SPILL_DTYPES]}; got {dtype!r}.")
+    if spill is None or spill == "cpu":
+        return None
+    if not isinstance(spill, (str, PathLike)) or not Path(spill).is_dir():
+        raise ValueError(f"spill must be 'cpu', an existing folder, or None; got {spill!r}.")
+    return str(spill)
 
 
 def check_seed(value: Any) -> int:

@@ -168,7 +168,7 @@ def test_positional_arguments_are_the_hosts():
     assert (la.sigma_noise.item(), la.prior_precision.item(), la.temperature) == (0.5, 3.0, 2.0)
     assert la.prior_mean.item() == 0.1
     assert (la.enable_backprop, la.dict_key_x, la.dict_key_y) == (True, "x", "y")
-    assert la.backend.chunk_size == 2
+    assert la.backend.engine.chunk_size == 2
 
 
 def test_unknown_backend_options_are_refused():

@@ -173,7 +173,8 @@ def test_12_features_never_batch_over_the_inputs():
     plain = DictModel()
     la = fitted(model=plain, data=dict_batches())
     batch = dict_batches()[0]
-    phi, f = NystromGGN(model, "classification").features(batch, la.basis)
+    with pytest.warns(UserWarning, match="one by one"):  # of landmark gradients
+        phi, f = NystromGGN(model, "classification").features(batch, la.basis)
     expected_phi, expected_f = reference_features(plain, la.basis, batch)
     torch.testing.assert_close(phi, expected_phi)
     torch.testing.assert_close(f, expected_f)
@@ -797,7 +798,9 @@ def test_an_error_of_the_model_comes_through_and_changes_nothing(name):
     assert total
     la = mixed()
     before = Snapshot(la, SEQUENCES)
-    for fail_at in sorted({1, 2, 3, total // 2, total - 1, total} & set(range(1, total + 1))):
+    # A fit tries after its first batch what the model supports; what fails there is not used.
+    early = {1} if name.startswith("fit") else {1, 2, 3}
+    for fail_at in sorted(early | {total // 2, total - 1, total} & set(range(1, total + 1))):
         untouched = Untouched(la.model)
         la.model.calls, la.model.fail_at = 0, fail_at
         with pytest.raises(ModelError, match=f"call {fail_at}"):

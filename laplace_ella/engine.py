@@ -1,0 +1,190 @@
+r"""One model and how it is differentiated: the mode, the chunks, and what is remembered of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .autodiff import FunctionalModel, Weights, largest_activation, safe_autodiff
+from .batches import Input, batch_size, collate, detached, rows
+from .features import FEATURES, Features, forward_features
+from .memory import (
+    CPU_WORKING_SET,
+    LIVE_TENSORS,
+    Chunks,
+    budget_bytes,
+    plan_chunks,
+    with_smaller_chunks,
+)
+from .probing import Support, probe
+from .rewriting import RewrittenModel, find_rewrites
+
+AUTODIFF = ("auto", "forward", "double", "reverse")
+# Reverse mode is chosen if this many times C is at most K.
+REVERSE_COST = 8
+
+
+def reverse_is_cheaper(n_outputs: int, rank: int) -> bool:
+    """Say whether C backward passes a row cost less than K tangents; docs/performance.md has the figures."""
+    return REVERSE_COST * n_outputs <= rank
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """What was found out about inputs of one shape.
+
+    Attributes
+    ----------
+    n_outputs : int
+        C.
+    row_bytes : int
+        Bytes a row takes in the largest intermediate tensor.
+    rewritten : FunctionalModel
+        The model for forward mode.
+    """
+
+    n_outputs: int
+    row_bytes: int
+    rewritten: FunctionalModel
+
+
+class Engine:
+    """Computes features of one model, having found out what it supports and how large it is.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    autodiff : {"auto", "forward", "double", "reverse"}
+    chunk_size, memory_budget, compiled
+        As in :class:`laplace_ella.NystromGGN`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        autodiff: str = "auto",
+        chunk_size: int | None = None,
+        memory_budget: int | float | None = None,
+        compiled: bool = False,
+    ) -> None:
+        self.module, self.autodiff = module, autodiff
+        self.chunk_size, self.memory_budget, self.compiled = chunk_size, memory_budget, compiled
+        self.function = FunctionalModel(module)
+        self.forward_features: Features = torch.compile(forward_features) if compiled else forward_features
+        self._support: dict[torch.device, Support] = {}
+        self._facts: dict[Any, InputFacts] = {}
+        self._smaller: dict[Any, Chunks] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.module.parameters()).device
+
+    def forget(self) -> None:
+        """Find everything out again at the next use, the model having changed."""
+        for found in (self._support, self._facts, self._smaller):
+            found.clear()
+
+    def budget(self) -> int:
+        """Return the bytes that gradient rows and activations may take."""
+        return budget_bytes(self.memory_budget, self.device)
+
+    def row_size(self) -> int:
+        """Return the bytes of one gradient row."""
+        return sum(w.numel() * w.element_size() for w in self.function.weights().values())
+
+    def support(self, x: Input) -> Support:
+        """Say what the model supports; found out once a device, on two copies of a row of ``x``."""
+        if self.device not in self._support:
+            with safe_autodiff(self.module):
+                self._support[self.device] = probe(self.function, _pair(x), self.autodiff)
+        return self._support[self.device]
+
+    def facts(self, x: Input) -> InputFacts:
+        """Describe inputs of the shape of ``x``; found out once a shape. Cost: three or four passes of a row or two."""
+        signature = (self.device, _signature(x))
+        if signature not in self._facts:
+            with safe_autodiff(self.module):
+                pair = _pair(x)
+                self._facts[signature] = InputFacts(
+                    self.function(self.function.weights(), pair).shape[-1],
+                    largest_activation(self.function, pair),
+                    RewrittenModel(self.module, find_rewrites(self.function, pair)),
+                )
+        return self._facts[signature]
+
+    def mode(self, x: Input, rank: int) -> str:
+        """Choose among the ways to compute features: what the model supports, then C and K."""
+        support = self.support(x)
+        if self.autodiff != "auto" or (support.features, support.rows) != ("forward", "vmap"):
+            return support.features
+        return "reverse" if reverse_is_cheaper(self.facts(x).n_outputs, rank) else "forward"
+
+    def features(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
+        r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C); inside ``safe_autodiff``.
+
+        Raises
+        ------
+        torch.cuda.OutOfMemoryError
+            If the device has no room for one row and one direction.
+        """
+        rank = next(iter(directions.values())).shape[0]
+        if batch_size(x) == 0:
+            f = self.function(self.function.weights(), x)
+            return f.new_zeros(*f.shape, rank), f
+        mode = self.mode(x, rank)
+        signature = (self.device, mode, rank, _signature(x))
+        chunks = self._smaller.get(signature) or self.chunks(mode, x, rank)
+        result, used = with_smaller_chunks(
+            lambda c: self._compute(mode, x, directions, c),
+            chunks,
+            self.device,
+            lambda c: self._bytes_of(mode, c, x),
+        )
+        if used != chunks:
+            self._smaller[signature] = used
+        return result
+
+    def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
+        function = self.function
+        if mode in ("forward", "forward loop") and not self.compiled:
+            function = self.facts(x).rewritten
+        compute = self.forward_features if mode == "forward" else FEATURES[mode]
+        return compute(function, function.weights(), directions, x, chunks)
+
+    def _bytes_of(self, mode: str, chunks: Chunks, x: Input) -> int:
+        if mode.startswith("reverse"):
+            return chunks.rows * (self.row_size() + LIVE_TENSORS * self.facts(x).row_bytes)
+        return LIVE_TENSORS * chunks.rows * chunks.directions * self.facts(x).row_bytes
+
+    def chunks(self, mode: str, x: Input, rank: int) -> Chunks:
+        """Cut a batch and K directions so that what a call holds stays within cache or budget."""
+        if mode == "reverse":
+            return Chunks(self.gradients_per_call(x), rank)
+        # Only batched forward mode holds several directions at once.
+        at_once = rank if mode == "forward" else 1
+        return plan_chunks(self.facts(x).row_bytes, at_once, self._working_set(), self.chunk_size)
+
+    def gradients_per_call(self, x: Input) -> int:
+        """Return for how many rows gradients are computed at once."""
+        by_rows = self.budget() // 4 // self.row_size()
+        return max(1, min(self._working_set() // self.facts(x).row_bytes, by_rows))
+
+    def _working_set(self) -> int:
+        within_budget = max(1, self.budget() // LIVE_TENSORS)
+        return min(CPU_WORKING_SET, within_budget) if self.device.type == "cpu" else within_budget
+
+
+def _pair(x: Input) -> Input:
+    """Return two copies of the first row, cut from any graph."""
+    row = detached(rows(x, 0, 1))
+    _, pair = next(collate([row, row], 2))
+    return pair
+
+
+def _signature(x: Input) -> Any:
+    entries = x.items() if not isinstance(x, Tensor) else [("x", x)]
+    return tuple((k, v.shape[1:], v.dtype) for k, v in entries if isinstance(v, Tensor))

@@ -1,0 +1,317 @@
+r"""The Gram matrix :math:`R R^T` of M gradient rows, and :math:`R^T a`, within a memory budget.
+
+Rows that fit are computed once. Others are kept elsewhere (``spill``), or computed
+again: either in blocks of rows, of which one stays while the others stream past it,
+or in blocks of weights, for all landmarks at once; whichever needs fewer passes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autodiff import FunctionalModel, flat
+from .batches import collate, rows
+from .gradients import RowEngine
+from .landmarks import Landmarks
+from .memory import Chunks, with_smaller_chunks
+
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+# Products are summed over slices of this many weights, each held in float64.
+SLICE = 8192
+# A gradient with respect to few weights costs this much of one with respect to all:
+# two of three passes, the forward and the backward one, are needed in any case.
+PARTIAL_COST = 2 / 3
+
+
+@dataclass(frozen=True)
+class Spill:
+    """Where rows go that do not fit the budget.
+
+    Attributes
+    ----------
+    folder : str or None
+        None: CPU memory. Else a temporary file, mapped into memory, in this folder.
+    dtype : torch.dtype
+        bfloat16, float16 or float32. The relative error of an entry is half the dtype's
+        eps, so that of the Gram matrix, in spectral norm, is at most eps of its largest
+        eigenvalue times the square root of M.
+    """
+
+    folder: str | None
+    dtype: torch.dtype
+
+    def empty(self, size: int, n_weights: int) -> tuple[Tensor, Any]:
+        """Return an uninitialised tensor (M, P), and what must live as long as it."""
+        if self.folder is None:
+            return torch.empty(size, n_weights, dtype=self.dtype), None
+        file = tempfile.NamedTemporaryFile(dir=self.folder, prefix="laplace_ella-rows-")  # noqa: SIM115
+        n = size * n_weights
+        rows = torch.from_file(file.name, shared=True, size=n, dtype=self.dtype)
+        return rows.view(size, n_weights), file
+
+
+class RowSource:
+    """Gradient rows of landmarks, computed when asked for.
+
+    Parameters
+    ----------
+    model : FunctionalModel
+    landmarks : Landmarks
+        M pairs.
+    engine : callable
+        Computes gradient rows (see gradients.py).
+    to_model : callable
+        Moves an input to the model.
+    rows_per_call : int
+        Landmarks per call of the engine.
+    separable : bool
+        The engine can leave weights out.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        landmarks: Landmarks,
+        engine: RowEngine,
+        to_model: Callable[[Any], Any],
+        rows_per_call: int,
+        separable: bool = True,
+    ) -> None:
+        self.model, self.landmarks, self.engine = model, landmarks, engine
+        self.to_model, self.separable = to_model, separable
+        self.weights = model.weights()
+        self.sizes = {k: w.numel() for k, w in self.weights.items()}
+        first = next(iter(self.weights.values()))
+        self.device, self.dtype = first.device, first.dtype
+        self.computed = 0
+        self._chunks = Chunks(rows_per_call, 1)
+
+    def __len__(self) -> int:
+        return len(self.landmarks)
+
+    @property
+    def rows_per_call(self) -> int:
+        """Landmarks per call of the engine; halved whenever the device runs out of memory."""
+        return self._chunks.rows
+
+    def __call__(
+        self,
+        indices: Sequence[int],
+        names: Sequence[str] | None = None,
+        out: Tensor | None = None,
+        progress: Callable[[Any], Any] = iter,
+    ) -> Tensor:
+        """Return the rows (len(indices), P) with respect to the weights named, all by default."""
+        names = list(self.weights) if names is None else names
+        if out is None:
+            n_weights = sum(self.sizes[k] for k in names)
+            out = torch.empty(len(indices), n_weights, device=self.device, dtype=self.dtype)
+        inputs = [self.landmarks.inputs[i] for i in indices]
+        for part, x in progress(list(collate(inputs, self.rows_per_call))):
+            self._write(out, part, [indices[i] for i in part], self.to_model(x), names)
+        self.computed += len(indices)
+        return out
+
+    def _write(self, out: Tensor, part: list[int], chosen: list[int], x: Any, names: Sequence[str]) -> None:
+        weights = {k: self.weights[k] for k in names}
+        outputs = self.landmarks.outputs[chosen].to(self.device)
+        gradients, self._chunks = with_smaller_chunks(
+            lambda c: self._gradients(weights, x, outputs, c.rows),
+            self._chunks,
+            self.device,
+            lambda c: 2 * c.rows * sum(self.sizes.values()) * self.dtype.itemsize,
+        )
+        start = 0
+        for name in names:
+            block = flat(gradients[name])
+            if not block.isfinite().all():
+                raise ValueError(
+                    f"The gradients of landmarks {self.landmarks.names(chosen)} hold NaN or infinite values in {name!r}; "
+                    "they must be finite. A square root or a norm at zero is a usual cause."
+                )
+            out[part, start : start + self.sizes[name]] = block.to(out.device, out.dtype)
+            start += self.sizes[name]
+
+    def _gradients(self, weights: Any, x: Any, outputs: Tensor, size: int) -> dict[str, Tensor]:
+        if size >= len(outputs):
+            return self.engine(self.model, weights, x, outputs)
+        parts = [
+            self.engine(self.model, weights, rows(x, a, a + size), outputs[a : a + size])
+            for a in range(0, len(outputs), size)
+        ]
+        return {k: torch.cat([p[k] for p in parts]) for k in weights}
+
+
+class KeptRows:
+    """All M rows at hand: on the device, or spilled."""
+
+    def __init__(self, source: RowSource, spill: Spill | None = None) -> None:
+        self.source, self.spill = source, spill
+        self.gradients = len(source)
+        self.n_bytes = (
+            len(source) * sum(source.sizes.values()) * source.dtype.itemsize if spill is None else 0
+        )
+
+    def gram(self, progress: Progress) -> Tensor:
+        """Return the Gram matrix (M, M), float64."""
+        source, out = self.source, None
+        if self.spill is not None:
+            out, self._file = self.spill.empty(len(source), sum(source.sizes.values()))
+        indices = list(range(len(source)))
+        self.rows = source(indices, out=out, progress=lambda blocks: progress(blocks, "Landmark gradients"))
+        return gram(self.rows, source.device, lambda slices: progress(slices, "Gram matrix"))
+
+    def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
+        return _by_weight(_combination(coefficients, self.rows), self.source.sizes)
+
+
+class SampleBlocks:
+    """Blocks of rows: one is kept while those after it stream past."""
+
+    def __init__(self, source: RowSource, n_kept: int, n_streamed: int) -> None:
+        self.source, self.n_streamed = source, n_streamed
+        self.blocks = [list(range(a, min(a + n_kept, len(source)))) for a in range(0, len(source), n_kept)]
+        size = len(source)
+        self.gradients = sum(size - b[0] for b in self.blocks) + size - len(self.blocks[-1])
+        self.n_bytes = (n_kept + n_streamed) * sum(source.sizes.values()) * source.dtype.itemsize
+
+    def gram(self, progress: Progress) -> Tensor:
+        """Return the Gram matrix (M, M), float64."""
+        source, size = self.source, len(self.source)
+        out = torch.zeros(size, size, dtype=torch.float64, device=source.device)
+        for block in progress(self.blocks, "Gram matrix, block by block"):
+            self.kept = source(block)
+            a, b = block[0], block[-1] + 1
+            out[a:b, a:b] = gram(self.kept, source.device)
+            for c in range(b, size, self.n_streamed):
+                d = min(c + self.n_streamed, size)
+                out[a:b, c:d] = _cross(self.kept, source(list(range(c, d))))
+        return out.triu() + out.triu(1).T
+
+    def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
+        # The last block is still there.
+        total = _combination(coefficients[self.blocks[-1]], self.kept)
+        for block in progress(self.blocks[:-1], "Directions"):
+            self.kept = torch.empty(0)
+            self.kept = self.source(block)
+            total += _combination(coefficients[block], self.kept)
+        return _by_weight(total, self.source.sizes)
+
+
+class WeightBlocks:
+    """Blocks of weights: rows with respect to some of them, for all landmarks."""
+
+    def __init__(self, source: RowSource, groups: list[list[str]]) -> None:
+        self.source, self.groups = source, groups
+        self.gradients = (2 * len(groups) - 1) * len(source)
+        largest = max(sum(source.sizes[k] for k in group) for group in groups)
+        self.n_bytes = len(source) * largest * source.dtype.itemsize
+
+    def gram(self, progress: Progress) -> Tensor:
+        """Return the Gram matrix (M, M), float64."""
+        source, size = self.source, len(self.source)
+        out = torch.zeros(size, size, dtype=torch.float64, device=source.device)
+        for group in progress(self.groups, "Gram matrix, weight by weight"):
+            self.rows = torch.empty(0)
+            self.rows = source(list(range(size)), group)
+            out += gram(self.rows, source.device)
+        return out
+
+    def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
+        """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
+        found: dict[str, Tensor] = {}
+        for group in progress(self.groups[::-1], "Directions"):  # the rows of the last are still there
+            if group is not self.groups[-1]:
+                self.rows = torch.empty(0)
+                self.rows = self.source(list(range(len(self.source))), group)
+            sizes = {k: self.source.sizes[k] for k in group}
+            found.update(_by_weight(_combination(coefficients, self.rows), sizes))
+        return found
+
+
+Rows = KeptRows | SampleBlocks | WeightBlocks
+
+
+def choose_rows(source: RowSource, budget: int, spill: Spill | None = None) -> Rows:
+    """Decide how rows are held, so that they take ``budget`` bytes and are computed least often."""
+    size, itemsize = len(source), source.dtype.itemsize
+    row = sum(source.sizes.values()) * itemsize
+    if size * row <= budget:
+        return KeptRows(source)
+    if spill is not None:
+        return KeptRows(source, spill)
+    capacity = max(2, budget // row)  # less than one row against another cannot be
+    streamed = min(source.rows_per_call, max(1, capacity // 4))
+    samples = SampleBlocks(source, capacity - streamed, streamed)
+    groups = _groups(source.sizes, budget // (size * itemsize)) if source.separable else []
+    if not groups:
+        return samples
+    weights = WeightBlocks(source, groups)
+    return weights if PARTIAL_COST * weights.gradients < samples.gradients else samples
+
+
+def _groups(sizes: dict[str, int], capacity: int) -> list[list[str]]:
+    """Put weights into groups of at most ``capacity`` numbers; no groups if one is larger."""
+    if max(sizes.values()) > capacity:
+        return []
+    groups: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if size > room:
+            groups.append([])
+            room = capacity
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _slices(n_rows: int, n_weights: int) -> range:
+    return range(0, n_weights, max(64, min(SLICE, 2**22 // n_rows)))
+
+
+def gram(values: Tensor, device: torch.device, progress: Callable[[Any], Any] = iter) -> Tensor:
+    """Return ``values @ values.T`` (M, M) in float64, computing the upper half only."""
+    size = values.shape[0]
+    out = torch.zeros(size, size, dtype=torch.float64, device=device)
+    parts = list(torch.arange(size).chunk(min(8, size)))
+    bounds = [(int(p[0]), int(p[-1]) + 1) for p in parts]
+    slices = _slices(size, values.shape[1])
+    for start in progress(slices):
+        piece = values[:, start : start + slices.step].to(device).double()
+        for (a, b), (c, d) in combinations_with_replacement(bounds, 2):
+            out[a:b, c:d].addmm_(piece[a:b], piece[c:d].T)
+    return out.triu() + out.triu(1).T
+
+
+def _cross(left: Tensor, right: Tensor) -> Tensor:
+    out = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
+    slices = _slices(left.shape[0] + right.shape[0], left.shape[1])
+    for start in slices:
+        stop = start + slices.step
+        out.addmm_(left[:, start:stop].double(), right[:, start:stop].double().T)
+    return out
+
+
+def _combination(coefficients: Tensor, values: Tensor) -> Tensor:
+    """Return ``coefficients.T @ values`` (K, P), each slice computed in float64."""
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    out = coefficients.new_empty(coefficients.shape[1], values.shape[1], dtype=dtype)
+    slices = _slices(values.shape[0], values.shape[1])
+    for start in slices:
+        piece = values[:, start : start + slices.step].to(coefficients.device).double()
+        out[:, start : start + slices.step] = coefficients.T @ piece
+    return out
+
+
+def _by_weight(values: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
+    return dict(zip(sizes, values.split(list(sizes.values()), 1)))
