@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 # A warning of torch about a dependency's import, of no use to readers of an example.
 QUIET := -W 'ignore:`torch.jit:FutureWarning'
 
-.PHONY: help demo test test-oldest check format lint types examples bench clean
+.PHONY: help demo test test-oldest test-zoo check format lint types examples bench clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed-examples  ## train, swap one string, tune, show the res
 
 test: $(VENV)/.installed-test  ## all tests
 	$(RUN)/python -m pytest
+
+test-zoo: $(VENV)/.installed-zoo  ## published architectures (torchvision, timm, transformers, peft)
+	$(RUN)/python -m pytest -m zoo
 
 check: format lint types test examples  ## everything CI runs
 

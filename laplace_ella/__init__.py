@@ -7,6 +7,8 @@ with :func:`laplace.Laplace`.
 from .basis import NystromBasis
 from .curvature import AsdlNystromGGN, BackPackNystromGGN, NystromGGN, ReverseNystromGGN
 from .ella import ELLALaplace, Laplace
+from .memory import raise_malloc_thresholds
+from .plan import Plan
 
 __version__ = "0.1.0"
 
@@ -17,5 +19,7 @@ __all__ = [
     "Laplace",
     "NystromBasis",
     "NystromGGN",
+    "Plan",
     "ReverseNystromGGN",
+    "raise_malloc_thresholds",
 ]

@@ -174,6 +174,7 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_without_fast_path())
         stack.enter_context(_without_autocast_cache())
+        stack.enter_context(_without_batching_warnings())
         if _has_compiled_parts(module):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         # oneDNN's and cuDNN's recurrent kernels have no forward-mode rule; both
@@ -206,6 +207,24 @@ def _without_autocast_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(before)
 
 
+_quiet = 0
+
+
+@contextmanager
+def _without_batching_warnings() -> Iterator[None]:
+    # vmap would warn of an operator without batching rule at every call; probing says it once.
+    # torch does not tell the flag's value, so that contexts are counted; on is its default.
+    global _quiet
+    functorch: Any = torch._C._functorch
+    _quiet += 1
+    functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        _quiet -= 1
+        functorch._set_vmap_fallback_warning_enabled(_quiet == 0)
+
+
 def _has_compiled_parts(module: nn.Module) -> bool:
     # torch 2.4 and 2.5 cannot be told to run such parts eagerly.
     return hasattr(torch.compiler, "set_stance") and any(hasattr(m, "_orig_mod") for m in module.modules())
@@ -227,14 +246,14 @@ def _evaluation_mode(module: nn.Module) -> Iterator[None]:
     # The flag itself, not .eval(): modules may override train() with side effects
     # (LoRA layers merge their weights there), and each keeps its own flag. Tensors that
     # a forward pass stores would belong to a transform that has ended.
-    before = [(m, dict(vars(m))) for m in module.modules()]
+    before = [(m, m.training, dict(vars(m))) for m in module.modules()]
     try:
-        for m, _ in before:
+        for m, _, _ in before:
             m.training = False
         yield
     finally:
-        for m, attributes in before:
-            m.training = attributes["training"]
+        for m, training, attributes in before:
+            m.training = training
             _restore_tensors(m.__dict__, attributes)
 
 
@@ -253,16 +272,22 @@ class _TensorSizes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.nbytes: list[int] = []
+        self.seen: dict[int, Any] = {}  # keeps them, so that no address is used twice
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         values = out if isinstance(out, (tuple, list)) else [out]
-        self.nbytes += [v.untyped_storage().nbytes() for v in values if isinstance(v, Tensor)]
+        for v in values:
+            if isinstance(v, Tensor):
+                storage = v.untyped_storage()
+                # A view, or a result written in place, takes no memory of its own.
+                self.nbytes.append(0 if storage.data_ptr() in self.seen else storage.nbytes())
+                self.seen[storage.data_ptr()] = storage
         return out
 
 
-def largest_activation(model: FunctionalModel, pair: Input) -> int:
-    """Return the bytes one row takes in the largest intermediate tensor of a forward pass.
+def activation_bytes(model: FunctionalModel, pair: Input) -> tuple[int, int]:
+    """Return the bytes one row takes in the largest intermediate tensor, and in all of them.
 
     Parameters
     ----------
@@ -279,6 +304,5 @@ def largest_activation(model: FunctionalModel, pair: Input) -> int:
             model(model.weights(), batch)
         sizes.append(record.nbytes)
     one, two = sizes
-    if len(one) != len(two):
-        return max(max(two) // 2, 1)
-    return max(1, *(b - a for a, b in zip(one, two)))
+    grown = [b - a for a, b in zip(one, two)] if len(one) == len(two) else [b // 2 for b in two]
+    return max(1, *grown), max(1, sum(grown))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from os import PathLike
+from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from .autodiff import Weights, safe_autodiff, unwrap
 from .basis import NystromBasis, build_basis
-from .batches import Input, key_first, to_model
+from .batches import Input, batch_size, key_first, to_model
 from .engine import AUTODIFF, Engine
 from .gradients import RowEngine, asdl_rows, backpack_rows
 from .gram import Progress, RowSource, Spill
 from .landmarks import Landmarks
 from .likelihoods import LIKELIHOODS
+from .plan import Plan, make_plan
 from .probing import Support
 from .validation import (
     check_budget,
@@ -148,6 +150,28 @@ class NystromGGN(GGNInterface):
         with safe_autodiff(self.model):
             source = self.row_source(landmarks)
             return build_basis(source, rank, budget=self.engine.budget(), spill=self.spill, progress=progress)
+
+    def plan(
+        self, x: Input, *, n_data: int | None, n_landmarks: int, rank: int, n_curvature: int | None
+    ) -> Plan:
+        """Work out what a fit costs, from one batch; see :func:`laplace_ella.plan.make_plan`."""
+        seconds = []
+        for _ in range(3):
+            start = perf_counter()
+            self.forward(x).sum().item()  # waits for the device
+            seconds.append(perf_counter() - start)
+        self.support(x)
+        return make_plan(
+            self.engine,
+            self.to_model(x),
+            n_data=n_data,
+            n_landmarks=n_landmarks,
+            rank=rank,
+            n_curvature=n_curvature,
+            separable=self.row_engine is None,
+            spill=self.spill,
+            seconds=min(seconds) / batch_size(x),
+        )
 
     def features(self, x: Input, basis: NystromBasis, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C) with a given basis."""

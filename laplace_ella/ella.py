@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from . import checkpoint, posterior, validation
 from .autodiff import unwrap
 from .basis import NystromBasis
-from .batches import Input, collate, named_batches
+from .batches import Input, batch_size, collate, named_batches
 from .curvature import nystrom_backend
 from .hyperparameters import Hyperparameters
 from .landmarks import draw_outputs
 from .likelihoods import LIKELIHOODS
+from .plan import Plan, data_size, first_batch
 from .predictive import Predictive
 from .scan import Scan, scan
 from .tuning import Tuning, progress_bars
@@ -318,6 +319,37 @@ class ELLALaplace(Hyperparameters, Predictive, Tuning, ParametricLaplace):
         with self._undone_on_error():
             self._set_fit(basis, H, loss, n_data, found.n_outputs)
             self._record_history(snapshots, val_loader)
+
+    def plan(self, train_loader: Iterable[Any], verbose: bool = True) -> Plan:
+        """Work out what :meth:`fit` will compute, and what it will cost, without doing it.
+
+        Parameters
+        ----------
+        train_loader : iterable
+            Of which the first batch is read.
+        verbose : bool
+            Print the plan: forward passes, seconds and bytes of each stage.
+
+        Returns
+        -------
+        Plan
+
+        Raises
+        ------
+        ValueError
+            If the loader is a one-shot iterator or empty, or its first batch malformed.
+        """
+        x = first_batch(train_loader, self.dict_key_x, self.dict_key_y)
+        plan = self.backend.plan(
+            x,
+            n_data=data_size(train_loader, batch_size(x)),
+            n_landmarks=self.subsample_size,
+            rank=self.n_eigenvalues,
+            n_curvature=self.curvature_size,
+        )
+        if verbose:
+            print(plan)
+        return plan
 
     @contextmanager
     def _undone_on_error(self) -> Iterator[None]:

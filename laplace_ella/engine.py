@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autodiff import FunctionalModel, Weights, largest_activation, safe_autodiff
+from .autodiff import FunctionalModel, Weights, activation_bytes, safe_autodiff
 from .batches import Input, batch_size, collate, detached, rows
 from .features import FEATURES, Features, forward_features
 from .memory import (
@@ -20,7 +20,7 @@ from .memory import (
     with_smaller_chunks,
 )
 from .probing import Support, probe
-from .rewriting import RewrittenModel, find_rewrites
+from .rewriting import rewritten
 
 AUTODIFF = ("auto", "forward", "double", "reverse")
 # Reverse mode is chosen if this many times C is at most K.
@@ -42,12 +42,15 @@ class InputFacts:
         C.
     row_bytes : int
         Bytes a row takes in the largest intermediate tensor.
+    graph_bytes : int
+        Bytes a row takes in all of them: what a backward pass keeps, at most.
     rewritten : FunctionalModel
         The model for forward mode.
     """
 
     n_outputs: int
     row_bytes: int
+    graph_bytes: int
     rewritten: FunctionalModel
 
 
@@ -92,6 +95,10 @@ class Engine:
         """Return the bytes that gradient rows and activations may take."""
         return budget_bytes(self.memory_budget, self.device)
 
+    def row_count(self) -> int:
+        """Return P."""
+        return sum(w.numel() for w in self.function.weights().values())
+
     def row_size(self) -> int:
         """Return the bytes of one gradient row."""
         return sum(w.numel() * w.element_size() for w in self.function.weights().values())
@@ -109,10 +116,11 @@ class Engine:
         if signature not in self._facts:
             with safe_autodiff(self.module):
                 pair = _pair(x)
+                forward = self.support(x).features.startswith("forward") and not self.compiled
                 self._facts[signature] = InputFacts(
                     self.function(self.function.weights(), pair).shape[-1],
-                    largest_activation(self.function, pair),
-                    RewrittenModel(self.module, find_rewrites(self.function, pair)),
+                    *activation_bytes(self.function, pair),
+                    rewritten(self.function, pair) if forward else self.function,
                 )
         return self._facts[signature]
 
@@ -142,23 +150,29 @@ class Engine:
             lambda c: self._compute(mode, x, directions, c),
             chunks,
             self.device,
-            lambda c: self._bytes_of(mode, c, x),
+            lambda c: self.feature_bytes(mode, c, x),
         )
         if used != chunks:
             self._smaller[signature] = used
         return result
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
-        function = self.function
-        if mode in ("forward", "forward loop") and not self.compiled:
-            function = self.facts(x).rewritten
+        function = self.facts(x).rewritten if mode.startswith("forward") else self.function
         compute = self.forward_features if mode == "forward" else FEATURES[mode]
         return compute(function, function.weights(), directions, x, chunks)
 
-    def _bytes_of(self, mode: str, chunks: Chunks, x: Input) -> int:
+    def feature_bytes(self, mode: str, chunks: Chunks, x: Input) -> int:
+        """Estimate what one call of the features holds."""
+        facts = self.facts(x)
         if mode.startswith("reverse"):
-            return chunks.rows * (self.row_size() + LIVE_TENSORS * self.facts(x).row_bytes)
-        return LIVE_TENSORS * chunks.rows * chunks.directions * self.facts(x).row_bytes
+            return chunks.rows * (2 * self.row_size() + facts.graph_bytes)
+        if mode == "double":
+            return 2 * chunks.rows * facts.graph_bytes
+        return LIVE_TENSORS * chunks.rows * chunks.directions * facts.row_bytes
+
+    def gradient_bytes(self, x: Input) -> int:
+        """Estimate what one call of the landmark gradients holds."""
+        return self.gradients_per_call(x) * (2 * self.row_size() + self.facts(x).graph_bytes)
 
     def chunks(self, mode: str, x: Input, rank: int) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within cache or budget."""
@@ -169,9 +183,10 @@ class Engine:
         return plan_chunks(self.facts(x).row_bytes, at_once, self._working_set(), self.chunk_size)
 
     def gradients_per_call(self, x: Input) -> int:
-        """Return for how many rows gradients are computed at once."""
-        by_rows = self.budget() // 4 // self.row_size()
-        return max(1, min(self._working_set() // self.facts(x).row_bytes, by_rows))
+        """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
+        facts = self.facts(x)
+        by_budget = self.budget() // 4 // (2 * self.row_size() + facts.graph_bytes)
+        return max(1, min(self._working_set() // facts.row_bytes, by_budget))
 
     def _working_set(self) -> int:
         within_budget = max(1, self.budget() // LIVE_TENSORS)

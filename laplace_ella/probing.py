@@ -71,28 +71,42 @@ class _FailedFunction(TorchFunctionMode):
 
 
 @contextmanager
-def _no_slow_batching() -> Iterator[None]:
-    # Where vmap has no rule, it would run a loop of its own over slices, and warn at each call.
+def _slow_batching(allowed: bool) -> Iterator[None]:
+    # Where vmap has no rule for an operator, it can run it slice by slice.
     functorch: Any = torch._C._functorch
     before = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(False)
+    functorch._set_vmap_fallback_enabled(allowed)
     try:
         yield
     finally:
         functorch._set_vmap_fallback_enabled(before)
 
 
-def _attempt(compute: Callable[[], Any]) -> tuple[Any, str]:
+def _attempt(compute: Callable[[], Any], slow_batching: bool = False) -> tuple[Any, str]:
     """Return (result, ""), or (None, why it failed)."""
     failed = _FailedFunction()
     try:
-        with _no_slow_batching(), failed:
+        with _slow_batching(slow_batching), failed:
             return compute(), ""
     except OutOfMemory:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return None, failed.name + lines[0]
+
+
+def _attempt_batched(compute: Callable[[], Any], what: str) -> tuple[Any, str]:
+    """Try :func:`_attempt`, then again with operators that have no batching rule run slice by slice."""
+    found, why = _attempt(compute)
+    if found is None:
+        found, _ = _attempt(compute, slow_batching=True)
+        if found is not None:
+            warnings.warn(
+                f"An operator has no batching rule, so that {what} run it slice by slice, which is slower. "
+                f"The reason: {why}",
+                stacklevel=2,
+            )
+    return found, why
 
 
 def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
@@ -147,7 +161,9 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
 def _probe_rows(model: FunctionalModel, weights: Weights, x: Input) -> tuple[str, str]:
     device = next(iter(weights.values())).device
     outputs = torch.zeros(2, dtype=torch.int64, device=device)
-    found, why = _attempt(lambda: gradient_rows(model, weights, x, outputs))
+    found, why = _attempt_batched(
+        lambda: gradient_rows(model, weights, x, outputs), "landmark gradients of many inputs at once"
+    )
     return ("loop", why) if found is None else ("vmap", "")
 
 
@@ -158,7 +174,11 @@ def _probe_features(
     reason = ""
     for mode in ladder:
         name = "reverse loop" if mode == "reverse" and rows == "loop" else mode
-        found, why = _attempt(partial(FEATURES[name], model, weights, tangents, x, Chunks(2, 2)))
+        compute = partial(FEATURES[name], model, weights, tangents, x, Chunks(2, 2))
+        if name == "forward":
+            found, why = _attempt_batched(compute, "features")
+        else:
+            found, why = _attempt(compute, slow_batching=True)
         if found is not None:
             return name, found[0], reason
         reason = reason or why

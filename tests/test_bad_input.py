@@ -64,9 +64,7 @@ def test_a_memory_budget_is_bytes_or_a_share(value):
         build(memory_budget=value)
 
 
-@pytest.mark.parametrize(
-    "name", ["subsample_size", "n_eigenvalues", "curvature_size", "chunk_size"]
-)
+@pytest.mark.parametrize("name", ["subsample_size", "n_eigenvalues", "curvature_size", "chunk_size"])
 @pytest.mark.parametrize("value", [0, -1, 1.0, 0.5, 2.0, NAN, True, "3", [3]], ids=str)
 def test_sizes_must_be_positive_integers(name, value):
     with pytest.raises(ValueError, match=name):
