@@ -1,12 +1,18 @@
-"""What is measured on: a ResNet-20 for 32 x 32 images, and images for it."""
+"""What is measured on: networks of several kinds, and inputs for them.
+
+``network`` and ``samples`` build a problem by its name; both draw the same numbers at every call.
+"""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -55,25 +61,124 @@ class ResNet20(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def resnet20(data: Path | None, device: torch.device) -> nn.Module:
-    """Return a ResNet-20 in evaluation mode, with the weights in ``data`` or random ones."""
+class ViT(nn.Module):
+    """A small vision transformer for 32 x 32 images, mean over 64 tokens: 5 362 378 parameters at 10 outputs."""
+
+    def __init__(self, n_outputs: int = 10, width: int = 192, depth: int = 12) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, 64, width))
+        self.layers = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, 3, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(depth)
+            )
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.layers(tokens)).mean(1))
+
+
+def mlp(n_outputs: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, n_outputs)
+    )
+
+
+def tiny(n_outputs: int) -> nn.Module:
+    """So few weights that a P x P matrix is nothing."""
+    return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, n_outputs))
+
+
+def of_torchvision(name: str) -> Callable[[int], nn.Module]:
+    """Return what builds one of torchvision's networks; torchvision is imported then, and not before."""
+
+    def build(n_outputs: int) -> nn.Module:
+        import torchvision
+
+        return getattr(torchvision.models, name)(num_classes=n_outputs)
+
+    return build
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network (as a function of its number of outputs), and the shape of its inputs."""
+
+    build: Callable[[int], nn.Module]
+    shape: tuple[int, ...]
+    n_outputs: int = 10
+
+
+PROBLEMS = {
+    "resnet20": Problem(ResNet20, (3, 32, 32)),
+    "vit": Problem(ViT, (3, 32, 32)),
+    "mlp": Problem(mlp, (784,)),
+    "tiny": Problem(tiny, (64,)),
+    "resnet50": Problem(of_torchvision("resnet50"), (3, 224, 224), 1000),
+    "vit_b_16": Problem(of_torchvision("vit_b_16"), (3, 224, 224), 1000),
+}
+
+
+def network(name: str, data: Path | None, device: torch.device, n_outputs: int | None = None) -> nn.Module:
+    """Return a network in evaluation mode, with random weights, or those in ``data`` for "resnet20"."""
     torch.manual_seed(0)
-    model = ResNet20()
-    if data is not None:
-        model.load_state_dict(torch.load(data / "cifar10_resnet20.pt", weights_only=True))
+    n_outputs = n_outputs or PROBLEMS[name].n_outputs
+    model = PROBLEMS[name].build(n_outputs)
+    if name == "resnet20" and data is not None:
+        weights = torch.load(data / "cifar10_resnet20.pt", weights_only=True)
+        # Of fewer than ten outputs, the first ones.
+        weights.update({k: v[:n_outputs] for k, v in weights.items() if k.startswith("fc.")})
+        model.load_state_dict(weights)
     return model.eval().to(device)
+
+
+def samples(name: str, n: int, data: Path | None, n_outputs: int = 10) -> tuple[Tensor, Tensor]:
+    """Return n inputs with targets: classes, or one number (n, 1) if there is one output only."""
+    if PROBLEMS[name].shape == (3, 32, 32):
+        x, y = images(n, data)
+    else:
+        x, y = noise(n, PROBLEMS[name].shape, seed=0)
+    return x, torch.zeros(n, 1) if n_outputs == 1 else y % n_outputs
+
+
+def noise(n: int, shape: tuple[int, ...], seed: int, n_classes: int = 10) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, *shape, generator=generator)
+    return x, torch.randint(n_classes, (n,), generator=generator)
+
+
+class NoiseBatches(Dataset):
+    """Batches of noise, made when asked for and equal at every pass; for ``DataLoader(..., batch_size=None)``."""
+
+    def __init__(self, name: str, n: int, batch: int) -> None:
+        self.problem, self.n, self.batch = PROBLEMS[name], n, batch
+
+    def __len__(self) -> int:
+        return -(-self.n // self.batch)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if index >= len(self):
+            raise IndexError(index)
+        size = min(self.batch, self.n - index * self.batch)
+        return noise(size, self.problem.shape, seed=index, n_classes=self.problem.n_outputs)
 
 
 def images(n: int, data: Path | None) -> tuple[Tensor, Tensor]:
     """Return n images and labels: CIFAR-10 (JPEG) if ``data`` holds it, else noise."""
-    generator = torch.Generator().manual_seed(0)
     if data is None:
-        return torch.randn(n, 3, 32, 32, generator=generator), torch.randint(10, (n,), generator=generator)
+        return noise(n, (3, 32, 32), seed=0)
     import numpy as np
     from PIL import Image
 
     with np.load(data / "cifar10_jpeg_test.npz") as file:
         jpeg, offset, label = file["jpeg"].tobytes(), file["offset"], file["label"]
+    generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(label), generator=generator)[:n].tolist()
     pictures = [np.asarray(Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]]))) for i in chosen]
     x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255

@@ -1,44 +1,314 @@
-"""Write the cost table of the project's README from the JSON of run.py.
+"""Write the README's cost table and the tables and plots of docs/performance.md from the JSON of run.py.
 
-python benchmarks/report.py [results/quick.json]
+    python benchmarks/report.py [FOLDER]
+
+FOLDER (default: results/ here) holds quick.json, and quick_malloc.json and cuda.json if they were measured.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "performance.md"
+IMAGES = HERE.parent / "docs" / "images"
 START = "<!-- costs: written by benchmarks/report.py -->\n"
 END = "<!-- end of costs -->"
 
+Row = dict[str, Any]
+Runs = dict[str, dict[str, Any]]  # the JSON of "quick", "quick_malloc", "cuda"; what was not run is missing
+ALLOCATORS = {"quick": "stock allocator", "quick_malloc": "raised thresholds"}
+COLORS = {"quick": "#4c72b0", "quick_malloc": "#55a868", "floor": "black"}
+NOTHING = "Not measured yet.\n"
+
 
 def cost_table(found: dict[str, Any]) -> str:
-    """Return the results as a Markdown table with a line on where they were measured."""
+    """Return the headline results as a Markdown table with a line on where they were measured."""
     about = found["environment"]
     head = (
         f"ResNet-20 (272 474 weights) on {about['images']}, {about['dtype']}, {about['threads']} threads, "
         f"torch {about['torch']}, laplace-torch {about['laplace-torch']}; medians of one run.\n\n"
     )
-    lines = ["| what | measured | target |", "|---|---|---|"]
-    for row in found["results"]:
-        bounds = row["target"] or {}
-        target = " ".join(f"{bound} {number:g}" for bound, number in bounds.items())
-        target += " (missed)" if row["met"] is False else ""
-        lines.append(f"| {row['case']} | {row['value']:.3g} {row['unit']} | {target} |")
-    return head + "\n".join(lines) + "\n"
+    rows = [row for row in found["results"] if row.get("headline", True)]
+    lines = [[row["case"], value(row), target(row)] for row in rows]
+    return head + table(["what", "measured", "target"], lines)
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "".join("|" + "|".join(cells) + "|\n" if cells[0] == "---" else _line(cells) for cells in rows)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |\n"
+
+
+def value(row: Row | None) -> str:
+    """Return a value with its unit, or why there is none."""
+    if row is None:
+        return "not measured"
+    return row["failure"] if row["value"] is None else f"{row['value']:.3g} {row['unit']}"
+
+
+def target(row: Row) -> str:
+    text = " ".join(f"{bound} {number:g}" for bound, number in (row["target"] or {}).items())
+    return text + (" (missed)" if row["met"] is False else "")
+
+
+def measured(row: Row | None) -> str:
+    """Return a value with its quartiles, and its target if there is one."""
+    if row is None:
+        return "not measured"
+    if row["value"] is None:
+        return row["failure"]
+    text = f"{row['value']:.3g}"
+    if "spread" in row:
+        text += f" ({row['spread']['quartile_1']:.3g} to {row['spread']['quartile_3']:.3g})"
+    return text + (f"; {target(row)}" if row["target"] else "")
+
+
+def number(row: Row | None, key: str, form: str = ".3g") -> str:
+    """Return one of a row's further numbers."""
+    return "" if row is None or row.get(key) is None else f"{row[key]:{form}}"
+
+
+def of_group(run: dict[str, Any] | None, *groups: str) -> dict[str, Row]:
+    """Return the rows of some cases, by their titles."""
+    return {row["case"]: row for row in (run or {}).get("results", []) if row.get("group") in groups}
+
+
+def side_by_side(*groups: str, **extra: tuple[str, str]) -> Callable[[Runs], str]:
+    """Return what writes a table of some cases: title, unit, both allocators, further numbers of both.
+
+    ``extra`` maps a heading (underscores for spaces) to a key of the rows and its format.
+    """
+
+    def write(runs: Runs) -> str:
+        found = {run: of_group(runs.get(run), *groups) for run in ALLOCATORS if run in runs}
+        titles = list(dict.fromkeys(title for rows in found.values() for title in rows))
+        if not titles:
+            return NOTHING
+        lines = []
+        for title in titles:
+            rows = [found[run].get(title) for run in found]
+            unit = next(row["unit"] for row in rows if row)
+            more = [number(row, *extra[name]) for name in extra for row in rows]
+            lines.append([title, unit, *map(measured, rows), *more])
+        names = [ALLOCATORS[run] for run in found]
+        further = [f"{heading.replace('_', ' ')}, {name}" for heading in extra for name in names]
+        return table(["what", "unit", *names, *further], lines)
+
+    return write
+
+
+def where(runs: Runs) -> str:
+    """Say on what machine, with which versions, each file was measured."""
+    if not runs:
+        return NOTHING
+    keys = {
+        "commit": "commit",
+        "package_changed_since": "changed since",
+        "cpu": "CPU",
+        "gpu": "GPU",
+        "threads": "threads",
+        "OMP_WAIT_POLICY": "OMP_WAIT_POLICY",
+        "load_before": "load before",
+        "malloc": "allocator",
+        "weights": "weights",
+        "images": "images",
+        "python": "Python",
+        "torch": "torch",
+        "laplace-torch": "laplace-torch",
+        "quick": "few repeats",
+    }
+    lines = [
+        [name, *(_plain(run["environment"].get(key)) for run in runs.values())] for key, name in keys.items()
+    ]
+    return table(["", *(f"{name}.json" for name in runs)], lines)
+
+
+def _plain(entry: Any) -> str:
+    words = {None: "not set", True: "yes", False: "no"}
+    return words[entry] if entry is None or isinstance(entry, bool) else str(entry)[:60]
+
+
+def crossover(runs: Runs) -> str:
+    """Write forward and reverse mode beside each other, the cheaper one in bold."""
+    lines = []
+    for (problem, c, k), modes in by_mode(runs.get("quick")).items():
+        cheaper = min(modes, key=lambda mode: modes[mode]["value"])
+        cells = [
+            ("**{}**" if m == cheaper else "{}").format(measured(modes[m])) for m in ("forward", "reverse")
+        ]
+        lines.append([problem, str(c), str(k), *cells])
+    head = ["network", "C", "K", "forward mode, forwards a sample", "reverse mode, forwards a sample"]
+    return table(head, lines) if lines else NOTHING
+
+
+def by_mode(run: dict[str, Any] | None) -> dict[tuple[str, int, int], dict[str, Row]]:
+    found: dict[tuple[str, int, int], dict[str, Row]] = {}
+    for row in of_group(run, "crossover").values():
+        if row["value"] is not None:
+            found.setdefault((row["problem"], row["C"], row["K"]), {})[row["mode"]] = row
+    return {key: modes for key, modes in found.items() if len(modes) == 2}
+
+
+def methods(runs: Runs) -> str:
+    """One line a method: fit, prediction, memory."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in of_group(runs.get("quick"), "methods").values():
+        # A process that was stopped leaves only the name of its part.
+        key = row.get("problem", ""), row.get("method", row.get("part", ""))
+        found.setdefault(key, {})[row.get("stage", "fit")] = row
+    lines = []
+    for (problem, name), stages in found.items():
+        fit, prediction = stages.get("fit"), stages.get("prediction")
+        lines.append(
+            [
+                name,
+                problem,
+                measured(fit) if fit else "nothing to fit",
+                measured(prediction) if prediction else "",
+                number(prediction, "peak_gb"),
+            ]
+        )
+    head = [
+        "method",
+        "network",
+        "fit, forwards an input",
+        "prediction, forwards an input",
+        "peak extra memory, GB",
+    ]
+    return table(head, lines) if lines else NOTHING
+
+
+def cuda(runs: Runs) -> str:
+    """Write the GPU's numbers, or that there are none."""
+    rows = [
+        row for row in runs.get("cuda", {}).get("results", []) if str(row.get("group")).startswith("cuda-")
+    ]
+    if not rows:
+        return "No CUDA numbers have been measured.\n"
+    lines = [
+        [
+            row["case"],
+            *(number(row, key, "d") for key in ("C", "M", "K", "N")),
+            value(row),
+            number(row, "images_per_second"),
+            number(row, "peak_gb"),
+        ]
+        for row in rows
+    ]
+    return table(["what", "C", "M", "K", "N", "measured", "images a second", "peak memory, GB"], lines)
+
+
+FEATURE_COLUMNS = {
+    "times_the_floor": ("over_floor", ".2f"),
+    "page_faults_a_call": ("page_faults_a_call", ".0f"),
+}
+TABLES: dict[str, Callable[[Runs], str]] = {
+    "where": where,
+    "gradients": side_by_side("gradients"),
+    "features": side_by_side("features", "reverse", **FEATURE_COLUMNS),
+    "crossover": crossover,
+    "host": side_by_side("host", "composed"),
+    "memory": side_by_side("memory"),
+    "methods": methods,
+    "cuda": cuda,
+}
+
+
+def with_tables(text: str, runs: Runs) -> str:
+    """Return the page's text with every table between its markers written anew."""
+    for name, write in TABLES.items():
+        start, end = f"<!-- table {name}: written by benchmarks/report.py -->\n", f"<!-- end of {name} -->"
+        before, rest = text.split(start)
+        _, after = rest.split(end)
+        text = before + start + "\n" + write(runs) + "\n" + end + after
+    return text
+
+
+def plot_features(runs: Runs, path: Path) -> None:
+    """Draw what features cost with either allocator, and their arithmetic floor."""
+    import matplotlib.pyplot as plt
+
+    found = {run: of_group(runs.get(run), "features", "reverse") for run in ALLOCATORS}
+    rows = [row for row in found["quick"].values() if row["value"] is not None]
+    fig, ax = plt.subplots(figsize=(9, 0.9 + 0.55 * len(rows)), layout="constrained")
+    for place, row in enumerate(rows):
+        for offset, run in ((-0.18, "quick"), (0.18, "quick_malloc")):
+            bar = found[run].get(row["case"])
+            if bar and bar["value"] is not None:
+                ax.barh(place + offset, bar["value"], 0.34, color=COLORS[run], label=ALLOCATORS[run])
+        ax.plot(
+            [row["floor"]] * 2, [place - 0.4, place + 0.4], color=COLORS["floor"], label="arithmetic floor"
+        )
+    ax.set(yticks=range(len(rows)), yticklabels=[row["case"] for row in rows], xlabel="forwards a sample")
+    ax.invert_yaxis()
+    _legend(ax)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def plot_crossover(runs: Runs, path: Path) -> None:
+    """Draw forward against reverse mode for every network, C and K."""
+    import matplotlib.pyplot as plt
+
+    found = by_mode(runs.get("quick"))
+    problems = list(dict.fromkeys(problem for problem, _, _ in found))
+    fig, axes = plt.subplots(
+        1, len(problems), figsize=(3.4 * len(problems), 3.4), squeeze=False, layout="constrained"
+    )
+    for ax, problem in zip(axes[0], problems):
+        chosen = {(c, k): modes for (name, c, k), modes in found.items() if name == problem}
+        for mode, style in (("forward", "o"), ("reverse", "s")):
+            ax.plot([modes[mode]["value"] for modes in chosen.values()], style, label=f"{mode} mode")
+        ax.set(title=problem, yscale="log", xticks=range(len(chosen)))
+        ax.set_xticklabels([f"C={c}\nK={k}" for c, k in chosen], fontsize="small")
+        ax.margins(x=0.15)
+    axes[0, 0].set_ylabel("forwards a sample")
+    _legend(axes[0, 0])
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def _legend(ax: Any) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    ax.legend(unique.values(), unique.keys(), frameon=False, fontsize="small")
+
+
+# The file of each plot, what draws it, and the cases without which there is nothing to draw.
+PLOTS = {
+    "performance_features.png": (plot_features, ("features", "reverse")),
+    "performance_crossover.png": (plot_crossover, ("crossover",)),
+}
+
+
+def read(folder: Path) -> Runs:
+    paths = {name: folder / f"{name}.json" for name in (*ALLOCATORS, "cuda")}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results" / "quick.json"
-    text = README.read_text()
-    before, rest = text.split(START)
-    _, after = rest.split(END)
-    README.write_text(before + START + cost_table(json.loads(path.read_text())) + END + after)
-    print(f"{README.name}: table of {path.name} written")
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
+    runs = read(folder)
+    if "quick" in runs:
+        before, rest = README.read_text().split(START)
+        _, after = rest.split(END)
+        README.write_text(before + START + cost_table(runs["quick"]) + END + after)
+        print(f"{README.name}: table of {folder / 'quick.json'} written")
+    PAGE.write_text(with_tables(PAGE.read_text(), runs))
+    print(f"{PAGE.name}: tables of {', '.join(runs) or 'nothing'} written")
+    for name, (draw, groups) in PLOTS.items():
+        if of_group(runs.get("quick"), *groups):
+            draw(runs, IMAGES / name)
+            print(f"{name} drawn")
 
 
 if __name__ == "__main__":

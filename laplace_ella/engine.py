@@ -12,6 +12,7 @@ from .autodiff import FunctionalModel, Weights, activation_bytes, safe_autodiff
 from .batches import Input, batch_size, collate, detached, rows
 from .features import FEATURES, Features, forward_features
 from .memory import (
+    CPU_GRADIENT_SET,
     CPU_WORKING_SET,
     LIVE_TENSORS,
     Chunks,
@@ -170,9 +171,9 @@ class Engine:
             return 2 * chunks.rows * facts.graph_bytes
         return LIVE_TENSORS * chunks.rows * chunks.directions * facts.row_bytes
 
-    def gradient_bytes(self, x: Input) -> int:
-        """Estimate what one call of the landmark gradients holds."""
-        return self.gradients_per_call(x) * (2 * self.row_size() + self.facts(x).graph_bytes)
+    def gradient_bytes(self, x: Input, n_rows: int) -> int:
+        """Estimate what a call of the landmark gradients holds, for at most so many of them."""
+        return min(n_rows, self.gradients_per_call(x)) * (2 * self.row_size() + self.facts(x).graph_bytes)
 
     def chunks(self, mode: str, x: Input, rank: int) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within cache or budget."""
@@ -186,7 +187,9 @@ class Engine:
         """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
         facts = self.facts(x)
         by_budget = self.budget() // 4 // (2 * self.row_size() + facts.graph_bytes)
-        return max(1, min(self._working_set() // facts.row_bytes, by_budget))
+        if self.device.type == "cpu":
+            by_budget = min(by_budget, CPU_GRADIENT_SET // facts.row_bytes)
+        return max(1, by_budget)
 
     def _working_set(self) -> int:
         within_budget = max(1, self.budget() // LIVE_TENSORS)

@@ -14,9 +14,11 @@ import torch
 
 # Share of the free memory that is planned with, when the user names no budget.
 DEFAULT_SHARE = 0.25
-# Tensors of this many bytes stay in cache, and below the size at which glibc maps
-# and unmaps memory at every allocation.
-CPU_WORKING_SET = 2**23
+# Tensors of this many bytes are large enough to keep cores busy, and below the size at
+# which glibc maps and unmaps memory at every allocation (docs/performance.md).
+CPU_WORKING_SET = 2**24
+# The same for a forward pass whose every intermediate is kept for a backward pass.
+CPU_GRADIENT_SET = 2**22
 # A forward-mode pass keeps about this many tensors of the largest size alive.
 LIVE_TENSORS = 8
 

@@ -194,7 +194,7 @@ def make_plan(
                 "landmark gradients",
                 f"{n_landmarks} landmarks x {held.gradients / n_landmarks:.3g} ({_kind(held)})",
                 GRADIENT_COST * passes,
-                int(kept + held.n_bytes + engine.gradient_bytes(x)),
+                int(kept + held.n_bytes + engine.gradient_bytes(x, n_landmarks)),
             ),
             Stage(
                 "directions",

@@ -1,0 +1,142 @@
+"""The same results on a GPU; skipped, visibly, where there is none."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_close
+from helpers import C, fitted, inputs, loader, mlp, targets, train_loader
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+X = inputs(7, seed=7)
+
+
+def conv_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(8 * 64, C),
+    )
+
+
+def transformer():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    return nn.Sequential(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(24, C)
+    )
+
+
+def recurrent():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.lstm, self.head = nn.LSTM(8, 5, batch_first=True), nn.Linear(5, C)
+
+        def forward(self, x):
+            return self.head(self.lstm(x)[0][:, -1])
+
+    return Last()
+
+
+SHAPES = {"conv": (conv_net, (3, 8, 8)), "transformer": (transformer, (3, 8)), "LSTM": (recurrent, (3, 8))}
+
+
+@pytest.mark.filterwarnings("ignore:This model cannot be differentiated for several")
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("autodiff", ["forward", "double", "reverse"])
+def test_a_gpu_gives_what_a_cpu_does(name, autodiff):
+    make, shape = SHAPES[name]
+    x = torch.randn(23, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data = loader(x, targets("classification"), pin_memory=False)
+    model = make().double().eval()
+    cpu = fitted(model=copy.deepcopy(model), data=data, autodiff=autodiff)
+    gpu = fitted(model=model.cuda(), data=data, autodiff=autodiff)
+    assert_close(gpu.basis.eigenvalues, cpu.basis.eigenvalues, rtol=1e-6)
+    assert_close(gpu.H, cpu.H, rtol=1e-6)
+    assert_close(gpu(x), cpu(x), rtol=1e-6)
+    gpu.optimize_prior_precision(method="gridsearch", val_loader=data, grid_size=3)
+    assert gpu(x.cuda(), link_approx="mc").is_cuda
+
+
+def test_pinned_loaders_and_moved_models():
+    data = loader(inputs(), targets("classification"), pin_memory=True)
+    model = mlp()
+    la = fitted(model=model.cuda(), data=data)
+    assert set(la.backend.engine._support) == {torch.device("cuda", torch.cuda.current_device())}
+    state = la.state_dict()
+    model.cpu()
+    moved = fitted(model=model)
+    moved.load_state_dict(state)
+    assert_close(moved(X), fitted()(X), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    la = fitted(model=mlp(dtype=torch.float32).cuda(), data=train_loader(dtype=torch.float32))
+    x = X.float().cuda()
+    exact, _ = la.features(x)
+    with torch.autocast("cuda", dtype):
+        phi, _ = la.features(x)
+    assert (phi.float() - exact).norm() < 2e-2 * exact.norm()
+    assert la.H.dtype == torch.float64
+
+
+def test_tf32_is_left_as_it_was():
+    before = (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.enabled,
+    )
+    fitted(
+        model=recurrent().cuda(),
+        data=loader(torch.randn(23, 3, 8), targets("classification")),
+        n_eigenvalues=2,
+    )
+    assert before == (
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.enabled,
+    )
+
+
+def test_running_out_of_memory_halves_the_chunks():
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, C)
+    )
+    x = torch.randn(64, 3, 64, 64)
+    la = fitted(model=model.cuda(), data=loader(x[:23], targets("classification")), n_eigenvalues=5)
+    expected = la(x)
+    total = torch.cuda.get_device_properties(0).total_memory
+    la.backend.engine.memory_budget = total  # chunks that do not fit what is left
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**28) / total)
+    try:
+        with pytest.warns(UserWarning, match="ran out of memory"):
+            found = la(x)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert_close(found, expected, rtol=1e-3)
+
+
+def test_rows_are_spilled_off_the_device(tmp_path):
+    data = train_loader()
+    exact = fitted(model=mlp().cuda(), data=data, n_eigenvalues=2)
+    for spill in ("cpu", tmp_path):
+        la = fitted(
+            model=mlp().cuda(),
+            data=data,
+            n_eigenvalues=2,
+            memory_budget=3000,
+            spill=spill,
+            spill_dtype=torch.float32,
+        )
+        assert_close(la.H, exact.H, rtol=1e-4)
