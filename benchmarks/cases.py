@@ -146,9 +146,25 @@ def features(args: argparse.Namespace, name: str) -> Rows:
                 problem=name,
                 # Without fused kernels, as forward mode needs it.
                 over_unfused_forward=ratios(calls, "features", "unfused")["median"],
+                share_of_products=share_of_products(functions["features"]),
             )
         )
     return rows
+
+
+PRODUCTS = ("convolution", "mm", "conv2d", "matmul")
+
+
+def share_of_products(function: Callable[[], Any]) -> float:
+    """Profile one call: the share of its time that convolutions and matrix products take.
+
+    The rest is elementwise: what more fusing could remove at most.
+    """
+    with torch.profiler.profile() as profiled:
+        function()
+    times = {row.key: row.self_cpu_time_total + row.self_device_time_total for row in profiled.key_averages()}
+    products = sum(time for name, time in times.items() if any(part in name for part in PRODUCTS))
+    return products / sum(times.values())
 
 
 def about_features(calls: dict[str, Calls], floor: int, batch: int) -> dict[str, Any]:

@@ -210,6 +210,7 @@ def cuda(runs: Runs) -> str:
 FEATURE_COLUMNS = {
     "times_the_floor": ("over_floor", ".2f"),
     "page_faults_a_call": ("page_faults_a_call", ".0f"),
+    "share_of_products": ("share_of_products", ".0%"),
 }
 TABLES: dict[str, Callable[[Runs], str]] = {
     "where": where,
