@@ -211,13 +211,14 @@ def crossover(args: argparse.Namespace, name: str) -> Rows:
     """Forward against reverse mode for several C and K, on the same directions."""
     rows, batch = [], CROSSOVER_BATCHES[name]
     x = on_device(name, batch, args)[0]
-    modes = {"forward": laplace_ella.NystromGGN, "reverse": laplace_ella.ReverseNystromGGN}
+    modes = ("forward", "reverse")
     for n_outputs, rank in CROSSOVER:
         model = network(name, args.data, args.device, n_outputs)
         basis = fitted(model, name, n_outputs, rank, args).basis
         functions: dict[str, Callable[[], Any]] = {"plain": plain(model, x)}
-        for mode, backend in modes.items():
-            functions[mode] = partial(backend(model, likelihood(n_outputs)).features, x, basis)
+        for mode in modes:
+            backend = laplace_ella.NystromGGN(model, likelihood(n_outputs), autodiff=mode)
+            functions[mode] = partial(backend.features, x, basis)
         calls = interleaved(functions, repeats(args, 2, 7), args.device)
         rows += [
             result(

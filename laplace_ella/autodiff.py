@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Input, detached, rows
+from .memory import OutOfMemory
 
 Weights = dict[str, Tensor]
 
@@ -68,6 +70,7 @@ class FunctionalModel:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._within = _Within(module)
+        self.knows_backward_only = False  # a re-entrant checkpoint does; found out at the first gradient
 
     def weights(self) -> Weights:
         """Return the weights that require grad, detached, in the order of ``parameters()``."""
@@ -78,8 +81,20 @@ class FunctionalModel:
         return {k: b.detach().clone() for k, b in self.module.named_buffers()}
 
     def within(self, tensors: Weights, action: Callable[[nn.Module], Any]) -> Any:
-        """Run ``action(module)`` while ``tensors`` take the places of weights and buffers."""
-        return functional_call(self._within, {f"module.{k}": v for k, v in tensors.items()}, (action,))
+        """Run ``action(module)`` while ``tensors`` take the places of weights and buffers.
+
+        Every place is exchanged once, whatever its names: functional_call would restore
+        the wrong tensor where one submodule is registered twice.
+        """
+        named = chain(self.module.named_parameters(), self.module.named_buffers())
+        new = {id(t): tensors[k] for k, t in named if k in tensors}
+        places = {
+            f"module.{prefix}.{k}" if prefix else f"module.{k}": new[id(t)]
+            for prefix, m in self.module.named_modules()
+            for k, t in chain(m._parameters.items(), m._buffers.items())
+            if id(t) in new
+        }
+        return functional_call(self._within, places, (action,), tie_weights=False)
 
     def __call__(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, C) at ``weights``.
@@ -128,17 +143,25 @@ def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, 
     leaves = {k: w.requires_grad_() for k, w in model.weights().items()}
 
     def pull(scalar: Tensor, names: Iterable[str]) -> Weights:
-        if record:
-            found = torch.autograd.grad(
-                scalar, list(leaves.values()), retain_graph=True, create_graph=True, allow_unused=True
-            )
-            gradients: dict[str, Tensor | None] = dict(zip(leaves, found))
+        gradients: dict[str, Tensor | None]
+        if not scalar.requires_grad:
+            gradients = dict.fromkeys(leaves)
+        elif not record and model.knows_backward_only:
+            gradients = _accumulated(scalar, leaves)
         else:
-            for leaf in leaves.values():
-                leaf.grad = None
-            if scalar.requires_grad:
-                scalar.backward(retain_graph=True)
-            gradients = {k: leaf.grad for k, leaf in leaves.items()}
+            try:
+                found = torch.autograd.grad(
+                    scalar, list(leaves.values()), retain_graph=True, create_graph=record, allow_unused=True
+                )
+            except OutOfMemory:
+                raise
+            except RuntimeError:
+                if record:
+                    raise
+                gradients = _accumulated(scalar, leaves)
+                model.knows_backward_only = True
+            else:
+                gradients = dict(zip(leaves, found))
         return {k: _or_zeros(gradients[k], leaves[k]) for k in names}
 
     def run(module: nn.Module) -> Any:
@@ -146,6 +169,13 @@ def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, 
             return action(outputs_of(module, x if record else detached(x)), leaves, pull)
 
     return model.within({**model.buffers(), **leaves}, run)
+
+
+def _accumulated(scalar: Tensor, leaves: Weights) -> dict[str, Tensor | None]:
+    for leaf in leaves.values():
+        leaf.grad = None
+    scalar.backward(retain_graph=True)
+    return {k: leaf.grad for k, leaf in leaves.items()}
 
 
 def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:
@@ -278,7 +308,7 @@ class _TensorSizes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         values = out if isinstance(out, (tuple, list)) else [out]
         for v in values:
-            if isinstance(v, Tensor):
+            if isinstance(v, Tensor) and v.layout == torch.strided:
                 storage = v.untyped_storage()
                 # A view, or a result written in place, takes no memory of its own.
                 self.nbytes.append(0 if storage.data_ptr() in self.seen else storage.nbytes())

@@ -107,7 +107,7 @@ def build_basis(
     """
     rows = choose_rows(source, budget, spill)
     gram = rows.gram(progress)
-    eigenvalues, coefficients = _leading_eigenpairs(gram, rank, torch.finfo(source.dtype).eps)
+    eigenvalues, coefficients = _leading_eigenpairs(gram, rank, rows.eps)
     values = rows.combine(coefficients, progress)
     directions = {
         k: _like(w, values[k].reshape(len(eigenvalues), *w.shape)) for k, w in source.weights.items()

@@ -130,20 +130,25 @@ class NystromGGN(GGNInterface):
         ValueError
             If nothing works, or forward and reverse mode disagree.
         """
-        return self.engine.support(self.to_model(x))
+        return self.engine.known_support() or self.engine.support(self.to_model(x))
 
     def row_source(self, landmarks: Landmarks) -> RowSource:
         """Prepare the gradient rows of landmarks."""
         longest = self.to_model(max(landmarks.inputs, key=_numel))
-        rows_by: RowEngine = self.row_engine or self.engine.support(longest).engine
+        support = self.engine.support(longest)
+        rows_by: RowEngine = self.row_engine or support.engine
         return RowSource(
             self.engine.function,
             landmarks,
             rows_by,
             self.to_model,
             self.engine.gradients_per_call(longest),
-            separable=self.row_engine is None,
+            separable=self._separable(support),
         )
+
+    def _separable(self, support: Support) -> bool:
+        # The libraries, and plain backward passes, compute all weights' gradients at once.
+        return self.row_engine is None and support.rows == "vmap"
 
     def build_basis(self, landmarks: Landmarks, rank: int, progress: Progress) -> NystromBasis:
         """Compute the basis of the landmarks' gradients; see :func:`laplace_ella.basis.build_basis`."""
@@ -160,7 +165,7 @@ class NystromGGN(GGNInterface):
             start = perf_counter()
             self.forward(x).sum().item()  # waits for the device
             seconds.append(perf_counter() - start)
-        self.support(x)
+        support = self.support(x)
         return make_plan(
             self.engine,
             self.to_model(x),
@@ -168,7 +173,7 @@ class NystromGGN(GGNInterface):
             n_landmarks=n_landmarks,
             rank=rank,
             n_curvature=n_curvature,
-            separable=self.row_engine is None,
+            separable=self._separable(support),
             spill=self.spill,
             seconds=min(seconds) / batch_size(x),
         )

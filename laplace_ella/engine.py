@@ -104,6 +104,10 @@ class Engine:
         """Return the bytes of one gradient row."""
         return sum(w.numel() * w.element_size() for w in self.function.weights().values())
 
+    def known_support(self) -> Support | None:
+        """Return what was found out on this device, if anything."""
+        return self._support.get(self.device)
+
     def support(self, x: Input) -> Support:
         """Say what the model supports; found out once a device, on two copies of a row of ``x``."""
         if self.device not in self._support:
@@ -128,9 +132,9 @@ class Engine:
     def mode(self, x: Input, rank: int) -> str:
         """Choose among the ways to compute features: what the model supports, then C and K."""
         support = self.support(x)
-        if self.autodiff != "auto" or (support.features, support.rows) != ("forward", "vmap"):
+        if self.autodiff != "auto" or support.rows != "vmap":
             return support.features
-        return "reverse" if reverse_is_cheaper(self.facts(x).n_outputs, rank) else "forward"
+        return "reverse" if reverse_is_cheaper(self.facts(x).n_outputs, rank) else support.features
 
     def features(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C); inside ``safe_autodiff``.
@@ -178,7 +182,7 @@ class Engine:
     def chunks(self, mode: str, x: Input, rank: int) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within cache or budget."""
         if mode == "reverse":
-            return Chunks(self.gradients_per_call(x), rank)
+            return Chunks(self.gradients_per_call(x), 1)
         # Only batched forward mode holds several directions at once.
         at_once = rank if mode == "forward" else 1
         return plan_chunks(self.facts(x).row_bytes, at_once, self._working_set(), self.chunk_size)

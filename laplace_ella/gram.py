@@ -7,6 +7,7 @@ or in blocks of weights, for all landmarks at once; whichever needs fewer passes
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -40,9 +41,10 @@ class Spill:
     folder : str or None
         None: CPU memory. Else a temporary file, mapped into memory, in this folder.
     dtype : torch.dtype
-        bfloat16, float16 or float32. The relative error of an entry is half the dtype's
-        eps, so that of the Gram matrix, in spectral norm, is at most eps of its largest
-        eigenvalue times the square root of M.
+        bfloat16, float16 or float32. Rows are divided by their norms first. The error of an
+        entry is half the dtype's eps of it (or 3e-8 of the norm, in float16, where entries
+        are small), so that of the Gram matrix, in spectral norm, is at most about eps of its
+        largest eigenvalue times the square root of M.
     """
 
     folder: str | None
@@ -54,6 +56,8 @@ class Spill:
             return torch.empty(size, n_weights, dtype=self.dtype), None
         file = tempfile.NamedTemporaryFile(dir=self.folder, prefix="laplace_ella-rows-")  # noqa: SIM115
         n = size * n_weights
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash later
+            os.posix_fallocate(file.fileno(), 0, n * self.dtype.itemsize)
         rows = torch.from_file(file.name, shared=True, size=n, dtype=self.dtype)
         return rows.view(size, n_weights), file
 
@@ -108,19 +112,31 @@ class RowSource:
         names: Sequence[str] | None = None,
         out: Tensor | None = None,
         progress: Callable[[Any], Any] = iter,
+        norms: Tensor | None = None,
     ) -> Tensor:
-        """Return the rows (len(indices), P) with respect to the weights named, all by default."""
+        """Return the rows (len(indices), P) with respect to the weights named, all by default.
+
+        ``out`` takes them, if given; ``norms`` takes their norms, by which they are then divided.
+        """
         names = list(self.weights) if names is None else names
         if out is None:
             n_weights = sum(self.sizes[k] for k in names)
             out = torch.empty(len(indices), n_weights, device=self.device, dtype=self.dtype)
         inputs = [self.landmarks.inputs[i] for i in indices]
         for part, x in progress(list(collate(inputs, self.rows_per_call))):
-            self._write(out, part, [indices[i] for i in part], self.to_model(x), names)
+            self._write(out, part, [indices[i] for i in part], self.to_model(x), names, norms)
         self.computed += len(indices)
         return out
 
-    def _write(self, out: Tensor, part: list[int], chosen: list[int], x: Any, names: Sequence[str]) -> None:
+    def _write(
+        self,
+        out: Tensor,
+        part: list[int],
+        chosen: list[int],
+        x: Any,
+        names: Sequence[str],
+        norms: Tensor | None,
+    ) -> None:
         weights = {k: self.weights[k] for k in names}
         outputs = self.landmarks.outputs[chosen].to(self.device)
         gradients, self._chunks = with_smaller_chunks(
@@ -129,6 +145,11 @@ class RowSource:
             self.device,
             lambda c: 2 * c.rows * sum(self.sizes.values()) * self.dtype.itemsize,
         )
+        scale = None
+        if norms is not None:
+            squares = [flat(g).double().square().sum(1) for g in gradients.values()]
+            norms[part] = torch.stack(squares).sum(0).sqrt()
+            scale = norms[part, None].clamp_min(torch.finfo(torch.float64).tiny)
         start = 0
         for name in names:
             block = flat(gradients[name])
@@ -137,6 +158,7 @@ class RowSource:
                     f"The gradients of landmarks {self.landmarks.names(chosen)} hold NaN or infinite values in {name!r}; "
                     "they must be finite. A square root or a norm at zero is a usual cause."
                 )
+            block = block if scale is None else block / scale
             out[part, start : start + self.sizes[name]] = block.to(out.device, out.dtype)
             start += self.sizes[name]
 
@@ -155,6 +177,8 @@ class KeptRows:
 
     def __init__(self, source: RowSource, spill: Spill | None = None) -> None:
         self.source, self.spill = source, spill
+        self.eps = torch.finfo(source.dtype if spill is None else spill.dtype).eps
+        self.norms: Tensor | None = None  # by which spilled rows were divided
         self.gradients = len(source)
         self.n_bytes = (
             len(source) * sum(source.sizes.values()) * source.dtype.itemsize if spill is None else 0
@@ -165,12 +189,20 @@ class KeptRows:
         source, out = self.source, None
         if self.spill is not None:
             out, self._file = self.spill.empty(len(source), sum(source.sizes.values()))
-        indices = list(range(len(source)))
-        self.rows = source(indices, out=out, progress=lambda blocks: progress(blocks, "Landmark gradients"))
-        return gram(self.rows, source.device, lambda slices: progress(slices, "Gram matrix"))
+            self.norms = torch.empty(len(source), dtype=torch.float64, device=source.device)
+        self.rows = source(
+            list(range(len(source))),
+            out=out,
+            progress=lambda blocks: progress(blocks, "Landmark gradients"),
+            norms=self.norms,
+        )
+        found = gram(self.rows, source.device, lambda slices: progress(slices, "Gram matrix"))
+        return found if self.norms is None else found * torch.outer(self.norms, self.norms)
 
     def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
+        if self.norms is not None:
+            coefficients = coefficients * self.norms[:, None]
         return _by_weight(_combination(coefficients, self.rows), self.source.sizes)
 
 
@@ -179,6 +211,7 @@ class SampleBlocks:
 
     def __init__(self, source: RowSource, n_kept: int, n_streamed: int) -> None:
         self.source, self.n_streamed = source, n_streamed
+        self.eps = torch.finfo(source.dtype).eps
         self.blocks = [list(range(a, min(a + n_kept, len(source)))) for a in range(0, len(source), n_kept)]
         size = len(source)
         self.gradients = sum(size - b[0] for b in self.blocks) + size - len(self.blocks[-1])
@@ -189,6 +222,7 @@ class SampleBlocks:
         source, size = self.source, len(self.source)
         out = torch.zeros(size, size, dtype=torch.float64, device=source.device)
         for block in progress(self.blocks, "Gram matrix, block by block"):
+            self.kept = torch.empty(0)  # before the next is computed
             self.kept = source(block)
             a, b = block[0], block[-1] + 1
             out[a:b, a:b] = gram(self.kept, source.device)
@@ -213,6 +247,7 @@ class WeightBlocks:
 
     def __init__(self, source: RowSource, groups: list[list[str]]) -> None:
         self.source, self.groups = source, groups
+        self.eps = torch.finfo(source.dtype).eps
         self.gradients = (2 * len(groups) - 1) * len(source)
         largest = max(sum(source.sizes[k] for k in group) for group in groups)
         self.n_bytes = len(source) * largest * source.dtype.itemsize

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import psutil
@@ -33,7 +35,20 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         # What torch's allocator has reserved and not handed out is free for us too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(psutil.virtual_memory().available)
+    return min(int(psutil.virtual_memory().available), _left_to_container())
+
+
+def _left_to_container() -> int:
+    # psutil sees the machine; a container may have less.
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        used -= int(counts["file"])  # the page cache gives way
+    except (OSError, ValueError, KeyError):
+        return sys.maxsize
+    return max(0, int(limit) - used) if limit.isdigit() else sys.maxsize
 
 
 def budget_bytes(budget: int | float | None, device: torch.device) -> int:

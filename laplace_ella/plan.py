@@ -14,7 +14,7 @@ from .batches import Input, batch_size, named_batches, rows, single_row
 from .engine import Engine
 from .gram import RowSource, Spill, WeightBlocks, choose_rows
 from .landmarks import Landmarks
-from .memory import gigabytes
+from .memory import Chunks, gigabytes
 
 # Forward passes a gradient row takes with torch.func; the arithmetic demands 3.
 GRADIENT_COST = 5.0
@@ -89,12 +89,13 @@ class Plan:
                 f"ELLA with N={n}, C={self.n_outputs}, P={self.n_params}, M={self.n_landmarks}, K={self.rank}; "
                 f"features by {self.mode} mode; memory budget {gigabytes(self.budget)}"
             ),
-            f"{'stage':<22}{'of':<34}{'forwards':>12}{'time':>10}{'memory':>10}",
+            f"{'stage':<22}{'of':<38}{'forwards':>12}{'time':>10}{'memory':>10}",
         ]
-        for s in (*self.stages, Stage("total", "", self.forwards, self.peak)):
+        total = "" if self.n_data is not None else "and as many as there are inputs"
+        for s in (*self.stages, Stage("total", total, self.forwards, self.peak)):
             seconds = _duration(s.forwards * self.seconds)
             lines.append(
-                f"{s.name:<22}{s.what:<34}{s.forwards:>12.4g}{seconds:>10}{gigabytes(s.n_bytes):>10}"
+                f"{s.name:<22}{s.what:<38}{s.forwards:>12.4g}{seconds:>10}{gigabytes(s.n_bytes):>10}"
             )
         return "\n".join(lines)
 
@@ -135,8 +136,9 @@ def first_batch(loader: Any, dict_key_x: str, dict_key_y: str) -> Input:
 
 
 def data_size(loader: Any, batch: int) -> int | None:
-    """Return N as far as a loader tells."""
-    for sized, factor in ((getattr(loader, "dataset", None), 1), (loader, batch)):
+    """Return N as far as a loader tells: its sampler, its data set, or its length in batches."""
+    sampler = getattr(loader, "sampler", None)
+    for sized, factor in ((sampler, 1), (getattr(loader, "dataset", None), 1), (loader, batch)):
         if isinstance(sized, Sized):
             try:
                 return len(sized) * factor
@@ -182,11 +184,12 @@ def make_plan(
     kept = _input_bytes(x) * (min(n_landmarks, limit) + (n if n_curvature else 0))
     passes = held.gradients * (2 / 3 if isinstance(held, WeightBlocks) else 1)
     chunks = engine.chunks(mode, x, rank)
+    chunks = Chunks(min(chunks.rows, size), chunks.directions)
     return Plan(
         stages=(
             Stage(
                 "training data",
-                "all inputs once" if n_data is None else f"{n_data} inputs once",
+                "all inputs once, number unknown" if n_data is None else f"{n_data} inputs once",
                 float(n_data or 0),
                 int(kept + _PLAIN_TENSORS * size * facts.row_bytes),
             ),

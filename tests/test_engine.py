@@ -155,6 +155,30 @@ def test_a_pass_that_does_not_follow_the_recorded_one_is_run_as_it_is():
             assert_close(found, expected)
 
 
+class Detour(ConvNet):
+    """Convolves once more, to another width, depending on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Conv2d(2, 2, 1)
+
+    def forward(self, x):
+        if x.sum() < 0:
+            x = self.before(x)
+        return self.head(self.norm1(self.first(x)).flatten(1))
+
+
+def test_a_convolution_in_the_place_of_another_is_not_folded():
+    model = Detour().double().eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*one by one")
+        la = fitted(model=model, data=loader(images(N).abs(), targets("classification")))
+    for found, expected in zip(
+        la.features(-images(3).abs()), reference_features(model, la.basis, -images(3).abs())
+    ):
+        assert_close(found, expected)
+
+
 # ------------------------------------------------------------------ memory
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import assert_close
-from helpers import C, D, H, M, fitted, inputs, mlp
-from torch import Tensor
+from helpers import C, D, H, M, build, fitted, inputs, mlp, train_loader
+from torch import Tensor, nn
 
 from laplace_ella import NystromGGN
 from laplace_ella.gram import KeptRows, RowSource, SampleBlocks, Spill, WeightBlocks, choose_rows
@@ -112,6 +112,27 @@ def test_spilled_rows_give_the_basis_to_their_precision(dtype, where, tmp_path):
     assert_close(V @ V.T, torch.eye(2, dtype=torch.float64), rtol=1e-6)
     assert_close(la(X), exact(X), rtol=50 * eps)
     assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e6])
+def test_float16_holds_rows_of_any_size(scale):
+    model = mlp()
+    exact = fitted(n_eigenvalues=2)
+    with torch.no_grad():
+        model[2].weight *= scale  # the first layer's gradients
+        model[2].bias *= scale
+    exact = fitted(model=model, n_eigenvalues=2)
+    la = fitted(model=model, n_eigenvalues=2, memory_budget=5 * ROW, spill="cpu", spill_dtype=torch.float16)
+    assert_close(la.basis.eigenvalues, exact.basis.eigenvalues, rtol=1e-2)
+
+
+def test_rounding_of_spilled_rows_is_no_rank():
+    model = nn.Linear(D, C, bias=False).double()  # rows x e_c: of rank 3 with three inputs of one output
+    landmarks = (inputs(3, seed=1).repeat(3, 1), torch.zeros(9, dtype=torch.int64))
+    for spill in (None, "cpu"):
+        la = build(model=model, n_eigenvalues=None, memory_budget=5 * 8 * D * C, spill=spill)
+        la.fit(train_loader(), landmarks=landmarks)
+        assert la.basis.rank == 3
 
 
 @pytest.mark.parametrize("spill", ["no such folder", 3])
