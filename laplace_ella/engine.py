@@ -17,6 +17,7 @@ from .memory import (
     LIVE_TENSORS,
     Chunks,
     budget_bytes,
+    let_malloc_adapt,
     plan_chunks,
     with_smaller_chunks,
 )
@@ -78,6 +79,7 @@ class Engine:
         self.chunk_size, self.memory_budget, self.compiled = chunk_size, memory_budget, compiled
         self.function = FunctionalModel(module)
         self.forward_features: Features = torch.compile(forward_features) if compiled else forward_features
+        let_malloc_adapt()
         self._support: dict[torch.device, Support] = {}
         self._facts: dict[Any, InputFacts] = {}
         self._smaller: dict[Any, Chunks] = {}

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -153,6 +154,17 @@ def gigabytes(n_bytes: float) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.3g} {unit}"
     return f"{n_bytes:.0f} bytes"
+
+
+@cache
+def let_malloc_adapt() -> None:
+    """Free a block of nearly 32 MB that was never touched, once a process.
+
+    glibc's malloc maps blocks larger than any that was freed before (up to 32 MB), and trims
+    its heap beyond twice that size: having seen this one, it recycles the chunks used here
+    from the first on. Costs nothing; does nothing to thresholds the user has set.
+    """
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 def raise_malloc_thresholds() -> str:
