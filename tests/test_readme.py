@@ -1,5 +1,6 @@
 """The README's complete example runs, and its cost table is what the benchmark wrote."""
 
+import importlib
 import json
 import re
 import sys
@@ -23,9 +24,17 @@ def test_the_ten_lines_run():
     assert "retained trace" in repr(names["la"])
 
 
-@pytest.mark.parametrize("script", ["report"])
-def test_the_cost_table_is_the_benchmarks(script, monkeypatch):
+@pytest.fixture
+def report(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    report = __import__(script)
+    return importlib.import_module("report")
+
+
+def test_the_cost_table_is_the_benchmarks(report):
     table = report.cost_table(json.loads((ROOT / "benchmarks/results/quick.json").read_text()))
     assert table in README
+
+
+def test_the_tables_on_performance_are_the_benchmarks(report):
+    page = (ROOT / "docs/performance.md").read_text()
+    assert report.with_tables(page, report.read(ROOT / "benchmarks/results")) == page
