@@ -312,15 +312,12 @@ def test_tensors_that_are_no_parameters_get_no_gradient():
     assert model.hidden[0].weight.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:.*one by one")  # a row has no statistics
 def test_statistics_of_the_batch_are_warned_of():
     model = nn.Sequential(
         nn.Linear(D, H), nn.BatchNorm1d(H, track_running_stats=False), nn.Linear(H, C)
     ).double()
-    with (
-        warnings.catch_warnings(),
-        pytest.warns(UserWarning, match=r"depend on the other rows of a batch: 1 "),
-    ):
-        warnings.filterwarnings("ignore", ".*one by one")  # a row has no statistics
+    with pytest.warns(UserWarning, match=r"depend on the other rows of a batch: 1 "):
         NystromGGN(model, "classification").support(X)
 
 
