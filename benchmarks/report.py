@@ -79,7 +79,16 @@ def number(row: Row | None, key: str, form: str = ".3g") -> str:
 
 def of_group(run: dict[str, Any] | None, *groups: str) -> dict[str, Row]:
     """Return the rows of some cases, by their titles."""
-    return {row["case"]: row for row in (run or {}).get("results", []) if row.get("group") in groups}
+    return {
+        row["case"]: _with_floor(row) for row in (run or {}).get("results", []) if row.get("group") in groups
+    }
+
+
+def _with_floor(row: Row) -> Row:
+    # One pass forwards and about two backwards; other rows bring theirs.
+    if row.get("group") != "gradients" or row["value"] is None:
+        return row
+    return {"floor": 3, "over_floor": row["value"] / 3, **row}
 
 
 def side_by_side(*groups: str, **extra: tuple[str, str]) -> Callable[[Runs], str]:
@@ -214,7 +223,7 @@ FEATURE_COLUMNS = {
 }
 TABLES: dict[str, Callable[[Runs], str]] = {
     "where": where,
-    "gradients": side_by_side("gradients"),
+    "gradients": side_by_side("gradients", times_the_floor=("over_floor", ".2f")),
     "features": side_by_side("features", "reverse", **FEATURE_COLUMNS),
     "crossover": crossover,
     "host": side_by_side("host", "composed"),

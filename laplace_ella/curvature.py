@@ -52,8 +52,9 @@ class NystromGGN(GGNInterface):
         Bytes (int), or share of the device's free memory (float), that gradient rows
         and activations may take. Default: a quarter of the free memory.
     autodiff : {"auto", "forward", "double", "reverse"}
-        How features are computed. "auto": reverse mode if 8 C <= K, else forward mode;
-        where the model has an operator that does not support it, the next that works.
+        How features are computed. "auto": reverse mode if 8 C <= K in a network that shares
+        weights between positions (not in an MLP), else forward mode; where an operator of
+        the model does not support it, the next that works.
     compile : bool
         Run forward mode through :func:`torch.compile`.
     spill : {"cpu"} or path, optional

@@ -25,12 +25,15 @@ from .probing import Support, probe
 from .rewriting import rewritten
 
 AUTODIFF = ("auto", "forward", "double", "reverse")
-# Reverse mode is chosen if this many times C is at most K.
+# Reverse mode is chosen if this many times C is at most K ...
 REVERSE_COST = 8
+# ... and a row's activations take at least this share of its gradient's bytes: where they are
+# few, as in an MLP, writing C gradients of P numbers costs more than K tangents.
+SHARED_WEIGHTS = 1 / 4
 
 
 def reverse_is_cheaper(n_outputs: int, rank: int) -> bool:
-    """Say whether C backward passes a row cost less than K tangents; docs/performance.md has the figures."""
+    """Say whether C backward passes cost less than K tangents; docs/performance.md has the figures."""
     return REVERSE_COST * n_outputs <= rank
 
 
@@ -132,11 +135,13 @@ class Engine:
         return self._facts[signature]
 
     def mode(self, x: Input, rank: int) -> str:
-        """Choose among the ways to compute features: what the model supports, then C and K."""
+        """Choose among the ways to compute features: what the model supports, then C, K and its kind."""
         support = self.support(x)
         if self.autodiff != "auto" or support.rows != "vmap":
             return support.features
-        return "reverse" if reverse_is_cheaper(self.facts(x).n_outputs, rank) else support.features
+        facts = self.facts(x)
+        shared = facts.graph_bytes >= SHARED_WEIGHTS * self.row_size()
+        return "reverse" if shared and reverse_is_cheaper(facts.n_outputs, rank) else support.features
 
     def features(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C); inside ``safe_autodiff``.

@@ -101,15 +101,16 @@ def test_gradients_reach_the_inputs_in_every_mode(mode, make):
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("model", [mlp(), ConvNet().double().eval()], ids=["mlp", "conv"])
-def test_a_mode_is_chosen_by_outputs_and_directions(model):
-    x = X if isinstance(model, nn.Sequential) else images(7)
+def test_a_mode_is_chosen_by_outputs_directions_and_the_kind_of_network():
+    model, x = ConvNet().double().eval(), images(7)
     backend = NystromGGN(model, "classification")
     assert not reverse_is_cheaper(10, 20)
     assert reverse_is_cheaper(1, 20)
     boundary = next(k for k in range(1, 1000) if reverse_is_cheaper(C, k))
     assert backend.engine.mode(x, boundary - 1) == "forward"
     assert backend.engine.mode(x, boundary) == "reverse"
+    wide = nn.Sequential(nn.Linear(5, 300), nn.Tanh(), nn.Linear(300, 1)).double()  # shares no weight
+    assert NystromGGN(wide, "regression").engine.mode(X, 10**6) == "forward"
     for forced, expected in (("forward", "forward"), ("reverse", "reverse")):
         named = NystromGGN(model, "classification", autodiff=forced)
         assert named.engine.mode(x, 1) == named.engine.mode(x, 10**6) == expected
