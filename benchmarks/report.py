@@ -260,7 +260,9 @@ def plot_features(runs: Runs, path: Path) -> None:
         )
     ax.set(yticks=range(len(rows)), yticklabels=[row["case"] for row in rows], xlabel="forwards a sample")
     ax.invert_yaxis()
-    _legend(ax)
+    handles, labels = ax.get_legend_handles_labels()
+    unique = dict(zip(labels, handles))
+    fig.legend(unique.values(), unique.keys(), frameon=False, ncols=3, loc="outside lower center")
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

@@ -109,7 +109,9 @@ def test_a_mode_is_chosen_by_outputs_directions_and_the_kind_of_network():
     boundary = next(k for k in range(1, 1000) if reverse_is_cheaper(C, k))
     assert backend.engine.mode(x, boundary - 1) == "forward"
     assert backend.engine.mode(x, boundary) == "reverse"
-    wide = nn.Sequential(nn.Linear(5, 300), nn.Tanh(), nn.Linear(300, 1)).double()  # shares no weight
+    wide = nn.Sequential(
+        nn.Linear(5, 99), nn.Linear(99, 99), nn.Tanh(), nn.Linear(99, 1)
+    ).double()  # shares no weight
     assert NystromGGN(wide, "regression").engine.mode(X, 10**6) == "forward"
     for forced, expected in (("forward", "forward"), ("reverse", "reverse")):
         named = NystromGGN(model, "classification", autodiff=forced)

@@ -216,6 +216,7 @@ class OldStyle(torch.autograd.Function):
     ids=["old-style function", "re-entrant checkpoint"],
 )
 @pytest.mark.parametrize("memory_budget", [None, 5_000], ids=["rows", "blocks"])
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # of checkpoints in torch 2.4
 def test_5_what_no_transform_takes(function, memory_budget):
     model = Transformed(function)
     la, texts = fitted_with_warnings(model, inputs(), Transformed(torch.sin), memory_budget=memory_budget)
