@@ -17,6 +17,7 @@ from .memory import (
     LIVE_TENSORS,
     Chunks,
     budget_bytes,
+    free_memory,
     let_malloc_adapt,
     plan_chunks,
     with_smaller_chunks,
@@ -86,6 +87,7 @@ class Engine:
         self._support: dict[torch.device, Support] = {}
         self._facts: dict[Any, InputFacts] = {}
         self._smaller: dict[Any, Chunks] = {}
+        self._free: dict[torch.device, int] = {}
 
     @property
     def device(self) -> torch.device:
@@ -94,12 +96,17 @@ class Engine:
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
-        for found in (self._support, self._facts, self._smaller):
+        for found in (self._support, self._facts, self._smaller, self._free):
             found.clear()
 
     def budget(self) -> int:
-        """Return the bytes that gradient rows and activations may take."""
-        return budget_bytes(self.memory_budget, self.device)
+        """Return the bytes that gradient rows and activations may take.
+
+        The free memory is looked up once, so that equal calls are cut into equal chunks.
+        """
+        if self.device not in self._free:
+            self._free[self.device] = free_memory(self.device)
+        return budget_bytes(self.memory_budget, self._free[self.device])
 
     def row_count(self) -> int:
         """Return P."""

@@ -52,11 +52,11 @@ def _left_to_container() -> int:
     return max(0, int(limit) - used) if limit.isdigit() else sys.maxsize
 
 
-def budget_bytes(budget: int | float | None, device: torch.device) -> int:
+def budget_bytes(budget: int | float | None, free: int) -> int:
     """Turn a budget into bytes: an int is bytes, a float a share of the free memory, None a quarter."""
     if isinstance(budget, int):
         return budget
-    return max(1, int((DEFAULT_SHARE if budget is None else budget) * free_memory(device)))
+    return max(1, int((DEFAULT_SHARE if budget is None else budget) * free))
 
 
 @dataclass(frozen=True)
