@@ -10,8 +10,9 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,23 @@ from .batches import Input, detached, rows
 from .memory import OutOfMemory
 
 Weights = dict[str, Tensor]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 # Train flags, backend switches and torch.func.functional_call act on the whole
 # process or the whole module. One re-entrant lock, held while any of them is
 # changed, makes the contexts nest strictly: the last one out restores.
 _LOCK = threading.RLock()
+
+
+def exclusively(method: Method) -> Method:
+    """Let a method wait until no other thread has the model's weights exchanged."""
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _LOCK:
+            return method(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def flat(values: Tensor) -> Tensor:
@@ -179,7 +192,9 @@ def _accumulated(scalar: Tensor, leaves: Weights) -> dict[str, Tensor | None]:
 
 
 def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight) if gradient is None else gradient
+    if gradient is None:
+        return torch.zeros_like(weight)
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from . import checkpoint, posterior, validation
-from .autodiff import unwrap
+from .autodiff import exclusively, unwrap
 from .basis import NystromBasis
 from .curvature import nystrom_backend
 from .fitting import Fitting
@@ -51,6 +51,10 @@ def Laplace(
     *args, **kwargs
         Passed to the estimator.
     """
+    if hessian_structure == "ella" and subset_of_weights != "all":
+        raise ValueError(
+            f"hessian_structure='ella' needs subset_of_weights='all'; got {subset_of_weights!r}. Pass both."
+        )
     return laplace.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
 
 
@@ -135,6 +139,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
     residual_scale = 1.0
     curvature = "exact"
 
+    @exclusively
     def __init__(
         self,
         model: nn.Module,
@@ -248,6 +253,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
                 self.model.output_size = n_outputs
             raise
 
+    @exclusively
     def _set_fit(self, basis: NystromBasis, H: Tensor, loss: Tensor, n_data: int, n_outputs: int) -> None:
         self.backend.basis = basis
         self.H, self.loss, self.n_data, self.n_outputs = H, loss, n_data, n_outputs
@@ -315,6 +321,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
 
     # ------------------------------------------------------------------ checkpoints
 
+    @exclusively
     def state_dict(self) -> dict[str, Any]:
         """Return the fitted state: tensors and plain types, loadable with ``weights_only=True``.
 
@@ -350,6 +357,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
             **{name: getattr(self, name) for name in checkpoint.PLAIN_STATE},
         }
 
+    @exclusively
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; tensors move to the model's device.
 

@@ -84,7 +84,7 @@ class Engine:
         self.function = FunctionalModel(module)
         self.forward_features: Features = torch.compile(forward_features) if compiled else forward_features
         let_malloc_adapt()
-        self._support: dict[torch.device, Support] = {}
+        self._support: dict[Any, Support] = {}
         self._facts: dict[Any, InputFacts] = {}
         self._smaller: dict[Any, Chunks] = {}
         self._free: dict[torch.device, int] = {}
@@ -118,18 +118,24 @@ class Engine:
 
     def known_support(self) -> Support | None:
         """Return what was found out on this device, if anything."""
-        return self._support.get(self.device)
+        return self._support.get(self._setting())
 
     def support(self, x: Input) -> Support:
         """Say what the model supports; found out once a device, on two copies of a row of ``x``."""
-        if self.device not in self._support:
+        setting = self._setting()
+        if setting not in self._support:
             with safe_autodiff(self.module):
-                self._support[self.device] = probe(self.function, _pair(x), self.autodiff)
-        return self._support[self.device]
+                self._support[setting] = probe(self.function, _pair(x), self.autodiff)
+        return self._support[setting]
+
+    def _setting(self) -> Any:
+        """Tell apart what the same model can support differently: devices, and the user's autocast."""
+        kind = self.device.type
+        return self.device, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def facts(self, x: Input) -> InputFacts:
         """Describe inputs of the shape of ``x``; found out once a shape. Cost: three or four passes of a row or two."""
-        signature = (self.device, _signature(x))
+        signature = (self._setting(), _signature(x))
         if signature not in self._facts:
             with safe_autodiff(self.module):
                 pair = _pair(x)
@@ -163,7 +169,7 @@ class Engine:
             f = self.function(self.function.weights(), x)
             return f.new_zeros(*f.shape, rank), f
         mode = self.mode(x, rank)
-        signature = (self.device, mode, rank, _signature(x))
+        signature = (self._setting(), mode, rank, _signature(x))
         chunks = self._smaller.get(signature) or self.chunks(mode, x, rank)
         result, used = with_smaller_chunks(
             lambda c: self._compute(mode, x, directions, c),

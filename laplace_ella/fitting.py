@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import validation
+from .autodiff import exclusively
 from .basis import NystromBasis
 from .batches import Input, batch_size, collate, named_batches
 from .landmarks import draw_outputs
@@ -161,6 +162,7 @@ class Fitting:
             print(plan)
         return plan
 
+    @exclusively
     def _check_fit(self, train_loader: Any, balanced: bool, val_steps: Any) -> None:
         validation.check_size("val_steps", val_steps)
         if [id(p) for p in self.model.parameters() if p.requires_grad] != [id(p) for p in self.params]:

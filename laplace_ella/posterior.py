@@ -7,8 +7,25 @@ expressed with one root: :math:`A^{-1} = S S^T`, and *whitened* features
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def without_autocast(function: Function) -> Function:
+    """Run a function of tensors in their own precision: products of variances overflow in fp16."""
+
+    @wraps(function)
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 class NotPositiveDefiniteError(torch.linalg.LinAlgError):
@@ -45,17 +62,20 @@ def _cholesky(precision: Tensor) -> Tensor:
     return factor
 
 
+@without_autocast
 def whiten(phi: Tensor, scale: Tensor) -> Tensor:
     r"""Return :math:`\psi = \phi S` (B, C, K), in float32 at least: squares overflow in fp16."""
     dtype = torch.promote_types(phi.dtype, torch.float32)
     return phi.to(dtype) @ scale.to(dtype)
 
 
+@without_autocast
 def covariance(psi: Tensor) -> Tensor:
     """Return the covariance (B, C, C) of each input's outputs."""
     return psi @ psi.mT
 
 
+@without_autocast
 def joint_covariance(psi: Tensor) -> Tensor:
     """Return the covariance (BC, BC) of all inputs' outputs; input-major order."""
     flat = psi.flatten(0, 1)
@@ -67,6 +87,7 @@ def variance(psi: Tensor) -> Tensor:
     return psi.square().sum(-1)
 
 
+@without_autocast
 def functional_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:
     r"""Return :math:`f + \psi \epsilon` (S, B, C): one noise vector for all inputs.
 

@@ -18,6 +18,7 @@ _NO_DENSITY = (
 )
 
 
+@posterior.without_autocast
 def predict(
     f: Tensor,
     psi: Tensor,
@@ -135,6 +136,11 @@ class Predictive:
             On an unknown ``pred_type`` or ``link_approx``, or inputs that are not finite.
         """
         pred_type = validation.check_prediction(pred_type, link_approx, n_samples, generator, self._device)
+        if model_kwargs and pred_type == "glm":
+            raise ValueError(
+                f"Unknown arguments {sorted(model_kwargs)}; those of a call are pred_type, joint, link_approx, n_samples, "
+                "diagonal_output and generator. Arguments for the model itself go with pred_type='nn' only."
+            )
         self._check_H_init()
         likelihood = self.likelihood
         if likelihood == "reward_modeling":

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .autodiff import FunctionalModel, Weights, backward_passes
+from .autodiff import FunctionalModel, Weights, backward_passes, flat
 from .batches import Input
 from .features import FEATURES
 from .gradients import RowEngine, gradient_rows, looped_rows
@@ -163,7 +163,9 @@ def _probe_rows(model: FunctionalModel, weights: Weights, x: Input) -> tuple[str
     device = next(iter(weights.values())).device
     outputs = torch.zeros(2, dtype=torch.int64, device=device)
     found, why = _attempt_batched(
-        lambda: gradient_rows(model, weights, x, outputs), "landmark gradients of many inputs at once"
+        # Embeddings may have sparse gradients, which cannot be laid out in rows.
+        lambda: [flat(g) for g in gradient_rows(model, weights, x, outputs).values()],
+        "landmark gradients of many inputs at once",
     )
     return ("loop", why) if found is None else ("vmap", "")
 

@@ -52,6 +52,17 @@ def snapshot(la):
 # ------------------------------------------------------------------ constructor
 
 
+@pytest.mark.parametrize("name", ["link_aprox", "diagonal_outputs"])
+def test_misspelt_arguments_of_a_prediction(name):
+    with pytest.raises(ValueError, match=name):
+        fitted()(inputs(3), **{name: "mc"})
+
+
+def test_ella_needs_all_weights():
+    with pytest.raises(ValueError, match=r"needs subset_of_weights='all'; got 'last_layer'"):
+        laplace_ella.Laplace(mlp(), hessian_structure="ella")
+
+
 @pytest.mark.parametrize("likelihood", ["poisson", "", None, 3])
 def test_unknown_likelihood(likelihood):
     with pytest.raises(ValueError, match="classification"):

@@ -71,7 +71,7 @@ def test_pinned_loaders_and_moved_models():
     data = loader(inputs(), targets("classification"), pin_memory=True)
     model = mlp()
     la = fitted(model=model.cuda(), data=data)
-    assert set(la.backend.engine._support) == {torch.device("cuda", torch.cuda.current_device())}
+    assert set(la.backend.engine._support) == {(torch.device("cuda", torch.cuda.current_device()), None)}
     state = la.state_dict()
     model.cpu()
     moved = fitted(model=model)

@@ -322,6 +322,66 @@ def test_statistics_of_the_batch_are_warned_of():
         NystromGGN(model, "classification").support(X)
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients(layer):
+    class Sparse(nn.Module):
+        def __init__(self, sparse):
+            super().__init__()
+            torch.manual_seed(0)
+            self.table, self.head = layer(11, WIDTH, sparse=sparse), nn.Linear(WIDTH, C)
+            self.double()
+
+        def forward(self, x):
+            h = self.table(x)
+            return self.head(h.mean(1) if h.ndim == 3 else h)
+
+    fitted_with_warnings(Sparse(True), torch.randint(11, (N, T_STEPS)), twin=Sparse(False))
+
+
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "bridge_norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_10_links_keep_their_precision_under_autocast(link, dtype):
+    la = fitted(
+        model=mlp(dtype=torch.float32),
+        data=train_loader(dtype=torch.float32),
+        prior_precision=1e-4,
+        temperature=1e4,
+    )
+    x = X.float()
+    exact = la(x, link_approx=link)
+    with torch.autocast("cpu", dtype):
+        found = la(x, link_approx=link)
+    assert (found.float() - exact).abs().max() < 3e-2
+
+
+def test_10_what_is_supported_under_autocast_is_found_out_there():
+    la = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        la(X.float())
+    assert len(la.backend.engine._support) == 2
+
+
+def test_threads_may_fit_and_load_while_others_predict():
+    model = mlp()
+    la, other = fitted(model=model), build(model=model)
+    state = la.state_dict()
+
+    def work(i):
+        if i % 4 == 0:
+            other.fit(train_loader())
+        elif i % 4 == 1:
+            build(model=model).load_state_dict(state)
+        else:
+            return la(X)
+        return None
+
+    expected = la(X)
+    with ThreadPoolExecutor(4) as pool:
+        found = [p for p in pool.map(work, range(32)) if p is not None]
+    assert len(found) == 16
+    assert all(torch.equal(p, expected) for p in found)
+
+
 def test_sparse_intermediates():
     fitted_with_warnings(
         Transformed(lambda h: torch.sparse.mm(torch.eye(D).double().to_sparse(), h.T).T), inputs()
