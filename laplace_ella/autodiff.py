@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Input, detached, rows
 from .memory import OutOfMemory
+from .norms import ElementaryNorms
 
 Weights = dict[str, Tensor]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -228,6 +229,8 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
             stack.enter_context(_disabled(torch.backends.mkldnn))
             stack.enter_context(_disabled(torch.backends.cudnn))
         stack.enter_context(_evaluation_mode(module))
+        if enable_backprop:
+            stack.enter_context(ElementaryNorms())
         yield
 
 

@@ -79,6 +79,57 @@ def test_every_way_gives_the_same_features(mode, chunks, rewritten):
     assert not phi.requires_grad
 
 
+class Normed(nn.Module):
+    """Normalises by statistics of its input; RMSNorm by torch.nn's function."""
+
+    def __init__(self, norm):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(18, 12), nn.Linear(12, C)
+        self.norm = norm
+        for p in norm.parameters() if isinstance(norm, nn.Module) else ():
+            nn.init.normal_(p)
+
+    def forward(self, x):
+        h = self.first(x.flatten(1)).tanh().view(-1, 4, 3)
+        h = F.rms_norm(h, (3,)) if self.norm is None else self.norm(h)
+        return self.head(h.flatten(1))
+
+
+@pytest.mark.parametrize("mode", ["forward", "double", "reverse"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.LayerNorm(3),
+        lambda: nn.LayerNorm((4, 3), elementwise_affine=False),
+        lambda: nn.GroupNorm(2, 4),
+        lambda: nn.InstanceNorm1d(4, affine=True),
+        lambda: nn.InstanceNorm1d(4, track_running_stats=True),
+        lambda: None,
+    ],
+    ids=["layer", "layer, two axes", "group", "instance", "instance, running", "rms"],
+)
+def test_gradients_of_features_through_normalisations(mode, norm):
+    model = Normed(norm()).double().eval()
+    la = fitted(
+        model=model, data=loader(images(N), targets("classification")), autodiff=mode, enable_backprop=True
+    )
+    x = images(3).requires_grad_()
+    weight = torch.randn(3, C, 5, dtype=torch.float64)
+
+    def scalar(x):
+        phi, f = la.features(x)
+        return (phi * weight).sum() + f.square().sum()
+
+    scalar(x).backward()
+    step = 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    with torch.no_grad():
+        difference = scalar(x + step) - scalar(x - step)
+    assert_close(2 * (x.grad * step).sum(), difference, rtol=1e-6)
+    plain = fitted(model=model, data=loader(images(N), targets("classification")))
+    assert_close(la.features(x)[1], plain.features(x)[1])
+
+
 @pytest.mark.parametrize("mode", ["forward", "double", "reverse"])
 @pytest.mark.parametrize("make", [mlp, lambda: ConvNet().double().eval()], ids=["mlp", "conv"])
 def test_gradients_reach_the_inputs_in_every_mode(mode, make):
