@@ -148,8 +148,8 @@ Pull = Callable[..., Weights]
 def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, Weights, Pull], Any]) -> Any:
     """Run the model once, and let ``action(f, leaves, pull)`` take gradients by plain backward passes.
 
-    ``leaves`` are the weights f was computed with. ``pull(scalar, names)`` returns the gradient of a scalar made from the outputs f
-    with respect to the weights named. Works where torch.func does not: with old-style
+    ``leaves`` are the weights f was computed with. ``pull(scalar, names)`` returns the
+    gradient of a scalar made from the outputs f with respect to the weights named. Works where torch.func does not: with old-style
     autograd functions, and with re-entrant checkpoints, which know ``backward()`` only.
     If gradients are recorded (``enable_backprop``), the result can be differentiated.
     """
@@ -218,8 +218,12 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(enable_backprop))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_without_fast_path())
-        stack.enter_context(_without_autocast_cache())
+        mha = torch.backends.mha
+        stack.enter_context(switched(mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
+        # Under the user's autocast, every copy of the weights would stay until its end.
+        stack.enter_context(
+            switched(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False)
+        )
         stack.enter_context(_without_batching_warnings())
         if _has_compiled_parts(module):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -235,24 +239,14 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def switched(read: Callable[[], bool], write: Callable[[bool], Any], value: bool) -> Iterator[None]:
+    """Give a process-wide switch a value, and its old one back at the end."""
+    before = read()
+    write(value)
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextmanager
-def _without_autocast_cache() -> Iterator[None]:
-    # Under the user's autocast, every copy of the weights would stay until its end.
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
+        write(before)
 
 
 _quiet = 0

@@ -144,12 +144,9 @@ class NystromGGN(GGNInterface):
             rows_by,
             self.to_model,
             self.engine.gradients_per_call(longest),
-            separable=self._separable(support),
+            # The libraries, and plain backward passes, compute all weights' gradients at once.
+            separable=self.row_engine is None and support.rows == "vmap",
         )
-
-    def _separable(self, support: Support) -> bool:
-        # The libraries, and plain backward passes, compute all weights' gradients at once.
-        return self.row_engine is None and support.rows == "vmap"
 
     def build_basis(self, landmarks: Landmarks, rank: int, progress: Progress) -> NystromBasis:
         """Compute the basis of the landmarks' gradients; see :func:`laplace_ella.basis.build_basis`."""
@@ -166,7 +163,6 @@ class NystromGGN(GGNInterface):
             start = perf_counter()
             self.forward(x).sum().item()  # waits for the device
             seconds.append(perf_counter() - start)
-        support = self.support(x)
         return make_plan(
             self.engine,
             self.to_model(x),
@@ -174,7 +170,7 @@ class NystromGGN(GGNInterface):
             n_landmarks=n_landmarks,
             rank=rank,
             n_curvature=n_curvature,
-            separable=self._separable(support),
+            row_source=self.row_source,
             spill=self.spill,
             seconds=min(seconds) / batch_size(x),
         )

@@ -129,7 +129,7 @@ def reverse_features(
         for c in range(len(f)):
             unit = torch.nn.functional.one_hot(torch.tensor(c, device=f.device), len(f)).to(f.dtype)
             (gradient,) = pull(unit)
-            columns.append(sum(gradient[k].reshape(-1) @ b for k, b in bases.items()))
+            columns.append(_coordinates(gradient, bases))
         return torch.stack(columns), f
 
     return _in_blocks(lambda block: per_row(contract, block), x, chunks.rows)
@@ -149,7 +149,7 @@ def looped_reverse_features(
         columns = []
         for output in f[0]:
             gradient = pull(output, bases)
-            columns.append(sum(gradient[k].reshape(-1) @ b for k, b in bases.items()))
+            columns.append(_coordinates(gradient, bases))
         return torch.stack(columns)[None], f if record else f.detach()
 
     return _in_blocks(lambda row: backward_passes(model, row, contract), x, 1)
@@ -162,6 +162,11 @@ FEATURES: dict[str, Features] = {
     "reverse": reverse_features,
     "reverse loop": looped_reverse_features,
 }
+
+
+def _coordinates(gradient: Weights, bases: Weights) -> Any:
+    """Return the coordinates (K,) of a gradient in bases of (numel, K) a weight."""
+    return sum(gradient[k].reshape(-1) @ b for k, b in bases.items())
 
 
 def _rank(directions: Weights) -> int:

@@ -175,11 +175,13 @@ class RowSource:
 class KeptRows:
     """All M rows at hand: on the device, or spilled."""
 
+    kind = "kept"
+
     def __init__(self, source: RowSource, spill: Spill | None = None) -> None:
         self.source, self.spill = source, spill
         self.eps = torch.finfo(source.dtype if spill is None else spill.dtype).eps
         self.norms: Tensor | None = None  # by which spilled rows were divided
-        self.gradients = len(source)
+        self.cost = self.gradients = len(source)
         self.n_bytes = (
             len(source) * sum(source.sizes.values()) * source.dtype.itemsize if spill is None else 0
         )
@@ -209,12 +211,14 @@ class KeptRows:
 class SampleBlocks:
     """Blocks of rows: one is kept while those after it stream past."""
 
+    kind = "blocks of rows"
+
     def __init__(self, source: RowSource, n_kept: int, n_streamed: int) -> None:
         self.source, self.n_streamed = source, n_streamed
         self.eps = torch.finfo(source.dtype).eps
         self.blocks = [list(range(a, min(a + n_kept, len(source)))) for a in range(0, len(source), n_kept)]
         size = len(source)
-        self.gradients = sum(size - b[0] for b in self.blocks) + size - len(self.blocks[-1])
+        self.cost = self.gradients = sum(size - b[0] for b in self.blocks) + size - len(self.blocks[-1])
         self.n_bytes = (n_kept + n_streamed) * sum(source.sizes.values()) * source.dtype.itemsize
 
     def gram(self, progress: Progress) -> Tensor:
@@ -245,10 +249,13 @@ class SampleBlocks:
 class WeightBlocks:
     """Blocks of weights: rows with respect to some of them, for all landmarks."""
 
+    kind = "blocks of weights"
+
     def __init__(self, source: RowSource, groups: list[list[str]]) -> None:
         self.source, self.groups = source, groups
         self.eps = torch.finfo(source.dtype).eps
         self.gradients = (2 * len(groups) - 1) * len(source)
+        self.cost = PARTIAL_COST * self.gradients
         largest = max(sum(source.sizes[k] for k in group) for group in groups)
         self.n_bytes = len(source) * largest * source.dtype.itemsize
 
@@ -292,7 +299,7 @@ def choose_rows(source: RowSource, budget: int, spill: Spill | None = None) -> R
     if not groups:
         return samples
     weights = WeightBlocks(source, groups)
-    return weights if PARTIAL_COST * weights.gradients < samples.gradients else samples
+    return weights if weights.cost < samples.cost else samples
 
 
 def _groups(sizes: dict[str, int], capacity: int) -> list[list[str]]:

@@ -167,6 +167,16 @@ def let_malloc_adapt() -> None:
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
+def attempt(compute: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """Return (result, None), or (None, what was raised); running out of memory says nothing of a model."""
+    try:
+        return compute(), None
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        return None, error
+
+
 def raise_malloc_thresholds() -> str:
     """Make glibc keep freed memory instead of handing it back, for this whole process.
 

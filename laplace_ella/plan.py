@@ -3,7 +3,7 @@ r"""What a fit will cost: stage by stage, in forward passes and bytes, before an
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from .autodiff import safe_autodiff
 from .batches import Input, batch_size, named_batches, rows, single_row
 from .engine import Engine
-from .gram import RowSource, Spill, WeightBlocks, choose_rows
+from .gram import RowSource, Spill, choose_rows
 from .landmarks import Landmarks
 from .memory import Chunks, gigabytes
 
@@ -155,7 +155,7 @@ def make_plan(
     n_landmarks: int,
     rank: int,
     n_curvature: int | None,
-    separable: bool,
+    row_source: Callable[[Landmarks], RowSource],
     spill: Spill | None,
     seconds: float,
 ) -> Plan:
@@ -169,6 +169,8 @@ def make_plan(
         N; None if unknown, which counts as more than enough.
     n_landmarks, rank, n_curvature : int
         M, K, n as asked for (None: all).
+    row_source : callable
+        Prepares the gradient rows of landmarks.
     seconds : float
         Time of a forward pass of one input.
     """
@@ -179,10 +181,12 @@ def make_plan(
     n = int(min(n_curvature or limit, limit)) if limit < math.inf or n_curvature else 0
     with safe_autodiff(engine.module):
         mode = engine.mode(x, rank)
-    held = choose_rows(_source(engine, x, n_landmarks, separable), engine.budget(), spill)
+        # As many landmarks as there will be, whose rows are never asked for.
+        outputs = torch.zeros(n_landmarks, dtype=torch.int64)
+        source = row_source(Landmarks([single_row(x, 0)] * n_landmarks, outputs))
+    held = choose_rows(source, engine.budget(), spill)
     basis = rank * engine.row_size()
     kept = _input_bytes(x) * (min(n_landmarks, limit) + (n if n_curvature else 0))
-    passes = held.gradients * (2 / 3 if isinstance(held, WeightBlocks) else 1)
     chunks = engine.chunks(mode, x, rank)
     chunks = Chunks(min(chunks.rows, size), chunks.directions)
     return Plan(
@@ -195,8 +199,8 @@ def make_plan(
             ),
             Stage(
                 "landmark gradients",
-                f"{n_landmarks} landmarks x {held.gradients / n_landmarks:.3g} ({_kind(held)})",
-                GRADIENT_COST * passes,
+                f"{n_landmarks} landmarks x {held.gradients / n_landmarks:.3g} ({held.kind})",
+                GRADIENT_COST * held.cost,
                 int(kept + held.n_bytes + engine.gradient_bytes(x, n_landmarks)),
             ),
             Stage(
@@ -222,20 +226,6 @@ def make_plan(
         seconds=seconds,
         budget=engine.budget(),
     )
-
-
-def _source(engine: Engine, x: Input, n_landmarks: int, separable: bool) -> RowSource:
-    """Return a source of the right size, which is never asked for a row."""
-    row = single_row(x, 0)
-    landmarks = Landmarks([row] * n_landmarks, torch.zeros(n_landmarks, dtype=torch.int64))
-    per_call = engine.gradients_per_call(x)
-    return RowSource(engine.function, landmarks, engine.support(x).engine, lambda v: v, per_call, separable)
-
-
-def _kind(held: Any) -> str:
-    return {"KeptRows": "kept", "SampleBlocks": "blocks of rows", "WeightBlocks": "blocks of weights"}[
-        type(held).__name__
-    ]
 
 
 def _input_bytes(x: Input) -> int:

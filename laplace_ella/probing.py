@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .autodiff import FunctionalModel, Weights, backward_passes, flat
+from .autodiff import FunctionalModel, Weights, backward_passes, flat, switched
 from .batches import Input
 from .features import FEATURES
 from .gradients import RowEngine, gradient_rows, looped_rows
-from .memory import Chunks, OutOfMemory
+from .memory import Chunks, attempt
 
 _LADDER = ("forward", "forward loop", "double", "reverse")
 _COST = {
@@ -70,29 +69,20 @@ class _FailedFunction(TorchFunctionMode):
             raise
 
 
-@contextmanager
-def _slow_batching(allowed: bool) -> Iterator[None]:
-    # Where vmap has no rule for an operator, it can run it slice by slice.
-    functorch: Any = torch._C._functorch
-    before = functorch._is_vmap_fallback_enabled()
-    functorch._set_vmap_fallback_enabled(allowed)
-    try:
-        yield
-    finally:
-        functorch._set_vmap_fallback_enabled(before)
-
-
 def _attempt(compute: Callable[[], Any], slow_batching: bool = False) -> tuple[Any, str]:
-    """Return (result, ""), or (None, why it failed)."""
+    """Return (result, ""), or (None, why it failed).
+
+    ``slow_batching``: where vmap has no rule for an operator, let it run slice by slice.
+    """
+    functorch: Any = torch._C._functorch
+    switch = functorch._is_vmap_fallback_enabled, functorch._set_vmap_fallback_enabled
     failed = _FailedFunction()
-    try:
-        with _slow_batching(slow_batching), failed:
-            return compute(), ""
-    except OutOfMemory:
-        raise
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return None, failed.name + lines[0]
+    with switched(*switch, slow_batching), failed:
+        found, error = attempt(compute)
+    if error is None:
+        return found, ""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return None, failed.name + lines[0]
 
 
 def _attempt_batched(compute: Callable[[], Any], what: str) -> tuple[Any, str]:

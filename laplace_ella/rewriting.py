@@ -16,8 +16,9 @@ Values agree to rounding; what a pattern does not fit is left alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from .autodiff import FunctionalModel, Weights, outputs_of
 from .batches import Input
-from .memory import OutOfMemory
+from .memory import attempt
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -99,7 +100,7 @@ class _Rewriting(TorchFunctionMode):
 
     def __init__(self, folds: dict[int, Normalisation], tensors: Weights) -> None:
         super().__init__()
-        self.folds, self.tensors = folds, tensors
+        self.folds, self.tensors, self.names = folds, tensors, _names(tensors)
         self.calls = 0
         self.folded: dict[int, tuple[Tensor, Normalisation]] = {}
 
@@ -143,7 +144,7 @@ class _Rewriting(TorchFunctionMode):
 
     def _skip(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out, norm = self.folded.pop(id(x))
-        if _normalisation(self.tensors, *args, **kwargs) != norm:
+        if _normalisation(self.names, *args, **kwargs) != norm:
             raise _DivergedError
         return out
 
@@ -158,7 +159,7 @@ class _Recording(TorchFunctionMode):
 
     def __init__(self, tensors: Weights) -> None:
         super().__init__()
-        self.tensors = tensors
+        self.names = _names(tensors)
         self.calls = 0
         self.outputs: dict[int, tuple[int, Tensor]] = {}
         self.uses: dict[int, list[Normalisation | None]] = {}
@@ -168,7 +169,7 @@ class _Recording(TorchFunctionMode):
         if func not in _QUESTIONS:
             for t in _tensors(args, kwargs):
                 if id(t) in self.outputs:
-                    norm = _normalisation(self.tensors, *args[1:], **kwargs) if func is F.batch_norm else None
+                    norm = _normalisation(self.names, *args[1:], **kwargs) if func is F.batch_norm else None
                     self.uses[self.outputs[id(t)][0]].append(norm)
         out = func(*args, **kwargs)
         if func in _CONVOLUTIONS:
@@ -181,8 +182,12 @@ class _Recording(TorchFunctionMode):
         return {i: u[0] for i, u in self.uses.items() if len(u) == 1 and u[0] is not None}
 
 
+def _names(tensors: Weights) -> dict[int, str]:
+    return {id(t): k for k, t in tensors.items()}
+
+
 def _normalisation(
-    tensors: Weights,
+    names: dict[int, str],
     running_mean: Any = None,
     running_var: Any = None,
     weight: Any = None,
@@ -192,7 +197,6 @@ def _normalisation(
     eps: float = 1e-5,
 ) -> Normalisation | None:
     """Describe a call of ``batch_norm``, if it can be folded."""
-    names = {id(t): k for k, t in tensors.items()}
     given = [t for t in (weight, bias) if t is not None]
     if training or not all(id(t) in names for t in (running_mean, running_var, *given)):
         return None
@@ -208,13 +212,9 @@ def find_rewrites(model: FunctionalModel, x: Input) -> Rewrites:
     """
     # float64 convolutions are not oneDNN's.
     if isinstance(x, Tensor) and x.ndim == 4 and x.device.type == "cpu" and x.dtype != torch.float64:
-        try:
-            recording = _record(model, x.to(memory_format=torch.channels_last))
-        except OutOfMemory:
-            raise
-        except Exception:  # a .view() that wants the layout given, say
-            pass
-        else:
+        # None: a .view() that wants the layout given, say.
+        recording, _ = attempt(lambda: _record(model, x.to(memory_format=torch.channels_last)))
+        if recording is not None:
             return Rewrites(recording.folds(), channels_last=recording.calls > 0)
     return Rewrites(_record(model, x).folds())
 
@@ -226,17 +226,19 @@ def rewritten(model: FunctionalModel, pair: Input) -> FunctionalModel:
     """
     weights = model.weights()
     tangents = {k: torch.ones_like(w) for k, w in weights.items()}
+
+    def pushed(function: FunctionalModel) -> Any:
+        return jvp(lambda w: function(w, pair), (weights,), (tangents,))
+
+    def candidate(find: Callable[..., Rewrites]) -> tuple[FunctionalModel, Any]:
+        function = RewrittenModel(model.module, find(model, pair))
+        return function, pushed(function)
+
+    expected = pushed(model)
     for find in (find_rewrites, lambda *_: Rewrites()):
-        try:
-            candidate = RewrittenModel(model.module, find(model, pair))
-            found = jvp(lambda w: candidate(w, pair), (weights,), (tangents,))  # noqa: B023
-        except OutOfMemory:
-            raise
-        except Exception:
-            continue
-        expected = jvp(lambda w: model(w, pair), (weights,), (tangents,))
-        if all(_agree(a, b) for a, b in zip(found, expected)):
-            return candidate
+        made, _ = attempt(partial(candidate, find))
+        if made is not None and all(_agree(a, b) for a, b in zip(made[1], expected)):
+            return made[0]
     return model
 
 
