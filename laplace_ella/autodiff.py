@@ -77,8 +77,9 @@ class FunctionalModel:
     Parameters
     ----------
     module : torch.nn.Module
-        Takes a tensor or a mapping, returns a tensor (B, C) or an object whose
-        ``.logits`` is one.
+        Takes a tensor or a mapping, returns a tensor (B, ..., C) or an object whose
+        ``.logits`` is one. The axes between, positions in a sequence or an image, are
+        flattened: differentiation sees L x C outputs an input.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -111,12 +112,16 @@ class FunctionalModel:
         return functional_call(self._within, places, (action,), tie_weights=False)
 
     def __call__(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
-        """Return the outputs (B, C) at ``weights``.
+        """Return the outputs (B, L C) at ``weights``; see :meth:`outputs`."""
+        return self.outputs(weights, x, **model_kwargs).flatten(1)
+
+    def outputs(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
+        """Return the outputs (B, ..., C) at ``weights``, in their own shape.
 
         Raises
         ------
         ValueError
-            If the outputs are not a tensor of two axes.
+            If the outputs are not a tensor of two axes or more.
         """
         return self.within(
             {**self.buffers(), **weights}, lambda module: outputs_of(module, x, **model_kwargs)
@@ -124,22 +129,43 @@ class FunctionalModel:
 
 
 def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
-    """Run a module, and return its outputs (B, C).
+    """Run a module, and return its outputs (B, ..., C).
 
     Raises
     ------
     ValueError
-        If the outputs are not a tensor of two axes.
+        If the outputs are not a tensor of two axes or more.
     """
     out = module(x, **model_kwargs)
     f = getattr(out, "logits", out)
-    if not isinstance(f, Tensor) or f.ndim != 2:
+    if not isinstance(f, Tensor) or f.ndim < 2:
         got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
         raise ValueError(
-            "The model must return a tensor of shape (batch, outputs), or an object with such "
-            f"`.logits`; got {got}. Wrap the model so that its forward flattens the outputs."
+            "The model must return a tensor of shape (batch, outputs) or (batch, ..., outputs), or an object "
+            f"with such `.logits`; got {got}. Wrap the model so that its forward returns one."
         )
     return f
+
+
+def last_layer_norms(model: FunctionalModel, x: Input) -> Tensor | None:
+    r"""Return :math:`|z|^2` (B,) of the inputs z of the layer whose output are the model's outputs.
+
+    None if no layer with weights of its own returns them, row by row. Cost: a forward pass.
+    Inside :func:`safe_autodiff`.
+    """
+    calls: list[tuple[nn.Module, Any, Any]] = []
+    leaves = [m for m in model.module.modules() if any(True for _ in m.parameters(recurse=False))]
+    hooks = [m.register_forward_hook(lambda m, args, out: calls.append((m, args, out))) for m in leaves]
+    try:
+        f = model.within({**model.buffers(), **model.weights()}, lambda module: outputs_of(module, x))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for _, args, out in calls:
+        z = args[0] if args else None
+        if out is f and isinstance(z, Tensor) and z.shape[:-1] == f.shape[:-1]:
+            return z.double().square().sum(-1).flatten()
+    return None
 
 
 Pull = Callable[..., Weights]
@@ -180,7 +206,7 @@ def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, 
 
     def run(module: nn.Module) -> Any:
         with torch.enable_grad():
-            return action(outputs_of(module, x if record else detached(x)), leaves, pull)
+            return action(outputs_of(module, x if record else detached(x)).flatten(1), leaves, pull)
 
     return model.within({**model.buffers(), **leaves}, run)
 

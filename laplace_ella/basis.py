@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +30,19 @@ class NystromBasis:
         The leading eigenvalues of the Gram matrix, descending, float64.
     trace : float
         Trace of the Gram matrix: the sum of all its eigenvalues.
-    n_landmarks : int
-        M.
+    spectrum : Tensor (M,)
+        All of them, descending, float64.
     """
 
     directions: Weights
     eigenvalues: Tensor
     trace: float
-    n_landmarks: int
+    spectrum: Tensor
+
+    @property
+    def n_landmarks(self) -> int:
+        """M, the number of landmarks."""
+        return len(self.spectrum)
 
     @property
     def rank(self) -> int:
@@ -47,6 +53,43 @@ class NystromBasis:
     def retained(self) -> float:
         """Share of the Gram matrix's trace that the K directions retain, in (0, 1]."""
         return float(self.eigenvalues.sum()) / self.trace
+
+    def leading(self, rank: int) -> NystromBasis:
+        """Return the basis of the first ``rank`` directions: what a fit with that rank would have found."""
+        # Copies, so that the memory of the others is freed.
+        directions = {k: v[:rank].clone() for k, v in self.directions.items()}
+        return NystromBasis(directions, self.eigenvalues[:rank].clone(), self.trace, self.spectrum)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the spectrum of the Gram matrix, and the share of its trace that K directions retain.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib, which the extra ``plot`` installs.
+        """
+        import matplotlib.pyplot as plt
+
+        if ax is None:
+            _, ax = plt.subplots(layout="constrained")
+        values = self.spectrum.clamp_min(0).cpu().numpy()
+        ranks = range(1, len(values) + 1)
+        ax.loglog(ranks, values / values.sum(), color="C0")
+        ax.set(xlabel="index of the eigenvalue, or K", ylabel="eigenvalue / trace")
+        ax.axvline(self.rank, color="0.6", ls="--")
+        right = ax.twinx()
+        right.semilogx(ranks, (values / values.sum()).cumsum(), color="C1")
+        right.set(ylabel="retained share", ylim=(0, 1))
+        ax.set_title(f"K = {self.rank} of M = {self.n_landmarks} retain {self.retained:.1%} of the trace")
+        return ax
 
     @cached_property
     def weight_grams(self) -> Tensor:
@@ -77,8 +120,17 @@ class NystromBasis:
         return {k: torch.tensordot(coordinates.to(v.dtype), v, 1) for k, v in self.directions.items()}
 
 
+def identity_basis(weights: Weights) -> NystromBasis:
+    """Return all P unit directions, in which ELLA is exact linearised Laplace. Memory: P x P numbers."""
+    n_params = sum(w.numel() for w in weights.values())
+    blocks = torch.eye(n_params).split([w.numel() for w in weights.values()], dim=1)
+    directions = {k: _like(w, b.reshape(n_params, *w.shape)) for (k, w), b in zip(weights.items(), blocks)}
+    ones = torch.ones(n_params, dtype=torch.float64)
+    return NystromBasis(directions, ones, float(n_params), ones)
+
+
 def build_basis(
-    source: RowSource, rank: int, *, budget: int, spill: Spill | None = None, progress: Progress
+    source: RowSource, rank: int | float, *, budget: int, spill: Spill | None = None, progress: Progress
 ) -> NystromBasis:
     """Compute the leading directions of the landmarks' gradients.
 
@@ -86,8 +138,9 @@ def build_basis(
     ----------
     source : RowSource
         Gradient rows of M landmarks.
-    rank : int
-        K wanted; fewer are returned if the numerical rank of the rows is lower.
+    rank : int or float
+        K wanted, or the share of the Gram matrix's trace to retain; fewer are returned if the
+        numerical rank of the rows is lower, or if a share would need more than the budget.
     budget : int
         Bytes that gradient rows may take; see :func:`laplace_ella.gram.choose_rows`.
     spill : Spill, optional
@@ -107,28 +160,37 @@ def build_basis(
     """
     rows = choose_rows(source, budget, spill)
     gram = rows.gram(progress)
-    eigenvalues, coefficients = _leading_eigenpairs(gram, rank, rows.eps)
+    spectrum, vectors = torch.linalg.eigh(gram)
+    spectrum, vectors = spectrum.flip(0), vectors.flip(1)
+    if isinstance(rank, float):
+        row_bytes = sum(w.numel() * w.element_size() for w in source.weights.values())
+        rank = min(rank_of_share(spectrum, rank), max(1, budget // row_bytes))
+    eigenvalues, coefficients = _leading_eigenpairs(spectrum, vectors, rank, rows.eps)
     values = rows.combine(coefficients, progress)
     directions = {
         k: _like(w, values[k].reshape(len(eigenvalues), *w.shape)) for k, w in source.weights.items()
     }
-    return NystromBasis(directions, eigenvalues, float(gram.trace()), len(source))
+    return NystromBasis(directions, eigenvalues, float(gram.trace()), spectrum)
 
 
-def _leading_eigenpairs(gram: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:
+def rank_of_share(spectrum: Tensor, share: float) -> int:
+    """Return the smallest K whose eigenvalues make up a share of the trace."""
+    reached = spectrum.clamp_min(0).cumsum(0) >= share * spectrum.clamp_min(0).sum()
+    return 1 + int((~reached).sum())
+
+
+def _leading_eigenpairs(eigenvalues: Tensor, vectors: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:
     r"""Return eigenvalues (K,), descending, and :math:`U_K \operatorname{diag}(\lambda_K)^{-1/2}` (M, K).
 
     Eigenvalues up to max(eps of the rows, M eps of float64) times the largest are
     rounding: a Weyl bound for a float64 Gram matrix of rounded rows.
     """
-    eigenvalues, vectors = torch.linalg.eigh(gram)
-    eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
     if eigenvalues[0] <= 0:
         raise ValueError(
             "All landmark gradients are zero, so they span no direction; at least one must differ. "
             "Check that the outputs depend on weights that require grad."
         )
-    floor = max(eps, len(gram) * torch.finfo(torch.float64).eps) * eigenvalues[0]
+    floor = max(eps, len(eigenvalues) * torch.finfo(torch.float64).eps) * eigenvalues[0]
     kept = min(rank, int((eigenvalues > floor).sum()))
     eigenvalues, vectors = eigenvalues[:kept].clone(), vectors[:, :kept]
     # Eigenvectors have a sign of their own on every machine; fix it.

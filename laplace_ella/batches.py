@@ -209,3 +209,25 @@ def named_batches(
                 "Clean or drop them before fitting."
             )
         yield f"batch {i}", x, y
+
+
+def named_inputs(loader: Iterable[Any], dict_key_x: str) -> Iterator[Input]:
+    """Yield the inputs of each batch, which may be inputs alone, a sequence that starts with them, or a mapping.
+
+    Raises
+    ------
+    ValueError
+        If a batch holds no inputs, or they are not finite.
+    """
+    for i, batch in enumerate(loader):
+        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+        if not isinstance(x, (Tensor, Mapping)):
+            raise ValueError(
+                f"Batch {i} must be inputs, a pair (inputs, targets) or a mapping; got {_describe(batch)}."
+            )
+        if not is_finite(x):
+            raise ValueError(
+                f"The inputs of batch {i} hold NaN or infinite values; every input must be finite."
+            )
+        if batch_size(x):
+            yield key_first(x, dict_key_x)

@@ -11,12 +11,16 @@ from torch import nn
 
 from .basis import NystromBasis
 
-FORMAT = 1
-PLAIN_STATE = ("enable_backprop", "subsample_size", "n_eigenvalues", "curvature_size", "seed")
+FORMAT = 2
+PLAIN_STATE = (
+    *("enable_backprop", "subsample_size", "n_eigenvalues", "curvature_size", "seed", "n_curvature"),
+    *("logit_scale", "residual", "residual_scale", "residual_samples", "curvature", "curvature_samples"),
+)
 TENSOR_STATE = ("prior_mean", "prior_precision", "sigma_noise")
 STATE_KEYS = {
     *("format", "cls_name", "likelihood", "fingerprint", "basis", "H", "loss", "n_data", "n_outputs"),
-    *("temperature", "temperature_fixed", "named_by_user", *TENSOR_STATE, *PLAIN_STATE),
+    *("temperature", "temperature_fixed", "named_by_user", "snapshots", "novelty_moments"),
+    *(*TENSOR_STATE, *PLAIN_STATE),
 }
 
 
@@ -41,7 +45,7 @@ def pack_basis(basis: NystromBasis) -> dict[str, Any]:
         "directions": dict(basis.directions),
         "eigenvalues": basis.eigenvalues,
         "trace": basis.trace,
-        "n_landmarks": basis.n_landmarks,
+        "spectrum": basis.spectrum,
     }
 
 
@@ -65,7 +69,7 @@ def unpack_basis(state: dict[str, Any], model: nn.Module) -> NystromBasis:
         {k: directions[k].to(w) for k, w in weights.items()},
         state["eigenvalues"].to(device, torch.float64),
         float(state["trace"]),
-        int(state["n_landmarks"]),
+        state["spectrum"].to(device, torch.float64),
     )
 
 

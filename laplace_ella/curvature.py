@@ -6,7 +6,7 @@ Laplace with the weights confined to :math:`\theta^* + \operatorname{span}(V)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from os import PathLike
 from time import perf_counter
 from typing import Any, ClassVar
@@ -15,24 +15,28 @@ import torch
 from laplace.curvature import AsdlGGN, BackPackGGN, CurvlinopsGGN, EFInterface, GGNInterface
 from torch import Tensor, nn
 
-from .autodiff import Weights, safe_autodiff, unwrap
+from .autodiff import Weights, last_layer_norms, safe_autodiff, unwrap
 from .basis import NystromBasis, build_basis
-from .batches import Input, batch_size, key_first, to_model
+from .batches import Input, batch_size, key_first, rows, to_model
 from .engine import AUTODIFF, Engine
 from .gradients import RowEngine, asdl_rows, backpack_rows
 from .gram import Progress, RowSource, Spill
-from .landmarks import Landmarks
-from .likelihoods import LIKELIHOODS
+from .landmarks import SAMPLED_LABEL, Landmarks, derived_seed
+from .likelihoods import LIKELIHOODS, checked_targets
 from .plan import Plan, make_plan
 from .probing import Support
+from .residual import joint_gram, output_grams
 from .validation import (
     check_budget,
     check_choice,
     check_finite_features,
+    check_seed,
     check_size,
     check_spill,
     check_whole,
 )
+
+CURVATURES = ("exact", "mc")
 
 
 class NystromGGN(GGNInterface):
@@ -42,7 +46,7 @@ class NystromGGN(GGNInterface):
     ----------
     model : torch.nn.Module
         DataParallel, DistributedDataParallel and torch.compile wrappers are taken off.
-    likelihood : {"classification", "regression"}
+    likelihood : {"classification", "regression", "bernoulli"}
     dict_key_x, dict_key_y : str
         Keys of inputs and targets in mapping batches.
     chunk_size : int, optional
@@ -62,6 +66,17 @@ class NystromGGN(GGNInterface):
         file in this folder, instead of computing them again.
     spill_dtype : torch.dtype
         In which precision; the relative error of an entry is half its eps.
+    curvature : {"exact", "mc"}
+        Whether :meth:`accumulate` sums the exact curvature, or that of sampled labels.
+    curvature_samples : int
+        How many labels an input, for "mc".
+    seed : int
+        Of those labels.
+
+    Notes
+    -----
+    A model may return outputs (B, ..., C); positions are flattened into the batch, input by
+    input, so that f is (B L, C) wherever it says (B, C).
     """
 
     row_engine: ClassVar[Any] = None  # None: torch.func, or a loop where that fails
@@ -80,13 +95,21 @@ class NystromGGN(GGNInterface):
         compile: bool = False,  # noqa: A002
         spill: str | PathLike[str] | None = None,
         spill_dtype: torch.dtype = torch.bfloat16,
+        curvature: str = "exact",
+        curvature_samples: int = 1,
+        seed: int = 0,
     ) -> None:
         check_whole(model)
-        super().__init__(unwrap(model), likelihood, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+        known_to_host = "regression" if likelihood == "regression" else "classification"
+        super().__init__(unwrap(model), known_to_host, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
+        self.likelihood = likelihood
         autodiff = self.default_autodiff if autodiff is None else autodiff
         check_choice("autodiff", autodiff, AUTODIFF)
         folder = check_spill(spill, spill_dtype)
         self.spill = None if spill is None else Spill(folder, spill_dtype)
+        check_choice("curvature", curvature, CURVATURES)
+        self.sampled = 0 if curvature == "exact" else check_size("curvature_samples", curvature_samples)
+        self.seed = check_seed(seed)
         self.basis: NystromBasis | None = None
         self.engine = Engine(
             self.model, autodiff, check_size("chunk_size", chunk_size), check_budget(memory_budget), compile
@@ -101,10 +124,19 @@ class NystromGGN(GGNInterface):
         return to_model(key_first(x, self.dict_key_x), self._reference.device, self._reference.dtype)
 
     def forward(self, x: Input, **model_kwargs: Any) -> Tensor:
-        """Return the model's outputs (B, C), in evaluation mode and without a graph."""
+        """Return the model's outputs (B, ..., C), in evaluation mode and without a graph."""
         with safe_autodiff(self.model):
             function = self.engine.function
-            return function(function.weights(), self.to_model(x), **model_kwargs)
+            return function.outputs(function.weights(), self.to_model(x), **model_kwargs)
+
+    def positions(self, x: Input) -> tuple[int, ...]:
+        """Return the axes of the outputs for ``x`` between batch and C."""
+        return self.engine.facts(self.to_model(x)).positions
+
+    def last_layer_norms(self, x: Input) -> Tensor | None:
+        """Return the squared norms (B, ) of what the last layer takes; None without such a layer."""
+        with safe_autodiff(self.model):
+            return last_layer_norms(self.engine.function, self.to_model(x))
 
     def forward_at(
         self, offsets: Weights, x: Input, enable_backprop: bool = False, **model_kwargs: Any
@@ -116,7 +148,9 @@ class NystromGGN(GGNInterface):
             weights = function.weights()
             return torch.stack(
                 [
-                    function({k: w + offsets[k][s] for k, w in weights.items()}, x, **model_kwargs)
+                    function.outputs(
+                        {k: w + offsets[k][s] for k, w in weights.items()}, x, **model_kwargs
+                    ).flatten(0, -2)
                     for s in range(n_samples)
                 ]
             )
@@ -180,6 +214,33 @@ class NystromGGN(GGNInterface):
         with safe_autodiff(self.model, enable_backprop):
             return self.engine.features(self.to_model(x), basis.directions)
 
+    def push(self, x: Input, tangents: Weights, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Push S tangents (S, *shape) forward: J g (B, C, S), and f (B, C)."""
+        with safe_autodiff(self.model, enable_backprop):
+            return self.engine.features(self.to_model(x), tangents)
+
+    def output_grams(self, x: Input) -> Tensor:
+        """Compute :math:`J J^T` (B, C, C) of each input; see :func:`laplace_ella.residual.output_grams`."""
+        facts = self.engine.facts(self.to_model(x))
+        with safe_autodiff(self.model):
+            return output_grams(
+                x, facts.n_outputs, facts.n_coordinates, self.row_source, self.engine.budget()
+            )
+
+    def joint_gram(self, x: Input) -> Tensor:
+        """Compute :math:`J J^T` (BC, BC) of all inputs' outputs."""
+        n_coordinates = self.engine.facts(self.to_model(x)).n_coordinates
+        with safe_autodiff(self.model):
+            return joint_gram(x, n_coordinates, self.row_source, self.engine.budget())
+
+    def bounded(self, x: Input, rank: int) -> Iterator[Input]:
+        """Cut a batch into parts whose features, in float64, take a quarter of the memory budget at most."""
+        size = batch_size(x)
+        per_row = 8 * rank * self.engine.facts(self.to_model(x)).n_coordinates
+        step = max(1, self.engine.budget() // 4 // per_row)
+        for start in range(0, size, step):
+            yield x if step >= size else rows(x, start, start + step)
+
     def jacobians(self, x: Input, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         r"""Compute the features, the Jacobian of the outputs in the K coordinates.
 
@@ -205,7 +266,7 @@ class NystromGGN(GGNInterface):
         Overrides :meth:`laplace.curvature.GGNInterface.full`, without a (B, C, C) tensor.
         """
         phi, f = self.jacobians(x)
-        y = LIKELIHOODS[self.likelihood].targets(y.to(f.device), f)
+        y = checked_targets(LIKELIHOODS[self.likelihood], y, f, self.positions(x), "the batch given")
         return LIKELIHOODS[self.likelihood].loss(f, y), self.curvature(phi, f)
 
     def curvature(self, phi: Tensor, f: Tensor) -> Tensor:
@@ -213,12 +274,33 @@ class NystromGGN(GGNInterface):
         root = LIKELIHOODS[self.likelihood].curvature_root(phi.double(), f.double())
         return root.T @ root
 
+    def sampled_curvature(
+        self, x: Input, basis: NystromBasis, sampled: int, generator: torch.Generator, name: str
+    ) -> Tensor:
+        r"""Estimate the curvature (K, K) of a batch from labels drawn from the model's own predictions.
+
+        The gradients of the loss at sampled labels have the curvature as the mean of their
+        outer products. Cost: about 2 + 3 forward passes an input and label, whatever K is.
+        """
+        with safe_autodiff(self.model):
+            moved = self.to_model(x)
+            f = self.engine.function.outputs(self.engine.function.weights(), moved)
+            flat_f = f.flatten(0, -2)
+            gradients = LIKELIHOODS[self.likelihood].sampled_gradients(flat_f.double(), sampled, generator)
+            # (B, n, L C): positions are independent, and their gradients add up.
+            cotangents = gradients.reshape(len(f), -1, sampled, f.shape[-1]).transpose(1, 2)
+            pulled = self.engine.pull(moved, basis.directions, cotangents.flatten(2).to(f.dtype))
+        check_finite_features(pulled, flat_f, name)
+        flat_pulled = pulled.double().flatten(0, 1)
+        return flat_pulled.T @ flat_pulled / sampled
+
     def accumulate(
         self,
         batches: Iterable[tuple[str, Input]],
         basis: NystromBasis,
         n_data: int,
         every: int | None = None,
+        sampled: int | None = None,
     ) -> list[tuple[int, Tensor]]:
         r"""Sum the curvature over batches, and scale it to N inputs.
 
@@ -228,7 +310,11 @@ class NystromGGN(GGNInterface):
         n_data : int
             N.
         every : int, optional
-            Take a snapshot after every so many batches; always after the last.
+            Take a snapshot after every so many batches, by default after 1, 2, 4, 8 ... of
+            them; always after the last.
+        sampled : int, optional
+            How many labels an input to sample, 0 for the exact curvature; by default what the
+            backend was built with.
 
         Returns
         -------
@@ -242,13 +328,19 @@ class NystromGGN(GGNInterface):
         """
         total = torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=self._reference.device)
         snapshots: list[tuple[int, Tensor]] = []
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, SAMPLED_LABEL))
+        sampled = self.sampled if sampled is None else sampled
         seen = step = taken = 0
         for step, (name, x) in enumerate(batches, start=1):
-            phi, f = self.features(x, basis)
-            check_finite_features(phi, f, name)
-            total += self.curvature(phi, f)
-            seen += len(f)
-            if every and step % every == 0:
+            if sampled:
+                total += self.sampled_curvature(x, basis, sampled, generator, name)
+            else:
+                for part in self.bounded(x, basis.rank):
+                    phi, f = self.features(part, basis)
+                    check_finite_features(phi, f, name)
+                    total += self.curvature(phi, f)
+            seen += batch_size(x)
+            if step % every == 0 if every else step & (step - 1) == 0:
                 snapshots.append((seen, total * (n_data / seen)))
                 taken = step
         if taken < step:

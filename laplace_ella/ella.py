@@ -15,13 +15,15 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from . import checkpoint, posterior, validation
-from .autodiff import exclusively, unwrap
+from .autodiff import Weights, exclusively, unwrap
 from .basis import NystromBasis
 from .curvature import nystrom_backend
 from .fitting import Fitting
 from .hyperparameters import Hyperparameters
 from .likelihoods import LIKELIHOODS
+from .novelty import Novelty
 from .predictive import Predictive
+from .residual import RESIDUALS
 from .tuning import Tuning
 
 DEFAULT_SUBSAMPLE_SIZE = 500
@@ -44,7 +46,8 @@ def Laplace(
     Parameters
     ----------
     model : torch.nn.Module
-    likelihood : {"classification", "regression", "reward_modeling"}
+    likelihood : {"classification", "regression", "reward_modeling", "bernoulli"}
+        The last, for binary and multi-label targets, with "ella" only.
     subset_of_weights : {"all", "last_layer", "subnetwork"}
     hessian_structure : {"ella", "kron", "diag", "full", "lowrank", "gp"}
         "ella" needs ``subset_of_weights="all"`` and returns an :class:`ELLALaplace`.
@@ -58,7 +61,7 @@ def Laplace(
     return laplace.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
 
 
-class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplace):
+class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, ParametricLaplace):
     r"""Linearised Laplace over all weights, through a Nystrom approximation of the NTK.
 
     The posterior lives on :math:`\theta^* + V z`, with K orthonormal directions V that
@@ -69,7 +72,9 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
     Parameters
     ----------
     model, likelihood, sigma_noise, prior_precision, prior_mean
-        As in :class:`laplace.ParametricLaplace`. DataParallel, DistributedDataParallel
+        As in :class:`laplace.ParametricLaplace`; the likelihood may be "bernoulli" too, for
+        binary and multi-label targets. Outputs may be (B, ..., C): positions in a sequence or
+        an image are flattened into the batch. DataParallel, DistributedDataParallel
         and torch.compile wrappers are taken off the model. The prior precision may be scalar, one
         per weight tensor, or one per weight.
     temperature : float, optional
@@ -89,8 +94,9 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
         Taken for compatibility; gradients need no Fisher options.
     subsample_size : int, optional
         M, how many landmarks; default 500.
-    n_eigenvalues : int, optional
-        K, how many directions; default 20. What is named here and exceeds the data or
+    n_eigenvalues : int or float, optional
+        K, how many directions; default 20. A float in (0, 1) is the share of the trace of the
+        landmarks' Gram matrix that they have to retain. What is named here and exceeds the data or
         their numerical rank is reduced with a warning, a default without.
     curvature_size : int or None
         From how many inputs G is estimated (without bias); all if there are fewer.
@@ -111,15 +117,35 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
         Where gradient rows go that do not fit, instead of being computed again.
     spill_dtype : torch.dtype
         In which precision; see :class:`NystromGGN`.
+    curvature : {"exact", "mc"}
+        "mc" estimates G from labels sampled from the model: cheaper, and fine from 20 K inputs on.
+    curvature_samples : int
+        How many labels an input.
+    logit_scale : float
+        s: the mean of the logits is multiplied by it, their covariance is not.
+    residual : {"none", "isotropic", "exact"}
+        What outputs get for the directions outside the span, which ELLA leaves out:
+        nothing, the same variance for all outputs of an input, or what exact linearised
+        Laplace gives them. Scalar prior only.
+    residual_scale : float
+        rho, by which the residual variance is multiplied; only rho over the prior precision
+        matters.
+    residual_samples : int
+        S, from how many random tangents the isotropic residual is made.
 
     Attributes
     ----------
     H : Tensor (K, K)
         G, the curvature summed over the data, float64; None before a fit.
+    snapshots : list of (n, Tensor (K, K))
+        G as estimated from the first n curvature inputs, scaled to all N.
+    n_curvature : int
+        From how many inputs H is estimated.
     mean : Tensor (P,)
         The weights at the time of the fit.
     n_data, n_outputs, loss
-        N, C, and the negative log likelihood summed over the data (up to constants).
+        N, C, and the negative log likelihood summed over the data (up to constants). N counts
+        inputs, also where they have many positions.
 
     Raises
     ------
@@ -132,12 +158,6 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
     n_data: int
     loss: Any  # Tensor () after a fit
     H: Any  # Tensor (K, K) after a fit, None before
-
-    # Fixed until the options they describe exist.
-    logit_scale = 1.0
-    residual = "none"
-    residual_scale = 1.0
-    curvature = "exact"
 
     @exclusively
     def __init__(
@@ -156,7 +176,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
         subsample_size: int | None = None,
-        n_eigenvalues: int | None = None,
+        n_eigenvalues: int | float | None = None,
         curvature_size: int | None = 2000,
         seed: int = 0,
         chunk_size: int | None = None,
@@ -165,33 +185,51 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
         compile: bool = False,  # noqa: A002
         spill: str | PathLike[str] | None = None,
         spill_dtype: torch.dtype = torch.bfloat16,
+        curvature: str = "exact",
+        curvature_samples: int = 1,
+        logit_scale: float = 1.0,
+        residual: str = "none",
+        residual_scale: float = 1.0,
+        residual_samples: int = 4,
     ) -> None:
         validation.check_model(model)
         validation.check_choice("likelihood", likelihood, LIKELIHOODS)
+        validation.check_choice("residual", residual, RESIDUALS)
+        validation.check_residual(residual, prior_precision, enable_backprop)
         sizes = {
             "subsample_size": subsample_size,
-            "n_eigenvalues": n_eigenvalues,
             "curvature_size": curvature_size,
             "chunk_size": chunk_size,
+            "residual_samples": residual_samples,
+            "curvature_samples": curvature_samples,
         }
         sizes = {name: validation.check_size(name, value) for name, value in sizes.items()}
+        n_eigenvalues = validation.check_rank(n_eigenvalues)
         validation.check_positive("sigma_noise", sigma_noise)
         validation.check_scalar("sigma_noise", sigma_noise)
         # The host's constructor assigns hyperparameters, whose setters use these.
         self.H = None
         self._posterior_scale: Tensor | None = None
-        self._named_by_user = {k for k in ("subsample_size", "n_eigenvalues") if sizes[k] is not None}
+        named = {"subsample_size": subsample_size, "n_eigenvalues": n_eigenvalues}
+        self._named_by_user = {k for k, v in named.items() if v is not None}
         self.subsample_size = sizes["subsample_size"] or DEFAULT_SUBSAMPLE_SIZE
-        self.n_eigenvalues = sizes["n_eigenvalues"] or DEFAULT_N_EIGENVALUES
+        self.n_eigenvalues = n_eigenvalues or DEFAULT_N_EIGENVALUES
         self.curvature_size = sizes["curvature_size"]
         self.seed = validation.check_seed(seed)
         self.chunk_size = sizes["chunk_size"]
         self.memory_budget = validation.check_budget(memory_budget)
+        self.curvature, self.curvature_samples = curvature, curvature_samples
+        self.residual_samples, self._residual = residual_samples, residual
+        self.snapshots: list[tuple[int, Tensor]] = []
+        self.n_curvature = 0
+        self._tangents: tuple[Weights, Tensor] | None = None
+        self._novelty_moments: Tensor | None = None
         self._fingerprint = ""
         self.fit_history_: dict[str, list[float]] = {"processed_examples": [], "val_nll": []}
         super().__init__(
             unwrap(model),
-            likelihood,
+            # which the host does not know
+            "classification" if likelihood == "bernoulli" else likelihood,
             sigma_noise,
             prior_precision,
             prior_mean,
@@ -207,11 +245,16 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
                 "compile": compile,
                 "spill": spill,
                 "spill_dtype": spill_dtype,
+                "curvature": curvature,
+                "curvature_samples": curvature_samples,
+                "seed": seed,
                 **(backend_kwargs or {}),
             },
             asdl_fisher_kwargs,
         )
+        self.likelihood = likelihood
         self.mean = self.prior_mean
+        self.logit_scale, self.residual_scale = logit_scale, residual_scale
         self._build_backend()
 
     def _build_backend(self) -> None:
@@ -220,7 +263,8 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
         except TypeError as error:
             raise ValueError(
                 f"backend_kwargs={self._backend_kwargs} do not fit {self._backend_cls.__name__}: {error}. "
-                "It takes chunk_size, memory_budget, autodiff, compile, spill and spill_dtype."
+                "It takes chunk_size, memory_budget, autodiff, compile, spill, spill_dtype, curvature, "
+                "curvature_samples and seed."
             ) from error
 
     # ------------------------------------------------------------------ what a fit leaves
@@ -254,13 +298,32 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
             raise
 
     @exclusively
-    def _set_fit(self, basis: NystromBasis, H: Tensor, loss: Tensor, n_data: int, n_outputs: int) -> None:
-        self.backend.basis = basis
-        self.H, self.loss, self.n_data, self.n_outputs = H, loss, n_data, n_outputs
+    def _set_fit(
+        self,
+        basis: NystromBasis,
+        snapshots: list[tuple[int, Tensor]],
+        loss: Tensor,
+        n_data: int,
+        n_outputs: int,
+    ) -> None:
+        self.backend.basis, self._tangents, self._novelty_moments = basis, None, None
+        self.snapshots, (self.n_curvature, self.H) = snapshots, snapshots[-1]
+        self.loss, self.n_data, self.n_outputs = loss, n_data, n_outputs
         self.mean = torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype)
         self.model.output_size = n_outputs  # as the host does
         self._fingerprint = checkpoint.fingerprint(self.model)
         self._posterior_scale = None
+
+    def _keep_snapshot(self, n: int) -> None:
+        """Let G be what was found from the first n curvature inputs."""
+        self.n_curvature, self.H = n, dict(self.snapshots)[n]
+        self._posterior_scale = None
+
+    def _keep_leading(self, rank: int) -> None:
+        """Drop all but the leading directions."""
+        self.backend.basis, self._tangents, self._posterior_scale = self.basis.leading(rank), None, None
+        self.snapshots = [(n, G[:rank, :rank].clone()) for n, G in self.snapshots]
+        self.H, self.n_eigenvalues = self.H[:rank, :rank].clone(), rank
 
     # ------------------------------------------------------------------ posterior
 
@@ -303,7 +366,8 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
 
         Overrides :meth:`laplace.ParametricLaplace.log_marginal_likelihood`: log
         determinants are of K x K matrices, and bad values are refused before the
-        current ones change. Differentiable in both arguments, which become current.
+        current ones change. Differentiable in both arguments, which become current. A
+        residual changes nothing: outside the span the posterior is the prior.
 
         Raises
         ------
@@ -353,6 +417,8 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
             "n_outputs": self.n_outputs,
             "temperature": self.temperature,
             "temperature_fixed": self._temperature_fixed,
+            "snapshots": self.snapshots,
+            "novelty_moments": self._novelty_moments,
             **{name: getattr(self, name).detach() for name in checkpoint.TENSOR_STATE},
             **{name: getattr(self, name) for name in checkpoint.PLAIN_STATE},
         }
@@ -371,14 +437,20 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Tuning, ParametricLaplac
         basis = checkpoint.unpack_basis(state_dict["basis"], self.model)
         self._warn_of_differences(state_dict)
         with self._undone_on_error():
-            for name in (*checkpoint.TENSOR_STATE, *checkpoint.PLAIN_STATE):
+            # The residual comes first: it decides what priors are allowed.
+            for name in (*checkpoint.PLAIN_STATE, *checkpoint.TENSOR_STATE):
                 setattr(self, name, state_dict[name])
             self.temperature = state_dict["temperature"]
             self._temperature_fixed = state_dict["temperature_fixed"]
             self._named_by_user = set(state_dict["named_by_user"])
             self.backend.engine.forget()
-            H, loss = state_dict["H"].to(self._device), state_dict["loss"].to(self._device)
-            self._set_fit(basis, H, loss, state_dict["n_data"], state_dict["n_outputs"])
+            self.backend.seed = self.seed
+            self.backend.sampled = 0 if self.curvature == "exact" else self.curvature_samples
+            snapshots = [(n, G.to(self._device)) for n, G in state_dict["snapshots"]]
+            loss, n_curvature = state_dict["loss"].to(self._device), self.n_curvature
+            self._set_fit(basis, snapshots, loss, state_dict["n_data"], state_dict["n_outputs"])
+            self.n_curvature, self.H = n_curvature, state_dict["H"].to(self._device)
+            self._novelty_moments = state_dict["novelty_moments"]
 
     def _warn_of_differences(self, state: dict[str, Any]) -> None:
         pairs: dict[str, tuple[Any, Any]] = {

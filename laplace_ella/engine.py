@@ -2,6 +2,7 @@ r"""One model and how it is differentiated: the mode, the chunks, and what is re
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from .autodiff import FunctionalModel, Weights, activation_bytes, safe_autodiff
 from .batches import Input, batch_size, collate, detached, rows
-from .features import FEATURES, Features, forward_features
+from .features import FEATURES, Features, forward_features, pulled_cotangents
 from .memory import (
     CPU_GRADIENT_SET,
     CPU_WORKING_SET,
@@ -44,6 +45,8 @@ class InputFacts:
 
     Attributes
     ----------
+    positions : tuple of int
+        The axes of the outputs between batch and C: () for one prediction an input.
     n_outputs : int
         C.
     row_bytes : int
@@ -54,10 +57,16 @@ class InputFacts:
         The model for forward mode.
     """
 
+    positions: tuple[int, ...]
     n_outputs: int
     row_bytes: int
     graph_bytes: int
     rewritten: FunctionalModel
+
+    @property
+    def n_coordinates(self) -> int:
+        """Outputs of one input: C times the positions."""
+        return math.prod(self.positions) * self.n_outputs
 
 
 class Engine:
@@ -140,8 +149,10 @@ class Engine:
             with safe_autodiff(self.module):
                 pair = _pair(x)
                 forward = self.support(x).features.startswith("forward") and not self.compiled
+                shape = self.function.outputs(self.function.weights(), pair).shape
                 self._facts[signature] = InputFacts(
-                    self.function(self.function.weights(), pair).shape[-1],
+                    tuple(shape[1:-1]),
+                    shape[-1],
                     *activation_bytes(self.function, pair),
                     rewritten(self.function, pair) if forward else self.function,
                 )
@@ -154,10 +165,10 @@ class Engine:
             return support.features
         facts = self.facts(x)
         shared = facts.graph_bytes >= SHARED_WEIGHTS * self.row_size()
-        return "reverse" if shared and reverse_is_cheaper(facts.n_outputs, rank) else support.features
+        return "reverse" if shared and reverse_is_cheaper(facts.n_coordinates, rank) else support.features
 
     def features(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
-        r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C); inside ``safe_autodiff``.
+        r"""Compute :math:`\phi(x)` (B L, C, K) and f(x) (B L, C); inside ``safe_autodiff``.
 
         Raises
         ------
@@ -166,7 +177,7 @@ class Engine:
         """
         rank = next(iter(directions.values())).shape[0]
         if batch_size(x) == 0:
-            f = self.function(self.function.weights(), x)
+            f = self.function.outputs(self.function.weights(), x).flatten(0, -2)
             return f.new_zeros(*f.shape, rank), f
         mode = self.mode(x, rank)
         signature = (self._setting(), mode, rank, _signature(x))
@@ -179,7 +190,23 @@ class Engine:
         )
         if used != chunks:
             self._smaller[signature] = used
-        return result
+        phi, f = result
+        n_outputs = self.facts(x).n_outputs
+        return phi.reshape(-1, n_outputs, rank), f.reshape(-1, n_outputs)
+
+    def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
+        r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safe_autodiff``."""
+        chunks = Chunks(self.gradients_per_call(x), 1)
+        looped = self.support(x).rows != "vmap"
+        found, _ = with_smaller_chunks(
+            lambda c: pulled_cotangents(
+                self.function, self.function.weights(), directions, x, cotangents, c, looped
+            ),
+            chunks,
+            self.device,
+            lambda c: self.feature_bytes("reverse", c, x),
+        )
+        return found
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
         function = self.facts(x).rewritten if mode.startswith("forward") else self.function

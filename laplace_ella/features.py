@@ -135,6 +135,43 @@ def reverse_features(
     return _in_blocks(lambda block: per_row(contract, block), x, chunks.rows)
 
 
+def pulled_cotangents(
+    model: FunctionalModel,
+    weights: Weights,
+    directions: Weights,
+    x: Input,
+    cotangents: Tensor,
+    chunks: Chunks,
+    looped: bool,
+) -> Tensor:
+    r"""Compute :math:`V^T J(x)^T u` (B, n, K) of n cotangents u (B, n, C) an input.
+
+    ``looped``: one row after the other, with plain backward passes. Cost: about 1 + 2n
+    forward passes a row, plus contractions. Memory: ``chunks.rows`` x P numbers.
+    """
+    bases = {k: flat(v).T for k, v in directions.items()}
+
+    def contract(row: Input, us: Tensor) -> Tensor:
+        _, pull, *_ = vjp(lambda w: model(w, row)[0], weights)
+        return torch.stack([_coordinates(pull(u)[0], bases) for u in us])
+
+    def contract_alone(row: Input, us: Tensor) -> Tensor:
+        return backward_passes(
+            model,
+            row,
+            lambda f, leaves, pull: torch.stack(
+                [_coordinates(pull((f[0] * u).sum(), bases), bases) for u in us[0]]
+            ),
+        )[None]
+
+    def compute(block: Input, us: Tensor) -> Tensor:
+        return contract_alone(block, us) if looped else per_row(contract, block, us)
+
+    step = 1 if looped else chunks.rows
+    size = batch_size(x)
+    return torch.cat([compute(rows(x, a, a + step), cotangents[a : a + step]) for a in range(0, size, step)])
+
+
 def looped_reverse_features(
     model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:

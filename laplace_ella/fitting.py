@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from . import validation
 from .autodiff import exclusively
+from .baselines import Scorer
 from .basis import NystromBasis
-from .batches import Input, batch_size, collate, named_batches
+from .batches import Input, batch_size, collate, named_batches, rows
 from .landmarks import draw_outputs
 from .likelihoods import LIKELIHOODS
 from .plan import Plan, data_size, first_batch
 from .scan import Scan, scan
+from .search import Setting
 from .tuning import progress_bars
 
 
@@ -33,7 +35,7 @@ class Fitting:
     backend: Any
     basis: Any  # NystromBasis
     subsample_size: int
-    n_eigenvalues: int
+    n_eigenvalues: int | float
     curvature_size: int | None
     seed: int
     dict_key_x: str
@@ -41,13 +43,22 @@ class Fitting:
     H: Any  # Tensor (K, K), None before a fit
     loss: Any  # Tensor ()
     n_data: int
+    temperature: Any  # float
+    prior_precision: Any  # Tensor (1,), (L,) or (P,)
+    curvature: str
+    snapshots: list[tuple[int, Tensor]]
+    n_curvature: int
     fit_history_: dict[str, list[float]]
+    _temperature: float
+    _temperature_fixed: bool
     _named_by_user: set[str]
     _posterior_scale: Tensor | None
-    _set_fit: Callable[[NystromBasis, Tensor, Tensor, int, int], None]
+    _set_fit: Callable[[NystromBasis, list[tuple[int, Tensor]], Tensor, int, int], None]
     _undone_on_error: Callable[[], AbstractContextManager[None]]
     _validation_data: Callable[..., Any]
-    _score: Callable[..., float]
+    _predictor: Callable[..., Any]
+    _setting: Callable[[], Setting]
+    _keep_snapshot: Callable[[int], None]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -61,6 +72,7 @@ class Fitting:
         balanced: bool = False,
         val_loader: Iterable[Any] | None = None,
         val_steps: int | None = None,
+        link_approx: str = "probit",
     ) -> None:
         r"""Fit the posterior at the model's weights.
 
@@ -79,10 +91,16 @@ class Fitting:
         balanced : bool
             Draw landmark inputs evenly over the classes.
         val_loader : iterable, optional
-            Record the validation NLL in ``fit_history_["val_nll"]``, as
-            ``laplace.ELLA`` does; it does not influence the fit.
+            Stop early, as the paper does: of the first n curvature inputs, n up to
+            ``curvature_size``, the n with the smallest validation NLL is kept, and with it
+            :math:`[G_n + (n / N) \delta I]^{-1}`. That is a temperature: T = N / n with the
+            prior precision :math:`\delta n / N`, and both are set so (T stays free, so that a grid
+            search may still tune it). ``fit_history_`` has the NLL of every n. (In
+            ``laplace.ELLA`` a ``val_loader`` is only logged.)
         val_steps : int, optional
-            Record it after every so many curvature batches too.
+            Score after every so many curvature batches; default 1.
+        link_approx : str
+            The link that validation predictions use.
 
         Raises
         ------
@@ -93,9 +111,13 @@ class Fitting:
         Notes
         -----
         Cost in forward passes: N, plus 3 or more a landmark, plus 1 + 2K a curvature
-        input. Memory: M x P numbers if the budget allows, K x P afterwards.
+        input (with ``curvature="mc"``, 2 + 3 a sampled label); with ``val_loader``, 1 + 2K a validation
+        input, however many n are scored. Memory: M x P numbers if the budget allows, K x P
+        afterwards.
         """
         self._check_fit(train_loader, balanced, val_steps)
+        if val_loader is not None:
+            self._check_early_stopping(override, link_approx)
         if landmarks is not None:
             landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
         progress = progress_bars(progress_bar)
@@ -104,7 +126,8 @@ class Fitting:
         def forward(x: Input) -> Tensor:
             f = self.backend.forward(x)
             if landmarks is not None:
-                validation.check_coordinates(landmarks[1], f.shape[-1])
+                of_landmarks = self.backend.forward(rows(landmarks[0], 0, 1)) if f.ndim > 2 else f
+                validation.check_coordinates(landmarks[1], of_landmarks.shape[1:].numel())
             self.backend.support(x)  # probes at the first batch, before any long work
             return f
 
@@ -122,14 +145,18 @@ class Fitting:
         )
         basis = self._new_basis(found, landmarks, balanced, progress) if fresh else self.basis
         batches = progress(self._curvature_batches(found, train_loader), "Curvature")
-        snapshots = self.backend.accumulate(batches, basis, found.n_data, val_steps)
-        H, loss, n_data = snapshots[-1][1], found.loss, found.n_data
-        if not fresh:
-            snapshots = [(self.n_data + n, self.H + G) for n, G in snapshots]
-            H, loss, n_data = self.H + H, self.loss + loss, self.n_data + n_data
+        every = val_steps or (1 if val_loader is not None else None)
+        snapshots = self.backend.accumulate(batches, basis, found.n_data, every)
+        self._warn_of_few_samples(snapshots[-1][0], basis.rank)
+        loss, n_data = found.loss, found.n_data
+        if not fresh:  # what was fitted before has no first n inputs any more
+            snapshots = [(self.n_curvature + snapshots[-1][0], self.H + snapshots[-1][1])]
+            loss, n_data = self.loss + loss, self.n_data + n_data
         with self._undone_on_error():
-            self._set_fit(basis, H, loss, n_data, found.n_outputs)
-            self._record_history(snapshots, val_loader)
+            self._set_fit(basis, snapshots, loss, n_data, found.n_outputs)
+            self.fit_history_ = {"processed_examples": [float(n) for n, _ in snapshots], "val_nll": []}
+            if val_loader is not None:
+                self._stop_early(val_loader, link_approx, progress)
 
     def plan(self, train_loader: Iterable[Any], verbose: bool = True) -> Plan:
         """Work out what :meth:`fit` will compute, and what it will cost, without doing it.
@@ -155,12 +182,19 @@ class Fitting:
             x,
             n_data=data_size(train_loader, batch_size(x)),
             n_landmarks=self.subsample_size,
-            rank=self.n_eigenvalues,
+            rank=self._largest_rank(),
             n_curvature=self.curvature_size,
         )
         if verbose:
             print(plan)
         return plan
+
+    def _largest_rank(self) -> int:
+        """Return K; of a share, which is not known before, as much as the memory budget allows."""
+        if isinstance(self.n_eigenvalues, int):
+            return self.n_eigenvalues
+        engine = self.backend.engine
+        return max(1, min(self.subsample_size, engine.budget() // engine.row_size()))
 
     @exclusively
     def _check_fit(self, train_loader: Any, balanced: bool, val_steps: Any) -> None:
@@ -170,19 +204,41 @@ class Fitting:
                 "The model's parameters that require grad are not those it had when the estimator was built. "
                 "Build a new estimator after changing them."
             )
-        if balanced and self.likelihood == "regression":
-            raise ValueError("balanced=True needs classes; regression has none. Leave it out.")
+        if balanced and self.likelihood in ("regression", "bernoulli"):
+            raise ValueError(f"balanced=True needs classes; {self.likelihood} has none. Leave it out.")
         if self.curvature_size is None and isinstance(train_loader, Iterator):
             raise ValueError(
                 "curvature_size=None reads the data twice, and this loader is an iterator that can be read once. "
                 "Pass an iterable that can be started again, or a number as curvature_size."
             )
 
+    def _check_early_stopping(self, override: bool, link_approx: str) -> None:
+        validation.check_prediction("glm", link_approx, 100, None, None)
+        validation.check_link(self.likelihood, link_approx)
+        if not override:
+            raise ValueError(
+                "Early stopping (val_loader) looks for the best number of inputs of one pass, and override=False "
+                "adds a second one to the first. Fit all data at once, or leave val_loader out."
+            )
+        if self._temperature_fixed:
+            raise ValueError(
+                f"Early stopping (val_loader) sets the temperature to N / n, and it was fixed at {self.temperature:.4g}. "
+                "Set la.temperature = None to free it, or leave val_loader out."
+            )
+
+    def _warn_of_few_samples(self, n: int, rank: int) -> None:
+        if self.curvature == "mc" and n < 20 * rank:
+            warnings.warn(
+                f"curvature='mc' estimates G (K = {rank}) from {n} inputs; under 20 K = {20 * rank} it is badly wrong. "
+                "Raise curvature_size, lower n_eigenvalues, or use curvature='exact'.",
+                stacklevel=5,
+            )
+
     def _new_basis(
         self, found: Scan, given: tuple[Input, Tensor] | None, balanced: bool, progress: Any
     ) -> NystromBasis:
         if given is None:
-            landmarks = draw_outputs(found.landmarks, found.n_outputs, self.seed, balanced)
+            landmarks = draw_outputs(found.landmarks, self.seed, balanced)
             if len(landmarks) < self.subsample_size:
                 self._report_reduction(
                     "subsample_size", len(landmarks), "the data have no more pairs of input and output"
@@ -190,7 +246,11 @@ class Fitting:
         else:
             landmarks = validation.explicit_landmarks(given)
         basis = self.backend.build_basis(landmarks, self.n_eigenvalues, progress)
-        if basis.rank < self.n_eigenvalues:
+        if isinstance(self.n_eigenvalues, float):
+            if basis.retained < self.n_eigenvalues - 1e-9:
+                reason = f"more directions exceed the memory budget or the numerical rank; these retain {basis.retained:.3g}"
+                self._report_reduction("n_eigenvalues", basis.rank, reason)
+        elif basis.rank < self.n_eigenvalues:
             reason = f"the gradients of {len(landmarks)} landmarks have no higher numerical rank"
             self._report_reduction("n_eigenvalues", basis.rank, reason)
         return basis
@@ -213,17 +273,22 @@ class Fitting:
                     "curvature_size=None the loader must yield the same data twice. Pass a number instead."
                 )
         else:
-            positions = found.curvature.positions()
-            for indices, x in collate(found.curvature.rows(), found.batch):
-                yield f"training inputs {[positions[i] for i in indices][:8]}", x
+            # In random order, so that the first n are a random sample too.
+            sample = found.curvature.by_key()
+            for indices, x in collate([x for _, x in sample], found.batch):
+                yield f"training inputs {sorted(sample[i][0] for i in indices)[:8]}", x
 
-    def _record_history(self, snapshots: list[tuple[int, Tensor]], val_loader: Any) -> None:
-        scores: list[float] = []
-        if val_loader is not None:
-            data = self._validation_data(val_loader, "glm", progress_bars(False))
-            final = self.H
-            for _, self.H in snapshots:
-                self._posterior_scale = None
-                scores.append(self._score(data, None, "glm", "probit", 100))
-            self.H, self._posterior_scale = final, None
-        self.fit_history_ = {"processed_examples": [float(n) for n, _ in snapshots], "val_nll": scores}
+    def _stop_early(self, val_loader: Iterable[Any], link_approx: str, progress: Any) -> None:
+        r"""Keep the snapshot of G with the smallest validation NLL, with T = N / n and :math:`\delta n / N`."""
+        # delta T is what the covariance T [G + T delta I]^-1 adds to G, whatever T is now: fitting again changes nothing.
+        delta = self.prior_precision * self.temperature
+        scorer = Scorer(self._validation_data(val_loader, progress), None)
+        predictor = self._predictor(link_approx, 100, diagonal_output=True)
+        scores = []
+        for n, _ in progress(self.snapshots, "Early stopping"):
+            self.prior_precision, self._temperature = delta * (n / self.n_data), self.n_data / n
+            scores.append(scorer(predictor, self._setting().at(curvature_size=n)))
+        self.fit_history_["val_nll"] = scores
+        n, _ = self.snapshots[min(range(len(scores)), key=scores.__getitem__)]
+        self.prior_precision, self._temperature = delta * (n / self.n_data), self.n_data / n
+        self._keep_snapshot(n)

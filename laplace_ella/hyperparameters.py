@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from . import validation
+from .residual import RESIDUALS
+
+
+def curvature_factor(sigma_noise: Tensor, temperature: Any) -> Tensor:
+    r"""Return :math:`1 / (\sigma^2 T)`, by which the curvature is multiplied, float64."""
+    # The square of a small noise underflows in float32.
+    return 1 / sigma_noise.double().square() / temperature
 
 
 class Hyperparameters:
@@ -18,6 +25,10 @@ class Hyperparameters:
     """
 
     likelihood: str
+    enable_backprop: bool
+    _residual: str
+    _logit_scale: float
+    _residual_scale: float
     _prior_precision: Tensor
     _prior_mean: Tensor
     _sigma_noise: Tensor
@@ -51,6 +62,7 @@ class Hyperparameters:
         validation.check_positive("prior_precision", value)
         value = value.clone() if isinstance(value, Tensor) else value
         validation.check_positive("prior_precision", torch.as_tensor(value).to(self._dtype))
+        validation.check_residual(self.residual, value, enable_backprop=False)
         _host_setter(self, "prior_precision")(self, value)
 
     @property
@@ -73,6 +85,45 @@ class Hyperparameters:
             )
 
     @property
+    def logit_scale(self) -> float:
+        """s, by which the mean of the logits is multiplied, and not their covariance."""
+        return self._logit_scale
+
+    @logit_scale.setter
+    def logit_scale(self, value: float) -> None:
+        number = validation.positive_number("logit_scale", value)
+        if number != 1 and self.likelihood not in ("classification", "bernoulli"):
+            raise ValueError(
+                f"logit_scale is for classification and bernoulli and must be 1 for {self._likelihood_name!r}; got {value}."
+            )
+        self._logit_scale = number
+
+    @property
+    def residual(self) -> str:
+        """What is added for the directions outside the span: "none", "isotropic" or "exact"."""
+        return self._residual
+
+    @residual.setter
+    def residual(self, value: str) -> None:
+        validation.check_choice("residual", value, RESIDUALS)
+        validation.check_residual(value, getattr(self, "_prior_precision", None), self.enable_backprop)
+        self._residual = value
+
+    @property
+    def residual_scale(self) -> float:
+        r"""rho: the residual variance is :math:`\rho / \delta` times what lies outside the span."""
+        return self._residual_scale
+
+    @residual_scale.setter
+    def residual_scale(self, value: float) -> None:
+        self._residual_scale = validation.positive_number("residual_scale", value)
+
+    @property
+    def residual_variance(self) -> float:
+        r""":math:`\rho / \delta`, the variance of each weight outside the span; 0 without a residual."""
+        return 0.0 if self.residual == "none" else self.residual_scale / float(self.prior_precision)
+
+    @property
     def prior_mean(self) -> Tensor:
         """Prior mean: () or (1,), or one per weight (P,)."""
         return self._prior_mean
@@ -85,8 +136,7 @@ class Hyperparameters:
 
     @property
     def _H_factor(self) -> Tensor:
-        # float64: the square of a small noise underflows in float32
-        return 1 / self.sigma_noise.double().square() / self.temperature
+        return curvature_factor(self.sigma_noise, self.temperature)
 
     @property
     def _likelihood_name(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .batches import Input
 
 # What a key is for: samples with different purposes are independent.
-LANDMARK_INPUT, CURVATURE_INPUT, LANDMARK_OUTPUT, LANDMARK_PAIR = range(4)
+LANDMARK_INPUT, CURVATURE_INPUT, LANDMARK_OUTPUT, LANDMARK_PAIR, SAMPLED_LABEL, TANGENT = range(6)
 
 
 def hash_keys(seed: int, purpose: int, positions: Tensor) -> Tensor:
@@ -32,6 +32,11 @@ def hash_keys(seed: int, purpose: int, positions: Tensor) -> Tensor:
     for word in (torch.full((), purpose, dtype=torch.int64), positions.to(torch.int64)):
         state = _mix(state ^ _mix(word))
     return state & (2**62 - 1)
+
+
+def derived_seed(seed: int, purpose: int) -> int:
+    """Return a seed for a generator of its own, independent of those for other purposes."""
+    return int(hash_keys(seed, purpose, torch.zeros(1, dtype=torch.int64)))
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -56,6 +61,11 @@ class BottomK:
     ----------
     capacity : int
         How many rows to keep.
+
+    Notes
+    -----
+    The rows in the order of their keys are nested samples: the first n of them are a
+    uniform sample of size n.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -102,6 +112,11 @@ class BottomK:
         """Return the rows kept, in the order of the stream."""
         return [self._rows[p][1] for p in self.positions()]
 
+    def by_key(self) -> list[tuple[int, Any]]:
+        """Return (position, row) of the rows kept, from the smallest key on."""
+        entries = sorted((-key, position) for heap in self._heaps.values() for key, position in heap)
+        return [(position, self._rows[position][1]) for _, position in entries]
+
     def groups(self) -> list[int]:
         """Return the group of each row kept, in the order of the stream."""
         return [self._rows[p][0] for p in self.positions()]
@@ -134,8 +149,8 @@ class Landmarks:
         return len(self.inputs)
 
 
-def draw_outputs(sample: BottomK, n_outputs: int, seed: int, balanced: bool) -> Landmarks:
-    r"""Give each sampled input an output coordinate, uniformly.
+def draw_outputs(sample: BottomK, seed: int, balanced: bool) -> Landmarks:
+    r"""Give each sampled input an output coordinate, uniformly over its L x C outputs.
 
     While the sample is full, inputs are distinct. If the data ended before (M > N),
     M of the N x C pairs are drawn without replacement, so that an input may occur
@@ -144,26 +159,27 @@ def draw_outputs(sample: BottomK, n_outputs: int, seed: int, balanced: bool) -> 
     Parameters
     ----------
     sample : BottomK
-        Its capacity is M.
-    n_outputs : int
-        C.
+        Of pairs (input, how many outputs it has); its capacity is M.
     balanced : bool
         Also draw the pairs evenly over the groups of the sample.
 
     Returns
     -------
     Landmarks
-        With min(M, N x C) pairs.
+        With M pairs, or all there are.
     """
-    inputs, positions = sample.rows(), sample.positions()
-    n = len(inputs)
-    if n == sample.capacity:
+    positions = sample.positions()
+    inputs = [x for x, _ in sample.rows()]
+    counts = torch.tensor([n for _, n in sample.rows()])
+    if len(inputs) == sample.capacity:
         keys = hash_keys(seed, LANDMARK_OUTPUT, torch.tensor(positions))
-        return Landmarks(inputs, keys % n_outputs, positions)
-    pairs = torch.arange(n * n_outputs)
-    groups = [g for g in sample.groups() for _ in range(n_outputs)] if balanced else None
+        return Landmarks(inputs, keys % counts, positions)
+    source = torch.arange(len(inputs)).repeat_interleave(counts)
+    outputs = torch.arange(len(source)) - (counts.cumsum(0) - counts)[source]
+    groups = [sample.groups()[i] for i in source.tolist()] if balanced else None
+    pairs = torch.arange(len(source))
     chosen = BottomK(sample.capacity)
     chosen.offer(pairs, hash_keys(seed, LANDMARK_PAIR, pairs), groups, lambda i: i)
     index = torch.tensor(chosen.rows())
-    source = (index // n_outputs).tolist()
-    return Landmarks([inputs[i] for i in source], index % n_outputs, [positions[i] for i in source])
+    picked = source[index].tolist()
+    return Landmarks([inputs[i] for i in picked], outputs[index], [positions[i] for i in picked])

@@ -1,30 +1,33 @@
 r"""From a Gaussian over logits to class probabilities.
 
-Every link takes the mean f (B, C) and the whitened features psi (B, C, K), whose
-covariance is :math:`\psi \psi^T`; none forms a C x C matrix, and all work with K < C.
+Every link takes a Gaussian over the outputs; none forms a C x C matrix of the span of
+the basis, and all work with K < C.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .posterior import functional_samples, independent_samples, variance
+from .posterior import Outputs
 
 _SAMPLES_PER_BLOCK = 16
+InverseLink = Callable[[Tensor], Tensor]
 
 
-def probit(f: Tensor, psi: Tensor) -> Tensor:
-    """Scale each logit by its variance: the multiclass probit approximation (B, C).
+def probit(outputs: Outputs, inverse_link: InverseLink) -> Tensor:
+    """Scale each logit by its variance: the (multiclass) probit approximation (B, C).
 
     Source: Gibbs (1998), Bayesian Gaussian processes for regression and classification.
     """
-    return (f / torch.sqrt(1 + math.pi / 8 * variance(psi))).softmax(-1)
+    return inverse_link(outputs.mean / torch.sqrt(1 + math.pi / 8 * outputs.variance))
 
 
-def laplace_bridge(f: Tensor, psi: Tensor, normalize: bool) -> Tensor:
+def laplace_bridge(outputs: Outputs, normalize: bool) -> Tensor:
     r"""Match a Dirichlet to the logits and return its mean (B, C).
 
     Parameters
@@ -36,15 +39,15 @@ def laplace_bridge(f: Tensor, psi: Tensor, normalize: bool) -> Tensor:
     -----
     Source: Hobbhahn, Kristiadi, Hennig (2022), Fast predictive uncertainty for
     classification with Bayesian deep networks, eq. 7-8. The correction to logits
-    of zero sum needs only :math:`\psi^T 1`. Where the sum of the logits has no
+    of zero sum needs only their covariances with the sum. Where the sum of the logits has no
     variance, there is nothing to correct; where a corrected variance vanishes (K = 1)
     it is replaced by the rounding error of the largest.
     """
+    f, var = outputs.mean, outputs.variance
     n_outputs = f.shape[-1]
-    row_sums, total = _sum_of_logits(psi)
+    row_sums, total = _sum_of_logits(outputs, var)
     safe_total = torch.where(total > 0, total, torch.ones_like(total))
     mean = f - row_sums * f.sum(-1, keepdim=True) / safe_total
-    var = variance(psi)
     floor = torch.finfo(var.dtype).eps * var.amax(-1, keepdim=True)
     floor = floor.clamp_min(torch.finfo(var.dtype).tiny)
     var = torch.maximum(var - row_sums.square() / safe_total, floor)
@@ -57,36 +60,32 @@ def laplace_bridge(f: Tensor, psi: Tensor, normalize: bool) -> Tensor:
     return (torch.logaddexp(offset, exponent) - var.log()).softmax(-1)
 
 
-def _sum_of_logits(psi: Tensor) -> tuple[Tensor, Tensor]:
+def _sum_of_logits(outputs: Outputs, var: Tensor) -> tuple[Tensor, Tensor]:
     """Covariance of each logit with their sum (B, C), and the variance of the sum (B, 1)."""
-    ones = psi.sum(1)
-    row_sums = torch.einsum("bck,bk->bc", psi, ones)
-    total = ones.square().sum(-1, keepdim=True)
+    row_sums, total = outputs.covariance_with_sum(), outputs.sum_variance()
     # Below rounding the sum is constant, and a quotient would be noise.
-    bound = psi.shape[1] * torch.finfo(psi.dtype).eps ** 2 * variance(psi).sum(-1, keepdim=True)
+    bound = var.shape[1] * torch.finfo(var.dtype).eps ** 2 * var.sum(-1, keepdim=True)
     return row_sums * (total > bound), total * (total > bound)
 
 
-def monte_carlo(f: Tensor, psi: Tensor, noise: Tensor, diagonal_output: bool) -> Tensor:
-    """Average the softmax over samples of the logits (B, C).
+def monte_carlo(outputs: Outputs, inverse_link: InverseLink, noise: Tensor, diagonal_output: bool) -> Tensor:
+    """Average the inverse link over samples of the logits (B, C).
 
     Parameters
     ----------
-    noise : Tensor (S, K), or (S, C) with ``diagonal_output``
+    noise : Tensor (S, noise dimension), or (S, C) with ``diagonal_output``
         Shared by all inputs.
     diagonal_output : bool
         Ignore correlations between outputs.
     """
-    total = torch.zeros_like(f, dtype=psi.dtype)
-    for block in noise.to(psi).split(_SAMPLES_PER_BLOCK):
-        if diagonal_output:
-            samples = independent_samples(f, psi, block[:, None])
-        else:
-            samples = functional_samples(f, psi, block)
-        total = total + samples.softmax(-1).sum(0)
+    draw = outputs.independent_samples if diagonal_output else outputs.samples
+    total = torch.zeros_like(outputs.mean)
+    for block in noise.to(outputs.psi).split(_SAMPLES_PER_BLOCK):
+        total = total + inverse_link(draw(block[:, None] if diagonal_output else block)).sum(0)
     return total / len(noise)
 
 
+@lru_cache(maxsize=8)
 def quasi_normal(n_samples: int, dimension: int, seed: int) -> Tensor:
     """Draw quasi-random standard normal points (S, D), float64, on the CPU.
 

@@ -176,7 +176,7 @@ def make_plan(
     """
     facts, size = engine.facts(x), batch_size(x)
     limit = math.inf if n_data is None else n_data
-    n_landmarks = int(min(n_landmarks, limit * facts.n_outputs))
+    n_landmarks = int(min(n_landmarks, limit * facts.n_coordinates))
     rank = min(rank, n_landmarks)
     n = int(min(n_curvature or limit, limit)) if limit < math.inf or n_curvature else 0
     with safe_autodiff(engine.module):
@@ -212,8 +212,13 @@ def make_plan(
             Stage(
                 "curvature",
                 f"{n if n else 'all'} inputs",
-                n * feature_cost(mode, facts.n_outputs, rank),
-                int(kept + basis + engine.feature_bytes(mode, chunks, x) + 8 * size * facts.n_outputs * rank),
+                n * feature_cost(mode, facts.n_coordinates, rank),
+                int(
+                    kept
+                    + basis
+                    + engine.feature_bytes(mode, chunks, x)
+                    + 8 * size * facts.n_coordinates * rank
+                ),
             ),
         ),
         n_data=n_data,

@@ -3,12 +3,16 @@ r"""The Gaussian over the K coordinates of the weights, and what it says about o
 The weights are :math:`\theta^* + V z` with :math:`z \sim N(0, A^{-1})`. Everything is
 expressed with one root: :math:`A^{-1} = S S^T`, and *whitened* features
 :math:`\psi = \phi S`, whose inner products are covariances.
+
+:class:`Linearised` is what is known of the model at some inputs, whatever the prior,
+noise and temperature; :class:`Outputs` is the Gaussian that a posterior makes of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from dataclasses import dataclass
+from functools import cached_property, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -18,10 +22,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def without_autocast(function: Function) -> Function:
-    """Run a function of tensors in their own precision: products of variances overflow in fp16."""
+    """Run a function in the precision of its tensors: products of variances overflow in fp16.
+
+    The first argument, a tensor or an object of tensors, has a ``device``.
+    """
 
     @wraps(function)
-    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(first: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *args, **kwargs)
 
@@ -62,29 +69,199 @@ def _cholesky(precision: Tensor) -> Tensor:
     return factor
 
 
+@dataclass(frozen=True)
+class Outputs:
+    r"""A Gaussian over the outputs of B inputs.
+
+    The covariance of outputs at x and x' is
+    :math:`\psi \psi'^T + \langle u, u' \rangle I + b`, where b is known for x = x' only.
+
+    Attributes
+    ----------
+    mean : Tensor (B, C)
+    psi : Tensor (B, C, R)
+        Whitened features.
+    isotropic : Tensor (B, D), optional
+        u, which gives every output the same variance more.
+    block : Tensor (B, C, C), optional
+        b.
+    """
+
+    mean: Tensor
+    psi: Tensor
+    isotropic: Tensor | None = None
+    block: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.mean.device
+
+    @property
+    def noise_dimension(self) -> int:
+        """How many standard normal numbers a sample of one input takes."""
+        more = self.isotropic is not None or self.block is not None
+        return self.psi.shape[-1] + more * self.mean.shape[-1]
+
+    @property
+    def extra_variance(self) -> Tensor | None:
+        """The variance (B, 1) of the isotropic part."""
+        return None if self.isotropic is None else self.isotropic.square().sum(-1, keepdim=True)
+
+    @property
+    def variance(self) -> Tensor:
+        """The variance (B, C) of each output; no C x C matrix."""
+        out = self.psi.square().sum(-1)
+        if self.extra_variance is not None:
+            out = out + self.extra_variance
+        return out if self.block is None else out + self.block.diagonal(dim1=-2, dim2=-1)
+
+    @without_autocast
+    def covariance(self) -> Tensor:
+        """Return the covariance (B, C, C) of each input's outputs."""
+        out = self.psi @ self.psi.mT
+        if self.extra_variance is not None:
+            out = out + torch.diag_embed(self.extra_variance.expand_as(self.mean))
+        return out if self.block is None else out + self.block
+
+    @without_autocast
+    def joint_covariance(self) -> Tensor:
+        """Return the covariance (BC, BC) of all inputs' outputs, input-major; ``block`` is left out."""
+        flat = self.psi.flatten(0, 1)
+        out = flat @ flat.T
+        if self.isotropic is None:
+            return out
+        identity = torch.eye(self.mean.shape[-1], dtype=out.dtype, device=out.device)
+        return out + torch.kron(self.isotropic @ self.isotropic.T, identity)
+
+    @without_autocast
+    def covariance_with_sum(self) -> Tensor:
+        """Return the covariance (B, C) of each output with the sum of the outputs."""
+        out = torch.einsum("bck,bk->bc", self.psi, self.psi.sum(1))
+        if self.extra_variance is not None:
+            out = out + self.extra_variance
+        return out if self.block is None else out + self.block.sum(-1)
+
+    def sum_variance(self) -> Tensor:
+        """Return the variance (B, 1) of the sum of the outputs, without cancellation in the span."""
+        out = self.psi.sum(1).square().sum(-1, keepdim=True)
+        if self.extra_variance is not None:
+            out = out + self.mean.shape[-1] * self.extra_variance
+        return out if self.block is None else out + self.block.sum((-1, -2))[:, None]
+
+    @cached_property
+    def _block_root(self) -> Tensor:
+        assert self.block is not None
+        return positive_root(self.block)
+
+    @without_autocast
+    def samples(self, noise: Tensor) -> Tensor:
+        """Return samples (S, B, C), each input's outputs correlated as they should.
+
+        Parameters
+        ----------
+        noise : Tensor (S, :attr:`noise_dimension`)
+            Shared by all inputs; inputs are jointly right in the span of the basis only.
+        """
+        noise = noise.to(self.psi)
+        span, rest = noise[:, : self.psi.shape[-1]], noise[:, self.psi.shape[-1] :]
+        out = functional_samples(self.mean, self.psi, span)
+        if self.extra_variance is not None:
+            out = out + self.extra_variance.sqrt() * rest[:, None]
+        if self.block is not None:
+            out = out + torch.einsum("bcd,sd->sbc", self._block_root, rest)
+        return out
+
+    def independent_samples(self, noise: Tensor) -> Tensor:
+        """Return samples (S, B, C) with the variances of the outputs and no correlation.
+
+        Parameters
+        ----------
+        noise : Tensor broadcastable to (S, B, C)
+        """
+        return self.mean + self.variance.sqrt() * noise.to(self.psi.dtype)
+
+
+@dataclass(frozen=True)
+class Linearised:
+    r"""The model linearised at B inputs: what predictions need, under any posterior.
+
+    Attributes
+    ----------
+    f : Tensor (B, C)
+    phi : Tensor (B, C, K)
+        Features.
+    pushed : Tensor (B, C, S), optional
+        :math:`J g_s`, of random tangents; their part outside the span makes the isotropic residual.
+    gram : Tensor (B, C, C), optional
+        :math:`J J^T`, whose part outside the span is the exact residual.
+    """
+
+    f: Tensor
+    phi: Tensor
+    pushed: Tensor | None = None
+    gram: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.f.device
+
+    def residual_vectors(self, overlap: Tensor) -> Tensor:
+        r"""Return :math:`u = J (I - V V^T) g_s / \sqrt{S C}` (B, S C), for the leading directions.
+
+        Parameters
+        ----------
+        overlap : Tensor (K, S)
+            :math:`V^T g_s` of the directions to leave out.
+        """
+        assert self.pushed is not None
+        dtype = torch.promote_types(self.pushed.dtype, torch.float32)
+        inside = self.phi[..., : len(overlap)].to(dtype) @ overlap.to(dtype)
+        outside = (self.pushed.to(dtype) - inside).flatten(1)
+        return outside / outside.shape[1] ** 0.5
+
+    def residual_block(self, rank: int) -> Tensor:
+        r"""Return :math:`J (I - V V^T) J^T` (B, C, C), for the leading directions."""
+        assert self.gram is not None
+        phi = self.phi[..., :rank].to(self.gram.dtype)
+        return self.gram - phi @ phi.mT
+
+    @without_autocast
+    def outputs(
+        self,
+        scale: Tensor,
+        logit_scale: Any = 1.0,
+        residual_variance: Any = 0.0,
+        overlap: Tensor | None = None,
+    ) -> Outputs:
+        r"""Return the Gaussian that a posterior makes of the outputs.
+
+        Parameters
+        ----------
+        scale : Tensor (K', K')
+            S with :math:`S S^T = A^{-1}`, for the leading K' directions.
+        logit_scale : float or Tensor ()
+            s, by which the mean is multiplied.
+        residual_variance : float or Tensor ()
+            :math:`\rho / \delta`.
+        overlap : Tensor (K, S), optional
+        """
+        rank = len(scale)
+        psi = whiten(self.phi[..., :rank], scale)
+        isotropic = block = None
+        if self.pushed is not None and overlap is not None:
+            isotropic = (self.residual_vectors(overlap[:rank]) * residual_variance**0.5).to(psi.dtype)
+        if self.gram is not None:
+            block = (self.residual_block(rank) * residual_variance).to(psi.dtype)
+        return Outputs(self.f.to(psi.dtype) * logit_scale, psi, isotropic, block)
+
+
 @without_autocast
 def whiten(phi: Tensor, scale: Tensor) -> Tensor:
     r"""Return :math:`\psi = \phi S` (B, C, K), in float32 at least: squares overflow in fp16."""
     dtype = torch.promote_types(phi.dtype, torch.float32)
     return phi.to(dtype) @ scale.to(dtype)
-
-
-@without_autocast
-def covariance(psi: Tensor) -> Tensor:
-    """Return the covariance (B, C, C) of each input's outputs."""
-    return psi @ psi.mT
-
-
-@without_autocast
-def joint_covariance(psi: Tensor) -> Tensor:
-    """Return the covariance (BC, BC) of all inputs' outputs; input-major order."""
-    flat = psi.flatten(0, 1)
-    return flat @ flat.T
-
-
-def variance(psi: Tensor) -> Tensor:
-    """Return the variance (B, C) of each output; no C x C matrix."""
-    return psi.square().sum(-1)
 
 
 @without_autocast
@@ -102,11 +279,7 @@ def functional_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:
     return f + offsets.view(len(noise), *f.shape)
 
 
-def independent_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:
-    """Return samples (S, B, C) with the variances of the outputs and no correlation.
-
-    Parameters
-    ----------
-    noise : Tensor broadcastable to (S, B, C)
-    """
-    return f + variance(psi).sqrt() * noise.to(psi.dtype)
+def positive_root(matrices: Tensor) -> Tensor:
+    """Return B (..., C, C) with B B^T the nearest positive semi-definite matrices: what is negative is rounding."""
+    values, vectors = torch.linalg.eigh(matrices)
+    return vectors * values.clamp_min(0).sqrt()[..., None, :]

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from . import links, posterior, validation
-from .autodiff import flat
+from .autodiff import Weights, flat
 from .batches import Input
+from .landmarks import TANGENT, derived_seed
+from .likelihoods import LIKELIHOODS, Prediction
+from .posterior import Linearised, Outputs
+from .residual import overlap, random_tangents
 
 _NO_DENSITY = (
     "ELLA's posterior lives on the K directions around the weights and has no density over all P weights. "
@@ -20,8 +24,7 @@ _NO_DENSITY = (
 
 @posterior.without_autocast
 def predict(
-    f: Tensor,
-    psi: Tensor,
+    outputs: Outputs,
     likelihood: str,
     *,
     joint: bool = False,
@@ -29,35 +32,31 @@ def predict(
     n_samples: int = 100,
     diagonal_output: bool = False,
     seed: int = 0,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Turn outputs f (B, C) and whitened features psi (B, C, K) into a prediction.
+) -> Prediction:
+    """Turn a Gaussian over outputs into a prediction.
 
     Returns
     -------
     Tensor (B, C), or pair of Tensor
-        Class probabilities; or moments, if the likelihood is "regression".
+        Probabilities; or moments, if the likelihood is "regression".
     """
-    if likelihood == "regression":
-        return moments(f, psi, joint, diagonal_output)
+    inverse_link = LIKELIHOODS[likelihood].inverse_link
+    if inverse_link is None:
+        return moments(outputs, joint, diagonal_output)
     if link_approx == "probit":
-        probabilities = links.probit(f, psi)
-    elif link_approx == "mc":
-        dimension = f.shape[-1] if diagonal_output else psi.shape[-1]
+        return links.probit(outputs, inverse_link)
+    if link_approx == "mc":
+        dimension = outputs.mean.shape[-1] if diagonal_output else outputs.noise_dimension
         noise = links.quasi_normal(n_samples, dimension, seed)
-        probabilities = links.monte_carlo(f, psi, noise, diagonal_output)
-    else:
-        probabilities = links.laplace_bridge(f, psi, normalize=link_approx == "bridge_norm")
-    return probabilities.to(f.dtype)
+        return links.monte_carlo(outputs, inverse_link, noise, diagonal_output)
+    return links.laplace_bridge(outputs, normalize=link_approx == "bridge_norm")
 
 
-def moments(
-    f: Tensor, psi: Tensor, joint: bool = False, diagonal_output: bool = False
-) -> tuple[Tensor, Tensor]:
+def moments(outputs: Outputs, joint: bool = False, diagonal_output: bool = False) -> tuple[Tensor, Tensor]:
     """Return mean and covariance: (B, C) and (B, C, C) or (B, C); (BC,) and (BC, BC) if joint."""
     if joint:
-        return f.flatten(), posterior.joint_covariance(psi).to(f.dtype)
-    spread = posterior.variance(psi) if diagonal_output else posterior.covariance(psi)
-    return f, spread.to(f.dtype)
+        return outputs.mean.flatten(), outputs.joint_covariance()
+    return outputs.mean, outputs.variance if diagonal_output else outputs.covariance()
 
 
 class Predictive:
@@ -71,8 +70,13 @@ class Predictive:
     mean: Tensor
     seed: int
     enable_backprop: bool
+    logit_scale: Any  # float
+    residual: str
+    residual_samples: int
+    residual_variance: Any  # float
     basis: Any  # NystromBasis
     posterior_scale: Any  # Tensor (K, K)
+    _tangents: tuple[Weights, Tensor] | None
     _device: Any
     _dtype: Any
     _check_H_init: Callable[[], None]
@@ -83,6 +87,7 @@ class Predictive:
         Returns
         -------
         phi, f : Tensor (B, C, K), Tensor (B, C)
+            For a model with outputs (B, ..., C), positions are flattened into the batch, input by input.
 
         Raises
         ------
@@ -101,6 +106,34 @@ class Predictive:
         validation.check_finite_features(phi, f, "the inputs given")
         return phi, f
 
+    def _linearised(self, x: Input, residual: str | None = None) -> Linearised:
+        """Compute what a prediction needs: features, and what the residual is made of."""
+        residual = self.residual if residual is None else residual
+        validation.check_residual(residual, None, self.enable_backprop)
+        phi, f = self.features(x)
+        if residual == "isotropic":
+            pushed, _ = self.backend.push(x, self._residual_tangents()[0], self.enable_backprop)
+            validation.check_finite_features(pushed, f, "the inputs given")
+            return Linearised(f, phi, pushed=pushed)
+        return Linearised(f, phi, gram=self.backend.output_grams(x) if residual == "exact" else None)
+
+    def _residual_tangents(self) -> tuple[Weights, Tensor]:
+        """Return S tangents (S, *shape), and their overlap (K, S) with the directions; the same at every call."""
+        if self._tangents is None or self._tangents[1].shape[1] != self.residual_samples:
+            seed = derived_seed(self.seed, TANGENT)
+            tangents = random_tangents(self.backend.engine.function.weights(), self.residual_samples, seed)
+            self._tangents = tangents, overlap(self.basis, tangents)
+        return self._tangents
+
+    def _outputs(self, linearised: Linearised) -> Outputs:
+        """Return the Gaussian that the current posterior makes of the outputs."""
+        return linearised.outputs(
+            self.posterior_scale,
+            self.logit_scale,
+            self.residual_variance,
+            None if linearised.pushed is None else self._residual_tangents()[1],
+        )
+
     def __call__(
         self,
         x: Input,
@@ -112,7 +145,7 @@ class Predictive:
         generator: torch.Generator | None = None,
         fitting: bool = False,
         **model_kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Prediction:
         """Predict; see :meth:`laplace.ParametricLaplace.__call__`, from which it differs in this.
 
         - ``pred_type="gp"`` means "glm".
@@ -124,9 +157,9 @@ class Predictive:
         Returns
         -------
         Tensor (B, C), or pair of Tensor
-            Class probabilities; or mean (B, C) and covariance (B, C, C), its diagonal
+            Probabilities; or mean (B, C) and covariance (B, C, C), its diagonal
             (B, C) with ``diagonal_output``, or (BC,) and (BC, BC) with ``joint``. The
-            observation noise is not included.
+            observation noise is not included. With outputs (B, ..., C), B counts positions.
 
         Raises
         ------
@@ -136,6 +169,7 @@ class Predictive:
             On an unknown ``pred_type`` or ``link_approx``, or inputs that are not finite.
         """
         pred_type = validation.check_prediction(pred_type, link_approx, n_samples, generator, self._device)
+        validation.check_link(self.likelihood, link_approx)
         if model_kwargs and pred_type == "glm":
             raise ValueError(
                 f"Unknown arguments {sorted(model_kwargs)}; those of a call are pred_type, joint, link_approx, n_samples, "
@@ -148,20 +182,23 @@ class Predictive:
         if pred_type == "nn":
             validation.check_variance_samples(likelihood, n_samples)
             samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
-            if likelihood == "regression":
+            inverse_link = LIKELIHOODS[likelihood].inverse_link
+            if inverse_link is None:
                 return samples.mean(0), samples.var(0)
-            return samples.softmax(-1).mean(0)
-        phi, f = self.features(x)
-        return predict(
-            f,
-            posterior.whiten(phi, self.posterior_scale),
+            return inverse_link(samples).mean(0)
+        if likelihood == "regression":
+            return self._glm_predictive_distribution(x, joint, diagonal_output)
+        linearised = self._linearised(x)
+        probabilities = predict(
+            self._outputs(linearised),
             likelihood,
-            joint=joint,
             link_approx=link_approx,
             n_samples=n_samples,
             diagonal_output=diagonal_output,
             seed=self._link_seed(generator),
         )
+        assert isinstance(probabilities, Tensor)
+        return probabilities.to(linearised.f.dtype)
 
     def _link_seed(self, generator: torch.Generator | None) -> int:
         if generator is None:
@@ -170,21 +207,25 @@ class Predictive:
 
     def predictive(
         self, x: Input, pred_type: str = "glm", link_approx: str = "probit", n_samples: int = 100
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Prediction:
         """Predict; the host's shorthand for a call."""
         return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
 
     def _glm_predictive_distribution(
         self, X: Input, joint: bool = False, diagonal_output: bool = False
     ) -> tuple[Tensor, Tensor]:
-        phi, f = self.features(X)
-        return moments(f, posterior.whiten(phi, self.posterior_scale), joint, diagonal_output)
+        linearised = self._linearised(X, "none" if joint and self.residual == "exact" else None)
+        mean, spread = moments(self._outputs(linearised), joint, diagonal_output)
+        if joint and self.residual == "exact":
+            gram, flat_phi = self.backend.joint_gram(X), linearised.phi.flatten(0, 1).double()
+            spread = spread + self.residual_variance * (gram - flat_phi @ flat_phi.T)
+        return mean.to(linearised.f.dtype), spread.to(linearised.f.dtype)
 
     def _check_jacobians(self, Js: Tensor) -> None:
         validation.check_features(Js, self.basis.rank, self._device)
 
     def functional_variance(self, Js: Tensor) -> Tensor:
-        """Return the covariance (B, C, C) of each input's outputs.
+        """Return the covariance (B, C, C) of each input's outputs, without the residual.
 
         Parameters
         ----------
@@ -192,10 +233,10 @@ class Predictive:
             What ``backend.jacobians`` returns: the features.
         """
         self._check_jacobians(Js)
-        return posterior.covariance(posterior.whiten(Js, self.posterior_scale)).to(Js.dtype)
+        return self._span(Js).covariance().to(Js.dtype)
 
     def functional_covariance(self, Js: Tensor) -> Tensor:
-        """Return the joint covariance (BC, BC) of all inputs' outputs.
+        """Return the joint covariance (BC, BC) of all inputs' outputs, without the residual.
 
         Parameters
         ----------
@@ -203,7 +244,10 @@ class Predictive:
             What ``backend.jacobians`` returns: the features.
         """
         self._check_jacobians(Js)
-        return posterior.joint_covariance(posterior.whiten(Js, self.posterior_scale)).to(Js.dtype)
+        return self._span(Js).joint_covariance().to(Js.dtype)
+
+    def _span(self, phi: Tensor) -> Outputs:
+        return Linearised(phi[..., 0], phi).outputs(self.posterior_scale)
 
     def _noise(self, *shape: int, generator: torch.Generator | None) -> Tensor:
         validation.check_size("n_samples", shape[0], optional=False)
@@ -215,9 +259,30 @@ class Predictive:
         noise = self._noise(n_samples, self.basis.rank, generator=generator)
         return noise @ self.posterior_scale.to(noise.dtype).T
 
-    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        r"""Draw weights :math:`\theta^* + V z` (S, P), in the order of ``parameters()``."""
+    def _weight_offsets(self, n_samples: int, generator: torch.Generator | None) -> Weights:
+        r"""Draw offsets :math:`V z` (S, *shape) of the weights; with the exact residual, outside the span too."""
         offsets = self.basis.combine(self._coordinates(n_samples, generator))
+        if self.residual != "exact":
+            return offsets
+        outside = self._outside_offsets(n_samples, generator)
+        return {k: v + outside[k] for k, v in offsets.items()}
+
+    def _outside_offsets(self, n_samples: int, generator: torch.Generator | None) -> Weights:
+        r"""Draw :math:`\sqrt{\rho / \delta} (I - V V^T) w` (S, *shape)."""
+        noise = {
+            k: self._noise(n_samples, *v.shape[1:], generator=generator)
+            for k, v in self.basis.directions.items()
+        }
+        inside = self.basis.combine(overlap(self.basis, noise).T)
+        return {k: self.residual_variance**0.5 * (noise[k] - v).to(v.dtype) for k, v in inside.items()}
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        r"""Draw weights :math:`\theta^* + V z` (S, P), in the order of ``parameters()``.
+
+        With ``residual="exact"`` they leave the span, as those of exact linearised
+        Laplace do; the isotropic residual is one of functions and leaves weights alone.
+        """
+        offsets = self._weight_offsets(n_samples, generator)
         return self.mean + torch.cat([flat(v) for v in offsets.values()], 1)
 
     def functional_samples(
@@ -230,8 +295,9 @@ class Predictive:
     ) -> Tensor:
         """Draw functions, evaluated at the inputs: (S, B, C).
 
-        Each draw uses one noise vector in K dimensions for all inputs, so that a
-        function is smooth, and two calls with equal generators agree.
+        Each draw uses one noise vector for all inputs, in the K dimensions of the span and in
+        those of the residual, so that a function is smooth, and two calls with equal
+        generators agree. With the exact residual that noise has P dimensions.
 
         Parameters
         ----------
@@ -247,13 +313,34 @@ class Predictive:
         self._check_H_init()
         if pred_type == "nn":
             return self._nn_functional_samples(x, n_samples, generator)
-        phi, f = self.features(x)
-        psi = posterior.whiten(phi, self.posterior_scale)
+        if self.residual == "exact" and not diagonal_output:
+            return self._exact_samples(x, n_samples, generator)
+        linearised = self._linearised(x)
+        outputs, dtype = self._outputs(linearised), linearised.f.dtype
         if diagonal_output:
-            noise = self._noise(n_samples, *f.shape, generator=generator)
-            return posterior.independent_samples(f, psi, noise).to(f.dtype)
-        noise = self._noise(n_samples, psi.shape[-1], generator=generator)
-        return posterior.functional_samples(f, psi, noise).to(f.dtype)
+            return outputs.independent_samples(
+                self._noise(n_samples, *outputs.mean.shape, generator=generator)
+            ).to(dtype)
+        noise = self._noise(n_samples, outputs.psi.shape[-1], generator=generator)
+        samples = posterior.functional_samples(outputs.mean, outputs.psi, noise)
+        if outputs.isotropic is not None:
+            shape = outputs.isotropic.shape[1], outputs.mean.shape[1]
+            noise = self._noise(n_samples, *shape, generator=generator)
+            samples = samples + torch.einsum("bd,sdc->sbc", outputs.isotropic, noise.to(outputs.isotropic))
+        return samples.to(dtype)
+
+    def _exact_samples(self, x: Input, n_samples: int, generator: torch.Generator | None) -> Tensor:
+        r"""Draw functions whose weights leave the span: :math:`f + \phi z + J (I - V V^T) w`."""
+        linearised = self._linearised(x, "none")
+        outputs = self._outputs(linearised)
+        noise = self._noise(n_samples, outputs.psi.shape[-1], generator=generator)
+        samples = posterior.functional_samples(outputs.mean, outputs.psi, noise)
+        at_once = max(1, self.backend.engine.budget() // (8 * self.backend.engine.row_size()))
+        for start in range(0, n_samples, at_once):
+            size = min(at_once, n_samples - start)
+            pushed, _ = self.backend.push(x, self._outside_offsets(size, generator))
+            samples[start : start + size] += pushed.movedim(-1, 0)
+        return samples.to(linearised.f.dtype)
 
     def predictive_samples(
         self,
@@ -263,9 +350,12 @@ class Predictive:
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw :meth:`functional_samples`, through the softmax for classification: (S, B, C)."""
+        """Draw :meth:`functional_samples`, turned into probabilities where the likelihood has them: (S, B, C)."""
         samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
-        return samples.softmax(-1) if self.likelihood == "classification" else samples
+        if self.likelihood == "reward_modeling":
+            return samples
+        inverse_link = LIKELIHOODS[self.likelihood].inverse_link
+        return samples if inverse_link is None else inverse_link(samples)
 
     def _nn_functional_samples(
         self,
@@ -275,7 +365,7 @@ class Predictive:
         **model_kwargs: Any,
     ) -> Tensor:
         validation.check_finite_input(X)
-        offsets = self.basis.combine(self._coordinates(n_samples, generator))
+        offsets = self._weight_offsets(n_samples, generator)
         samples = self.backend.forward_at(offsets, X, enable_backprop=self.enable_backprop, **model_kwargs)
         validation.check_finite_samples(samples)
         return samples

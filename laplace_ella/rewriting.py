@@ -75,8 +75,8 @@ class RewrittenModel(FunctionalModel):
         super().__init__(module)
         self.rewrites = rewrites
 
-    def __call__(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
-        """Return the outputs (B, C) at ``weights``."""
+    def outputs(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
+        """Return the outputs (B, ..., C) at ``weights``, in their own shape."""
         if self.rewrites.channels_last and isinstance(x, Tensor):
             x = x.to(memory_format=torch.channels_last)
         tensors = {**self.buffers(), **weights}
@@ -92,7 +92,7 @@ class RewrittenModel(FunctionalModel):
         try:
             return self.within(tensors, run)
         except _DivergedError:  # a branch that depends on the data
-            return super().__call__(weights, x, **model_kwargs)
+            return super().outputs(weights, x, **model_kwargs)
 
 
 class _Rewriting(TorchFunctionMode):

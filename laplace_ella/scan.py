@@ -26,11 +26,12 @@ class Scan:
     n_outputs : int
         C.
     loss : Tensor ()
-        Negative log likelihood summed over the data, float64.
+        Negative log likelihood summed over the data (and positions), float64.
     batch : int
         The longest batch seen.
     landmarks, curvature : BottomK
-        Independent samples of inputs: for the landmarks and for G.
+        Independent samples: of (input, number of its outputs) for the landmarks, and of
+        inputs for G.
     """
 
     n_data: int
@@ -61,7 +62,7 @@ def scan(
     loader : iterable
         Any iterable of batches, with or without a length.
     forward : callable
-        Input -> outputs (B, C), on the device it likes.
+        Input -> outputs (B, ..., C), on the device it likes.
     n_landmarks, n_curvature : int
         Sizes of the two samples; 0 keeps none.
     balanced : bool
@@ -83,8 +84,10 @@ def scan(
     n, n_outputs, longest = 0, 0, 0
     loss = torch.zeros((), dtype=torch.float64)
     for name, x, y in named_batches(loader, dict_key_x, dict_key_y):
-        f = forward(x)
-        y = checked_targets(likelihood, y, f, name)
+        raw = forward(x)
+        n_coordinates, f = raw.shape[1:].numel(), raw.flatten(0, -2)
+        y = checked_targets(likelihood, y, f, raw.shape[1:-1], name)
+        classes = _classes(y, batch_size(x)) if balanced else None
         if n_outputs not in (0, f.shape[-1]):
             raise ValueError(
                 f"The model returned {f.shape[-1]} outputs in {name} and {n_outputs} before; "
@@ -92,10 +95,13 @@ def scan(
             )
         n_outputs, size = f.shape[-1], batch_size(x)
         positions = torch.arange(first_position + n, first_position + n + size)
-        for purpose, sample in samples.items():
-            if sample.capacity:
-                groups = _classes(y) if balanced and purpose == LANDMARK_INPUT else None
-                sample.offer(positions, hash_keys(seed, purpose, positions), groups, partial(single_row, x))
+        landmark = partial(_with_count, x, n_coordinates)
+        for purpose, groups, row in (
+            (LANDMARK_INPUT, classes, landmark),
+            (CURVATURE_INPUT, None, partial(single_row, x)),
+        ):
+            if samples[purpose].capacity:
+                samples[purpose].offer(positions, hash_keys(seed, purpose, positions), groups, row)
         loss = loss.to(f.device) + likelihood.loss(f, y)
         n, longest = n + size, max(longest, size)
     if n == 0:
@@ -106,5 +112,13 @@ def scan(
     return Scan(n, n_outputs, loss, longest, samples[LANDMARK_INPUT], samples[CURVATURE_INPUT])
 
 
-def _classes(y: Tensor) -> list[int]:
+def _with_count(x: Any, n_coordinates: int, index: int) -> tuple[Any, int]:
+    return single_row(x, index), n_coordinates
+
+
+def _classes(y: Tensor, n_inputs: int) -> list[int]:
+    if len(y) != n_inputs:
+        raise ValueError(
+            f"balanced=True needs one class for each input; got {len(y)} targets for {n_inputs} inputs. Leave it out."
+        )
     return (y if y.ndim == 1 else y.argmax(-1)).tolist()

@@ -2,8 +2,8 @@ r"""Scoring predictions on validation data that the model has seen once."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -12,48 +12,45 @@ from torch import Tensor
 
 from .basis import Progress
 from .batches import Input, named_batches
-from .likelihoods import Likelihood, checked_targets
+from .likelihoods import Likelihood, Prediction, checked_targets
+from .posterior import Linearised
+from .store import Store
 
-Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
 Loss: TypeAlias = torchmetrics.Metric | Callable[..., Any]
 
 
-def nll(prediction: Prediction, y: Tensor, noise_variance: Tensor) -> Tensor:
-    r"""Return the negative log predictive density of a batch, summed, float64.
+@dataclass(frozen=True)
+class Block:
+    """Some of the validation data: all that any candidate's prediction needs.
 
-    Parameters
+    Attributes
     ----------
-    prediction : Tensor (B, C), or pair of Tensor
-        Class probabilities; or mean (B, C) and covariance (B, C, C) or variance (B, C)
-        of the outputs, without observation noise.
-    y : Tensor
+    linearised : Linearised
+    targets : Tensor
         Class indices (B,) or probabilities (B, C); or targets (B, C).
-    noise_variance : Tensor ()
-        :math:`\sigma^2`, added to the variance of each output (regression).
+    last_layer : Tensor (B,), optional
+        Squared norms of what the last layer takes.
     """
-    if isinstance(prediction, Tensor):
-        log_p = prediction.double().clamp_min(torch.finfo(torch.float64).tiny).log()
-        picked = log_p.gather(1, y[:, None]) if y.ndim == 1 else log_p * y
-        return -picked.sum()
-    mean, spread = prediction
-    var = spread if spread.ndim == mean.ndim else spread.diagonal(dim1=-2, dim2=-1)
-    var = var.double() + noise_variance.double()
-    squared = (y.double() - mean.double()).square()
-    return 0.5 * (squared / var + (2 * math.pi * var).log()).sum()
+
+    linearised: Linearised
+    targets: Tensor
+    last_layer: Tensor | None
 
 
 class ValidationData:
-    """Validation batches, reduced to what predictions need: the model runs once.
+    """Validation data reduced to what predictions need: the model runs once.
 
     Parameters
     ----------
     loader : iterable
         Batches of inputs and targets.
-    prepare : callable
-        Input -> (what to keep of it, outputs (B, C)). Tuples of tensors are joined.
+    linearise : callable
+        Input -> parts of it, in order: (positions of its outputs, Linearised, squared norms of what the
+        last layer takes or None).
     likelihood : Likelihood
     dict_key_x, dict_key_y : str
     progress : callable
+    store : Store
 
     Raises
     ------
@@ -64,55 +61,72 @@ class ValidationData:
     def __init__(
         self,
         loader: Iterable[Any],
-        prepare: Callable[[Input], tuple[Any, Tensor]],
+        linearise: Callable[[Input], Iterable[tuple[tuple[int, ...], Linearised, Tensor | None]]],
         likelihood: Likelihood,
         dict_key_x: str,
         dict_key_y: str,
         progress: Progress,
+        store: Store,
     ) -> None:
-        self.kept: list[Any] = []
-        self.targets: list[Tensor] = []
+        self.likelihood, self.store, self.n_inputs = likelihood, store, 0
         for name, x, y in progress(named_batches(loader, dict_key_x, dict_key_y), "Validation data"):
-            kept, f = prepare(x)
-            self.kept.append(kept)
-            self.targets.append(checked_targets(likelihood, y, f, f"validation {name}"))
-        if not self.kept:
+            start, n_rows = 0, len(y)
+            self.n_inputs += n_rows
+            for positions, seen, norms in linearise(x):
+                size = len(seen.f) // max(1, _product(positions))
+                part = y[start : start + size]
+                start += size
+                targets = checked_targets(likelihood, part, seen.f, positions, f"validation {name}")
+                store.append(seen.f, seen.phi, seen.pushed, seen.gram, targets, norms)
+        if not self.n_inputs:
             raise ValueError("The validation loader yielded no data; at least one input is needed.")
-        if isinstance(self.kept[0], tuple):  # features: one batch of all, as candidates are many
-            self.kept = [tuple(torch.cat(column) for column in zip(*self.kept))]
-            self.targets = [torch.cat(self.targets)]
 
-    def score(self, predict: Callable[[Any], Prediction], loss: Loss | None, noise_variance: Tensor) -> float:
-        r"""Score predictions as laplace-torch does, except that the default is NLL for regression too.
-
-        Parameters
-        ----------
-        predict : callable
-            What was kept of a batch -> its prediction.
-        loss : torchmetrics.Metric or callable, optional
-            A metric is reset, updated batch by batch with (prediction, targets), or
-            (mean, covariance, targets) if it takes three, and computed. A callable gets
-            all predictions and targets joined: (probabilities, targets) or (means,
-            covariances, targets). Default: mean NLL an input.
-        noise_variance : Tensor ()
-            :math:`\sigma^2`, for the default loss.
-        """
-        predictions = [predict(kept) for kept in self.kept]
-        if loss is None:
-            total = sum(nll(p, y, noise_variance) for p, y in zip(predictions, self.targets))
-            return float(total / sum(len(y) for y in self.targets))
-        if isinstance(loss, torchmetrics.Metric):
-            return _metric_score(predictions, self.targets, loss)
-        columns = zip(*(p if isinstance(p, tuple) else (p,) for p in predictions))
-        parts = [torch.cat(column) for column in columns]
-        return float(loss(*parts, torch.cat(self.targets)))
+    def __iter__(self) -> Iterator[Block]:
+        """Yield the data block by block."""
+        for f, phi, pushed, gram, targets, norms in self.store:
+            assert f is not None
+            assert phi is not None
+            assert targets is not None
+            yield Block(Linearised(f, phi, pushed, gram), targets, norms)
 
 
-def _metric_score(
-    predictions: Sequence[Prediction], targets: Sequence[Tensor], metric: torchmetrics.Metric
+def _product(numbers: tuple[int, ...]) -> int:
+    return int(torch.Size(numbers).numel())
+
+
+def score(
+    pairs: Iterable[tuple[Prediction, Tensor]],
+    likelihood: Likelihood,
+    loss: Loss | None,
+    noise_variance: Any,
 ) -> float:
+    r"""Score predictions as laplace-torch does, except that the default is NLL for regression too.
+
+    Parameters
+    ----------
+    pairs : iterable of (prediction, targets)
+    likelihood : Likelihood
+    loss : torchmetrics.Metric or callable, optional
+        A metric is reset, updated batch by batch with (prediction, targets), or
+        (mean, covariance, targets) if it takes three, and computed. A callable gets
+        all predictions and targets joined: (probabilities, targets) or (means,
+        covariances, targets). Default: mean NLL an input.
+    noise_variance : float or Tensor ()
+        :math:`\sigma^2`, for the default loss.
+    """
+    if loss is None:
+        values = [likelihood.nll(p, y, noise_variance) for p, y in pairs]
+        return float(sum(v.sum() for v in values) / sum(len(v) for v in values))
+    if isinstance(loss, torchmetrics.Metric):
+        return _metric_score(pairs, loss)
+    predictions, targets = zip(*pairs)
+    columns = zip(*(p if isinstance(p, tuple) else (p,) for p in predictions))
+    return float(loss(*(torch.cat(column) for column in columns), torch.cat(targets)))
+
+
+def _metric_score(pairs: Iterable[tuple[Prediction, Tensor]], metric: torchmetrics.Metric) -> float:
     metric.reset()
-    for prediction, y in zip(predictions, targets):
+    for prediction, y in pairs:
         parts = (prediction,) if isinstance(prediction, Tensor) else prediction
         try:
             metric.update(*parts, y)

@@ -1,11 +1,19 @@
-r"""The search for prior precision and temperature over candidates that are cheap to score."""
+r"""Searches over settings that are cheap to score: grids first, then refinement.
+
+A *setting* is a value of everything that can be tuned without another pass over the data.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
 
 from .basis import Progress
 from .posterior import NotPositiveDefiniteError
@@ -14,18 +22,55 @@ from .validation import NonFiniteSamplesError
 # Four values a decade: NLL changes by less than a standard error in between.
 TEMPERATURES = tuple(10 ** (e / 4) for e in range(-12, 25))
 _GOLDEN = (math.sqrt(5) - 1) / 2
+# Discrete: there is nothing between two values of their grids.
+DISCRETE = ("n_eigenvalues", "curvature_size")
+# Differences of the loss below this share of it are rounding.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One candidate: a prior precision, and a temperature."""
+    r"""One candidate.
 
-    prior_precision: float
-    temperature: float
+    Attributes
+    ----------
+    temperature : float
+        T.
+    prior_precision : float or None
+        :math:`\delta`; None stands for a vector prior, which stays as it is.
+    logit_scale : float
+        s.
+    residual_scale : float
+        :math:`\rho`.
+    n_eigenvalues : int
+        K', how many of the leading directions are used.
+    curvature_size : int
+        n, from how many inputs G is estimated.
+    sigma_noise : float
+        :math:`\sigma`.
+    """
+
+    temperature: Any
+    prior_precision: Any
+    logit_scale: Any
+    residual_scale: Any
+    n_eigenvalues: int
+    curvature_size: int
+    sigma_noise: Any
+
+    def at(self, **values: Any) -> Setting:
+        """Return the setting with other values of some parameters."""
+        return replace(self, **values)
 
 
-class _Search:
-    """Scores candidates, each once, and remembers the best; ties keep the earlier one."""
+class Search:
+    """Scores settings, each once, and remembers the best; ties keep the earlier one.
+
+    Parameters
+    ----------
+    evaluate : callable
+        Setting -> loss; NaN, infinity or a precision that is not positive definite skips the setting.
+    """
 
     def __init__(self, evaluate: Callable[[Setting], float]) -> None:
         self.evaluate = evaluate
@@ -33,64 +78,72 @@ class _Search:
         self.failures: list[str] = []
 
     def __call__(self, setting: Setting) -> float:
+        """Return the loss of a setting; infinity if it fails."""
         if setting not in self.table:
             try:
                 value = self.evaluate(setting)
             except (NotPositiveDefiniteError, NonFiniteSamplesError) as error:
                 self.failures.append(str(error))
                 value = math.nan
-            if not math.isfinite(value):
-                self.failures.append(f"the loss is {value} at {setting}")
+            else:
+                if not math.isfinite(value):
+                    self.failures.append(f"the loss is {value} at {setting}")
             self.table[setting] = value if math.isfinite(value) else math.inf
         return self.table[setting]
 
     @property
     def best(self) -> Setting:
+        """The setting with the smallest loss."""
         return min(self.table, key=self.table.__getitem__)
+
+    def conclude(self) -> None:
+        """Warn of settings that were skipped.
+
+        Raises
+        ------
+        ValueError
+            If all were.
+        """
+        skipped = sum(math.isinf(v) for v in self.table.values())
+        if skipped == len(self.table):
+            raise ValueError(
+                f"None of the {skipped} settings tried has a finite loss; the first reason: {self.failures[0]}. "
+                "The estimator is as it was. Check the validation targets and the loss."
+            )
+        if skipped:
+            warnings.warn(
+                f"{skipped} of {len(self.table)} settings were skipped; the first reason: {self.failures[0]}.",
+                stacklevel=5,
+            )
+
+    def is_flat(self) -> bool:
+        """Tell whether the loss is the same for every setting."""
+        values = [v for v in self.table.values() if math.isfinite(v)]
+        return max(values) - min(values) <= ROUNDING * abs(min(values))
 
 
 def grid_search(
-    evaluate: Callable[[Setting], float],
-    priors: Sequence[float],
-    temperature: float | None,
-    progress: Progress,
-) -> Setting | None:
-    """Find the setting with the smallest loss.
+    search: Search, start: Setting, priors: Sequence[float], free_temperature: bool, progress: Progress
+) -> None:
+    """Search prior precisions, and with a free temperature the two jointly.
 
-    With a fixed temperature every prior is tried. With None, temperature and prior
-    are tuned jointly: all temperatures with one prior a decade, then all priors and a
-    golden-section search at the best. Candidates go from small to large variance, so
-    that ties go to the smaller one.
-
-    Parameters
-    ----------
-    evaluate : callable
-        Setting -> loss; NaN, infinity or a precision that is not positive definite skips the candidate.
-    priors : sequence of float
-    temperature : float, optional
-        None tunes it.
-
-    Returns
-    -------
-    Setting or None
-        None if the loss is the same for every candidate.
-
-    Raises
-    ------
-    ValueError
-        If no candidate has a finite loss.
+    With a fixed temperature every prior is tried. Else all temperatures are, with one
+    prior a decade, then all priors and a golden-section search at the best. Candidates
+    go from small to large variance, so that ties go to the smaller one.
     """
-    search = _Search(evaluate)
     descending = sorted(priors, reverse=True)
-    if temperature is not None:
-        grid = [Setting(p, temperature) for p in descending]
-    else:
-        grid = [Setting(p, t) for t in TEMPERATURES for p in _one_a_decade(descending)]
+    temperatures = TEMPERATURES if free_temperature else [start.temperature]
+    coarse = _one_a_decade(descending) if free_temperature else descending
+    grid = [start.at(temperature=t, prior_precision=p) for t in temperatures for p in coarse]
     for setting in progress(grid, "Grid search"):
         search(setting)
-    if temperature is None and math.isfinite(search.table[search.best]):
-        _refine(search, descending, progress)
-    return _conclude(search)
+    if not free_temperature or math.isinf(search.table[search.best]):
+        return
+    best = search.best
+    for p in progress(descending, "Prior precision"):
+        search(best.at(prior_precision=p))
+    best = search.best
+    golden_section(search, best, "temperature", *_neighbours(TEMPERATURES, best.temperature))
 
 
 def _one_a_decade(descending: Sequence[float]) -> list[float]:
@@ -101,35 +154,91 @@ def _one_a_decade(descending: Sequence[float]) -> list[float]:
     return chosen
 
 
-def _refine(search: _Search, priors: Sequence[float], progress: Progress) -> None:
-    temperature = search.best.temperature
-    for p in progress(priors, "Prior precision"):
-        search(Setting(p, temperature))
-    prior = search.best.prior_precision
-    low = math.log10(max(temperature * 10**-0.25, TEMPERATURES[0]))
-    high = math.log10(min(temperature * 10**0.25, TEMPERATURES[-1]))
-    while high - low > 0.02:
-        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-        if search(Setting(prior, 10**left)) <= search(Setting(prior, 10**right)):
-            high = right
-        else:
-            low = left
+def _neighbours(grid: Sequence[float], value: float) -> tuple[float, float]:
+    """Return the grid's values on both sides of one of them; itself where there is none."""
+    i = min(range(len(grid)), key=lambda j: abs(math.log(grid[j] / value)))
+    return grid[max(0, i - 1)], grid[min(len(grid) - 1, i + 1)]
 
 
-def _conclude(search: _Search) -> Setting | None:
-    values = list(search.table.values())
-    lowest = min(values)
-    if not math.isfinite(lowest):
-        raise ValueError(
-            f"None of the {len(values)} settings tried has a finite loss; the first reason: {search.failures[0]}. "
-            "The estimator is as it was. Check the validation targets and the loss."
-        )
-    if search.failures:
-        warnings.warn(
-            f"{sum(math.isinf(v) for v in values)} of {len(values)} settings were skipped; "
-            f"the first reason: {search.failures[0]}.",
-            stacklevel=5,
-        )
-    if max(values) - lowest <= 1e-12 * abs(lowest):
-        return None
-    return search.best
+def golden_section(search: Search, start: Setting, name: str, low: float, high: float) -> None:
+    """Narrow the minimum over one parameter down to 0.02 decades."""
+    a, b = math.log10(low), math.log10(high)
+    while b - a > 0.02:
+        left, right = b - _GOLDEN * (b - a), a + _GOLDEN * (b - a)
+        tried = [search(start.at(**{name: 10**v})) for v in (left, right)]
+        a, b = (a, right) if tried[0] <= tried[1] else (left, b)
+
+
+def joint_search(
+    search: Search, start: Setting, grids: Mapping[str, Sequence[Any]], progress: Progress
+) -> None:
+    """Search all pairs of parameters over their grids, until no pair improves (three rounds at most).
+
+    One or two parameters are searched completely. With more, every pair is, the others
+    staying at the best found so far.
+
+    Parameters
+    ----------
+    grids : mapping
+        Name of a parameter -> its values, from small to large variance.
+    """
+    best = start.at(**{k: _closest(v, getattr(start, k)) for k, v in grids.items()})
+    groups: list[tuple[str, ...]] = [*combinations(grids, 2)] or [tuple(grids)]
+    for _ in range(3 if len(groups) > 1 else 1):
+        before = best
+        for group in groups:
+            cells = product(*(grids[k] for k in group))
+            for values in progress(list(cells), " x ".join(group)):
+                search(best.at(**dict(zip(group, values))))
+            best = search.best
+        if best == before:
+            break
+
+
+def _closest(values: Sequence[Any], value: Any) -> Any:
+    if value is None:
+        return values[len(values) // 2]
+    return min(values, key=lambda v: abs(math.log(v / value)))
+
+
+Gradient = Callable[[Setting, Sequence[str]], tuple[float, Sequence[float]]]
+
+
+def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradient | None) -> None:
+    """Improve the best setting between the neighbouring values of the grids.
+
+    By L-BFGS over the logarithms, if the loss has a gradient; else by golden-section
+    searches, one parameter after the other, twice.
+
+    Parameters
+    ----------
+    gradient : callable, optional
+        (setting, names) -> (loss, its derivatives in the log10 of the parameters named).
+    """
+    names = [k for k, values in grids.items() if k not in DISCRETE and len(values) > 1]
+    if not names or math.isinf(search.table[search.best]):
+        return
+    bounds = {k: _neighbours(sorted(grids[k]), getattr(search.best, k)) for k in names}
+    if gradient is None:
+        for _ in range(2):
+            for name in names:
+                golden_section(search, search.best, name, *bounds[name])
+        return
+    start = search.best
+
+    def at(logs: Any) -> Setting:
+        return start.at(**{k: float(10**v) for k, v in zip(names, logs)})
+
+    def objective(logs: Any) -> tuple[float, Any]:
+        value, slope = gradient(at(logs), names)
+        return value, np.asarray(slope)
+
+    found = minimize(
+        objective,
+        [math.log10(getattr(start, k)) for k in names],
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[tuple(np.log10(bounds[k])) for k in names],
+        options={"maxiter": 50, "ftol": 1e-10},
+    )
+    search(at(found.x))

@@ -138,6 +138,100 @@ def check_prediction(
     return "nn" if pred_type == "nn" else "glm"
 
 
+def check_link(likelihood: str, link_approx: str) -> None:
+    """Require a link that the likelihood has."""
+    if likelihood == "bernoulli" and link_approx.startswith("bridge"):
+        raise ValueError(
+            f"link_approx={link_approx!r} makes probabilities that sum to one over the classes, which those of "
+            "likelihood='bernoulli' do not. Use 'probit' or 'mc'."
+        )
+
+
+def check_loss(loss: Any) -> None:
+    """Require a callable (a metric is one), or None."""
+    if loss is not None and not callable(loss):
+        raise ValueError(f"loss must be a torchmetrics.Metric or a callable; got {type(loss).__name__}.")
+
+
+def check_interval(low: Any, high: Any, size: int) -> None:
+    """Require the exponents of a grid in ascending order."""
+    if size > 1 and not low < high:
+        raise ValueError(
+            f"log_prior_prec_min must be smaller than log_prior_prec_max; got {low} and {high}. Exchange them."
+        )
+
+
+def check_search(
+    given: Mapping[str, Any],
+    allowed: Iterable[str],
+    likelihood: str,
+    temperature_fixed: bool,
+    residual: str,
+    temperature: float,
+) -> None:
+    """Require parameters that exist, and that this estimator has."""
+    if not given:
+        raise ValueError(
+            f"search must name at least one parameter of {list(allowed)}; got none. A temperature that was given "
+            "as a number is fixed: set la.temperature = None to free it."
+        )
+    for name in given:
+        check_choice("A parameter to search", name, allowed)
+    reasons = {
+        "temperature": temperature_fixed
+        and f"the temperature was fixed at {temperature:.4g}; set la.temperature = None to free it",
+        "logit_scale": likelihood not in ("classification", "bernoulli")
+        and f"likelihood={likelihood!r} has no logits to scale",
+        "sigma_noise": likelihood != "regression" and f"likelihood={likelihood!r} has no observation noise",
+        "residual_scale": residual == "none" and "residual='none' has no residual variance",
+    }
+    for name, reason in reasons.items():
+        if name in given and reason:
+            raise ValueError(f"{name} cannot be searched: {reason}. Leave it out of search.")
+
+
+def check_values(name: str, values: Any, allowed: list[int] | None) -> list[Any]:
+    """Require values of a parameter: positive numbers, or some of those that are allowed."""
+    values = list(values)
+    if not values:
+        raise ValueError(
+            f"The values of {name} to search are empty; give at least one, or None for the default."
+        )
+    if allowed is None:
+        return [positive_number(f"A value of {name}", v) for v in values]
+    wrong = [v for v in values if v not in allowed]
+    if wrong:
+        raise ValueError(f"The values of {name} must be among {allowed}; got {wrong}.")
+    return [int(v) for v in values]
+
+
+def check_rank(value: Any) -> int | float | None:
+    """Return a positive number of directions as an int, a share of the trace in (0, 1) as a float; or None."""
+    if isinstance(value, Real) and not isinstance(value, (Integral, bool)) and 0 < float(value) < 1:
+        return float(value)
+    try:
+        return check_size("n_eigenvalues", value)
+    except ValueError:
+        raise ValueError(
+            "n_eigenvalues must be a positive integer, a share of the Gram matrix's trace in (0, 1), or None; "
+            f"got {value!r}."
+        ) from None
+
+
+def check_residual(residual: str, prior_precision: Any, enable_backprop: bool) -> None:
+    """Require what the residual variance needs: a scalar prior, and no graph if it is exact."""
+    if residual != "none" and isinstance(prior_precision, Tensor) and prior_precision.numel() != 1:
+        raise ValueError(
+            f"residual={residual!r} needs a scalar prior_precision, as the part of J J^T outside the span is known "
+            f"without its weights; got {prior_precision.numel()} values. Use residual='none', or one value."
+        )
+    if residual == "exact" and enable_backprop:
+        raise ValueError(
+            "residual='exact' computes rows of the Jacobian without a graph and does not work with "
+            "enable_backprop=True. Use residual='isotropic'."
+        )
+
+
 def check_features(phi: Any, rank: int, device: torch.device) -> None:
     """Require features (B, C, K) on the model's device."""
     if not isinstance(phi, Tensor) or phi.ndim != 3 or phi.shape[-1] != rank:

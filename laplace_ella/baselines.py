@@ -1,0 +1,203 @@
+r"""What simpler methods reach on the same validation data, tuned as well: the yardstick of every result.
+
+None needs a Jacobian: MAP, temperature scaling, vector scaling, and a Gaussian over the
+outputs whose variance is constant, or grows with what the last layer takes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from .likelihoods import Likelihood, Prediction
+from .posterior import Outputs
+from .scoring import Block, Loss, ValidationData, score
+from .search import Search, Setting, joint_search, refine
+
+# Block, setting -> prediction.
+Predict = Callable[[Block, Setting], Prediction]
+Evaluated = tuple[float, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A simpler method on the validation data, tuned on them.
+
+    Attributes
+    ----------
+    score : float
+        Its loss; by default the mean NLL an input.
+    difference : float
+        ``score`` minus that of the best setting: positive if the setting is better.
+    standard_error : float or None
+        Of the difference, paired input by input; None for a loss that is not a mean over inputs.
+    parameters : dict of float
+        What was tuned; of vector scaling, how many numbers.
+    """
+
+    score: float
+    difference: float
+    standard_error: float | None
+    parameters: dict[str, float]
+
+
+class Scorer:
+    """Scores predictions of one likelihood on one set of data, with one loss.
+
+    Parameters
+    ----------
+    data : ValidationData
+    loss : torchmetrics.Metric or callable, optional
+    """
+
+    def __init__(self, data: ValidationData, loss: Loss | None) -> None:
+        self.data, self.loss = data, loss
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Of the data."""
+        return self.data.likelihood
+
+    @torch.no_grad()
+    def __call__(self, predict: Predict, setting: Setting) -> float:
+        """Return the loss of a setting's predictions."""
+        pairs = ((predict(block, setting), block.targets) for block in self.data)
+        return score(pairs, self.likelihood, self.loss, float(setting.sigma_noise) ** 2)
+
+    @torch.no_grad()
+    def each(self, predict: Predict, setting: Setting) -> Tensor | None:
+        """Return the NLL of each input; None with a loss of the user's."""
+        if self.loss is not None:
+            return None
+        variance = torch.tensor(float(setting.sigma_noise) ** 2)
+        return torch.cat([self.likelihood.nll(predict(b, setting), b.targets, variance) for b in self.data])
+
+    def gradient(
+        self, predict: Predict, setting: Setting, names: Sequence[str]
+    ) -> tuple[float, Sequence[float]]:
+        """Return the mean NLL, and its derivatives in the log10 of the parameters named."""
+        logs = torch.tensor(
+            [math.log10(getattr(setting, k)) for k in names], dtype=torch.float64, requires_grad=True
+        )
+        total, n = 0.0, 0
+        for block in self.data:
+            setting_at = setting.at(**{k: 10 ** logs[i] for i, k in enumerate(names)})
+            variance = torch.as_tensor(setting_at.sigma_noise).square()
+            values = self.likelihood.nll(predict(block, setting_at), block.targets, variance)
+            values.sum().backward()
+            total, n = total + float(values.detach().sum()), n + len(values)
+        assert logs.grad is not None
+        return total / n, (logs.grad / n).tolist()
+
+    def tune(self, predict: Predict, start: Setting, grids: Mapping[str, Sequence[Any]]) -> Setting:
+        """Return the best setting over the grids, refined."""
+        search = Search(lambda setting: self(predict, setting))
+        if not grids:
+            search(start)
+        else:
+            joint_search(search, start, grids, lambda cells, name: cells)
+            refine(search, grids, partial(self.gradient, predict) if self.loss is None else None)
+        return search.best
+
+
+def map_prediction(block: Block, setting: Setting, likelihood: Likelihood) -> Prediction:
+    """Return the network's own prediction, its logits scaled by s."""
+    f = block.linearised.f
+    f = f.to(torch.promote_types(f.dtype, torch.float32))
+    if likelihood.inverse_link is None:
+        return f, torch.zeros_like(f)
+    return likelihood.inverse_link(f * setting.logit_scale)
+
+
+def with_variance(block: Block, setting: Setting, variance: Tensor) -> Outputs:
+    """Return a Gaussian over the outputs with variance T v of all of an input's, v (B,)."""
+    f = block.linearised.f
+    dtype = torch.promote_types(f.dtype, torch.float32)
+    deviation = (setting.temperature * variance.to(f.device, dtype)[:, None]) ** 0.5
+    return Outputs(f.to(dtype) * setting.logit_scale, f.new_zeros(*f.shape, 0, dtype=dtype), deviation)
+
+
+def baselines(
+    scorer: Scorer,
+    predict_outputs: Callable[[Outputs], Prediction],
+    start: Setting,
+    grids: Mapping[str, Sequence[Any]],
+) -> Iterator[tuple[str, tuple[float, Tensor | None, dict[str, float]] | None]]:
+    """Tune each simpler method on the data, and yield (name, (score, each input's NLL, parameters) or None).
+
+    Parameters
+    ----------
+    predict_outputs : callable
+        Gaussian over outputs -> prediction, with the link that is used.
+    start : Setting
+    grids : dict
+        Values of temperature, logit_scale and sigma_noise, where they are tuned.
+    """
+    plain = partial(map_prediction, likelihood=scorer.likelihood)
+    start = start.at(logit_scale=1.0)
+
+    def constant(block: Block, setting: Setting) -> Prediction:
+        return predict_outputs(with_variance(block, setting, torch.ones(len(block.targets))))
+
+    def last_layer(block: Block, setting: Setting) -> Prediction:
+        assert block.last_layer is not None
+        return predict_outputs(with_variance(block, setting, block.last_layer + 1))
+
+    def tuned(predict: Predict, names: Sequence[str]) -> tuple[float, Tensor | None, dict[str, float]]:
+        best = scorer.tune(predict, start, {k: grids[k] for k in names if k in grids})
+        return (
+            scorer(predict, best),
+            scorer.each(predict, best),
+            {k: float(getattr(best, k)) for k in names if k in grids},
+        )
+
+    has_links = scorer.likelihood.inverse_link is not None
+    yield "MAP", tuned(plain, [])
+    if has_links:
+        yield "temperature scaling", tuned(plain, ["logit_scale"])
+        yield "vector scaling", _vector_scaling(scorer)
+        yield "constant variance", tuned(constant, ["temperature", "logit_scale"])
+    else:
+        yield "constant variance", tuned(plain, ["sigma_noise"])
+    available = all(block.last_layer is not None for block in scorer.data)
+    names = ["temperature", "logit_scale", "sigma_noise"]
+    yield "last-layer variance", tuned(last_layer, names) if available else None
+
+
+def _vector_scaling(scorer: Scorer) -> tuple[float, Tensor | None, dict[str, float]]:
+    """Scale and shift each logit by numbers of its own, tuned on the NLL (Guo et al., ICML 2017)."""
+    likelihood = scorer.likelihood
+    inverse_link = likelihood.inverse_link
+    assert inverse_link is not None
+    n_outputs = next(iter(scorer.data)).linearised.f.shape[-1]
+
+    def predict(block: Block, w: Tensor) -> Tensor:
+        w = w.to(block.linearised.f.device)
+        return inverse_link(block.linearised.f.double() * w[:n_outputs] + w[n_outputs:])
+
+    def objective(numbers: Any) -> tuple[float, Any]:
+        w = torch.tensor(numbers, requires_grad=True)
+        total, n = 0.0, 0
+        for block in scorer.data:
+            values = likelihood.nll(predict(block, w), block.targets, torch.zeros(()))
+            values.sum().backward()
+            total, n = total + float(values.detach().sum()), n + len(values)
+        assert w.grad is not None
+        return total / n, w.grad.numpy() / n
+
+    start = np.concatenate([np.ones(n_outputs), np.zeros(n_outputs)])
+    best = torch.tensor(minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x)
+
+    def fitted(block: Block, setting: Setting) -> Prediction:
+        return predict(block, best)
+
+    setting = Setting(1.0, None, 1.0, 1.0, 1, 1, 1.0)
+    return scorer(fitted, setting), scorer.each(fitted, setting), {"numbers": 2.0 * n_outputs}

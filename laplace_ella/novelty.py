@@ -1,0 +1,206 @@
+r"""How far inputs lie outside what the basis knows, and how far the basis is from the exact thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import posterior
+from .basis import identity_basis
+from .batches import Input, named_batches, named_inputs
+from .likelihoods import LIKELIHOODS
+from .posterior import Linearised, Outputs
+from .residual import residual_share, traces
+
+# Exact linearised Laplace is made of P x P matrices.
+LARGEST_EXACT = 5000
+
+
+@dataclass(frozen=True)
+class ApproximationError:
+    r"""How well the basis covers given inputs.
+
+    Attributes
+    ----------
+    captured_trace : float
+        Share of :math:`\operatorname{tr} J J^T`, summed over the inputs, that lies in the span.
+    covariance_error : float or None
+        Frobenius norm of the difference between the predictive covariances at the inputs and those of
+        exact linearised Laplace, relative to the latter; None if no training data were given.
+    """
+
+    captured_trace: float
+    covariance_error: float | None
+
+
+class Novelty:
+    """Scores of inputs apart from the predictive.
+
+    A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here.
+    """
+
+    likelihood: str
+    backend: Any
+    basis: Any  # NystromBasis
+    residual: str
+    prior_precision: Any
+    dict_key_x: str
+    dict_key_y: str
+    H: Any
+    _H_factor: Any
+    _novelty_moments: Tensor | None
+    _check_H_init: Callable[[], None]
+    _linearised: Callable[..., Linearised]
+    _outputs: Callable[[Linearised], Outputs]
+    _predict_from: Callable[..., Any]
+    _residual_tangents: Callable[[], tuple[Any, Tensor]]
+
+    @torch.no_grad()
+    def residual_share(self, x: Input) -> Tensor:
+        r"""Return the share of an input's gradient outside the span, :math:`1 - |\phi|^2 / \operatorname{tr} J J^T`.
+
+        Exact with ``residual="exact"``; else estimated from ``residual_samples`` random
+        tangents, the same for all inputs.
+
+        Returns
+        -------
+        Tensor (B,)
+            In [0, 1]: 0 where the landmarks explain an input's gradients, 1 where they say nothing about it.
+
+        Raises
+        ------
+        AttributeError, ValueError
+            As for a call.
+
+        Notes
+        -----
+        Cost: features, plus 1 + 2S forward passes an input (exact: about 5C).
+        """
+        seen = self._seen(x)
+        return residual_share(seen, self._overlap(seen)).to(seen.f.dtype)
+
+    @torch.no_grad()
+    def novelty(self, x: Input) -> Tensor:
+        """Return how novel inputs are (B,): larger is further from the training data.
+
+        The :meth:`residual_share`; once :meth:`calibrate_novelty` was called, the normal score of the
+        predictive entropy plus half that of the share. It is a score of its own, not part of the
+        predictive, and finds inputs from elsewhere, not errors: docs/tuning.md shows where it fails.
+
+        Raises
+        ------
+        AttributeError, ValueError
+            As for a call.
+        """
+        if self._novelty_moments is None:
+            return self.residual_share(x)
+        features = self._novelty_features(x)
+        mean, deviation = self._novelty_moments.to(features)
+        scores = (features - mean) / deviation
+        return scores[:, 0] + scores[:, 1] / 2
+
+    @torch.no_grad()
+    def calibrate_novelty(self, in_distribution_loader: Iterable[Any]) -> None:
+        """Learn what entropy and residual share are usual, for :meth:`novelty`.
+
+        Parameters
+        ----------
+        in_distribution_loader : iterable
+            Batches of inputs the model is meant for, which it was not fitted to: (x, y), mappings, or
+            x alone. No labels are used, and no other data.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            For regression, which has no entropy, or with fewer than two inputs.
+        """
+        self._check_H_init()
+        if LIKELIHOODS[self.likelihood].inverse_link is None or self.likelihood == "reward_modeling":
+            raise ValueError(
+                f"calibrate_novelty() needs probabilities, which likelihood={self.likelihood!r} has not. "
+                "Use residual_share(), or novelty() as it is."
+            )
+        batches = named_inputs(in_distribution_loader, self.dict_key_x)
+        found = [
+            self._novelty_features(part) for x in batches for part in self.backend.bounded(x, self.basis.rank)
+        ]
+        features = torch.cat(found) if found else torch.zeros(0, 2)
+        if len(features) < 2:
+            raise ValueError(f"calibrate_novelty() needs at least two inputs; got {len(features)}.")
+        deviation = features.std(0).clamp_min(torch.finfo(features.dtype).eps)
+        self._novelty_moments = torch.stack([features.mean(0), deviation])
+
+    def _seen(self, x: Input) -> Linearised:
+        return self._linearised(x, "exact" if self.residual == "exact" else "isotropic")
+
+    def _overlap(self, seen: Linearised) -> Tensor | None:
+        return None if seen.pushed is None else self._residual_tangents()[1]
+
+    def _novelty_features(self, x: Input) -> Tensor:
+        """Return predictive entropy and logit of the residual share (B, 2), float64."""
+        seen = self._seen(x)
+        share = residual_share(seen, self._overlap(seen))
+        parts = Linearised(seen.f, seen.phi) if self.residual == "none" else seen
+        p = self._predict_from(self._outputs(parts), "mc", 128, False).double()
+        return torch.stack([entropy(p, self.likelihood), share], 1)
+
+    def approximation_error(self, x: Input, train_loader: Iterable[Any] | None = None) -> ApproximationError:
+        r"""Say how much of the model's derivatives at given inputs the basis captures.
+
+        Parameters
+        ----------
+        x : input of B rows
+        train_loader : iterable, optional
+            The training data: compares with exact linearised Laplace too, for networks of up to 5 000 weights.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If the network is too large for the exact comparison.
+
+        Notes
+        -----
+        Cost: as :meth:`residual_share`; with training data, C backward passes for each of
+        them and P x P matrices.
+        """
+        self._check_H_init()
+        weights = self.backend.engine.function.weights()
+        n_params = sum(w.numel() for w in weights.values())
+        if train_loader is not None and n_params > LARGEST_EXACT:
+            raise ValueError(
+                f"The comparison with exact linearised Laplace forms P x P matrices, for P up to {LARGEST_EXACT}; "
+                f"this model has {n_params} trainable weights. Leave train_loader out."
+            )
+        with torch.no_grad():
+            seen = self._seen(x)
+            inside, outside = (t.sum() for t in traces(seen, self._overlap(seen)))
+            captured = float(inside / (inside + outside))
+            error = None if train_loader is None else self._covariance_error(x, train_loader, weights)
+        return ApproximationError(captured, error)
+
+    def _covariance_error(self, x: Input, loader: Iterable[Any], weights: Mapping[str, Tensor]) -> float:
+        exact = identity_basis(dict(weights))
+        batches = ((name, x) for name, x, _ in named_batches(loader, self.dict_key_x, self.dict_key_y))
+        n, mean = self.backend.accumulate(batches, exact, 1, sampled=0)[-1]
+        precision = self._H_factor * n * mean + exact.project_precision(self.prior_precision)
+        phi, f = self.backend.features(x, exact)
+        theirs = Linearised(f, phi).outputs(posterior.posterior_scale(precision)).covariance().double()
+        ours = self._outputs(self._linearised(x)).covariance().double()
+        return float((ours - theirs).norm() / theirs.norm())
+
+
+def entropy(p: Tensor, likelihood: str) -> Tensor:
+    """Return the entropy (B,) of class probabilities, or of C independent binary ones."""
+
+    def part(q: Tensor) -> Tensor:
+        return -torch.special.xlogy(q, q).sum(-1)
+
+    return part(p) + part(1 - p) if likelihood == "bernoulli" else part(p)

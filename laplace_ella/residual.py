@@ -1,0 +1,104 @@
+r"""What the basis leaves out: the prior variance :math:`\delta^{-1} J (I - V V^T) J^T` of the outputs.
+
+Far from the landmarks the features vanish, and with them the variance, where exact
+linearised Laplace returns to the prior. Two ways to put that back, for a scalar prior:
+exactly, from all C rows of an input's Jacobian, or isotropically, from a few random
+tangents. Source: docs/math.md, section "Residual".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autodiff import Weights, flat
+from .basis import NystromBasis
+from .batches import Input, batch_size, single_row
+from .gram import RowSource, choose_rows
+from .landmarks import Landmarks
+from .posterior import Linearised
+
+RESIDUALS = ("none", "isotropic", "exact")
+
+
+def random_tangents(weights: Weights, n: int, seed: int) -> Weights:
+    """Draw standard normal tangents (S, *shape) for each weight; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return {k: torch.randn(n, *w.shape, generator=generator).to(w) for k, w in weights.items()}
+
+
+def overlap(basis: NystromBasis, tangents: Weights) -> Tensor:
+    """Return :math:`V^T g` (K, S) of S tangents, float64."""
+    products = (flat(v).double() @ flat(tangents[k]).double().T for k, v in basis.directions.items())
+    return torch.stack(list(products)).sum(0)
+
+
+def output_grams(
+    x: Input,
+    n_outputs: int,
+    n_coordinates: int,
+    row_source: Callable[[Landmarks], RowSource],
+    budget: int,
+) -> Tensor:
+    """Compute :math:`J J^T` (B L, C, C) of each input and position, float64.
+
+    Parameters
+    ----------
+    x : input of B rows
+    n_outputs, n_coordinates : int
+        C, and L C.
+    row_source : callable
+        Landmarks -> their gradient rows.
+    budget : int
+        Bytes that rows may take; more are computed again, see :func:`laplace_ella.gram.choose_rows`.
+
+    Notes
+    -----
+    Cost: about 5C forward passes an input. Inside ``safe_autodiff``.
+    """
+    grams = []
+    for i in range(batch_size(x)):
+        row = single_row(x, i)
+        for start in range(0, n_coordinates, n_outputs):
+            pairs = Landmarks([row] * n_outputs, torch.arange(start, start + n_outputs))
+            grams.append(choose_rows(row_source(pairs), budget).gram(_quiet))
+    return torch.stack(grams)
+
+
+def joint_gram(
+    x: Input, n_coordinates: int, row_source: Callable[[Landmarks], RowSource], budget: int
+) -> Tensor:
+    """Compute :math:`J J^T` (B L C, B L C) of all inputs, float64; see :func:`output_grams`."""
+    size = batch_size(x)
+    inputs = [single_row(x, i) for i in range(size) for _ in range(n_coordinates)]
+    pairs = Landmarks(inputs, torch.arange(n_coordinates).repeat(size))
+    return choose_rows(row_source(pairs), budget).gram(_quiet)
+
+
+def traces(linearised: Linearised, overlap: Tensor | None) -> tuple[Tensor, Tensor]:
+    r"""Return the traces (B,) of :math:`J J^T` inside the span and outside of it, float64.
+
+    The latter from ``gram`` if there is one, else estimated from the tangents.
+    """
+    inside = linearised.phi.double().square().sum((-1, -2))
+    if linearised.gram is not None:
+        trace = linearised.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        outside = (trace - inside).clamp_min(0)
+    else:
+        assert overlap is not None
+        n_outputs = linearised.f.shape[-1]
+        outside = n_outputs * linearised.residual_vectors(overlap).double().square().sum(-1)
+    return inside, outside
+
+
+def residual_share(linearised: Linearised, overlap: Tensor | None) -> Tensor:
+    r"""Return :math:`1 - |\phi|^2 / \operatorname{tr} J J^T` (B,), in [0, 1]."""
+    inside, outside = traces(linearised, overlap)
+    return outside / (inside + outside).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _quiet(iterable: Any, name: str) -> Any:
+    return iterable

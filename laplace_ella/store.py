@@ -1,0 +1,88 @@
+r"""Tensors of many batches within a memory budget: what does not fit goes to a temporary file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+Row = tuple[Tensor | None, ...]
+# Blocks of about this many bytes: large enough to keep cores busy, small next to a budget.
+BLOCK_BYTES = 2**25
+
+
+@dataclass(frozen=True)
+class _Filed:
+    """Where a tensor lies in the file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Store:
+    """Joins the tensors of batches into blocks, and keeps them.
+
+    Parameters
+    ----------
+    budget : int
+        Bytes that may be kept on the device of the tensors; blocks beyond that go to a temporary file,
+        which ends with the process or the store.
+    folder : str, optional
+        Where the file is; default the system's folder for such files.
+    """
+
+    def __init__(self, budget: int, folder: str | None = None) -> None:
+        self.budget, self.folder = budget, folder
+        self.block_bytes = max(1, min(BLOCK_BYTES, budget // 4))
+        self.kept = 0
+        self._buffer: list[Row] = []
+        self._blocks: list[tuple[Any, ...]] = []
+        self._file: IO[bytes] | None = None
+
+    def append(self, *tensors: Tensor | None) -> None:
+        """Add the tensors of a batch (B, ...), the same kinds every time."""
+        self._buffer.append(tensors)
+        if sum(_nbytes(row) for row in self._buffer) >= self.block_bytes:
+            self._flush()
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the blocks, joined along the first axis, on the device they came from."""
+        if self._buffer:
+            self._flush()
+        for block in self._blocks:
+            yield tuple(self._read(t) if isinstance(t, _Filed) else t for t in block)
+
+    def _flush(self) -> None:
+        block = tuple(None if column[0] is None else torch.cat(column) for column in zip(*self._buffer))
+        self._buffer = []
+        size = _nbytes(block)
+        if self.kept + size <= self.budget:
+            self.kept += size
+            self._blocks.append(block)
+        else:
+            self._blocks.append(tuple(None if t is None else self._write(t) for t in block))
+
+    def _write(self, tensor: Tensor) -> _Filed:
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self.folder, prefix="laplace_ella-features-")  # noqa: SIM115
+        offset = self._file.seek(0, 2)
+        flat = tensor.detach().cpu().contiguous().flatten()
+        self._file.write(flat.view(torch.uint8).numpy().data)
+        return _Filed(offset, tuple(tensor.shape), tensor.dtype, tensor.device)
+
+    def _read(self, filed: _Filed) -> Tensor:
+        assert self._file is not None
+        self._file.seek(filed.offset)
+        empty = torch.empty(filed.shape, dtype=filed.dtype)
+        self._file.readinto(empty.view(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
+        return empty.to(filed.device)
+
+
+def _nbytes(row: Row) -> int:
+    return sum(t.numel() * t.element_size() for t in row if t is not None)
