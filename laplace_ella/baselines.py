@@ -20,7 +20,7 @@ from torch import Tensor
 from .likelihoods import Likelihood, Prediction
 from .posterior import Outputs
 from .scoring import Block, Loss, ValidationData, score
-from .search import Search, Setting, joint_search, refine
+from .search import LOGIT_SCALES, Search, Setting, decades, joint_search, refine
 
 # Block, setting -> prediction.
 Predict = Callable[[Block, Setting], Prediction]
@@ -129,7 +129,7 @@ def baselines(
     scorer: Scorer,
     predict_outputs: Callable[[Outputs], Prediction],
     start: Setting,
-    grids: Mapping[str, Sequence[Any]],
+    searched: Mapping[str, Sequence[Any]],
 ) -> Iterator[tuple[str, tuple[float, Tensor | None, dict[str, float]] | None]]:
     """Tune each simpler method on the data, and yield (name, (score, each input's NLL, parameters) or None).
 
@@ -138,9 +138,15 @@ def baselines(
     predict_outputs : callable
         Gaussian over outputs -> prediction, with the link that is used.
     start : Setting
-    grids : dict
-        Values of temperature, logit_scale and sigma_noise, where they are tuned.
+    searched : mapping
+        The parameters that are searched for ELLA, with their grids: where a simpler method has
+        them, they are tuned for it too.
     """
+    # Variances in other units than ELLA's may have to be smaller.
+    grids: dict[str, Sequence[Any]] = {"temperature": decades(-6, 6), "logit_scale": LOGIT_SCALES}
+    if "sigma_noise" in searched:
+        grids["sigma_noise"] = searched["sigma_noise"]
+    of_variance = ["temperature", *(k for k in ("logit_scale", "sigma_noise") if k in searched)]
     plain = partial(map_prediction, likelihood=scorer.likelihood)
     start = start.at(logit_scale=1.0)
 
@@ -164,12 +170,11 @@ def baselines(
     if has_links:
         yield "temperature scaling", tuned(plain, ["logit_scale"])
         yield "vector scaling", _vector_scaling(scorer)
-        yield "constant variance", tuned(constant, ["temperature", "logit_scale"])
+        yield "constant variance", tuned(constant, of_variance)
     else:
         yield "constant variance", tuned(plain, ["sigma_noise"])
     available = all(block.last_layer is not None for block in scorer.data)
-    names = ["temperature", "logit_scale", "sigma_noise"]
-    yield "last-layer variance", tuned(last_layer, names) if available else None
+    yield "last-layer variance", tuned(last_layer, of_variance) if available else None
 
 
 def _vector_scaling(scorer: Scorer) -> tuple[float, Tensor | None, dict[str, float]]:

@@ -95,8 +95,8 @@ class Fitting:
             ``curvature_size``, the n with the smallest validation NLL is kept, and with it
             :math:`[G_n + (n / N) \delta I]^{-1}`. That is a temperature: T = N / n with the
             prior precision :math:`\delta n / N`, and both are set so (T stays free, so that a grid
-            search may still tune it). ``fit_history_`` has the NLL of every n. (In
-            ``laplace.ELLA`` a ``val_loader`` is only logged.)
+            search may still tune it). ``fit_history_`` has the NLL of every n. With a temperature that
+            you fixed, or ``override=False``, the NLL is only recorded, as ``laplace.ELLA`` does.
         val_steps : int, optional
             Score after every so many curvature batches; default 1.
         link_approx : str
@@ -117,7 +117,8 @@ class Fitting:
         """
         self._check_fit(train_loader, balanced, val_steps)
         if val_loader is not None:
-            self._check_early_stopping(override, link_approx)
+            validation.check_prediction("glm", link_approx, 100, None, None)
+            validation.check_link(self.likelihood, link_approx)
         if landmarks is not None:
             landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
         progress = progress_bars(progress_bar)
@@ -154,9 +155,10 @@ class Fitting:
             loss, n_data = self.loss + loss, self.n_data + n_data
         with self._undone_on_error():
             self._set_fit(basis, snapshots, loss, n_data, found.n_outputs)
-            self.fit_history_ = {"processed_examples": [float(n) for n, _ in snapshots], "val_nll": []}
+            self.fit_history_ = {"processed_examples": [float(self.n_curvature)], "val_nll": []}
             if val_loader is not None:
-                self._stop_early(val_loader, link_approx, progress)
+                free = fresh and not self._temperature_fixed
+                self._stop_early(val_loader, link_approx, free, progress)
 
     def plan(self, train_loader: Iterable[Any], verbose: bool = True) -> Plan:
         """Work out what :meth:`fit` will compute, and what it will cost, without doing it.
@@ -212,20 +214,6 @@ class Fitting:
                 "Pass an iterable that can be started again, or a number as curvature_size."
             )
 
-    def _check_early_stopping(self, override: bool, link_approx: str) -> None:
-        validation.check_prediction("glm", link_approx, 100, None, None)
-        validation.check_link(self.likelihood, link_approx)
-        if not override:
-            raise ValueError(
-                "Early stopping (val_loader) looks for the best number of inputs of one pass, and override=False "
-                "adds a second one to the first. Fit all data at once, or leave val_loader out."
-            )
-        if self._temperature_fixed:
-            raise ValueError(
-                f"Early stopping (val_loader) sets the temperature to N / n, and it was fixed at {self.temperature:.4g}. "
-                "Set la.temperature = None to free it, or leave val_loader out."
-            )
-
     def _warn_of_few_samples(self, n: int, rank: int) -> None:
         if self.curvature == "mc" and n < 20 * rank:
             warnings.warn(
@@ -278,17 +266,21 @@ class Fitting:
             for indices, x in collate([x for _, x in sample], found.batch):
                 yield f"training inputs {sorted(sample[i][0] for i in indices)[:8]}", x
 
-    def _stop_early(self, val_loader: Iterable[Any], link_approx: str, progress: Any) -> None:
-        r"""Keep the snapshot of G with the smallest validation NLL, with T = N / n and :math:`\delta n / N`."""
-        # delta T is what the covariance T [G + T delta I]^-1 adds to G, whatever T is now: fitting again changes nothing.
-        delta = self.prior_precision * self.temperature
+    def _stop_early(self, val_loader: Iterable[Any], link_approx: str, free: bool, progress: Any) -> None:
+        r"""Score every snapshot of G; if free, keep the best, with T = N / n and :math:`\delta n / N`."""
         scorer = Scorer(self._validation_data(val_loader, progress), None)
         predictor = self._predictor(link_approx, 100, diagonal_output=True)
+        # What the covariance T [G + T delta I]^-1 adds to G, whatever T is now: fitting again changes nothing.
+        delta = self.prior_precision * self.temperature
+
+        def stop_at(n: int) -> None:
+            if free:
+                self.prior_precision, self._temperature = delta * (n / self.n_data), self.n_data / n
+                self._keep_snapshot(n)
+
         scores = []
         for n, _ in progress(self.snapshots, "Early stopping"):
-            self.prior_precision, self._temperature = delta * (n / self.n_data), self.n_data / n
+            stop_at(n)
             scores.append(scorer(predictor, self._setting().at(curvature_size=n)))
-        self.fit_history_["val_nll"] = scores
-        n, _ = self.snapshots[min(range(len(scores)), key=scores.__getitem__)]
-        self.prior_precision, self._temperature = delta * (n / self.n_data), self.n_data / n
-        self._keep_snapshot(n)
+        stop_at(self.snapshots[min(range(len(scores)), key=scores.__getitem__)][0])
+        self.fit_history_ = {"processed_examples": [float(n) for n, _ in self.snapshots], "val_nll": scores}

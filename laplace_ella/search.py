@@ -21,11 +21,17 @@ from .validation import NonFiniteSamplesError
 
 # Four values a decade: NLL changes by less than a standard error in between.
 TEMPERATURES = tuple(10 ** (e / 4) for e in range(-12, 25))
+LOGIT_SCALES = tuple(2 ** (e / 2) for e in range(-4, 5))
 _GOLDEN = (math.sqrt(5) - 1) / 2
 # Discrete: there is nothing between two values of their grids.
 DISCRETE = ("n_eigenvalues", "curvature_size")
 # Differences of the loss below this share of it are rounding.
 ROUNDING = 1e-12
+
+
+def decades(low: int, high: int) -> list[float]:
+    """Return the powers of ten from 10^low to 10^high."""
+    return [10.0**e for e in range(low, high + 1)]
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,7 @@ class Search:
     def is_flat(self) -> bool:
         """Tell whether the loss is the same for every setting."""
         values = [v for v in self.table.values() if math.isfinite(v)]
-        return max(values) - min(values) <= ROUNDING * abs(min(values))
+        return len(values) > 1 and max(values) - min(values) <= ROUNDING * abs(min(values))
 
 
 def grid_search(

@@ -27,21 +27,17 @@ from .posterior import Linearised, Outputs
 from .predictive import predict
 from .result import SETTING_NAMES, TuningResult, compared, remarks
 from .scoring import Block, Loss, ValidationData, score
-from .search import TEMPERATURES, Search, Setting, grid_search, joint_search, refine
+from .search import LOGIT_SCALES, TEMPERATURES, Search, Setting, decades, grid_search, joint_search, refine
 from .store import Store
 
-# Below this share of the loss, the slope at the edge of a grid is the rounding of float32.
-FLAT_EDGE = 1e-8
+# A loss that changes by less than this share of it at the edge of a grid is flat there.
+FLAT_EDGE = 1e-6
 
 
 def progress_bars(enabled: bool) -> Progress:
     """Return what wraps an iterable in a named progress bar, or does nothing."""
     # tqdm.auto's bars start an iterable twice, and with it the workers of a loader.
     return lambda iterable, name: tqdm(iterable, desc=name) if enabled else iterable
-
-
-def _decades(low: int, high: int) -> list[float]:
-    return [10.0**e for e in range(low, high + 1)]
 
 
 class Tuning:
@@ -202,14 +198,14 @@ class Tuning:
         progress = progress_bars(progress_bar)
         start = self._setting()
         if pred_type == "nn":
-            evaluate, map_score = self._nn_scores(val_loader, loss, n_samples, progress)
+            evaluate, score_of_map = self._nn_scores(val_loader, loss, n_samples, progress)
         else:
             data = self._validation_data(val_loader, progress)
             scorer = Scorer(data, loss)
             # NLL needs variances only; what the user's loss gets is the host's.
             predictor = self._predictor(link_approx, n_samples, diagonal_output=loss is None)
             plain = partial(map_prediction, likelihood=scorer.likelihood)
-            map_score = scorer(self._with_covariance(plain, loss), start)
+            score_of_map = partial(scorer, self._with_covariance(plain, loss), start)
 
             def evaluate(setting: Setting) -> float:
                 return scorer(predictor, setting)
@@ -225,7 +221,8 @@ class Tuning:
             )
             return
         best = search.best
-        if not self._temperature_fixed and search.table[best] >= map_score - FLAT_EDGE * abs(map_score):
+        map_score = math.inf if self._temperature_fixed else score_of_map()
+        if search.table[best] >= map_score - FLAT_EDGE * abs(map_score):
             best = best.at(temperature=TEMPERATURES[0], prior_precision=max(priors))
             warnings.warn(
                 f"No setting predicts better than the network itself (MAP: {map_score:.5g}, the best setting: "
@@ -241,8 +238,8 @@ class Tuning:
 
     def _nn_scores(
         self, val_loader: Any, loss: Any, n_samples: int, progress: Progress
-    ) -> tuple[Callable[[Setting], float], float]:
-        """Return what scores a setting by the "nn" predictive, which runs the model; and MAP's score."""
+    ) -> tuple[Callable[[Setting], float], Callable[[], float]]:
+        """Return what scores a setting by the "nn" predictive, which runs the model; and what scores MAP."""
         likelihood, kept = LIKELIHOODS[self.likelihood], []
         for name, x, y in progress(
             named_batches(val_loader, self.dict_key_x, self.dict_key_y), "Validation data"
@@ -279,8 +276,11 @@ class Tuning:
         def as_predicted(f: Tensor) -> Prediction:
             return (f, torch.zeros_like(f)) if likelihood.inverse_link is None else likelihood.inverse_link(f)
 
-        plain = ((as_predicted(f), y) for _, f, y in kept)
-        return evaluate, score(plain, likelihood, loss, self.sigma_noise.double().square())
+        def score_of_map() -> float:
+            plain = ((as_predicted(f), y) for _, f, y in kept)
+            return score(plain, likelihood, loss, self.sigma_noise.double().square())
+
+        return evaluate, score_of_map
 
     # ------------------------------------------------------------------ all hyperparameters
 
@@ -369,10 +369,10 @@ class Tuning:
         sigma = float(self.sigma_noise)
         rank = self.basis.rank
         defaults: dict[str, Sequence[Any]] = {
-            "temperature": _decades(-3, 6),
-            "prior_precision": _decades(-4, 6)[::-1],
-            "logit_scale": [2 ** (e / 2) for e in range(-4, 5)],
-            "residual_scale": _decades(-10, 1),
+            "temperature": decades(-3, 6),
+            "prior_precision": decades(-4, 6)[::-1],
+            "logit_scale": LOGIT_SCALES,
+            "residual_scale": decades(-10, 1),
             "n_eigenvalues": sorted({k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k < rank} | {rank}),
             "curvature_size": sizes[::-1],
             "sigma_noise": [sigma * 10 ** (e / 2) for e in range(-6, 7)],
@@ -397,17 +397,9 @@ class Tuning:
         def predict_outputs(outputs: Outputs) -> Prediction:
             return self._predict_from(outputs, link_approx, n_samples, diagonal_output=scorer.loss is None)
 
-        # Each simpler method has the same parameters to tune, where it has them at all.
-        simple = {"temperature": _decades(-3, 6), "logit_scale": [2 ** (e / 2) for e in range(-4, 5)]}
-        if "logit_scale" not in grids and "temperature" in grids:
-            simple = {k: v for k, v in simple.items() if k == "temperature"} | {
-                "logit_scale": simple["logit_scale"]
-            }
-        if "sigma_noise" in grids:
-            simple["sigma_noise"] = list(grids["sigma_noise"])
         compared_with = {
             name: compared(method, found.table[best], each)
-            for name, method in baselines(scorer, predict_outputs, self._setting(), simple)
+            for name, method in baselines(scorer, predict_outputs, self._setting(), grids)
         }
         plain = partial(map_prediction, likelihood=scorer.likelihood)
         start = self._setting().at(logit_scale=1.0)

@@ -25,6 +25,7 @@ from laplace_ella.landmarks import (
 )
 from laplace_ella.likelihoods import CATEGORICAL
 from laplace_ella.links import quasi_normal
+from laplace_ella.posterior import Outputs
 from laplace_ella.predictive import moments, predict
 from laplace_ella.scan import scan
 
@@ -57,7 +58,7 @@ def smallest_eigenvalue(matrix: torch.Tensor) -> float:
 def with_basis(la: ELLALaplace, basis: NystromBasis, x: torch.Tensor) -> None:
     """Replace the basis of a fitted estimator, and compute G anew."""
     ((_, G),) = la.backend.accumulate([("all", x)], basis, len(x))
-    la._set_fit(basis, G, la.loss, la.n_data, la.n_outputs)
+    la._set_fit(basis, [(la.n_data, G)], la.loss, la.n_data, la.n_outputs)
 
 
 PRIORS = {
@@ -465,14 +466,16 @@ def test_links_without_variance_are_the_softmax(link, dtype):
 def test_links_are_equivariant_to_the_order_of_classes(link):
     f, psi = torch.randn(B, C, dtype=F64), torch.randn(B, C, K, dtype=F64)
     order = torch.tensor([2, 0, 1])
-    plain = predict(f, psi, "classification", link_approx=link)
-    assert_close(predict(f[:, order], psi[:, order], "classification", link_approx=link), plain[:, order])
+    plain = predict(Outputs(f, psi), "classification", link_approx=link)
+    assert_close(
+        predict(Outputs(f[:, order], psi[:, order]), "classification", link_approx=link), plain[:, order]
+    )
 
 
 @pytest.mark.parametrize("link", LINKS)
 def test_links_are_finite_for_extreme_logits(link):
     f = torch.tensor([[900.0, -900.0, 0.0], [0.0, 0.0, 0.0]])
-    out = predict(f, 30 * torch.randn(2, C, K), "classification", link_approx=link)
+    out = predict(Outputs(f, 30 * torch.randn(2, C, K)), "classification", link_approx=link)
     assert_close(out.sum(-1), torch.ones(2))
 
 
@@ -495,10 +498,10 @@ def test_links_never_form_a_matrix_of_classes(link):
     f, psi = torch.randn(batch, n_classes), torch.randn(batch, n_classes, rank)
     with LargestTensor() as record:
         if link == "variance":
-            moments(f, psi, diagonal_output=True)
+            moments(Outputs(f, psi), diagonal_output=True)
         else:
             name, *diagonal = link.split()
-            predict(f, psi, "classification", link_approx=name, diagonal_output=bool(diagonal))
+            predict(Outputs(f, psi), "classification", link_approx=name, diagonal_output=bool(diagonal))
     assert 0 < record.numel <= batch * n_classes * rank < batch * n_classes**2 / 40
 
 
@@ -646,27 +649,27 @@ def test_landmarks_do_not_depend_on_the_batch_size(m, balanced):
     drawn = []
     for batch in (1, 7, 100):
         found = landmark_scan(100, 3, m, batch=batch, balanced=balanced)
-        pairs = draw_outputs(found.landmarks, C, 3, balanced)
+        pairs = draw_outputs(found.landmarks, 3, balanced)
         drawn.append([(float(x), int(c)) for x, c in zip(pairs.inputs, pairs.outputs)])
     assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_landmark_inputs_are_distinct_while_there_are_enough():
     found = landmark_scan(100, 0, 100)
-    pairs = draw_outputs(found.landmarks, C, 0, balanced=False)
+    pairs = draw_outputs(found.landmarks, 0, balanced=False)
     assert len({float(x) for x in pairs.inputs}) == len(pairs) == 100
 
 
 def test_landmark_outputs_are_uniform():
     found = landmark_scan(3000, 0, 2000)
-    counts = torch.bincount(draw_outputs(found.landmarks, C, 0, balanced=False).outputs, minlength=C)
+    counts = torch.bincount(draw_outputs(found.landmarks, 0, balanced=False).outputs, minlength=C)
     assert (counts - 2000 / C).abs().max() < 4 * (2000 * (1 / C) * (1 - 1 / C)) ** 0.5
 
 
 @pytest.mark.parametrize("balanced", [False, True])
 def test_more_landmarks_than_inputs_are_distinct_pairs(balanced):
     found = landmark_scan(N, 0, 53, balanced=balanced)
-    pairs = draw_outputs(found.landmarks, C, 0, balanced)
+    pairs = draw_outputs(found.landmarks, 0, balanced)
     assert len({(float(x), int(c)) for x, c in zip(pairs.inputs, pairs.outputs)}) == len(pairs) == 53
     if balanced:
         counts = Counter(int(x) % C for x in pairs.inputs)
