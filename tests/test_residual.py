@@ -7,7 +7,7 @@ from itertools import pairwise
 import oracle
 import pytest
 import torch
-from conftest import B, C, K, N_HIDDEN, N_INPUTS, Problem, assert_close, make_problem
+from conftest import N_HIDDEN, N_INPUTS, B, C, K, Problem, assert_close, make_problem
 from laplace import FullLaplace
 from laplace.curvature import GGNInterface
 from torch.utils.data import DataLoader, TensorDataset
