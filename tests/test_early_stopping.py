@@ -242,18 +242,6 @@ def test_validation_data_are_read_and_passed_through_the_model_once(likelihood, 
     assert counts[0] == counts[1] > 0
 
 
-def test_features_of_a_validation_batch_are_computed_once(free_problem, monkeypatch):
-    sizes, features = [], ELLALaplace.features
-
-    def counted(self, x):
-        sizes.append(len(x))
-        return features(self, x)
-
-    monkeypatch.setattr(ELLALaplace, "features", counted)
-    fit(free_problem)
-    assert sizes == [len(x) for x, _ in validation(free_problem)]
-
-
 # ---------------------------------------------------------------------------- errors
 
 

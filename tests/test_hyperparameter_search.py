@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import warnings
 
 import numpy as np
@@ -75,6 +76,11 @@ def nll_of_calls(la: ELLALaplace, val, **options) -> float:
     return total / count
 
 
+def whole(val) -> list[tuple[Tensor, Tensor]]:
+    """All batches in one."""
+    return [tuple(torch.cat(part) for part in zip(*val))]
+
+
 def joined(problem: Problem, val) -> tuple[Tensor, Tensor]:
     x, y = (torch.cat(part) for part in zip(*val))
     with torch.no_grad():
@@ -116,21 +122,30 @@ GRIDS = {
 }
 
 
-def apply_by_hand(problem: Problem, la: ELLALaplace, setting, **options) -> ELLALaplace:
-    """An estimator of the setting's rank, with its snapshot of G and its attributes."""
-    other = fit(problem, **{**options, "n_eigenvalues": setting.n_eigenvalues})
-    assert other.basis.rank == setting.n_eigenvalues
-    rank = setting.n_eigenvalues
-    other.H = dict(la.snapshots)[setting.curvature_size][:rank, :rank]
-    other.temperature = setting.temperature
-    other.prior_precision = setting.prior_precision
-    if problem.likelihood == "classification":
-        other.logit_scale = setting.logit_scale
-    else:
-        other.sigma_noise = setting.sigma_noise
-    if other.residual != "none":
-        other.residual_scale = setting.residual_scale
-    return other
+class ByHand:
+    """Scores a setting by calls to an estimator of its rank, with its snapshot of G and its attributes."""
+
+    def __init__(self, problem: Problem, la: ELLALaplace, val, **options) -> None:
+        self.problem, self.val, self.options = problem, val, options
+        self.snapshots, self.H = dict(la.snapshots), la.H.clone()
+        self.fits: dict[int, ELLALaplace] = {}
+
+    def __call__(self, setting, **link) -> float:
+        rank = setting.n_eigenvalues
+        if rank not in self.fits:
+            self.fits[rank] = fit(self.problem, **{**self.options, "n_eigenvalues": rank})
+            assert self.fits[rank].basis.rank == rank
+        la = self.fits[rank]
+        la.H = self.snapshots.get(setting.curvature_size, self.H)[:rank, :rank]
+        la.temperature = setting.temperature
+        la.prior_precision = setting.prior_precision
+        if self.problem.likelihood == "classification":
+            la.logit_scale = setting.logit_scale
+        else:
+            la.sigma_noise = setting.sigma_noise
+        if la.residual != "none":
+            la.residual_scale = setting.residual_scale
+        return nll_of_calls(la, self.val, **link)
 
 
 @quiet
@@ -145,14 +160,11 @@ def test_every_score_is_that_of_a_loop_over_calls(confident, residual, link):
     grids |= {"logit_scale": (0.6, 1.0)} if p.likelihood == "classification" else {"sigma_noise": (0.4, 1.3)}
     la, val = fit(p, **options), validation(p)
     result = la.optimize_hyperparameters(val, grids, link_approx=link, n_samples=16, apply=False)
-    assert len(result.table) >= math.prod(len(v) for v in grids.values()) / 2
     for name, values in grids.items():
         assert {getattr(s, name) for s, _ in result.table} >= set(values), name
-    # Every entry is checked up to its last digits; they are many, so a fixed part of them.
-    for setting, score in result.table[:: max(1, len(result.table) // 12)]:
-        other = apply_by_hand(p, la, setting, **options)
-        expected = nll_of_calls(other, val, link_approx=link, n_samples=16)
-        assert score == pytest.approx(expected, abs=1e-6), setting
+    by_hand = ByHand(p, la, whole(val), **options)
+    for setting, score in result.table:
+        assert score == pytest.approx(by_hand(setting, link_approx=link, n_samples=16), abs=1e-6), setting
 
 
 @quiet
@@ -162,9 +174,9 @@ def test_every_score_of_one_parameter_is_that_of_a_loop_over_calls(confident, na
     la = fit(p)
     result = la.optimize_hyperparameters(val, [name], link_approx="probit", apply=False)
     assert settings_differ_in(result.table, name) >= 3
+    by_hand = ByHand(p, la, whole(val))
     for setting, score in result.table:
-        expected = nll_of_calls(apply_by_hand(p, la, setting), val)
-        assert score == pytest.approx(expected, abs=1e-6), setting
+        assert score == pytest.approx(by_hand(setting), abs=1e-6), setting
 
 
 @quiet
@@ -417,11 +429,10 @@ def test_baselines_of_a_regression_are_direct_minimisations(dtype):
     # One variance, noise and constant together: its optimum is the mean squared error.
     best = nll((f - y).square().mean())
     assert result.baselines["constant variance"].score == pytest.approx(best, abs=1e-4)
-    lowest = min(
-        nll(s**2 + v * shape) for s in np.linspace(0.02, 2.5, 60) for v in np.r_[0, np.geomspace(1e-6, 2, 60)]
-    )
-    assert result.baselines["last-layer variance"].score <= lowest + 1e-3
-    assert result.baselines["last-layer variance"].score >= lowest - 0.01
+    variances = np.r_[0, np.geomspace(1e-6, 2, 80)]
+    free = min(nll(s**2 + v * shape) for s in np.linspace(0.02, 2.5, 60) for v in variances)
+    fixed = min(nll(p.sigma_noise**2 + v * shape) for v in variances)
+    assert free - 5e-3 <= result.baselines["last-layer variance"].score <= fixed + 1e-3
     assert result.baselines["MAP"].score >= result.baselines["constant variance"].score - 1e-9
 
 
@@ -550,23 +561,6 @@ def test_an_error_of_the_loader_changes_nothing(confident):
 # ---------------------------------------------------------------------------- cost
 
 
-@quiet
-def test_features_of_a_batch_are_computed_once_whatever_the_search(confident, monkeypatch):
-    sizes, features = [], ELLALaplace.features
-
-    def counted(self, x):
-        sizes.append(len(x))
-        return features(self, x)
-
-    monkeypatch.setattr(ELLALaplace, "features", counted)
-    val = validation(confident)
-    for search in (["temperature"], None, ["temperature", "prior_precision", "n_eigenvalues"]):
-        la = fit(confident)
-        sizes.clear()
-        la.optimize_hyperparameters(val, search, link_approx="probit")
-        assert sizes == [len(x) for x, _ in val]
-
-
 class Counting(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -589,7 +583,12 @@ def test_forward_passes_do_not_depend_on_the_search(likelihood):
         la.optimize_hyperparameters(iter(val), search, link_approx="probit")  # an iterator: read once
         calls.append(model.calls)
     assert len(set(calls)) == 1
-    assert calls[0] >= len(val)
+    la = fit(p)
+    model.calls = 0
+    for x, _ in val:
+        la.features(x)
+    # The last layer's inputs may take a plain pass of their own, nothing more.
+    assert len(val) <= calls[0] <= 2 * model.calls + len(val)
 
 
 @quiet
@@ -653,7 +652,6 @@ BAD_SEARCHES = {
     "no values": {"temperature": []},
     "negative": {"temperature": [-1.0]},
     "residual": ["residual_scale"],
-    "rank too high": {"n_eigenvalues": [K + 1]},
 }
 
 
@@ -709,10 +707,11 @@ def test_the_result_is_frozen(confident):
 def test_summary_names_every_baseline_and_its_score(confident):
     result = fit(confident).optimize_hyperparameters(validation(confident))
     text = result.summary()
+    numbers = [float(t) for t in re.findall(r"-?\d+\.\d+", text)]
+    assert any(abs(v - result.score) < 5e-3 for v in numbers)
     for name in CLASSIFICATION if confident.likelihood == "classification" else REGRESSION:
         assert name in text
-        assert f"{result.baselines[name].score:.3f}"[:-1] in text
-    assert f"{result.score:.3f}"[:-1] in text
+        assert any(abs(v - result.baselines[name].score) < 5e-3 for v in numbers), name
     assert str(N_VAL) in text
 
 
