@@ -597,8 +597,7 @@ def test_little_memory_gives_the_same_table(confident, link):
     val, grids = validation(confident), {"temperature": [1.0, 50.0, 900.0], "prior_precision": [0.1, 4.0]}
     results = []
     for budget in (2000, 10**9):
-        la = fit(confident)
-        la.memory_budget = budget
+        la = fit(confident, memory_budget=budget)
         results.append(la.optimize_hyperparameters(val, grids, link_approx=link, n_samples=16))
     small, large = (dict(r.table) for r in results)
     assert small.keys() == large.keys()
@@ -827,8 +826,7 @@ def test_grid_search_with_a_metric_finds_what_a_loop_finds(dtype, link):
 def test_grid_search_with_little_memory_finds_the_same(confident, link):
     val, found = validation(confident), []
     for budget in (2000, 10**9):
-        la = fit(confident, temperature=300.0)
-        la.memory_budget = budget
+        la = fit(confident, temperature=300.0, memory_budget=budget)
         grid_search(la, val, link_approx=link, n_samples=16)
         found.append(la.prior_precision.item())
     assert found[0] == found[1]

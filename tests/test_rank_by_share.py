@@ -131,7 +131,7 @@ def test_spectrum_can_be_drawn(small_problem):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, ax = pyplot.subplots()
+    ax = pyplot.figure().add_subplot()
     fit(small_problem, n_eigenvalues=3).basis.plot(ax)
     assert ax.has_data()
     fit(small_problem, n_eigenvalues=3).basis.plot()
