@@ -19,6 +19,7 @@ PLAIN_STATE = (
 TENSOR_STATE = ("prior_mean", "prior_precision", "sigma_noise")
 STATE_KEYS = {
     *("format", "cls_name", "likelihood", "fingerprint", "basis", "H", "loss", "n_data", "n_outputs"),
+    "n_predictions",
     *("temperature", "temperature_fixed", "named_by_user", "snapshots", "novelty_moments"),
     *(*TENSOR_STATE, *PLAIN_STATE),
 }

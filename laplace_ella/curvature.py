@@ -301,6 +301,7 @@ class NystromGGN(GGNInterface):
         n_data: int,
         every: int | None = None,
         sampled: int | None = None,
+        first_position: int = 0,
     ) -> list[tuple[int, Tensor]]:
         r"""Sum the curvature over batches, and scale it to N inputs.
 
@@ -315,6 +316,8 @@ class NystromGGN(GGNInterface):
         sampled : int, optional
             How many labels an input to sample, 0 for the exact curvature; by default what the
             backend was built with.
+        first_position : int
+            How many inputs were fitted before, whose labels were other draws.
 
         Returns
         -------
@@ -328,7 +331,7 @@ class NystromGGN(GGNInterface):
         """
         total = torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=self._reference.device)
         snapshots: list[tuple[int, Tensor]] = []
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, SAMPLED_LABEL))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, SAMPLED_LABEL, first_position))
         sampled = self.sampled if sampled is None else sampled
         seen = step = taken = 0
         for step, (name, x) in enumerate(batches, start=1):

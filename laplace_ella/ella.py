@@ -145,7 +145,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
         The weights at the time of the fit.
     n_data, n_outputs, loss
         N, C, and the negative log likelihood summed over the data (up to constants). N counts
-        inputs, also where they have many positions.
+        inputs, also where they have many positions; ``n_predictions`` counts positions.
 
     Raises
     ------
@@ -200,9 +200,9 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
             "subsample_size": subsample_size,
             "curvature_size": curvature_size,
             "chunk_size": chunk_size,
-            "residual_samples": residual_samples,
-            "curvature_samples": curvature_samples,
         }
+        validation.check_size("residual_samples", residual_samples, optional=False)
+        validation.check_size("curvature_samples", curvature_samples, optional=False)
         sizes = {name: validation.check_size(name, value) for name, value in sizes.items()}
         n_eigenvalues = validation.check_rank(n_eigenvalues)
         validation.check_positive("sigma_noise", sigma_noise)
@@ -218,10 +218,10 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
         self.seed = validation.check_seed(seed)
         self.chunk_size = sizes["chunk_size"]
         self.memory_budget = validation.check_budget(memory_budget)
-        self.curvature, self.curvature_samples = curvature, curvature_samples
-        self.residual_samples, self._residual = residual_samples, residual
+        self.curvature, self.curvature_samples = curvature, int(curvature_samples)
+        self.residual_samples, self._residual = int(residual_samples), residual
         self.snapshots: list[tuple[int, Tensor]] = []
-        self.n_curvature = 0
+        self.n_curvature = self.n_predictions = 0
         self._tangents: tuple[Weights, Tensor] | None = None
         self._novelty_moments: Tensor | None = None
         self._fingerprint = ""
@@ -303,14 +303,13 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
         basis: NystromBasis,
         snapshots: list[tuple[int, Tensor]],
         loss: Tensor,
-        n_data: int,
-        n_outputs: int,
+        counts: tuple[int, int, int],
     ) -> None:
         self.backend.basis, self._tangents, self._novelty_moments = basis, None, None
         self.snapshots, (self.n_curvature, self.H) = snapshots, snapshots[-1]
-        self.loss, self.n_data, self.n_outputs = loss, n_data, n_outputs
+        self.loss, (self.n_data, self.n_predictions, self.n_outputs) = loss, counts
         self.mean = torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype)
-        self.model.output_size = n_outputs  # as the host does
+        self.model.output_size = self.n_outputs  # as the host does
         self._fingerprint = checkpoint.fingerprint(self.model)
         self._posterior_scale = None
 
@@ -348,6 +347,17 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
     def posterior_covariance(self) -> Tensor:
         r"""Covariance :math:`A^{-1}` (K, K) of the coordinates, float64."""
         return self.posterior_scale @ self.posterior_scale.T
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood of the training data; the host's, for models with positions too."""
+        n_data = self.n_data
+        try:
+            # The host counts a normaliser for each of N x C outputs.
+            self.n_data = self.n_predictions
+            return super().log_likelihood
+        finally:
+            self.n_data = n_data
 
     @property
     def log_det_prior_precision(self) -> Tensor:
@@ -414,6 +424,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
             "H": self.H,
             "loss": self.loss,
             "n_data": self.n_data,
+            "n_predictions": self.n_predictions,
             "n_outputs": self.n_outputs,
             "temperature": self.temperature,
             "temperature_fixed": self._temperature_fixed,
@@ -448,7 +459,8 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
             self.backend.sampled = 0 if self.curvature == "exact" else self.curvature_samples
             snapshots = [(n, G.to(self._device)) for n, G in state_dict["snapshots"]]
             loss, n_curvature = state_dict["loss"].to(self._device), self.n_curvature
-            self._set_fit(basis, snapshots, loss, state_dict["n_data"], state_dict["n_outputs"])
+            counts = tuple(state_dict[k] for k in ("n_data", "n_predictions", "n_outputs"))
+            self._set_fit(basis, snapshots, loss, counts)
             self.n_curvature, self.H = n_curvature, state_dict["H"].to(self._device)
             self._novelty_moments = state_dict["novelty_moments"]
 

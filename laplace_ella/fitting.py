@@ -53,7 +53,8 @@ class Fitting:
     _temperature_fixed: bool
     _named_by_user: set[str]
     _posterior_scale: Tensor | None
-    _set_fit: Callable[[NystromBasis, list[tuple[int, Tensor]], Tensor, int, int], None]
+    n_predictions: int
+    _set_fit: Callable[[NystromBasis, list[tuple[int, Tensor]], Tensor, tuple[int, int, int]], None]
     _undone_on_error: Callable[[], AbstractContextManager[None]]
     _validation_data: Callable[..., Any]
     _predictor: Callable[..., Any]
@@ -147,14 +148,17 @@ class Fitting:
         basis = self._new_basis(found, landmarks, balanced, progress) if fresh else self.basis
         batches = progress(self._curvature_batches(found, train_loader), "Curvature")
         every = val_steps or (1 if val_loader is not None else None)
-        snapshots = self.backend.accumulate(batches, basis, found.n_data, every)
+        snapshots = self.backend.accumulate(
+            batches, basis, found.n_data, every, first_position=0 if fresh else self.n_data
+        )
         self._warn_of_few_samples(snapshots[-1][0], basis.rank)
-        loss, n_data = found.loss, found.n_data
+        loss, counts = found.loss, (found.n_data, found.n_predictions)
         if not fresh:  # what was fitted before has no first n inputs any more
             snapshots = [(self.n_curvature + snapshots[-1][0], self.H + snapshots[-1][1])]
-            loss, n_data = self.loss + loss, self.n_data + n_data
+            loss = self.loss + loss
+            counts = self.n_data + found.n_data, self.n_predictions + found.n_predictions
         with self._undone_on_error():
-            self._set_fit(basis, snapshots, loss, n_data, found.n_outputs)
+            self._set_fit(basis, snapshots, loss, (*counts, found.n_outputs))
             self.fit_history_ = {"processed_examples": [float(self.n_curvature)], "val_nll": []}
             if val_loader is not None:
                 free = fresh and not self._temperature_fixed

@@ -34,9 +34,9 @@ def hash_keys(seed: int, purpose: int, positions: Tensor) -> Tensor:
     return state & (2**62 - 1)
 
 
-def derived_seed(seed: int, purpose: int) -> int:
-    """Return a seed for a generator of its own, independent of those for other purposes."""
-    return int(hash_keys(seed, purpose, torch.zeros(1, dtype=torch.int64)))
+def derived_seed(seed: int, purpose: int, position: int = 0) -> int:
+    """Return a seed for a generator of its own, independent of those for other purposes and positions."""
+    return int(hash_keys(seed, purpose, torch.tensor([position])))
 
 
 def _mix(z: Tensor) -> Tensor:

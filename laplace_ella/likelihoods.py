@@ -150,6 +150,8 @@ def _binary_targets(y: Tensor, f: Tensor) -> Tensor:
             f"Bernoulli targets must have the shape of the outputs, {tuple(f.shape)}, with one 0 or 1 for each; "
             f"got {tuple(y.shape)}."
         )
+    if y.is_complex():
+        raise ValueError(f"Bernoulli targets must be 0 or 1; got {y.dtype}.")
     y = y.double()
     if not bool(((y >= 0) & (y <= 1)).all()):
         raise ValueError(

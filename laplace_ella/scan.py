@@ -23,6 +23,8 @@ class Scan:
     ----------
     n_data : int
         N.
+    n_predictions : int
+        Inputs times positions.
     n_outputs : int
         C.
     loss : Tensor ()
@@ -35,6 +37,7 @@ class Scan:
     """
 
     n_data: int
+    n_predictions: int
     n_outputs: int
     loss: Tensor
     batch: int
@@ -81,7 +84,7 @@ def scan(
     Cost: N plain forward passes.
     """
     samples = {LANDMARK_INPUT: BottomK(n_landmarks), CURVATURE_INPUT: BottomK(n_curvature)}
-    n, n_outputs, longest = 0, 0, 0
+    n, n_predictions, n_outputs, longest = 0, 0, 0, 0
     loss = torch.zeros((), dtype=torch.float64)
     for name, x, y in named_batches(loader, dict_key_x, dict_key_y):
         raw = forward(x)
@@ -103,13 +106,13 @@ def scan(
             if samples[purpose].capacity:
                 samples[purpose].offer(positions, hash_keys(seed, purpose, positions), groups, row)
         loss = loss.to(f.device) + likelihood.loss(f, y)
-        n, longest = n + size, max(longest, size)
+        n, n_predictions, longest = n + size, n_predictions + len(f), max(longest, size)
     if n == 0:
         raise ValueError(
             "The training loader yielded no data; at least one input is needed. "
             "A generator that was read before is empty: pass a fresh one."
         )
-    return Scan(n, n_outputs, loss, longest, samples[LANDMARK_INPUT], samples[CURVATURE_INPUT])
+    return Scan(n, n_predictions, n_outputs, loss, longest, samples[LANDMARK_INPUT], samples[CURVATURE_INPUT])
 
 
 def _with_count(x: Any, n_coordinates: int, index: int) -> tuple[Any, int]:

@@ -211,10 +211,10 @@ Gradient = Callable[[Setting, Sequence[str]], tuple[float, Sequence[float]]]
 
 
 def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradient | None) -> None:
-    """Improve the best setting between the neighbouring values of the grids.
+    """Improve the best setting within the ranges of the grids.
 
     By L-BFGS over the logarithms, if the loss has a gradient; else by golden-section
-    searches, one parameter after the other, twice.
+    searches between the neighbouring values, one parameter after the other, twice.
 
     Parameters
     ----------
@@ -224,8 +224,8 @@ def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradien
     names = [k for k, values in grids.items() if k not in DISCRETE and len(values) > 1]
     if not names or math.isinf(search.table[search.best]):
         return
-    bounds = {k: _neighbours(sorted(grids[k]), getattr(search.best, k)) for k in names}
     if gradient is None:
+        bounds = {k: _neighbours(sorted(grids[k]), getattr(search.best, k)) for k in names}
         for _ in range(2):
             for name in names:
                 golden_section(search, search.best, name, *bounds[name])
@@ -244,7 +244,7 @@ def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradien
         [math.log10(getattr(start, k)) for k in names],
         jac=True,
         method="L-BFGS-B",
-        bounds=[tuple(np.log10(bounds[k])) for k in names],
+        bounds=[(math.log10(min(grids[k])), math.log10(max(grids[k]))) for k in names],
         options={"maxiter": 50, "ftol": 1e-10},
     )
     search(at(found.x))

@@ -349,8 +349,8 @@ class Tuning:
             result = self._result(scorer, found, grids, apply, link_approx, n_samples)
             if apply:
                 self._apply(result.best, tuple(grids))
-        for note in result.notes:
-            warnings.warn(note, stacklevel=2)
+        if result.notes:
+            warnings.warn(" ".join(result.notes), stacklevel=2)
         return result
 
     def _grids(self, search: Any) -> dict[str, Sequence[Any]]:

@@ -245,24 +245,25 @@ def test_validation_data_are_read_and_passed_through_the_model_once(likelihood, 
 # ---------------------------------------------------------------------------- errors
 
 
-def test_adding_data_and_stopping_early_are_refused_together(free_problem):
+def test_adding_data_records_the_score_of_the_whole_and_chooses_nothing(free_problem):
     p = free_problem
     la = build(p)
     la.fit(p.loader(), landmarks=p.landmarks)
-    before = la.posterior_precision.clone()
-    with pytest.raises(ValueError, match="override"):
-        la.fit(p.loader(), override=False, val_loader=validation(p))
-    assert torch.equal(la.posterior_precision, before)
-    assert la.n_data == len(p.x)
+    la.fit(p.loader(), override=False, val_loader=validation(p))
+    assert la.fit_history_["processed_examples"] == [2 * len(p.x)]
+    assert len(la.fit_history_["val_nll"]) == 1
+    assert la.temperature == 1
+    assert la.n_curvature == 2 * len(p.x)
 
 
-def test_a_temperature_fixed_by_the_user_is_refused(free_problem):
-    with pytest.raises(ValueError, match="temperature"):
-        fit(free_problem, temperature=1.0)
-    la = build(free_problem)
-    la.temperature = 2.0
-    with pytest.raises(ValueError, match="temperature"):
-        la.fit(free_problem.loader(), landmarks=free_problem.landmarks, val_loader=validation(free_problem))
+def test_a_temperature_fixed_by_the_user_stays_and_scores_are_recorded(free_problem):
+    la = fit(free_problem, temperature=1.0)
+    plain = build(free_problem, temperature=1.0)
+    plain.fit(free_problem.loader(), landmarks=free_problem.landmarks)
+    assert la.temperature == 1
+    assert_close(la.posterior_precision, plain.posterior_precision)
+    assert la.fit_history_["processed_examples"][-1] == len(free_problem.x)
+    assert len(la.fit_history_["val_nll"]) == len(la.fit_history_["processed_examples"]) > 1
 
 
 def test_an_empty_validation_loader_is_refused_and_leaves_the_estimator_as_it_was(free_problem):

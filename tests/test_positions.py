@@ -45,7 +45,7 @@ class Pixels(nn.Module):
         return self.head(self.stem(x).tanh()).permute(0, 2, 3, 1)
 
 
-SHAPES = {"sequence": (Sequence, (7, D), (7,)), "pixels": (Pixels, (D, 2, 3), (2, 3))}
+SHAPES = {"sequence": (Sequence, (7, D), (7,)), "pixels": (Pixels, (D, 2, 5), (2, 5))}
 
 
 class Flat(nn.Module):

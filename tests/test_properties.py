@@ -58,7 +58,7 @@ def smallest_eigenvalue(matrix: torch.Tensor) -> float:
 def with_basis(la: ELLALaplace, basis: NystromBasis, x: torch.Tensor) -> None:
     """Replace the basis of a fitted estimator, and compute G anew."""
     ((_, G),) = la.backend.accumulate([("all", x)], basis, len(x))
-    la._set_fit(basis, [(la.n_data, G)], la.loss, la.n_data, la.n_outputs)
+    la._set_fit(basis, [(la.n_data, G)], la.loss, (la.n_data, la.n_predictions, la.n_outputs))
 
 
 PRIORS = {
