@@ -550,6 +550,125 @@ def cuda(args: argparse.Namespace, name: str, n: int, batch: int) -> Rows:
     ]
 
 
+def tuned_problem(args: argparse.Namespace, n_validation: int) -> tuple[Any, list[Any]]:
+    """Return an estimator fitted to 200 images, and validation batches of 50."""
+    model = network("resnet20", args.data, args.device)
+    x, y = on_device("resnet20", 200 + n_validation, args)
+    la = ours(model, subsample_size=50, n_eigenvalues=20)
+    la.fit(loader(x[:200], y[:200], 50))
+    return la, list(loader(x[200:], y[200:], 50))
+
+
+def tuning(args: argparse.Namespace, kind: str, n_validation: int = 1000) -> Rows:
+    """What a search costs beyond the features of the validation data, of which one pass is the unit."""
+    la, batches = tuned_problem(args, n_validation)
+
+    def features() -> None:
+        for x, _ in batches:
+            la.features(x)
+
+    def grid() -> None:
+        la.temperature = 1.0
+        la.optimize_prior_precision(method="gridsearch", val_loader=batches, grid_size=100)
+
+    def joint(link: str) -> None:
+        la.temperature = None
+        la.optimize_hyperparameters(batches, link_approx=link, apply=False)
+
+    title, search, target = {
+        "grid": ("grid search of 100 priors", grid, 1.1),
+        "probit": ("search of (T, s), probit link", partial(joint, "probit"), 1.3),
+        "mc": ("search of (T, s), Monte-Carlo link of 128 samples", partial(joint, "mc"), 2),
+    }[kind]
+    calls = interleaved({"features": features, "search": search}, repeats(args, 2, 5), args.device)
+    return [
+        result(
+            f"{title}, {n_validation} images",
+            "passes of features",
+            ratios(calls, "search", "features")["median"],
+            target,
+            headline=True,
+            spread=ratios(calls, "search", "features"),
+            seconds={k: v.median() for k, v in calls.items()},
+            kind=kind,
+        )
+    ]
+
+
+def tuning_of_host(args: argparse.Namespace, n_images: int = 8, n_values: int = 2) -> Rows:
+    """A grid search of laplace-torch's own ELLA on a few images and values; its cost is the product of both."""
+    if not has_host():
+        return []
+    la, batches = tuned_problem(args, 100)
+    x, y = on_device("resnet20", 24 + n_images, args)
+    host = of_host(la.model, subsample_size=24, n_eigenvalues=20)
+    host.fit(loader(x[:24], y[:24], 8))
+    la.temperature = 1.0
+
+    def of_ours() -> None:
+        la.optimize_prior_precision(method="gridsearch", val_loader=batches, grid_size=100)
+
+    def of_theirs() -> None:
+        validation = loader(x[24:], y[24:], n_images)
+        host.optimize_prior_precision(
+            pred_type="gp", method="gridsearch", val_loader=validation, grid_size=n_values
+        )
+
+    calls = interleaved({"ours": of_ours, "host": of_theirs}, repeats(args, 2, 5), args.device)
+    # Seconds an image for 100 values.
+    scale = (100 / n_values / n_images) / (1 / 100)
+    quotients = {k: v * scale for k, v in ratios(calls, "host", "ours").items()}
+    return [
+        result(
+            "grid search of 100 priors against laplace-torch's own ELLA",
+            "times as fast",
+            quotients["median"],
+            100,
+            at_most=False,
+            headline=True,
+            spread=quotients,
+            seconds={k: v.median() for k, v in calls.items()},
+            images={"ours": 100, "host": n_images},
+            values={"ours": 100, "host": n_values},
+        )
+    ]
+
+
+def sampled_curvature(args: argparse.Namespace, rank: int, sizes: tuple[int, ...]) -> Rows:
+    """G from sampled labels against the exact one of the same inputs: its error, and what an input costs."""
+    model = network("resnet20", args.data, args.device)
+    x, y = on_device("resnet20", max(sizes) + 100, args)
+    rows = []
+    for n in sizes:
+        fitted, calls = {}, {}
+        for kind in ("exact", "mc"):
+            la = ours(model, subsample_size=2 * rank, n_eigenvalues=rank, curvature_size=None, curvature=kind)
+            la.fit(loader(x[:50], y[:50], 50))  # finds out what the model supports
+            names = [(f"batch {i}", xb) for i, (xb, _) in enumerate(loader(x[:n], y[:n], 50))]
+            calls[kind], _ = once(partial(fit_curvature, la, names, n), args.device)
+            la.temperature = 1000.0
+            fitted[kind] = la
+        exact, mc = fitted["exact"], fitted["mc"]
+        phi, _ = exact.features(x[-100:])
+        spreads = [float(la.functional_variance(phi).diagonal(dim1=1, dim2=2).mean()) for la in (mc, exact)]
+        rows.append(
+            result(
+                f"sampled labels, K = {rank}, n = {n}: error of G",
+                "relative",
+                float((mc.H - exact.H).norm() / exact.H.norm()),
+                K=rank,
+                n=n,
+                variance_ratio=spreads[0] / spreads[1],
+                times_cheaper=calls["exact"] / calls["mc"],
+            )
+        )
+    return rows
+
+
+def fit_curvature(la: Any, batches: list[Any], n: int) -> None:
+    ((*_, (_, la.H)),) = (la.backend.accumulate(batches, la.basis, n),)
+
+
 def is_cuda(args: argparse.Namespace) -> bool:
     return args.device.type == "cuda"
 
@@ -568,6 +687,14 @@ CASES: dict[str, dict[str, Part]] = {
         },
         "ours": partial(memory_of_host, batch=None),
         **{f"host-{batch}": partial(memory_of_host, batch=batch) for batch in (1, 4, 8)},
+    },
+    "tuning": {
+        **{kind: partial(tuning, kind=kind) for kind in ("grid", "probit", "mc")},
+        "host": tuning_of_host,
+    },
+    "sampled": {
+        "20": partial(sampled_curvature, rank=20, sizes=(100, 400, 1000)),
+        "100": partial(sampled_curvature, rank=100, sizes=(200,)),
     },
     "methods": {
         **{name: partial(method, name="resnet20", chosen=name) for name in METHODS},

@@ -83,11 +83,13 @@ class NystromBasis:
         values = self.spectrum.clamp_min(0).cpu().numpy()
         ranks = range(1, len(values) + 1)
         ax.loglog(ranks, values / values.sum(), color="C0")
-        ax.set(xlabel="index of the eigenvalue, or K", ylabel="eigenvalue / trace")
+        ax.set_xlabel("index of the eigenvalue, or K")
+        ax.set_ylabel("eigenvalue / trace", color="C0")
         ax.axvline(self.rank, color="0.6", ls="--")
         right = ax.twinx()
         right.semilogx(ranks, (values / values.sum()).cumsum(), color="C1")
-        right.set(ylabel="retained share", ylim=(0, 1))
+        right.set_ylim(0, 1)
+        right.set_ylabel("retained share", color="C1")
         ax.set_title(f"K = {self.rank} of M = {self.n_landmarks} retain {self.retained:.1%} of the trace")
         return ax
 

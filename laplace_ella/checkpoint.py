@@ -20,7 +20,7 @@ TENSOR_STATE = ("prior_mean", "prior_precision", "sigma_noise")
 STATE_KEYS = {
     *("format", "cls_name", "likelihood", "fingerprint", "basis", "H", "loss", "n_data", "n_outputs"),
     "n_predictions",
-    *("temperature", "temperature_fixed", "named_by_user", "snapshots", "novelty_moments"),
+    *("temperature", "temperature_fixed", "named_by_user", "snapshots", "novelty_reference"),
     *(*TENSOR_STATE, *PLAIN_STATE),
 }
 

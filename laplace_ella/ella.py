@@ -223,7 +223,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
         self.snapshots: list[tuple[int, Tensor]] = []
         self.n_curvature = self.n_predictions = 0
         self._tangents: tuple[Weights, Tensor] | None = None
-        self._novelty_moments: Tensor | None = None
+        self._novelty_reference: Tensor | None = None
         self._fingerprint = ""
         self.fit_history_: dict[str, list[float]] = {"processed_examples": [], "val_nll": []}
         super().__init__(
@@ -305,7 +305,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
         loss: Tensor,
         counts: tuple[int, int, int],
     ) -> None:
-        self.backend.basis, self._tangents, self._novelty_moments = basis, None, None
+        self.backend.basis, self._tangents, self._novelty_reference = basis, None, None
         self.snapshots, (self.n_curvature, self.H) = snapshots, snapshots[-1]
         self.loss, (self.n_data, self.n_predictions, self.n_outputs) = loss, counts
         self.mean = torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype)
@@ -429,7 +429,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
             "temperature": self.temperature,
             "temperature_fixed": self._temperature_fixed,
             "snapshots": self.snapshots,
-            "novelty_moments": self._novelty_moments,
+            "novelty_reference": self._novelty_reference,
             **{name: getattr(self, name).detach() for name in checkpoint.TENSOR_STATE},
             **{name: getattr(self, name) for name in checkpoint.PLAIN_STATE},
         }
@@ -462,7 +462,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, Paramet
             counts = tuple(state_dict[k] for k in ("n_data", "n_predictions", "n_outputs"))
             self._set_fit(basis, snapshots, loss, counts)
             self.n_curvature, self.H = n_curvature, state_dict["H"].to(self._device)
-            self._novelty_moments = state_dict["novelty_moments"]
+            self._novelty_reference = state_dict["novelty_reference"]
 
     def _warn_of_differences(self, state: dict[str, Any]) -> None:
         pairs: dict[str, tuple[Any, Any]] = {

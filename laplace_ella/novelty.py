@@ -18,6 +18,8 @@ from .residual import residual_share, traces
 
 # Exact linearised Laplace is made of P x P matrices.
 LARGEST_EXACT = 5000
+# Of more calibration inputs, so many quantiles are kept.
+LARGEST_REFERENCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Novelty:
     dict_key_y: str
     H: Any
     _H_factor: Any
-    _novelty_moments: Tensor | None
+    _dtype: Any
+    _novelty_reference: Tensor | None
     _check_H_init: Callable[[], None]
     _linearised: Callable[..., Linearised]
     _outputs: Callable[[Linearised], Outputs]
@@ -96,12 +99,11 @@ class Novelty:
         AttributeError, ValueError
             As for a call.
         """
-        if self._novelty_moments is None:
+        if self._novelty_reference is None:
             return self.residual_share(x)
         features = self._novelty_features(x)
-        mean, deviation = self._novelty_moments.to(features)
-        scores = (features - mean) / deviation
-        return scores[:, 0] + scores[:, 1] / 2
+        scores = normal_scores(features, self._novelty_reference.to(features))
+        return (scores[:, 0] + scores[:, 1] / 2).to(self._dtype)
 
     @torch.no_grad()
     def calibrate_novelty(self, in_distribution_loader: Iterable[Any]) -> None:
@@ -111,7 +113,8 @@ class Novelty:
         ----------
         in_distribution_loader : iterable
             Batches of inputs the model is meant for, which it was not fitted to: (x, y), mappings, or
-            x alone. No labels are used, and no other data.
+            x alone; hundreds at least, since scores end where theirs do. No labels are used, and
+            no other data.
 
         Raises
         ------
@@ -133,8 +136,9 @@ class Novelty:
         features = torch.cat(found) if found else torch.zeros(0, 2)
         if len(features) < 2:
             raise ValueError(f"calibrate_novelty() needs at least two inputs; got {len(features)}.")
-        deviation = features.std(0).clamp_min(torch.finfo(features.dtype).eps)
-        self._novelty_moments = torch.stack([features.mean(0), deviation])
+        ascending = features.sort(0).values
+        steps = torch.linspace(0, len(ascending) - 1, min(len(ascending), LARGEST_REFERENCE))
+        self._novelty_reference = ascending[steps.round().long().to(ascending.device)]
 
     def _seen(self, x: Input) -> Linearised:
         return self._linearised(x, "exact" if self.residual == "exact" else "isotropic")
@@ -143,7 +147,7 @@ class Novelty:
         return None if seen.pushed is None else self._residual_tangents()[1]
 
     def _novelty_features(self, x: Input) -> Tensor:
-        """Return predictive entropy and logit of the residual share (B, 2), float64."""
+        """Return predictive entropy and residual share (B, 2), float64."""
         seen = self._seen(x)
         share = residual_share(seen, self._overlap(seen))
         parts = Linearised(seen.f, seen.phi) if self.residual == "none" else seen
@@ -195,6 +199,19 @@ class Novelty:
         theirs = Linearised(f, phi).outputs(posterior.posterior_scale(precision)).covariance().double()
         ours = self._outputs(self._linearised(x)).covariance().double()
         return float((ours - theirs).norm() / theirs.norm())
+
+
+def normal_scores(values: Tensor, reference: Tensor) -> Tensor:
+    r"""Return :math:`\Phi^{-1}` of the rank of each column's values among the reference's (B, D).
+
+    Parameters
+    ----------
+    values : Tensor (B, D)
+    reference : Tensor (n, D)
+        Ascending in each column. Values beyond it get the score of its end.
+    """
+    ranks = torch.searchsorted(reference.T.contiguous(), values.T.contiguous(), right=True).T
+    return torch.special.ndtri((ranks.to(values.dtype) + 0.5) / (len(reference) + 1))
 
 
 def entropy(p: Tensor, likelihood: str) -> Tensor:

@@ -87,12 +87,11 @@ class TuningResult:
 
         n = len(self.searched)
         figure, axes = plt.subplots(
-            1, n, figsize=(4.2 * n, 3.6), sharey=True, squeeze=False, layout="constrained"
+            1, n, figsize=(3.6 * n + 1.8, 3.6), sharey=True, squeeze=False, layout="constrained"
         )
-        scores = [s for _, s in self.table if math.isfinite(s)]
         reached = [self.score, *(b.score for b in self.baselines.values() if b is not None)]
-        low, high = min(reached), max(*reached, sorted(scores)[len(scores) // 2])
-        margin = 0.08 * (high - low) or 0.01
+        low, high = min(reached), max(reached)
+        margin = 0.1 * (high - low) or 0.01
         for ax, name in zip(axes[0], self.searched):
             values = [getattr(setting, name) for setting, _ in self.table]
             ax.plot(values, [s for _, s in self.table], ".", color="0.6", ms=4)
@@ -101,9 +100,10 @@ class TuningResult:
             for i, (method, baseline) in enumerate(self.baselines.items()):
                 if baseline is not None:
                     ax.axhline(baseline.score, color=f"C{i + 4}", ls="--", lw=1, label=method)
-            ax.set(xscale="log", xlabel=name, ylim=(low - margin, high + margin))
+            ax.set_xscale("log", base=10 if max(values) > 100 * min(values) else 2)
+            ax.set(xlabel=name, ylim=(low - margin, high + 5 * margin))
         axes[0][0].set_ylabel(self.loss)
-        axes[0][-1].legend(fontsize="small", frameon=False)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
         return figure
 
 
