@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,13 +175,23 @@ def images(n: int, data: Path | None) -> tuple[Tensor, Tensor]:
     if data is None:
         return noise(n, (3, 32, 32), seed=0)
     import numpy as np
-    from PIL import Image
 
     with np.load(data / "cifar10_jpeg_test.npz") as file:
-        jpeg, offset, label = file["jpeg"].tobytes(), file["offset"], file["label"]
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(label), generator=generator)[:n].tolist()
-    pictures = [np.asarray(Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]]))) for i in chosen]
-    x = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+        n_images = len(file["label"])
+    chosen = torch.randperm(n_images, generator=torch.Generator().manual_seed(0))[:n].tolist()
+    pixels, label = decoded(data / "cifar10_jpeg_test.npz", chosen)
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
     x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    return x.contiguous(), torch.from_numpy(label[chosen].astype("int64"))
+    return x.contiguous(), torch.from_numpy(label.astype("int64"))
+
+
+def decoded(path: Path, chosen: list[int] | None = None) -> tuple[Any, Any]:
+    """Return pixels (N, 32, 32, 3), uint8, and labels of a file of JPEG images; all, if none are chosen."""
+    import numpy as np
+    from PIL import Image
+
+    with np.load(path) as file:
+        jpeg, offset, label = file["jpeg"].tobytes(), file["offset"], file["label"]
+    chosen = list(range(len(label))) if chosen is None else chosen
+    pictures = [np.asarray(Image.open(io.BytesIO(jpeg[offset[i] : offset[i + 1]]))) for i in chosen]
+    return np.stack(pictures), label[chosen]

@@ -233,10 +233,12 @@ TABLES: dict[str, Callable[[Runs], str]] = {
 }
 
 
-def with_tables(text: str, runs: Runs) -> str:
+def with_tables(
+    text: str, runs: Runs, tables: dict[str, Callable[[Runs], str]] = TABLES, script: str = "report.py"
+) -> str:
     """Return the page's text with every table between its markers written anew."""
-    for name, write in TABLES.items():
-        start, end = f"<!-- table {name}: written by benchmarks/report.py -->\n", f"<!-- end of {name} -->"
+    for name, write in tables.items():
+        start, end = f"<!-- table {name}: written by benchmarks/{script} -->\n", f"<!-- end of {name} -->"
         before, rest = text.split(start)
         _, after = rest.split(end)
         text = before + start + "\n" + write(runs) + "\n" + end + after
