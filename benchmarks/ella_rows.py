@@ -16,12 +16,12 @@ from image_data import Data
 from measure import loader, once, plain, synchronize
 from torch import Tensor, nn
 
-from laplace_ella import Laplace, posterior
+from laplace_ella import Laplace
+from laplace_ella.posterior import Linearised
 from laplace_ella.predictive import predict
+from laplace_ella.residual import residual_share
 
 BATCH = 100
-# So small a scale that there is no residual variance: rows with and without one share an estimator.
-NO_RESIDUAL = 1e-30
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,6 @@ class Size:
     subsample_size: int = 500
     n_eigenvalues: int = 20
     curvature_size: int = 2000
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What predictions need of N inputs, whatever the setting: phi (N, C, K), f (N, C), residual share (N,)."""
-
-    phi: Tensor
-    f: Tensor
-    share: Tensor
 
 
 @dataclass
@@ -70,26 +61,25 @@ class Times:
         return [seconds / len(self.x) for seconds in calls[1:]]
 
 
-def keep(la: Any, x: Tensor) -> Kept:
-    """Compute what ``probabilities`` needs."""
-    parts = [(*la.features(part), la.residual_share(part)) for part in x.split(BATCH)]
-    return Kept(*(torch.cat(column).detach() for column in zip(*parts)))
+@torch.no_grad()
+def keep(la: Any, x: Tensor) -> list[Linearised]:
+    """Compute what predictions and novelty need of all inputs, whatever the setting."""
+    return [la._linearised(part, "isotropic") for part in x.split(BATCH)]
 
 
 @torch.no_grad()
-def probabilities(la: Any, kept: Kept) -> Tensor:
+def probabilities(la: Any, kept: list[Linearised]) -> Tensor:
     """Return what the estimator, in its present setting, predicts by Monte Carlo (N, C)."""
-    psi = posterior.whiten(kept.phi, la.posterior_scale)
-    if la.residual_scale != NO_RESIDUAL:
-        # r, from the share r C / (r C + |phi|^2): a further, independent direction for each output
-        span = kept.phi.square().sum((1, 2)) / kept.f.shape[1]
-        r = span * kept.share / (1 - kept.share).clamp_min(1e-12)
-        scale = (la.residual_scale / la.prior_precision * r).sqrt()
-        identity = torch.eye(kept.f.shape[1], dtype=psi.dtype, device=psi.device)
-        psi = torch.cat([psi, scale[:, None, None].to(psi) * identity], 2)
-    return predict(
-        la.logit_scale * kept.f, psi, "classification", link_approx="mc", n_samples=N_SAMPLES, seed=la.seed
-    )
+    if la.residual == "none":
+        kept = [Linearised(part.f, part.phi) for part in kept]
+    options = {"link_approx": "mc", "n_samples": N_SAMPLES, "seed": la.seed}
+    return torch.cat([predict(la._outputs(part), "classification", **options) for part in kept])
+
+
+@torch.no_grad()
+def shares(la: Any, kept: list[Linearised]) -> Tensor:
+    """Return the residual shares (N,)."""
+    return torch.cat([residual_share(part, la._residual_tangents()[1]) for part in kept])
 
 
 def untempered(la: Any, val_loader: Any) -> dict[str, Any]:
@@ -133,7 +123,7 @@ UNTUNED: dict[str, float | None] = {
     "temperature": None,
     "prior_precision": 1.0,
     "logit_scale": 1.0,
-    "residual_scale": NO_RESIDUAL,
+    "residual_scale": 1.0,
 }
 
 
@@ -145,10 +135,8 @@ def apply(la: Any, setting: dict[str, float]) -> None:
 
 def setting(la: Any) -> dict[str, float]:
     """Return the estimator's setting, without a residual scale if there is no residual."""
-    found = {name: float(getattr(la, name)) for name in UNTUNED}
-    if la.residual_scale == NO_RESIDUAL:
-        del found["residual_scale"]
-    return found
+    names = [name for name in UNTUNED if name != "residual_scale" or la.residual != "none"]
+    return {name: float(getattr(la, name)) for name in names}
 
 
 def fitted(model: nn.Module, data: Data, size: Size, seed: int, times: Times) -> Any:
@@ -159,8 +147,6 @@ def fitted(model: nn.Module, data: Data, size: Size, seed: int, times: Times) ->
         "all",
         "ella",
         seed=seed,
-        residual="isotropic",
-        residual_scale=NO_RESIDUAL,
         **asdict(size),
     )
     with times.stage("fit", len(data.train[1])):
@@ -170,7 +156,7 @@ def fitted(model: nn.Module, data: Data, size: Size, seed: int, times: Times) ->
 
 def rows(
     la: Any, data: Data, sets: dict[str, Tensor], times: Times
-) -> tuple[dict[str, Row], dict[str, Kept]]:
+) -> tuple[dict[str, Row], dict[str, list[Linearised]]]:
     """Tune each row on the validation images, and let it predict all sets from one feature pass.
 
     Returns
@@ -182,24 +168,23 @@ def rows(
     return {name: _row(la, name, data, kept, times) for name in ROWS}, kept
 
 
-def _row(la: Any, name: str, data: Data, kept: dict[str, Kept], times: Times) -> Row:
+def _row(la: Any, name: str, data: Data, kept: dict[str, list[Linearised]], times: Times) -> Row:
+    la.residual = "isotropic" if "residual" in name else "none"
     apply(la, {})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         with times.stage(f"tune: {name}", len(data.validation[1])):
             more = ROWS[name](la, loader(*data.validation, BATCH))
-    with times.stage(f"predict from features: {name}", sum(len(k.f) for k in kept.values())):
+    with times.stage(
+        f"predict from features: {name}", sum(len(part.f) for parts in kept.values() for part in parts)
+    ):
         found = {of: probabilities(la, k).cpu() for of, k in kept.items()}
     notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     return Row(found, setting(la), times.stages[f"tune: {name}"]["seconds"], notes, more)
 
 
-def novelty(la: Any, data: Data, sets: dict[str, Tensor], times: Times) -> dict[str, Tensor]:
+def novelty(la: Any, data: Data, kept: dict[str, list[Linearised]], times: Times) -> dict[str, Tensor]:
     """Calibrate on the validation inputs, without labels, and score each set, under the present setting."""
     with times.stage("calibrate novelty", len(data.validation[0])):
         la.calibrate_novelty(data.validation[0].split(BATCH))
-    with times.stage("novelty", sum(map(len, sets.values()))):
-        return {
-            name: torch.cat([la.novelty(part).detach() for part in x.split(BATCH)]).cpu()
-            for name, x in sets.items()
-        }
+    return {name: torch.cat([la._novelty_of(part) for part in parts]).cpu() for name, parts in kept.items()}

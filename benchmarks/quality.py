@@ -54,9 +54,14 @@ class Case:
 FASHION = Counts(train=30_000)
 CASES = {
     "fashion-cnn": Case("strided CNN", "Fashion-MNIST", fashion_data, FASHION, SmallCNN, 5, 4e-3),
-    "fashion-vit": Case("small ViT", "Fashion-MNIST", fashion_data, FASHION, SmallViT, 4, 2e-3),
+    "fashion-vit": Case(
+        "small ViT", "Fashion-MNIST", fashion_data, replace(FASHION, test=2000, ood=500), SmallViT, 4, 2e-3
+    ),
     "cifar10-jpeg": Case(
-        "ResNet-20, published weights", "CIFAR-10 (JPEG)", cifar_data, Counts(train=10_000, test=2500)
+        "ResNet-20, published weights",
+        "CIFAR-10 (JPEG)",
+        cifar_data,
+        Counts(train=10_000, test=2500, ood=500),
     ),
 }
 
@@ -86,10 +91,11 @@ def run_seed(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     of_ella, kept = ella_rows.rows(la, on_device, sets, times)
     rows |= of_ella
 
+    la.residual = "none"
     ella_rows.apply(la, rows["ELLA (T, s)"].parameters)
     own = {
-        "ELLA residual share": {name: k.share.cpu() for name, k in kept.items()},
-        "ELLA novelty": ella_rows.novelty(la, on_device, sets, times),
+        "ELLA residual share": {name: ella_rows.shares(la, parts).cpu() for name, parts in kept.items()},
+        "ELLA novelty": ella_rows.novelty(la, on_device, kept, times),
     }
     return {
         "seed": seed,

@@ -101,7 +101,11 @@ class Novelty:
         """
         if self._novelty_reference is None:
             return self.residual_share(x)
-        features = self._novelty_features(x)
+        return self._novelty_of(self._seen(x))
+
+    def _novelty_of(self, seen: Linearised) -> Tensor:
+        assert self._novelty_reference is not None
+        features = self._novelty_features(seen)
         scores = normal_scores(features, self._novelty_reference.to(features))
         return (scores[:, 0] + scores[:, 1] / 2).to(self._dtype)
 
@@ -130,9 +134,8 @@ class Novelty:
                 "Use residual_share(), or novelty() as it is."
             )
         batches = named_inputs(in_distribution_loader, self.dict_key_x)
-        found = [
-            self._novelty_features(part) for x in batches for part in self.backend.bounded(x, self.basis.rank)
-        ]
+        parts = (part for x in batches for part in self.backend.bounded(x, self.basis.rank))
+        found = [self._novelty_features(self._seen(part)) for part in parts]
         features = torch.cat(found) if found else torch.zeros(0, 2)
         if len(features) < 2:
             raise ValueError(f"calibrate_novelty() needs at least two inputs; got {len(features)}.")
@@ -146,9 +149,8 @@ class Novelty:
     def _overlap(self, seen: Linearised) -> Tensor | None:
         return None if seen.pushed is None else self._residual_tangents()[1]
 
-    def _novelty_features(self, x: Input) -> Tensor:
+    def _novelty_features(self, seen: Linearised) -> Tensor:
         """Return predictive entropy and residual share (B, 2), float64."""
-        seen = self._seen(x)
         share = residual_share(seen, self._overlap(seen))
         parts = Linearised(seen.f, seen.phi) if self.residual == "none" else seen
         p = self._predict_from(self._outputs(parts), "mc", 128, False).double()
