@@ -40,6 +40,7 @@ types: $(VENV)/.installed-dev
 examples: $(VENV)/.installed-examples  ## run the examples, with their assertions
 	$(RUN)/python $(QUIET) examples/quickstart.py --quick
 	$(RUN)/python $(QUIET) examples/regression.py
+	$(RUN)/python $(QUIET) examples/tuning.py --quick
 
 bench: $(VENV)/.installed-bench  ## costs on this machine, as JSON
 	$(RUN)/python benchmarks/run.py --quick

@@ -3,6 +3,7 @@ r"""Tensors of many batches within a memory budget: what does not fit goes to a 
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -71,6 +72,7 @@ class Store:
     def _write(self, tensor: Tensor) -> _Filed:
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self.folder, prefix="laplace_ella-features-")  # noqa: SIM115
+            weakref.finalize(self, self._file.close)
         offset = self._file.seek(0, 2)
         flat = tensor.detach().cpu().contiguous().flatten()
         self._file.write(flat.view(torch.uint8).numpy().data)

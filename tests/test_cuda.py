@@ -140,3 +140,56 @@ def test_rows_are_spilled_off_the_device(tmp_path):
             spill_dtype=torch.float32,
         )
         assert_close(la.H, exact.H, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("residual", ["isotropic", "exact"])
+@pytest.mark.parametrize("curvature", ["exact", "mc"])
+def test_everything_that_is_tuned_is_what_a_cpu_tunes(residual, curvature):
+    options = {"residual": residual, "curvature": curvature, "temperature": None}
+    data, search = train_loader(), ["temperature", "logit_scale", "residual_scale", "n_eigenvalues"]
+    cpu = fitted(model=mlp(), data=data, **options)
+    gpu = fitted(model=mlp().cuda(), data=data, **options)
+    assert_close(gpu.H, cpu.H, rtol=1e-6)
+    found = [la.optimize_hyperparameters(data, search) for la in (cpu, gpu)]
+    assert found[1].score == pytest.approx(found[0].score, rel=1e-4)
+    for la in (cpu, gpu):
+        la.calibrate_novelty(data)
+    gpu.temperature, gpu.logit_scale, gpu.residual_scale = (
+        cpu.temperature,
+        cpu.logit_scale,
+        cpu.residual_scale,
+    )
+    if gpu.basis.rank == cpu.basis.rank:
+        assert_close(gpu(X.cuda(), link_approx="mc"), cpu(X, link_approx="mc"), rtol=1e-6)
+        assert_close(gpu.residual_share(X.cuda()), cpu.residual_share(X), rtol=1e-6)
+    assert gpu.novelty(X.cuda()).is_cuda
+    assert gpu.functional_samples(X.cuda()).is_cuda
+
+
+def test_validation_features_are_spilled_off_the_device():
+    data = train_loader()
+    little, much = (
+        fitted(model=mlp().cuda(), data=data, n_eigenvalues=2, memory_budget=b) for b in (3000, 10**9)
+    )
+    for la in (little, much):
+        la.optimize_prior_precision(method="gridsearch", val_loader=data, grid_size=5)
+    assert float(little.prior_precision) == float(much.prior_precision)
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "classification"])
+def test_positions_and_binary_labels(likelihood):
+    class Sequence(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(x)
+
+    x = torch.randn(23, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shape = (23, 7, C) if likelihood == "bernoulli" else (23, 7)
+    y = torch.randint(2, shape, generator=torch.Generator().manual_seed(1))
+    cpu, gpu = (fitted(likelihood, m, loader(x, y)) for m in (Sequence(), Sequence().cuda()))
+    assert_close(gpu.H, cpu.H, rtol=1e-6)
+    assert_close(gpu(x[:3].cuda()), cpu(x[:3]), rtol=1e-6)

@@ -38,3 +38,12 @@ def test_the_cost_table_is_the_benchmarks(report):
 def test_the_tables_on_performance_are_the_benchmarks(report):
     page = (ROOT / "docs/performance.md").read_text()
     assert report.with_tables(page, report.read(ROOT / "benchmarks/results")) == page
+
+
+def test_the_tables_on_tuning_are_the_benchmarks(report):
+    module = importlib.import_module("quality_report")
+    page = (ROOT / "docs/tuning.md").read_text()
+    assert (
+        report.with_tables(page, module.read(ROOT / "benchmarks/results"), module.TABLES, "quality_report.py")
+        == page
+    )
