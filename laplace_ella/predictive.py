@@ -115,7 +115,10 @@ class Predictive:
             pushed, _ = self.backend.push(x, self._residual_tangents()[0], self.enable_backprop)
             validation.check_finite_features(pushed, f, "the inputs given")
             return Linearised(f, phi, pushed=pushed)
-        return Linearised(f, phi, gram=self.backend.output_grams(x) if residual == "exact" else None)
+        if residual == "exact":
+            empty = f.new_zeros(0, f.shape[-1], f.shape[-1], dtype=torch.float64)
+            return Linearised(f, phi, gram=self.backend.output_grams(x) if len(f) else empty)
+        return Linearised(f, phi)
 
     def _residual_tangents(self) -> tuple[Weights, Tensor]:
         """Return S tangents (S, *shape), and their overlap (K, S) with the directions; the same at every call."""
@@ -217,7 +220,8 @@ class Predictive:
         linearised = self._linearised(X, "none" if joint and self.residual == "exact" else None)
         mean, spread = moments(self._outputs(linearised), joint, diagonal_output)
         if joint and self.residual == "exact":
-            gram, flat_phi = self.backend.joint_gram(X), linearised.phi.flatten(0, 1).double()
+            flat_phi = linearised.phi.flatten(0, 1).double()
+            gram = self.backend.joint_gram(X) if len(flat_phi) else 0.0
             spread = spread + self.residual_variance * (gram - flat_phi @ flat_phi.T)
         return mean.to(linearised.f.dtype), spread.to(linearised.f.dtype)
 

@@ -63,7 +63,7 @@ class TuningResult:
         ]
         for name, baseline in self.baselines.items():
             if baseline is None:
-                lines.append(f"{name:22}{'not available':>9}")
+                lines.append(f"{name:22}{'':9}{'not available':>22}")
                 continue
             error = "" if baseline.standard_error is None else f" +- {baseline.standard_error:.4f}"
             parameters = ", ".join(f"{k} = {_format(v)}" for k, v in baseline.parameters.items())
