@@ -20,11 +20,12 @@ from .basis import NystromBasis
 from .curvature import nystrom_backend
 from .fitting import Fitting
 from .hyperparameters import Hyperparameters
+from .joint_tuning import JointTuning
 from .likelihoods import LIKELIHOODS
 from .novelty import Novelty
 from .predictive import Predictive
 from .residual import RESIDUALS
-from .tuning import Tuning
+from .tuning import PriorTuning
 
 DEFAULT_SUBSAMPLE_SIZE = 500
 DEFAULT_N_EIGENVALUES = 20
@@ -61,7 +62,7 @@ def Laplace(
     return laplace.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
 
 
-class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, Tuning, ParametricLaplace):
+class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, JointTuning, ParametricLaplace):
     r"""Linearised Laplace over all weights, through a Nystrom approximation of the NTK.
 
     The posterior lives on :math:`\theta^* + V z`, with K orthonormal directions V that

@@ -15,12 +15,12 @@ from .autodiff import exclusively
 from .baselines import Scorer
 from .basis import NystromBasis
 from .batches import Input, batch_size, collate, named_batches, rows
+from .candidates import progress_bars
 from .landmarks import draw_outputs
 from .likelihoods import LIKELIHOODS
 from .plan import Plan, data_size, first_batch
 from .scan import Scan, scan
 from .search import Setting
-from .tuning import progress_bars
 
 
 class Fitting:

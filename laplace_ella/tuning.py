@@ -1,83 +1,34 @@
-r"""``optimize_prior_precision`` and ``optimize_hyperparameters``: everything from one pass.
-
-Features depend on none of the parameters tuned, so the model runs once over the
-validation data, and every candidate is scored from what was kept of it.
-"""
+r"""``optimize_prior_precision``: evidence as the host has it, grid search from one pass."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from . import posterior, validation
-from .baselines import Scorer, baselines, map_prediction
+from . import validation
+from .baselines import Scorer, map_prediction
 from .basis import Progress
-from .batches import Input, named_batches
-from .hyperparameters import curvature_factor
+from .batches import named_batches
+from .candidates import Candidates, progress_bars
 from .likelihoods import LIKELIHOODS, Prediction, checked_targets
-from .posterior import Linearised, Outputs
-from .predictive import predict
-from .result import SETTING_NAMES, TuningResult, compared, remarks
-from .scoring import Block, Loss, ValidationData, score
-from .search import LOGIT_SCALES, TEMPERATURES, Search, Setting, decades, grid_search, joint_search, refine
-from .store import Store
+from .scoring import Loss, score
+from .search import TEMPERATURES, Search, Setting, grid_search
 
 # A loss that changes by less than this share of it at the edge of a grid is flat there.
 FLAT_EDGE = 1e-6
 
 
-def progress_bars(enabled: bool) -> Progress:
-    """Return what wraps an iterable in a named progress bar, or does nothing."""
-    # tqdm.auto's bars start an iterable twice, and with it the workers of a loader.
-    return lambda iterable, name: tqdm(iterable, desc=name) if enabled else iterable
+class PriorTuning(Candidates):
+    """Tuning of the prior precision, and of the temperature with it.
 
-
-class Tuning:
-    """Tuning of all that predictions depend on, apart from the weights.
-
-    A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here, and
-    laplace-torch, next in line, the maximisation of the evidence.
+    laplace-torch, next in line, maximises the evidence.
     """
-
-    likelihood: str
-    backend: Any
-    basis: Any  # NystromBasis
-    seed: int
-    dict_key_x: str
-    dict_key_y: str
-    prior_precision: Any  # Tensor (1,), (L,) or (P,)
-    sigma_noise: Any  # Tensor ()
-    temperature: Any  # float
-    logit_scale: Any  # float
-    residual: str
-    residual_scale: Any  # float
-    n_eigenvalues: int | float
-    snapshots: list[tuple[int, Tensor]]
-    n_curvature: int
-    H: Any  # Tensor (K, K)
-    enable_backprop: bool
-    _temperature: float
-    _temperature_fixed: bool
-    _posterior_scale: Tensor | None
-    _device: Any
-    _dtype: Any
-    _undone_on_error: Callable[[], AbstractContextManager[None]]
-    _check_H_init: Callable[[], None]
-    _linearised: Callable[..., Linearised]
-    _residual_tangents: Callable[[], tuple[Any, Tensor]]
-    _keep_leading: Callable[[int], None]
-    _keep_snapshot: Callable[[int], None]
-    __call__: Callable[..., Any]
-
-    # ------------------------------------------------------------------ prior precision
 
     def optimize_prior_precision(
         self,
@@ -281,264 +232,6 @@ class Tuning:
             return score(plain, likelihood, loss, self.sigma_noise.double().square())
 
         return evaluate, score_of_map
-
-    # ------------------------------------------------------------------ all hyperparameters
-
-    def optimize_hyperparameters(
-        self,
-        val_loader: Iterable[Any],
-        search: Sequence[str] | Mapping[str, Sequence[float] | None] | None = None,
-        *,
-        link_approx: str = "mc",
-        n_samples: int = 128,
-        loss: Loss | None = None,
-        apply: bool = True,
-        progress_bar: bool = False,
-    ) -> TuningResult:
-        r"""Tune any of the parameters of the predictive jointly, and compare with simpler methods.
-
-        Parameters
-        ----------
-        val_loader : iterable
-            Batches of data that the model was not fitted to; read once.
-        search : sequence of str, or mapping, optional
-            Any of "temperature" T, "logit_scale" s, "residual_scale" rho, "prior_precision",
-            "n_eigenvalues" (leading K' <= K directions), "curvature_size" (n, from the snapshots of
-            the fit) and "sigma_noise". A mapping gives the values of the grid, None the
-            default. Default: ("temperature", "logit_scale"); for regression ("temperature",
-            "sigma_noise"); a temperature fixed by the user is left out.
-        link_approx, n_samples
-            As in the predictions that the setting is for.
-        loss : torchmetrics.Metric or callable, optional
-            Default: the mean NLL an input (or position), which is refined by L-BFGS; any
-            other loss by golden-section search.
-        apply : bool
-            Give the estimator the best setting. Directions beyond K' are dropped.
-        progress_bar : bool
-
-        Returns
-        -------
-        TuningResult
-
-        Raises
-        ------
-        AttributeError
-            Before a fit.
-        ValueError
-            On parameters that cannot be searched, or if no setting has a finite loss. The
-            estimator is then as it was.
-
-        Notes
-        -----
-        Cost: one pass of features (and a plain forward pass) over the validation data. The
-        candidates take N_val x C x K operations each, times the samples with "mc".
-        """
-        self._check_H_init()
-        validation.check_prediction("glm", link_approx, n_samples, None, None)
-        validation.check_link(self.likelihood, link_approx)
-        validation.check_loss(loss)
-        grids = self._grids(search)
-        progress = progress_bars(progress_bar)
-        with self._undone_on_error():
-            scorer = Scorer(self._validation_data(val_loader, progress, last_layer=True), loss)
-            predictor = self._predictor(link_approx, n_samples, diagonal_output=loss is None)
-            found = Search(lambda setting: scorer(predictor, setting))
-            joint_search(found, self._setting(), grids, progress)
-            refine(found, grids, partial(scorer.gradient, predictor) if loss is None else None)
-            found.conclude()
-            result = self._result(scorer, found, grids, apply, link_approx, n_samples)
-            if apply:
-                self._apply(result.best, tuple(grids))
-        if result.notes:
-            warnings.warn(" ".join(result.notes), stacklevel=2)
-        return result
-
-    def _grids(self, search: Any) -> dict[str, Sequence[Any]]:
-        """Return the values of each parameter to search, from small to large variance."""
-        if search is None:
-            free = [] if self._temperature_fixed else ["temperature"]
-            search = [*free, "sigma_noise" if self.likelihood == "regression" else "logit_scale"]
-            if self.likelihood == "reward_modeling":
-                search = free
-        given = dict(search) if isinstance(search, Mapping) else dict.fromkeys(search)
-        validation.check_search(
-            given, SETTING_NAMES, self.likelihood, self._temperature_fixed, self.residual, self.temperature
-        )
-        sizes = [n for n, _ in self.snapshots]
-        limits = {"n_eigenvalues": list(range(1, self.basis.rank + 1)), "curvature_size": sizes}
-        sigma = float(self.sigma_noise)
-        rank = self.basis.rank
-        defaults: dict[str, Sequence[Any]] = {
-            "temperature": decades(-3, 6),
-            "prior_precision": decades(-4, 6)[::-1],
-            "logit_scale": LOGIT_SCALES,
-            "residual_scale": decades(-10, 1),
-            "n_eigenvalues": sorted({k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k < rank} | {rank}),
-            "curvature_size": sizes[::-1],
-            "sigma_noise": [sigma * 10 ** (e / 2) for e in range(-6, 7)],
-        }
-        return {
-            k: defaults[k] if values is None else validation.check_values(k, values, limits.get(k))
-            for k, values in given.items()
-        }
-
-    def _result(
-        self,
-        scorer: Scorer,
-        found: Search,
-        grids: dict[str, Sequence[Any]],
-        applied: bool,
-        link_approx: str,
-        n_samples: int,
-    ) -> TuningResult:
-        predictor = self._predictor(link_approx, n_samples, diagonal_output=scorer.loss is None)
-        best, each = found.best, scorer.each(predictor, found.best)
-
-        def predict_outputs(outputs: Outputs) -> Prediction:
-            return self._predict_from(outputs, link_approx, n_samples, diagonal_output=scorer.loss is None)
-
-        compared_with = {
-            name: compared(method, found.table[best], each)
-            for name, method in baselines(scorer, predict_outputs, self._setting(), grids)
-        }
-        plain = partial(map_prediction, likelihood=scorer.likelihood)
-        start = self._setting().at(logit_scale=1.0)
-        with torch.no_grad():
-            equals_map = all(
-                _difference(predictor(b, best), plain(b, start), float(best.sigma_noise)) < 5e-4
-                for b in scorer.data
-            )
-        return TuningResult(
-            best,
-            found.table[best],
-            tuple(grids),
-            tuple(found.table.items()),
-            compared_with,
-            scorer.data.n_inputs,
-            "mean NLL"
-            if scorer.loss is None
-            else getattr(scorer.loss, "__name__", type(scorer.loss).__name__),
-            applied,
-            remarks(found.table[best], compared_with, scorer.data.n_inputs, equals_map),
-        )
-
-    def _apply(self, setting: Setting, names: Sequence[str]) -> None:
-        if "curvature_size" in names:
-            self._keep_snapshot(setting.curvature_size)
-        if "n_eigenvalues" in names:
-            self._keep_leading(setting.n_eigenvalues)
-        if "temperature" in names:
-            self._temperature = setting.temperature
-        for name in {"prior_precision", "logit_scale", "residual_scale", "sigma_noise"} & set(names):
-            setattr(self, name, getattr(setting, name))
-        self._posterior_scale = None
-
-    # ------------------------------------------------------------------ candidates
-
-    def _setting(self) -> Setting:
-        """Return the setting that the estimator has."""
-        prior = self.prior_precision
-        return Setting(
-            self.temperature,
-            float(prior) if prior.numel() == 1 else None,
-            self.logit_scale,
-            self.residual_scale,
-            self.basis.rank,
-            self.n_curvature,
-            float(self.sigma_noise),
-        )
-
-    def _gaussian_of(self, setting: Setting) -> Callable[[Linearised], Outputs]:
-        """Return what turns a linearised model into the Gaussian that a setting makes of its outputs."""
-        k = setting.n_eigenvalues
-        n = setting.curvature_size
-        G = self.H if n == self.n_curvature else dict(self.snapshots)[n]
-        factor = curvature_factor(self._number(setting.sigma_noise), setting.temperature)
-        variance: Any = 0.0
-        if setting.prior_precision is None:
-            prior = self.basis.project_precision(self.prior_precision)[:k, :k]
-        else:
-            delta = self._number(setting.prior_precision).double()
-            prior = delta * torch.eye(k, dtype=torch.float64, device=self._device)
-            if self.residual != "none":
-                variance = setting.residual_scale / delta
-        scale = posterior.posterior_scale(factor * G[:k, :k] + prior)
-        overlap = self._residual_tangents()[1] if self.residual == "isotropic" else None
-        return lambda seen: seen.outputs(scale, setting.logit_scale, variance, overlap)
-
-    def _number(self, value: Any) -> Tensor:
-        """Round a number as the attribute of the estimator would be."""
-        if isinstance(value, Tensor):
-            return value.to(self._device)
-        return torch.tensor(value, dtype=self._dtype, device=self._device)
-
-    def _predictor(
-        self, link_approx: str, n_samples: int, diagonal_output: bool
-    ) -> Callable[[Block, Setting], Prediction]:
-        """Return what predicts a block of validation data under a setting."""
-        latest: list[Any] = [None, None]
-
-        def predictor(block: Block, setting: Setting) -> Prediction:
-            if latest[0] is not setting:  # once a candidate, not once a block
-                latest[:] = setting, self._gaussian_of(setting)
-            outputs = latest[1](block.linearised)
-            return self._predict_from(outputs, link_approx, n_samples, diagonal_output)
-
-        return predictor
-
-    def _predict_from(
-        self, outputs: Outputs, link_approx: str, n_samples: int, diagonal_output: bool
-    ) -> Prediction:
-        likelihood = "classification" if self.likelihood == "reward_modeling" else self.likelihood
-        return predict(
-            outputs,
-            likelihood,
-            link_approx=link_approx,
-            n_samples=n_samples,
-            diagonal_output=diagonal_output and likelihood == "regression",
-            seed=self.seed,
-        )
-
-    def _with_covariance(self, plain: Any, loss: Loss | None) -> Callable[[Block, Setting], Prediction]:
-        """Give the user's loss for regression the covariance (B, C, C) it expects, here of zeros."""
-        if loss is None or self.likelihood != "regression":
-            return plain
-        return lambda block, setting: (plain(block, setting)[0], torch.diag_embed(plain(block, setting)[1]))
-
-    def _validation_data(self, loader: Any, progress: Progress, last_layer: bool = False) -> ValidationData:
-        """Run the model once over validation data, and keep what candidates need."""
-        rank = self.basis.rank
-
-        def linearise(x: Input) -> Iterator[tuple[tuple[int, ...], Linearised, Tensor | None]]:
-            for part in self.backend.bounded(x, rank):
-                with torch.no_grad():
-                    seen = self._linearised(part)
-                norms = self.backend.last_layer_norms(part) if last_layer else None
-                yield self.backend.positions(part), _detached(seen), norms
-
-        budget, spill = self.backend.engine.budget() // 2, self.backend.spill
-        return ValidationData(
-            loader,
-            linearise,
-            LIKELIHOODS[self.likelihood],
-            self.dict_key_x,
-            self.dict_key_y,
-            progress,
-            Store(budget, None if spill is None else spill.folder),
-        )
-
-
-def _detached(seen: Linearised) -> Linearised:
-    parts = (seen.f, seen.phi, seen.pushed, seen.gram)
-    return Linearised(*(None if t is None else t.detach() for t in parts))  # type: ignore[arg-type]
-
-
-def _difference(left: Prediction, right: Prediction, sigma: float) -> float:
-    """Return by how much probabilities differ from MAP's; or the variance of outputs, relative to the noise."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return float((left.double() - right.double()).abs().max())
-    variance = left[1] if left[1].ndim == left[0].ndim else left[1].diagonal(dim1=-2, dim2=-1)
-    return float(variance.max()) / sigma**2
 
 
 def _warn_of_edge(search: Search, best: Setting, name: str, values: Sequence[float], argument: str) -> None:

@@ -1,0 +1,181 @@
+r"""``optimize_hyperparameters``: all that predictions depend on, from one pass over the validation data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import validation
+from .baselines import Scorer, baselines, map_prediction
+from .candidates import Candidates, progress_bars
+from .likelihoods import Prediction
+from .posterior import Outputs
+from .result import SETTING_NAMES, TuningResult, compared, remarks
+from .scoring import Loss
+from .search import LOGIT_SCALES, Search, Setting, decades, joint_search, refine
+
+
+class JointTuning(Candidates):
+    """Tuning of any of the parameters of the predictive, with simpler methods beside it."""
+
+    def optimize_hyperparameters(
+        self,
+        val_loader: Iterable[Any],
+        search: Sequence[str] | Mapping[str, Sequence[float] | None] | None = None,
+        *,
+        link_approx: str = "mc",
+        n_samples: int = 128,
+        loss: Loss | None = None,
+        apply: bool = True,
+        progress_bar: bool = False,
+    ) -> TuningResult:
+        r"""Tune any of the parameters of the predictive jointly, and compare with simpler methods.
+
+        Parameters
+        ----------
+        val_loader : iterable
+            Batches of data that the model was not fitted to; read once.
+        search : sequence of str, or mapping, optional
+            Any of "temperature" T, "logit_scale" s, "residual_scale" rho, "prior_precision",
+            "n_eigenvalues" (leading K' <= K directions), "curvature_size" (n, from the snapshots of
+            the fit) and "sigma_noise". A mapping gives the values of the grid, None the
+            default. Default: ("temperature", "logit_scale"); for regression ("temperature",
+            "sigma_noise"); a temperature fixed by the user is left out.
+        link_approx, n_samples
+            As in the predictions that the setting is for.
+        loss : torchmetrics.Metric or callable, optional
+            Default: the mean NLL an input (or position), which is refined by L-BFGS; any
+            other loss by golden-section search.
+        apply : bool
+            Give the estimator the best setting. Directions beyond K' are dropped.
+        progress_bar : bool
+
+        Returns
+        -------
+        TuningResult
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            On parameters that cannot be searched, or if no setting has a finite loss. The
+            estimator is then as it was.
+
+        Notes
+        -----
+        Cost: one pass of features (and a plain forward pass) over the validation data. The
+        candidates take N_val x C x K operations each, times the samples with "mc".
+        """
+        self._check_H_init()
+        validation.check_prediction("glm", link_approx, n_samples, None, None)
+        validation.check_link(self.likelihood, link_approx)
+        validation.check_loss(loss)
+        grids = self._grids(search)
+        progress = progress_bars(progress_bar)
+        with self._undone_on_error():
+            scorer = Scorer(self._validation_data(val_loader, progress, last_layer=True), loss)
+            predictor = self._predictor(link_approx, n_samples, diagonal_output=loss is None)
+            found = Search(lambda setting: scorer(predictor, setting))
+            joint_search(found, self._setting(), grids, progress)
+            refine(found, grids, partial(scorer.gradient, predictor) if loss is None else None)
+            found.conclude()
+            result = self._result(scorer, found, grids, apply, link_approx, n_samples)
+            if apply:
+                self._apply(result.best, tuple(grids))
+        if result.notes:
+            warnings.warn(" ".join(result.notes), stacklevel=2)
+        return result
+
+    def _grids(self, search: Any) -> dict[str, Sequence[Any]]:
+        """Return the values of each parameter to search, from small to large variance."""
+        if search is None:
+            free = [] if self._temperature_fixed else ["temperature"]
+            search = [*free, "sigma_noise" if self.likelihood == "regression" else "logit_scale"]
+            if self.likelihood == "reward_modeling":
+                search = free
+        given = dict(search) if isinstance(search, Mapping) else dict.fromkeys(search)
+        validation.check_search(
+            given, SETTING_NAMES, self.likelihood, self._temperature_fixed, self.residual, self.temperature
+        )
+        sizes = [n for n, _ in self.snapshots]
+        limits = {"n_eigenvalues": list(range(1, self.basis.rank + 1)), "curvature_size": sizes}
+        sigma = float(self.sigma_noise)
+        rank = self.basis.rank
+        defaults: dict[str, Sequence[Any]] = {
+            "temperature": decades(-3, 6),
+            "prior_precision": decades(-4, 6)[::-1],
+            "logit_scale": LOGIT_SCALES,
+            "residual_scale": decades(-10, 1),
+            "n_eigenvalues": sorted({k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k < rank} | {rank}),
+            "curvature_size": sizes[::-1],
+            "sigma_noise": [sigma * 10 ** (e / 2) for e in range(-6, 7)],
+        }
+        return {
+            k: defaults[k] if values is None else validation.check_values(k, values, limits.get(k))
+            for k, values in given.items()
+        }
+
+    def _result(
+        self,
+        scorer: Scorer,
+        found: Search,
+        grids: dict[str, Sequence[Any]],
+        applied: bool,
+        link_approx: str,
+        n_samples: int,
+    ) -> TuningResult:
+        predictor = self._predictor(link_approx, n_samples, diagonal_output=scorer.loss is None)
+        best, each = found.best, scorer.each(predictor, found.best)
+
+        def predict_outputs(outputs: Outputs) -> Prediction:
+            return self._predict_from(outputs, link_approx, n_samples, diagonal_output=scorer.loss is None)
+
+        compared_with = {
+            name: compared(method, found.table[best], each)
+            for name, method in baselines(scorer, predict_outputs, self._setting(), grids)
+        }
+        plain = partial(map_prediction, likelihood=scorer.likelihood)
+        start = self._setting().at(logit_scale=1.0)
+        with torch.no_grad():
+            equals_map = all(
+                _difference(predictor(b, best), plain(b, start), float(best.sigma_noise)) < 5e-4
+                for b in scorer.data
+            )
+        return TuningResult(
+            best,
+            found.table[best],
+            tuple(grids),
+            tuple(found.table.items()),
+            compared_with,
+            scorer.data.n_inputs,
+            "mean NLL"
+            if scorer.loss is None
+            else getattr(scorer.loss, "__name__", type(scorer.loss).__name__),
+            applied,
+            remarks(found.table[best], compared_with, scorer.data.n_inputs, equals_map),
+        )
+
+    def _apply(self, setting: Setting, names: Sequence[str]) -> None:
+        if "curvature_size" in names:
+            self._keep_snapshot(setting.curvature_size)
+        if "n_eigenvalues" in names:
+            self._keep_leading(setting.n_eigenvalues)
+        if "temperature" in names:
+            self._temperature = setting.temperature
+        for name in {"prior_precision", "logit_scale", "residual_scale", "sigma_noise"} & set(names):
+            setattr(self, name, getattr(setting, name))
+        self._posterior_scale = None
+
+
+def _difference(left: Prediction, right: Prediction, sigma: float) -> float:
+    """Return by how much probabilities differ from MAP's; or the variance of outputs, relative to the noise."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return float((left.double() - right.double()).abs().max())
+    variance = left[1] if left[1].ndim == left[0].ndim else left[1].diagonal(dim1=-2, dim2=-1)
+    return float(variance.max()) / sigma**2
