@@ -66,13 +66,8 @@ def fashion_data(counts: Counts, seed: int, fashion: Path, data: Path | None) ->
     )
 
 
-def cifar_data(counts: Counts, seed: int, fashion: Path, data: Path | None) -> Data:
+def cifar_data(counts: Counts, seed: int, fashion: Path, data: Path) -> Data:
     """Split CIFAR-10 (JPEG): validation and test from its test images, which no network was fitted to."""
-    if data is None:
-        raise SystemExit(
-            "cifar10-jpeg needs --data PATH: a folder with cifar10_resnet20.pt, cifar10_jpeg_test.npz and "
-            "cifar10_jpeg_train10k.npz; see README.md beside this file."
-        )
     x, y = cifar10_jpeg(data / "cifar10_jpeg_train10k.npz")
     x_test, y_test = cifar10_jpeg(data / "cifar10_jpeg_test.npz")
     (train,) = parts(len(y), seed, counts.train)

@@ -43,7 +43,7 @@ class Case:
 
     network: str
     images: str
-    data: Callable[[Counts, int, Path, Path | None], Data]
+    data: Callable[[Counts, int, Path, Any], Data]
     counts: Counts
     build: Callable[[], nn.Module] | None = None  # None: published weights
     epochs: int = 0
@@ -70,7 +70,7 @@ def quick(case: Case) -> Case:
     return replace(
         case,
         counts=Counts(train=1000, validation=200, test=200, ood=50),
-        size=ella_rows.Size(subsample_size=40, n_eigenvalues=8, curvature_size=100),
+        size=ella_rows.Size(subsample_size=40, n_eigenvalues=5, curvature_size=100),
     )
 
 
@@ -243,6 +243,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.out is not None and args.case == "all":
         parser.error("--out names the file of one case; with --case all, leave it out")
+    if args.data is None and args.case not in ("fashion-cnn", "fashion-vit"):
+        parser.error("cifar10-jpeg needs --data; see README.md beside this file for what the folder holds")
     args.seeds = args.seeds or (1 if args.quick else 3)
     args.malloc = False  # read by run.environment
     return args
