@@ -89,11 +89,13 @@ class FunctionalModel:
 
     def weights(self) -> Weights:
         """Return the weights that require grad, detached, in the order of ``parameters()``."""
-        return {k: p.detach() for k, p in self.module.named_parameters() if p.requires_grad}
+        with _LOCK:  # while another thread has them exchanged, none requires grad
+            return {k: p.detach() for k, p in self.module.named_parameters() if p.requires_grad}
 
     def buffers(self) -> Weights:
         """Return copies of the buffers."""
-        return {k: b.detach().clone() for k, b in self.module.named_buffers()}
+        with _LOCK:
+            return {k: b.detach().clone() for k, b in self.module.named_buffers()}
 
     def within(self, tensors: Weights, action: Callable[[nn.Module], Any]) -> Any:
         """Run ``action(module)`` while ``tensors`` take the places of weights and buffers.

@@ -66,6 +66,14 @@ class Scorer:
         """Of the data."""
         return self.data.likelihood
 
+    def of_map(self, block: Block, setting: Setting) -> Prediction:
+        """Return the network's own prediction, its logits scaled by s; the covariance a user's loss expects is 0."""
+        f = block.linearised.f
+        f = f.to(torch.promote_types(f.dtype, torch.float32))
+        if self.likelihood.inverse_link is not None:
+            return self.likelihood.inverse_link(f * setting.logit_scale)
+        return f, torch.zeros_like(f) if self.loss is None else torch.diag_embed(torch.zeros_like(f))
+
     @torch.no_grad()
     def __call__(self, predict: Predict, setting: Setting) -> float:
         """Return the loss of a setting's predictions."""
@@ -84,6 +92,12 @@ class Scorer:
         self, predict: Predict, setting: Setting, names: Sequence[str]
     ) -> tuple[float, Sequence[float]]:
         """Return the mean NLL, and its derivatives in the log10 of the parameters named."""
+        with torch.enable_grad():
+            return self._gradient(predict, setting, names)
+
+    def _gradient(
+        self, predict: Predict, setting: Setting, names: Sequence[str]
+    ) -> tuple[float, Sequence[float]]:
         logs = torch.tensor(
             [math.log10(getattr(setting, k)) for k in names], dtype=torch.float64, requires_grad=True
         )
@@ -106,15 +120,6 @@ class Scorer:
             joint_search(search, start, grids, lambda cells, name: cells)
             refine(search, grids, partial(self.gradient, predict) if self.loss is None else None)
         return search.best
-
-
-def map_prediction(block: Block, setting: Setting, likelihood: Likelihood) -> Prediction:
-    """Return the network's own prediction, its logits scaled by s."""
-    f = block.linearised.f
-    f = f.to(torch.promote_types(f.dtype, torch.float32))
-    if likelihood.inverse_link is None:
-        return f, torch.zeros_like(f)
-    return likelihood.inverse_link(f * setting.logit_scale)
 
 
 def with_variance(block: Block, setting: Setting, variance: Tensor) -> Outputs:
@@ -143,11 +148,14 @@ def baselines(
         them, they are tuned for it too.
     """
     # Variances in other units than ELLA's may have to be smaller.
-    grids: dict[str, Sequence[Any]] = {"temperature": decades(-6, 6), "logit_scale": LOGIT_SCALES}
-    if "sigma_noise" in searched:
-        grids["sigma_noise"] = searched["sigma_noise"]
+    grids: dict[str, Sequence[Any]] = {
+        "temperature": decades(-6, 6),
+        "logit_scale": LOGIT_SCALES,
+        "sigma_noise": [start.sigma_noise * 10 ** (e / 2) for e in range(-6, 7)],
+        **{k: v for k, v in searched.items() if k == "sigma_noise"},
+    }
     of_variance = ["temperature", *(k for k in ("logit_scale", "sigma_noise") if k in searched)]
-    plain = partial(map_prediction, likelihood=scorer.likelihood)
+    plain = scorer.of_map
     start = start.at(logit_scale=1.0)
 
     def constant(block: Block, setting: Setting) -> Prediction:
@@ -158,11 +166,11 @@ def baselines(
         return predict_outputs(with_variance(block, setting, block.last_layer + 1))
 
     def tuned(predict: Predict, names: Sequence[str]) -> tuple[float, Tensor | None, dict[str, float]]:
-        best = scorer.tune(predict, start, {k: grids[k] for k in names if k in grids})
+        best = scorer.tune(predict, start, {k: grids[k] for k in names})
         return (
             scorer(predict, best),
             scorer.each(predict, best),
-            {k: float(getattr(best, k)) for k in names if k in grids},
+            {k: float(getattr(best, k)) for k in names},
         )
 
     has_links = scorer.likelihood.inverse_link is not None
@@ -188,6 +196,7 @@ def _vector_scaling(scorer: Scorer) -> tuple[float, Tensor | None, dict[str, flo
         w = w.to(block.linearised.f.device)
         return inverse_link(block.linearised.f.double() * w[:n_outputs] + w[n_outputs:])
 
+    @torch.enable_grad()
     def objective(numbers: Any) -> tuple[float, Any]:
         w = torch.tensor(numbers, requires_grad=True)
         total, n = 0.0, 0

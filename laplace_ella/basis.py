@@ -119,7 +119,8 @@ class NystromBasis:
 
     def combine(self, coordinates: Tensor) -> Weights:
         r"""Map coordinates z (S, K) to weight offsets :math:`V z`, a dict of (S, *shape)."""
-        return {k: torch.tensordot(coordinates.to(v.dtype), v, 1) for k, v in self.directions.items()}
+        with torch.autocast(coordinates.device.type, enabled=False):
+            return {k: torch.tensordot(coordinates.to(v.dtype), v, 1) for k, v in self.directions.items()}
 
 
 def identity_basis(weights: Weights) -> NystromBasis:

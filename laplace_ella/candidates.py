@@ -21,7 +21,7 @@ from .hyperparameters import curvature_factor
 from .likelihoods import LIKELIHOODS, Prediction
 from .posterior import Linearised, Outputs
 from .predictive import predict
-from .scoring import Block, Loss, ValidationData
+from .scoring import Block, ValidationData
 from .search import Setting
 from .store import Store
 
@@ -53,6 +53,7 @@ class Candidates:
     n_eigenvalues: int | float
     snapshots: list[tuple[int, Tensor]]
     n_curvature: int
+    n_outputs: int
     H: Any  # Tensor (K, K)
     enable_backprop: bool
     _temperature: float
@@ -105,6 +106,10 @@ class Candidates:
             return value.to(self._device)
         return torch.tensor(value, dtype=self._dtype, device=self._device)
 
+    def _width(self) -> int:
+        """Return how many numbers are kept of each output."""
+        return self.basis.rank + (self.n_outputs if self.residual == "exact" else 0)
+
     def _predictor(
         self, link_approx: str, n_samples: int, diagonal_output: bool
     ) -> Callable[[Block, Setting], Prediction]:
@@ -132,18 +137,12 @@ class Candidates:
             seed=self.seed,
         )
 
-    def _with_covariance(self, plain: Any, loss: Loss | None) -> Callable[[Block, Setting], Prediction]:
-        """Give the user's loss for regression the covariance (B, C, C) it expects, here of zeros."""
-        if loss is None or self.likelihood != "regression":
-            return plain
-        return lambda block, setting: (plain(block, setting)[0], torch.diag_embed(plain(block, setting)[1]))
-
     def _validation_data(self, loader: Any, progress: Progress, last_layer: bool = False) -> ValidationData:
         """Run the model once over validation data, and keep what candidates need."""
-        rank = self.basis.rank
+        width = self._width()
 
         def linearise(x: Input) -> Iterator[tuple[tuple[int, ...], Linearised, Tensor | None]]:
-            for part in self.backend.bounded(x, rank):
+            for part in self.backend.bounded(x, width):
                 with torch.no_grad():
                     seen = self._linearised(part)
                 norms = self.backend.last_layer_norms(part) if last_layer else None

@@ -21,6 +21,7 @@ STATE_KEYS = {
     *("format", "cls_name", "likelihood", "fingerprint", "basis", "H", "loss", "n_data", "n_outputs"),
     "n_predictions",
     *("temperature", "temperature_fixed", "named_by_user", "snapshots", "novelty_reference"),
+    *("novelty_setting", "fit_history"),
     *(*TENSOR_STATE, *PLAIN_STATE),
 }
 

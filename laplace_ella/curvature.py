@@ -30,13 +30,10 @@ from .validation import (
     check_budget,
     check_choice,
     check_finite_features,
-    check_seed,
     check_size,
     check_spill,
     check_whole,
 )
-
-CURVATURES = ("exact", "mc")
 
 
 class NystromGGN(GGNInterface):
@@ -66,12 +63,6 @@ class NystromGGN(GGNInterface):
         file in this folder, instead of computing them again.
     spill_dtype : torch.dtype
         In which precision; the relative error of an entry is half its eps.
-    curvature : {"exact", "mc"}
-        Whether :meth:`accumulate` sums the exact curvature, or that of sampled labels.
-    curvature_samples : int
-        How many labels an input, for "mc".
-    seed : int
-        Of those labels.
 
     Notes
     -----
@@ -95,9 +86,6 @@ class NystromGGN(GGNInterface):
         compile: bool = False,  # noqa: A002
         spill: str | PathLike[str] | None = None,
         spill_dtype: torch.dtype = torch.bfloat16,
-        curvature: str = "exact",
-        curvature_samples: int = 1,
-        seed: int = 0,
     ) -> None:
         check_whole(model)
         known_to_host = "regression" if likelihood == "regression" else "classification"
@@ -107,9 +95,6 @@ class NystromGGN(GGNInterface):
         check_choice("autodiff", autodiff, AUTODIFF)
         folder = check_spill(spill, spill_dtype)
         self.spill = None if spill is None else Spill(folder, spill_dtype)
-        check_choice("curvature", curvature, CURVATURES)
-        self.sampled = 0 if curvature == "exact" else check_size("curvature_samples", curvature_samples)
-        self.seed = check_seed(seed)
         self.basis: NystromBasis | None = None
         self.engine = Engine(
             self.model, autodiff, check_size("chunk_size", chunk_size), check_budget(memory_budget), compile
@@ -221,6 +206,7 @@ class NystromGGN(GGNInterface):
 
     def output_grams(self, x: Input) -> Tensor:
         """Compute :math:`J J^T` (B, C, C) of each input; see :func:`laplace_ella.residual.output_grams`."""
+        x = key_first(x, self.dict_key_x)
         facts = self.engine.facts(self.to_model(x))
         with safe_autodiff(self.model):
             return output_grams(
@@ -229,14 +215,16 @@ class NystromGGN(GGNInterface):
 
     def joint_gram(self, x: Input) -> Tensor:
         """Compute :math:`J J^T` (BC, BC) of all inputs' outputs."""
+        x = key_first(x, self.dict_key_x)
         n_coordinates = self.engine.facts(self.to_model(x)).n_coordinates
         with safe_autodiff(self.model):
             return joint_gram(x, n_coordinates, self.row_source, self.engine.budget())
 
-    def bounded(self, x: Input, rank: int) -> Iterator[Input]:
-        """Cut a batch into parts whose features, in float64, take a quarter of the memory budget at most."""
+    def bounded(self, x: Input, width: int) -> Iterator[Input]:
+        """Cut a batch into parts with ``width`` float64 numbers an output in a quarter of the memory budget."""
+        x = key_first(x, self.dict_key_x)
         size = batch_size(x)
-        per_row = 8 * rank * self.engine.facts(self.to_model(x)).n_coordinates
+        per_row = 8 * width * self.engine.facts(self.to_model(x)).n_coordinates
         step = max(1, self.engine.budget() // 4 // per_row)
         for start in range(0, size, step):
             yield x if step >= size else rows(x, start, start + step)
@@ -300,7 +288,8 @@ class NystromGGN(GGNInterface):
         basis: NystromBasis,
         n_data: int,
         every: int | None = None,
-        sampled: int | None = None,
+        sampled: int = 0,
+        seed: int = 0,
         first_position: int = 0,
     ) -> list[tuple[int, Tensor]]:
         r"""Sum the curvature over batches, and scale it to N inputs.
@@ -313,9 +302,10 @@ class NystromGGN(GGNInterface):
         every : int, optional
             Take a snapshot after every so many batches, by default after 1, 2, 4, 8 ... of
             them; always after the last.
-        sampled : int, optional
-            How many labels an input to sample, 0 for the exact curvature; by default what the
-            backend was built with.
+        sampled : int
+            How many labels an input to sample; 0 for the exact curvature.
+        seed : int
+            Of those labels.
         first_position : int
             How many inputs were fitted before, whose labels were other draws.
 
@@ -331,8 +321,7 @@ class NystromGGN(GGNInterface):
         """
         total = torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=self._reference.device)
         snapshots: list[tuple[int, Tensor]] = []
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, SAMPLED_LABEL, first_position))
-        sampled = self.sampled if sampled is None else sampled
+        generator = torch.Generator().manual_seed(derived_seed(seed, SAMPLED_LABEL, first_position))
         seen = step = taken = 0
         for step, (name, x) in enumerate(batches, start=1):
             if sampled:

@@ -196,6 +196,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         validation.check_model(model)
         validation.check_choice("likelihood", likelihood, LIKELIHOODS)
         validation.check_choice("residual", residual, RESIDUALS)
+        validation.check_choice("curvature", curvature, ("exact", "mc"))
         validation.check_residual(residual, prior_precision, enable_backprop)
         sizes = {
             "subsample_size": subsample_size,
@@ -223,8 +224,9 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         self.residual_samples, self._residual = int(residual_samples), residual
         self.snapshots: list[tuple[int, Tensor]] = []
         self.n_curvature = self.n_predictions = 0
-        self._tangents: tuple[Weights, Tensor] | None = None
+        self._tangents: tuple[tuple[int, int], Weights, Tensor] | None = None
         self._novelty_reference: Tensor | None = None
+        self._novelty_setting: list[Any] = []
         self._fingerprint = ""
         self.fit_history_: dict[str, list[float]] = {"processed_examples": [], "val_nll": []}
         super().__init__(
@@ -246,9 +248,6 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
                 "compile": compile,
                 "spill": spill,
                 "spill_dtype": spill_dtype,
-                "curvature": curvature,
-                "curvature_samples": curvature_samples,
-                "seed": seed,
                 **(backend_kwargs or {}),
             },
             asdl_fisher_kwargs,
@@ -264,8 +263,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         except TypeError as error:
             raise ValueError(
                 f"backend_kwargs={self._backend_kwargs} do not fit {self._backend_cls.__name__}: {error}. "
-                "It takes chunk_size, memory_budget, autodiff, compile, spill, spill_dtype, curvature, "
-                "curvature_samples and seed."
+                "It takes chunk_size, memory_budget, autodiff, compile, spill and spill_dtype."
             ) from error
 
     # ------------------------------------------------------------------ what a fit leaves
@@ -431,6 +429,8 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
             "temperature_fixed": self._temperature_fixed,
             "snapshots": self.snapshots,
             "novelty_reference": self._novelty_reference,
+            "novelty_setting": self._novelty_setting,
+            "fit_history": self.fit_history_,
             **{name: getattr(self, name).detach() for name in checkpoint.TENSOR_STATE},
             **{name: getattr(self, name) for name in checkpoint.PLAIN_STATE},
         }
@@ -449,21 +449,22 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         basis = checkpoint.unpack_basis(state_dict["basis"], self.model)
         self._warn_of_differences(state_dict)
         with self._undone_on_error():
-            # The residual comes first: it decides what priors are allowed.
-            for name in (*checkpoint.PLAIN_STATE, *checkpoint.TENSOR_STATE):
+            # The residual decides what priors are allowed: none first, and its own last.
+            self.residual = "none"
+            for name in (*checkpoint.TENSOR_STATE, *checkpoint.PLAIN_STATE):
                 setattr(self, name, state_dict[name])
             self.temperature = state_dict["temperature"]
             self._temperature_fixed = state_dict["temperature_fixed"]
             self._named_by_user = set(state_dict["named_by_user"])
             self.backend.engine.forget()
-            self.backend.seed = self.seed
-            self.backend.sampled = 0 if self.curvature == "exact" else self.curvature_samples
             snapshots = [(n, G.to(self._device)) for n, G in state_dict["snapshots"]]
             loss, n_curvature = state_dict["loss"].to(self._device), self.n_curvature
             counts = tuple(state_dict[k] for k in ("n_data", "n_predictions", "n_outputs"))
             self._set_fit(basis, snapshots, loss, counts)
             self.n_curvature, self.H = n_curvature, state_dict["H"].to(self._device)
             self._novelty_reference = state_dict["novelty_reference"]
+            self._novelty_setting = state_dict["novelty_setting"]
+            self.fit_history_ = state_dict["fit_history"]
 
     def _warn_of_differences(self, state: dict[str, Any]) -> None:
         pairs: dict[str, tuple[Any, Any]] = {
@@ -474,7 +475,8 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         for name, (mine, theirs) in pairs.items():
             if mine != theirs:
                 warnings.warn(
-                    f"The checkpoint has {name}={theirs}, which replaces {name}={mine}.", stacklevel=3
+                    f"The checkpoint has {name}={theirs}, which replaces {name}={mine}.",
+                    stacklevel=4,  # user, the lock, load_state_dict, here
                 )
 
     def __repr__(self) -> str:

@@ -46,6 +46,10 @@ class Fitting:
     temperature: Any  # float
     prior_precision: Any  # Tensor (1,), (L,) or (P,)
     curvature: str
+    curvature_samples: int
+    residual: str
+    residual_variance: Any  # float
+    residual_scale: Any  # float
     snapshots: list[tuple[int, Tensor]]
     n_curvature: int
     fit_history_: dict[str, list[float]]
@@ -99,7 +103,8 @@ class Fitting:
             search may still tune it). ``fit_history_`` has the NLL of every n. With a temperature that
             you fixed, or ``override=False``, the NLL is only recorded, as ``laplace.ELLA`` does.
         val_steps : int, optional
-            Score after every so many curvature batches; default 1.
+            Score after every so many curvature batches; default 1. The first n inputs are a random
+            sample, except with ``curvature_size=None``, where they are those that come first: shuffle.
         link_approx : str
             The link that validation predictions use.
 
@@ -124,13 +129,15 @@ class Fitting:
             landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
         progress = progress_bars(progress_bar)
         fresh = override or self.H is None
+        unchecked = [] if landmarks is None else [landmarks]
 
         def forward(x: Input) -> Tensor:
             f = self.backend.forward(x)
-            if landmarks is not None:
-                of_landmarks = self.backend.forward(rows(landmarks[0], 0, 1)) if f.ndim > 2 else f
-                validation.check_coordinates(landmarks[1], of_landmarks.shape[1:].numel())
-            self.backend.support(x)  # probes at the first batch, before any long work
+            while unchecked:  # at the first batch, before any long work
+                inputs, outputs = unchecked.pop()
+                of_landmark = self.backend.forward(rows(inputs, 0, 1)) if f.ndim > 2 else f
+                validation.check_coordinates(outputs, of_landmark.shape[1:].numel())
+            self.backend.support(x)  # probes, at the first batch too
             return f
 
         found = scan(
@@ -149,7 +156,13 @@ class Fitting:
         batches = progress(self._curvature_batches(found, train_loader), "Curvature")
         every = val_steps or (1 if val_loader is not None else None)
         snapshots = self.backend.accumulate(
-            batches, basis, found.n_data, every, first_position=0 if fresh else self.n_data
+            batches,
+            basis,
+            found.n_data,
+            every,
+            sampled=0 if self.curvature == "exact" else self.curvature_samples,
+            seed=self.seed,
+            first_position=0 if fresh else self.n_data,
         )
         self._warn_of_few_samples(snapshots[-1][0], basis.rank)
         loss, counts = found.loss, (found.n_data, found.n_predictions)
@@ -205,6 +218,8 @@ class Fitting:
     @exclusively
     def _check_fit(self, train_loader: Any, balanced: bool, val_steps: Any) -> None:
         validation.check_size("val_steps", val_steps)
+        validation.check_choice("curvature", self.curvature, ("exact", "mc"))
+        validation.check_size("curvature_samples", self.curvature_samples, optional=False)
         if [id(p) for p in self.model.parameters() if p.requires_grad] != [id(p) for p in self.params]:
             raise ValueError(
                 "The model's parameters that require grad are not those it had when the estimator was built. "
@@ -267,20 +282,24 @@ class Fitting:
         else:
             # In random order, so that the first n are a random sample too.
             sample = found.curvature.by_key()
-            for indices, x in collate([x for _, x in sample], found.batch):
-                yield f"training inputs {sorted(sample[i][0] for i in indices)[:8]}", x
+            for start in range(0, len(sample), found.batch):
+                part = sample[start : start + found.batch]
+                for indices, x in collate([x for _, x in part], found.batch):
+                    yield f"training inputs {sorted(part[i][0] for i in indices)[:8]}", x
 
     def _stop_early(self, val_loader: Iterable[Any], link_approx: str, free: bool, progress: Any) -> None:
         r"""Score every snapshot of G; if free, keep the best, with T = N / n and :math:`\delta n / N`."""
         scorer = Scorer(self._validation_data(val_loader, progress), None)
         predictor = self._predictor(link_approx, 100, diagonal_output=True)
         # What the covariance T [G + T delta I]^-1 adds to G, whatever T is now: fitting again changes nothing.
-        delta = self.prior_precision * self.temperature
+        delta, residual_variance = self.prior_precision * self.temperature, self.residual_variance
 
         def stop_at(n: int) -> None:
             if free:
                 self.prior_precision, self._temperature = delta * (n / self.n_data), self.n_data / n
                 self._keep_snapshot(n)
+                if self.residual != "none":  # which no temperature changes
+                    self.residual_scale = residual_variance * float(self.prior_precision)
 
         scores = []
         for n, _ in progress(self.snapshots, "Early stopping"):

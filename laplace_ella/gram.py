@@ -335,6 +335,16 @@ def gram(values: Tensor, device: torch.device, progress: Callable[[Any], Any] = 
     return out.triu() + out.triu(1).T
 
 
+def block_grams(values: Tensor, size: int) -> Tensor:
+    """Return the Gram matrices (B, C, C) of consecutive groups of C = ``size`` rows, float64."""
+    out = torch.zeros(len(values) // size, size, size, dtype=torch.float64, device=values.device)
+    slices = _slices(values.shape[0], values.shape[1])
+    for start in slices:
+        piece = values[:, start : start + slices.step].double().view(len(out), size, -1)
+        out.baddbmm_(piece, piece.mT)
+    return out
+
+
 def _cross(left: Tensor, right: Tensor) -> Tensor:
     out = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
     slices = _slices(left.shape[0] + right.shape[0], left.shape[1])

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .baselines import Scorer, baselines, map_prediction
+from .baselines import Scorer, baselines
 from .candidates import Candidates, progress_bars
 from .likelihoods import Prediction
 from .posterior import Outputs
 from .result import SETTING_NAMES, TuningResult, compared, remarks
 from .scoring import Loss
-from .search import LOGIT_SCALES, Search, Setting, decades, joint_search, refine
+from .search import DISCRETE, LOGIT_SCALES, Search, Setting, decades, joint_search, refine
 
 
 class JointTuning(Candidates):
@@ -78,16 +78,18 @@ class JointTuning(Candidates):
         validation.check_loss(loss)
         grids = self._grids(search)
         progress = progress_bars(progress_bar)
-        with self._undone_on_error():
+        with torch.inference_mode(False), self._undone_on_error():
             scorer = Scorer(self._validation_data(val_loader, progress, last_layer=True), loss)
             predictor = self._predictor(link_approx, n_samples, diagonal_output=loss is None)
             found = Search(lambda setting: scorer(predictor, setting))
             joint_search(found, self._setting(), grids, progress)
             refine(found, grids, partial(scorer.gradient, predictor) if loss is None else None)
-            found.conclude()
+            skipped = found.conclude()
             result = self._result(scorer, found, grids, apply, link_approx, n_samples)
             if apply:
                 self._apply(result.best, tuple(grids))
+        if skipped:
+            warnings.warn(skipped, stacklevel=2)
         if result.notes:
             warnings.warn(" ".join(result.notes), stacklevel=2)
         return result
@@ -140,13 +142,13 @@ class JointTuning(Candidates):
             name: compared(method, found.table[best], each)
             for name, method in baselines(scorer, predict_outputs, self._setting(), grids)
         }
-        plain = partial(map_prediction, likelihood=scorer.likelihood)
         start = self._setting().at(logit_scale=1.0)
         with torch.no_grad():
             equals_map = all(
-                _difference(predictor(b, best), plain(b, start), float(best.sigma_noise)) < 5e-4
+                _difference(predictor(b, best), scorer.of_map(b, start), float(best.sigma_noise)) < 5e-4
                 for b in scorer.data
             )
+        edges = [found.edge(k, sorted(v)) for k, v in grids.items() if k not in DISCRETE]
         return TuningResult(
             best,
             found.table[best],
@@ -158,7 +160,7 @@ class JointTuning(Candidates):
             if scorer.loss is None
             else getattr(scorer.loss, "__name__", type(scorer.loss).__name__),
             applied,
-            remarks(found.table[best], compared_with, scorer.data.n_inputs, equals_map),
+            remarks(compared_with, scorer.data.n_inputs, equals_map, edges),
         )
 
     def _apply(self, setting: Setting, names: Sequence[str]) -> None:

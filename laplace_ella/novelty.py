@@ -3,7 +3,7 @@ r"""How far inputs lie outside what the basis knows, and how far the basis is fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -56,6 +56,12 @@ class Novelty:
     _H_factor: Any
     _dtype: Any
     _novelty_reference: Tensor | None
+    _novelty_setting: list[Any]
+    residual_samples: int
+    seed: int
+    n_outputs: int
+    _setting: Callable[[], Any]
+    _width: Callable[[], int]
     _check_H_init: Callable[[], None]
     _linearised: Callable[..., Linearised]
     _outputs: Callable[[Linearised], Outputs]
@@ -97,7 +103,7 @@ class Novelty:
         Raises
         ------
         AttributeError, ValueError
-            As for a call.
+            As for a call; and if the setting has changed since the calibration.
         """
         if self._novelty_reference is None:
             return self.residual_share(x)
@@ -105,6 +111,11 @@ class Novelty:
 
     def _novelty_of(self, seen: Linearised) -> Tensor:
         assert self._novelty_reference is not None
+        if self._novelty_setting != self._setting_of_novelty():
+            raise ValueError(
+                "The setting has changed since calibrate_novelty() (prior, temperature, scales, rank, residual or "
+                "seed), and with it what is usual. Call it again."
+            )
         features = self._novelty_features(seen)
         scores = normal_scores(features, self._novelty_reference.to(features))
         return (scores[:, 0] + scores[:, 1] / 2).to(self._dtype)
@@ -134,7 +145,7 @@ class Novelty:
                 "Use residual_share(), or novelty() as it is."
             )
         batches = named_inputs(in_distribution_loader, self.dict_key_x)
-        parts = (part for x in batches for part in self.backend.bounded(x, self.basis.rank))
+        parts = (part for x in batches for part in self.backend.bounded(x, self._width()))
         found = [self._novelty_features(self._seen(part)) for part in parts]
         features = torch.cat(found) if found else torch.zeros(0, 2)
         if len(features) < 2:
@@ -142,6 +153,11 @@ class Novelty:
         ascending = features.sort(0).values
         steps = torch.linspace(0, len(ascending) - 1, min(len(ascending), LARGEST_REFERENCE))
         self._novelty_reference = ascending[steps.round().long().to(ascending.device)]
+        self._novelty_setting = self._setting_of_novelty()
+
+    def _setting_of_novelty(self) -> list[Any]:
+        """Return all that the score depends on, apart from the fit, in plain types."""
+        return [*astuple(self._setting()), self.residual, self.residual_samples, self.seed]
 
     def _seen(self, x: Input) -> Linearised:
         return self._linearised(x, "exact" if self.residual == "exact" else "isotropic")
@@ -195,7 +211,7 @@ class Novelty:
     def _covariance_error(self, x: Input, loader: Iterable[Any], weights: Mapping[str, Tensor]) -> float:
         exact = identity_basis(dict(weights))
         batches = ((name, x) for name, x, _ in named_batches(loader, self.dict_key_x, self.dict_key_y))
-        n, mean = self.backend.accumulate(batches, exact, 1, sampled=0)[-1]
+        n, mean = self.backend.accumulate(batches, exact, 1, every=2**62)[-1]
         precision = self._H_factor * n * mean + exact.project_precision(self.prior_precision)
         phi, f = self.backend.features(x, exact)
         theirs = Linearised(f, phi).outputs(posterior.posterior_scale(precision)).covariance().double()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -74,7 +74,7 @@ class Outputs:
     r"""A Gaussian over the outputs of B inputs.
 
     The covariance of outputs at x and x' is
-    :math:`\psi \psi'^T + \langle u, u' \rangle I + b`, where b is known for x = x' only.
+    :math:`\psi \psi'^T + \langle u, u' \rangle I + b b^T`, where b is known for x = x' only.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ class Outputs:
     isotropic : Tensor (B, D), optional
         u, which gives every output the same variance more.
     block : Tensor (B, C, C), optional
-        b.
+        b, a root, so that no variance is negative.
     """
 
     mean: Tensor
@@ -114,7 +114,7 @@ class Outputs:
         out = self.psi.square().sum(-1)
         if self.extra_variance is not None:
             out = out + self.extra_variance
-        return out if self.block is None else out + self.block.diagonal(dim1=-2, dim2=-1)
+        return out if self.block is None else out + self.block.square().sum(-1)
 
     @without_autocast
     def covariance(self) -> Tensor:
@@ -122,7 +122,7 @@ class Outputs:
         out = self.psi @ self.psi.mT
         if self.extra_variance is not None:
             out = out + torch.diag_embed(self.extra_variance.expand_as(self.mean))
-        return out if self.block is None else out + self.block
+        return out if self.block is None else out + self.block @ self.block.mT
 
     @without_autocast
     def joint_covariance(self) -> Tensor:
@@ -140,19 +140,14 @@ class Outputs:
         out = torch.einsum("bck,bk->bc", self.psi, self.psi.sum(1))
         if self.extra_variance is not None:
             out = out + self.extra_variance
-        return out if self.block is None else out + self.block.sum(-1)
+        return out if self.block is None else out + torch.einsum("bcd,bd->bc", self.block, self.block.sum(1))
 
     def sum_variance(self) -> Tensor:
         """Return the variance (B, 1) of the sum of the outputs, without cancellation in the span."""
         out = self.psi.sum(1).square().sum(-1, keepdim=True)
         if self.extra_variance is not None:
             out = out + self.mean.shape[-1] * self.extra_variance
-        return out if self.block is None else out + self.block.sum((-1, -2))[:, None]
-
-    @cached_property
-    def _block_root(self) -> Tensor:
-        assert self.block is not None
-        return positive_root(self.block)
+        return out if self.block is None else out + self.block.sum(1).square().sum(-1, keepdim=True)
 
     @without_autocast
     def samples(self, noise: Tensor) -> Tensor:
@@ -169,7 +164,7 @@ class Outputs:
         if self.extra_variance is not None:
             out = out + self.extra_variance.sqrt() * rest[:, None]
         if self.block is not None:
-            out = out + torch.einsum("bcd,sd->sbc", self._block_root, rest)
+            out = out + torch.einsum("bcd,sd->sbc", self.block, rest)
         return out
 
     def independent_samples(self, noise: Tensor) -> Tensor:
@@ -221,11 +216,15 @@ class Linearised:
         outside = (self.pushed.to(dtype) - inside).flatten(1)
         return outside / outside.shape[1] ** 0.5
 
-    def residual_block(self, rank: int) -> Tensor:
-        r"""Return :math:`J (I - V V^T) J^T` (B, C, C), for the leading directions."""
+    @torch.no_grad()
+    def residual_root(self, rank: int) -> Tensor:
+        r"""Return b (B, C, C) with :math:`b b^T = J (I - V V^T) J^T`, for the leading directions.
+
+        Without a graph: the root of a matrix with equal eigenvalues has no derivative.
+        """
         assert self.gram is not None
         phi = self.phi[..., :rank].to(self.gram.dtype)
-        return self.gram - phi @ phi.mT
+        return positive_root(self.gram - phi @ phi.mT)
 
     @without_autocast
     def outputs(
@@ -253,7 +252,7 @@ class Linearised:
         if self.pushed is not None and overlap is not None:
             isotropic = (self.residual_vectors(overlap[:rank]) * residual_variance**0.5).to(psi.dtype)
         if self.gram is not None:
-            block = (self.residual_block(rank) * residual_variance).to(psi.dtype)
+            block = (self.residual_root(rank) * residual_variance**0.5).to(psi.dtype)
         return Outputs(self.f.to(psi.dtype) * logit_scale, psi, isotropic, block)
 
 
@@ -283,3 +282,9 @@ def positive_root(matrices: Tensor) -> Tensor:
     """Return B (..., C, C) with B B^T the nearest positive semi-definite matrices: what is negative is rounding."""
     values, vectors = torch.linalg.eigh(matrices)
     return vectors * values.clamp_min(0).sqrt()[..., None, :]
+
+
+def positive_part(matrix: Tensor) -> Tensor:
+    """Return the nearest positive semi-definite matrix."""
+    root = positive_root(matrix)
+    return root @ root.mT

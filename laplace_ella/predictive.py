@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import links, posterior, validation
-from .autodiff import Weights, flat
+from .autodiff import Weights, exclusively, flat
 from .batches import Input
 from .landmarks import TANGENT, derived_seed
 from .likelihoods import LIKELIHOODS, Prediction
-from .posterior import Linearised, Outputs
+from .posterior import Linearised, Outputs, positive_part
 from .residual import overlap, random_tangents
 
 _NO_DENSITY = (
@@ -76,7 +76,7 @@ class Predictive:
     residual_variance: Any  # float
     basis: Any  # NystromBasis
     posterior_scale: Any  # Tensor (K, K)
-    _tangents: tuple[Weights, Tensor] | None
+    _tangents: tuple[tuple[int, int], Weights, Tensor] | None
     _device: Any
     _dtype: Any
     _check_H_init: Callable[[], None]
@@ -120,13 +120,16 @@ class Predictive:
             return Linearised(f, phi, gram=self.backend.output_grams(x) if len(f) else empty)
         return Linearised(f, phi)
 
+    @exclusively
+    @torch.inference_mode(False)  # they are kept, and may meet a graph later
     def _residual_tangents(self) -> tuple[Weights, Tensor]:
         """Return S tangents (S, *shape), and their overlap (K, S) with the directions; the same at every call."""
-        if self._tangents is None or self._tangents[1].shape[1] != self.residual_samples:
+        made_for = (self.seed, self.residual_samples)
+        if self._tangents is None or self._tangents[0] != made_for:
             seed = derived_seed(self.seed, TANGENT)
             tangents = random_tangents(self.backend.engine.function.weights(), self.residual_samples, seed)
-            self._tangents = tangents, overlap(self.basis, tangents)
-        return self._tangents
+            self._tangents = made_for, tangents, overlap(self.basis, tangents)
+        return self._tangents[1:]
 
     def _outputs(self, linearised: Linearised) -> Outputs:
         """Return the Gaussian that the current posterior makes of the outputs."""
@@ -221,8 +224,8 @@ class Predictive:
         mean, spread = moments(self._outputs(linearised), joint, diagonal_output)
         if joint and self.residual == "exact":
             flat_phi = linearised.phi.flatten(0, 1).double()
-            gram = self.backend.joint_gram(X) if len(flat_phi) else 0.0
-            spread = spread + self.residual_variance * (gram - flat_phi @ flat_phi.T)
+            gram = self.backend.joint_gram(X) if len(flat_phi) else flat_phi.new_zeros(0, 0)
+            spread = spread + self.residual_variance * positive_part(gram - flat_phi @ flat_phi.T)
         return mean.to(linearised.f.dtype), spread.to(linearised.f.dtype)
 
     def _check_jacobians(self, Js: Tensor) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 from .autodiff import Weights, flat
 from .basis import NystromBasis
 from .batches import Input, batch_size, single_row
-from .gram import RowSource, choose_rows
+from .gram import RowSource, block_grams, choose_rows
 from .landmarks import Landmarks
-from .posterior import Linearised
+from .posterior import Linearised, without_autocast
 
 RESIDUALS = ("none", "isotropic", "exact")
 
@@ -59,25 +59,40 @@ def output_grams(
     -----
     Cost: about 5C forward passes an input. Inside ``safe_autodiff``.
     """
-    grams = []
-    for i in range(batch_size(x)):
-        row = single_row(x, i)
-        for start in range(0, n_coordinates, n_outputs):
-            pairs = Landmarks([row] * n_outputs, torch.arange(start, start + n_outputs))
-            grams.append(choose_rows(row_source(pairs), budget).gram(_quiet))
-    return torch.stack(grams)
+    size = batch_size(x)
+    source = row_source(_all_pairs(x, n_coordinates))
+    row_bytes = sum(source.sizes.values()) * source.dtype.itemsize
+    at_once = budget // 4 // (row_bytes * n_coordinates)
+    if not at_once:  # not even the rows of one input fit
+        pairs = source.landmarks
+        groups = [slice(a, a + n_outputs) for a in range(0, len(pairs), n_outputs)]
+        parts = [Landmarks(pairs.inputs[g], pairs.outputs[g]) for g in groups]
+        return torch.stack([choose_rows(row_source(part), budget).gram(_quiet) for part in parts])
+    return torch.cat(
+        [
+            block_grams(
+                source(list(range(a * n_coordinates, min(a + at_once, size) * n_coordinates))), n_outputs
+            )
+            for a in range(0, size, at_once)
+        ]
+    )
 
 
 def joint_gram(
     x: Input, n_coordinates: int, row_source: Callable[[Landmarks], RowSource], budget: int
 ) -> Tensor:
     """Compute :math:`J J^T` (B L C, B L C) of all inputs, float64; see :func:`output_grams`."""
+    return choose_rows(row_source(_all_pairs(x, n_coordinates)), budget).gram(_quiet)
+
+
+def _all_pairs(x: Input, n_coordinates: int) -> Landmarks:
+    """Return every input with every output, input by input."""
     size = batch_size(x)
-    inputs = [single_row(x, i) for i in range(size) for _ in range(n_coordinates)]
-    pairs = Landmarks(inputs, torch.arange(n_coordinates).repeat(size))
-    return choose_rows(row_source(pairs), budget).gram(_quiet)
+    inputs = [row for row in (single_row(x, i) for i in range(size)) for _ in range(n_coordinates)]
+    return Landmarks(inputs, torch.arange(n_coordinates).repeat(size))
 
 
+@without_autocast
 def traces(linearised: Linearised, overlap: Tensor | None) -> tuple[Tensor, Tensor]:
     r"""Return the traces (B,) of :math:`J J^T` inside the span and outside of it, float64.
 

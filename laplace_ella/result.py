@@ -134,10 +134,10 @@ def compared(
 
 
 def remarks(
-    score: float, baselines: dict[str, Baseline | None], n_inputs: int, equals_map: bool
+    baselines: dict[str, Baseline | None], n_inputs: int, equals_map: bool, edges: Sequence[str]
 ) -> tuple[str, ...]:
     """Say what a user should know before relying on the best setting."""
-    notes = []
+    notes = [edge for edge in edges if edge]
     if n_inputs < ENOUGH_INPUTS:
         notes.append(
             f"Only {n_inputs} validation inputs: with fewer than {ENOUGH_INPUTS} the tuned values are to a large "

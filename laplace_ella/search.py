@@ -6,7 +6,6 @@ A *setting* is a value of everything that can be tuned without another pass over
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -21,12 +20,15 @@ from .validation import NonFiniteSamplesError
 
 # Four values a decade: NLL changes by less than a standard error in between.
 TEMPERATURES = tuple(10 ** (e / 4) for e in range(-12, 25))
-LOGIT_SCALES = tuple(2 ** (e / 2) for e in range(-4, 5))
+# Dense around 1, and ends that no sensible network needs.
+LOGIT_SCALES = (0.01, 0.1, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 10.0)
 _GOLDEN = (math.sqrt(5) - 1) / 2
 # Discrete: there is nothing between two values of their grids.
 DISCRETE = ("n_eigenvalues", "curvature_size")
 # Differences of the loss below this share of it are rounding.
 ROUNDING = 1e-12
+# A loss that changes by less than this share of it at the edge of a grid is flat there.
+FLAT = 1e-6
 
 
 def decades(low: int, high: int) -> list[float]:
@@ -102,8 +104,8 @@ class Search:
         """The setting with the smallest loss."""
         return min(self.table, key=self.table.__getitem__)
 
-    def conclude(self) -> None:
-        """Warn of settings that were skipped.
+    def conclude(self) -> str:
+        """Return what is to be said of settings that were skipped, if any.
 
         Raises
         ------
@@ -116,11 +118,29 @@ class Search:
                 f"None of the {skipped} settings tried has a finite loss; the first reason: {self.failures[0]}. "
                 "The estimator is as it was. Check the validation targets and the loss."
             )
-        if skipped:
-            warnings.warn(
-                f"{skipped} of {len(self.table)} settings were skipped; the first reason: {self.failures[0]}.",
-                stacklevel=5,
-            )
+        if not skipped:
+            return ""
+        return f"{skipped} of {len(self.table)} settings were skipped; the first reason: {self.failures[0]}."
+
+    def edge(self, name: str, values: Sequence[float]) -> str:
+        """Return what is to be said of a best value on an edge of its grid, where the loss still falls.
+
+        Parameters
+        ----------
+        values : sequence of float
+            In ascending order.
+        """
+        best, lowest = self.best, self.table[self.best]
+        value = getattr(best, name)
+        for outer, inner, word in ((0, 1, "below"), (-1, -2, "above")):
+            if len(values) > 1 and math.isclose(value, values[outer], rel_tol=1e-6):
+                gain = self(best.at(**{name: values[inner]})) - lowest
+                if gain > FLAT * abs(lowest):
+                    return (
+                        f"The best {name}, {value:.4g}, lies on an edge of its grid ({values[0]:.4g} to "
+                        f"{values[-1]:.4g}); the loss still falls {word} it."
+                    )
+        return ""
 
     def is_flat(self) -> bool:
         """Tell whether the loss is the same for every setting."""
@@ -236,8 +256,12 @@ def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradien
         return start.at(**{k: float(10**v) for k, v in zip(names, logs)})
 
     def objective(logs: Any) -> tuple[float, Any]:
-        value, slope = gradient(at(logs), names)
-        return value, np.asarray(slope)
+        try:
+            value, slope = gradient(at(logs), names)
+        except NotPositiveDefiniteError:
+            value, slope = math.inf, [0.0] * len(names)
+        # A line search steps back from a large number, and fails on infinity.
+        return (value, np.asarray(slope)) if np.isfinite([value, *slope]).all() else (1e30, 0 * logs)
 
     found = minimize(
         objective,
@@ -247,4 +271,5 @@ def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradien
         bounds=[(math.log10(min(grids[k])), math.log10(max(grids[k]))) for k in names],
         options={"maxiter": 50, "ftol": 1e-10},
     )
-    search(at(found.x))
+    if np.isfinite(found.x).all():
+        search(at(found.x))

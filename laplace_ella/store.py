@@ -43,13 +43,17 @@ class Store:
         self.block_bytes = max(1, min(BLOCK_BYTES, budget // 4))
         self.kept = 0
         self._buffer: list[Row] = []
+        self._buffered = 0
         self._blocks: list[tuple[Any, ...]] = []
         self._file: IO[bytes] | None = None
 
     def append(self, *tensors: Tensor | None) -> None:
-        """Add the tensors of a batch (B, ...), the same kinds every time."""
+        """Add the tensors of a batch (B, ...); those of other shapes after B start a block of their own."""
+        if self._buffer and _kinds(self._buffer[0]) != _kinds(tensors):
+            self._flush()
         self._buffer.append(tensors)
-        if sum(_nbytes(row) for row in self._buffer) >= self.block_bytes:
+        self._buffered += _nbytes(tensors)
+        if self._buffered >= self.block_bytes:
             self._flush()
 
     def __iter__(self) -> Iterator[Row]:
@@ -61,7 +65,7 @@ class Store:
 
     def _flush(self) -> None:
         block = tuple(None if column[0] is None else torch.cat(column) for column in zip(*self._buffer))
-        self._buffer = []
+        self._buffer, self._buffered = [], 0
         size = _nbytes(block)
         if self.kept + size <= self.budget:
             self.kept += size
@@ -84,6 +88,10 @@ class Store:
         empty = torch.empty(filed.shape, dtype=filed.dtype)
         self._file.readinto(empty.view(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
         return empty.to(filed.device)
+
+
+def _kinds(row: Row) -> list[Any]:
+    return [None if t is None else (t.shape[1:], t.dtype) for t in row]
 
 
 def _nbytes(row: Row) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .baselines import Scorer, map_prediction
+from .baselines import Scorer
 from .basis import Progress
 from .batches import named_batches
 from .candidates import Candidates, progress_bars
 from .likelihoods import LIKELIHOODS, Prediction, checked_targets
 from .scoring import Loss, score
-from .search import TEMPERATURES, Search, Setting, grid_search
-
-# A loss that changes by less than this share of it at the edge of a grid is flat there.
-FLAT_EDGE = 1e-6
+from .search import FLAT, TEMPERATURES, Search, Setting, grid_search
 
 
 class PriorTuning(Candidates):
@@ -88,7 +85,7 @@ class PriorTuning(Candidates):
             validation.check_link(self.likelihood, link_approx)
             validation.check_interval(log_prior_prec_min, log_prior_prec_max, grid_size)
         self._check_H_init()
-        with self._undone_on_error():
+        with torch.inference_mode(False), self._undone_on_error():
             if method == "marglik":
                 self._maximize_evidence(
                     n_steps, lr, init_prior_prec, prior_structure, val_loader, progress_bar
@@ -112,7 +109,7 @@ class PriorTuning(Candidates):
         val_loader: Any,
         progress_bar: bool,
     ) -> None:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.enable_grad():
             # The host reminds of the link here, which evidence does not use.
             warnings.filterwarnings("ignore", "By default `link_approx`")
             super().optimize_prior_precision(  # type: ignore[misc]
@@ -155,15 +152,16 @@ class PriorTuning(Candidates):
             scorer = Scorer(data, loss)
             # NLL needs variances only; what the user's loss gets is the host's.
             predictor = self._predictor(link_approx, n_samples, diagonal_output=loss is None)
-            plain = partial(map_prediction, likelihood=scorer.likelihood)
-            score_of_map = partial(scorer, self._with_covariance(plain, loss), start)
+            score_of_map = partial(scorer, scorer.of_map, start)
 
             def evaluate(setting: Setting) -> float:
                 return scorer(predictor, setting)
 
         search = Search(evaluate)
         grid_search(search, start, priors, not self._temperature_fixed, progress)
-        search.conclude()
+        skipped = search.conclude()
+        if skipped:
+            warnings.warn(skipped, stacklevel=3)
         if search.is_flat():
             warnings.warn(
                 "The loss is the same for every setting on the grid, so the setting is left as it was. "
@@ -173,7 +171,7 @@ class PriorTuning(Candidates):
             return
         best = search.best
         map_score = math.inf if self._temperature_fixed else score_of_map()
-        if search.table[best] >= map_score - FLAT_EDGE * abs(map_score):
+        if search.table[best] >= map_score - FLAT * abs(map_score):
             best = best.at(temperature=TEMPERATURES[0], prior_precision=max(priors))
             warnings.warn(
                 f"No setting predicts better than the network itself (MAP: {map_score:.5g}, the best setting: "
@@ -181,9 +179,13 @@ class PriorTuning(Candidates):
                 stacklevel=3,
             )
         else:
-            _warn_of_edge(search, best, "prior_precision", sorted(priors), "log_prior_prec_{}")
-            if not self._temperature_fixed:
-                _warn_of_edge(search, best, "temperature", TEMPERATURES, "")
+            remark = search.edge("prior_precision", sorted(priors))
+            if remark:
+                warnings.warn(
+                    f"{remark} Widen it with log_prior_prec_min or log_prior_prec_max.", stacklevel=3
+                )
+            if not self._temperature_fixed and search.edge("temperature", TEMPERATURES):
+                warnings.warn(search.edge("temperature", TEMPERATURES), stacklevel=3)
         self.prior_precision, self._temperature = best.prior_precision, best.temperature
         self._posterior_scale = None
 
@@ -232,18 +234,3 @@ class PriorTuning(Candidates):
             return score(plain, likelihood, loss, self.sigma_noise.double().square())
 
         return evaluate, score_of_map
-
-
-def _warn_of_edge(search: Search, best: Setting, name: str, values: Sequence[float], argument: str) -> None:
-    """Warn of an optimum on the edge of a grid in ascending order, where the loss still falls."""
-    value = getattr(best, name)
-    for edge, inner, word, bound in ((0, 1, "below", "min"), (-1, -2, "above", "max")):
-        if len(values) > 1 and math.isclose(value, values[edge], rel_tol=1e-6):
-            gain = search(best.at(**{name: values[inner]})) - search.table[best]
-            if gain > FLAT_EDGE * abs(search.table[best]):
-                hint = f" Widen the grid with {argument.format(bound)}." if argument else ""
-                warnings.warn(
-                    f"The best {name}, {value:.4g}, lies on an edge of its grid ({values[0]:.4g} to "
-                    f"{values[-1]:.4g}); the loss still falls {word} it.{hint}",
-                    stacklevel=4,
-                )

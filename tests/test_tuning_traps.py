@@ -1,0 +1,311 @@
+"""What went wrong once in tuning, residual and novelty; each has a test of its own."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import assert_close
+from helpers import (
+    C,
+    D,
+    DictModel,
+    M,
+    N,
+    build,
+    dict_batches,
+    fitted,
+    inputs,
+    loader,
+    mlp,
+    targets,
+    train_loader,
+    val_loader,
+)
+from torch import nn
+
+from laplace_ella.landmarks import BottomK
+
+F64 = torch.float64
+X = inputs(7, seed=7)
+SEARCH = ["temperature", "logit_scale", "residual_scale"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def free(**options):
+    return fitted(**{"temperature": None, **options})
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("residual", ["none", "isotropic", "exact"])
+def test_searches_work_where_no_gradient_is_recorded(context, residual):
+    search = SEARCH if residual != "none" else SEARCH[:2]
+    expected = free(residual=residual).optimize_hyperparameters(val_loader(), search).score
+    la = free(residual=residual)
+    with context():
+        found = la.optimize_hyperparameters(val_loader(), [*search, "n_eigenvalues"])
+    assert found.score <= expected + 1e-6
+    assert la(X).isfinite().all()
+
+
+def test_tangents_made_in_inference_mode_can_meet_a_graph():
+    la = fitted(residual="isotropic", enable_backprop=True)
+    with torch.inference_mode():
+        la(X)
+    x = X.clone().requires_grad_()
+    la(x).square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_equal_eigenvalues_of_the_residual_do_not_stop_a_search():
+    model = nn.Linear(D, C, dtype=F64)  # J J^T is a multiple of the identity
+    la = free(model=model, residual="exact", n_eigenvalues=2)
+    result = la.optimize_hyperparameters(val_loader(), ["residual_scale", "prior_precision"])
+    assert result.score == min(s for _, s in result.table)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("likelihood", ["regression", "classification"])
+def test_the_exact_residual_has_no_negative_variance(likelihood, dtype):
+    data = train_loader(likelihood, dtype=torch.float32)
+    options = {"residual": "exact", "n_eigenvalues": None, "prior_precision": 1e-5, "subsample_size": N * C}
+    la = fitted(likelihood, mlp(dtype=dtype), data, **options)
+    x = inputs(dtype=torch.float32)
+    if likelihood == "regression":
+        _, covariance = la(x)
+        assert (covariance.diagonal(dim1=1, dim2=2) >= 0).all()
+        _, joint = la(x[:5], joint=True)
+        assert (joint.diagonal() >= 0).all()
+    else:
+        assert la(x).isfinite().all()
+    assert la.functional_samples(x, diagonal_output=True, n_samples=3).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["residual_share", "functional_samples", "approximation_error", "plan"])
+def test_threads_may_ask_for_weights_while_others_predict(method):
+    model = mlp()
+    estimators = [
+        fitted(model=model, residual="exact" if method == "functional_samples" else "isotropic")
+        for _ in range(2)
+    ]
+    failures: list[BaseException] = []
+
+    def predict() -> None:
+        for _ in range(40):
+            estimators[0](X)
+
+    def ask() -> None:
+        try:
+            for _ in range(10):
+                estimators[1]._tangents = None
+                if method == "plan":
+                    estimators[1].plan(train_loader(), verbose=False)
+                else:
+                    getattr(estimators[1], method)(X)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=f) for f in (predict, ask, ask)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
+def test_a_users_loss_gets_the_same_kind_of_prediction_from_every_method():
+    shapes = set()
+
+    def loss(mean, covariance, y):
+        shapes.add(covariance.shape)
+        noisy = covariance + 0.1 * torch.eye(C, dtype=covariance.dtype)
+        return -torch.distributions.MultivariateNormal(mean, noisy).log_prob(y).mean()
+
+    la = fitted("regression", temperature=None)
+    result = la.optimize_hyperparameters(val_loader("regression"), ["temperature"], loss=loss)
+    assert shapes == {(17, C, C)}
+    assert result.baselines["MAP"].standard_error is None
+
+
+def test_a_state_with_a_residual_loads_where_the_prior_was_a_vector():
+    state = fitted(residual="isotropic").state_dict()
+    la = fitted(prior_precision=torch.ones(sum(p.numel() for p in mlp().parameters())))
+    la.load_state_dict(state)
+    assert la.residual == "isotropic"
+    assert_close(la(X), fitted(residual="isotropic")(X))
+
+
+def test_the_estimator_alone_decides_how_labels_are_sampled():
+    la = fitted(curvature="exact")
+    state = fitted(curvature="mc").state_dict()
+    state["prior_precision"] = torch.full((1,), -1.0, dtype=F64)
+    with pytest.raises(ValueError, match="prior_precision"):
+        la.load_state_dict(state)
+    before = la.H
+    la.fit(train_loader())
+    assert torch.equal(la.H, before)
+    la.curvature = "mc"
+    la.fit(train_loader())
+    assert_close(la.H, fitted(curvature="mc").H)
+
+
+def test_extreme_logits_can_be_scaled_down():
+    model = mlp()
+    with torch.no_grad():
+        model[-1].weight.mul_(60)
+    result = free(model=model).optimize_hyperparameters(val_loader())
+    assert result.baselines["temperature scaling"].parameters["logit_scale"] < 0.25
+    f = torch.cat([model(x) for x, _ in val_loader()]).detach()
+    y = torch.cat([y for _, y in val_loader()])
+    lowest = min(nn.functional.cross_entropy(s * f, y).item() for s in torch.logspace(-2, 1, 301))
+    assert result.baselines["temperature scaling"].score <= lowest + 1e-6
+
+
+def test_an_optimum_on_an_edge_is_noted():
+    result = free().optimize_hyperparameters(val_loader(), {"logit_scale": [5.0, 10.0]})
+    assert any("edge" in note and "below" in note for note in result.notes)
+
+
+def test_constant_noise_is_tuned_whatever_is_searched():
+    la = fitted("regression", temperature=None, sigma_noise=0.1)
+    result = la.optimize_hyperparameters(val_loader("regression"), ["temperature"])
+    assert result.baselines["constant variance"].score < result.baselines["MAP"].score - 1
+    assert result.baselines["constant variance"].parameters["sigma_noise"] > 0.3
+
+
+def test_early_snapshots_are_random_where_shapes_differ():
+    sample = BottomK(100)
+    positions = torch.arange(100)
+    keys = torch.randperm(100, generator=torch.Generator().manual_seed(0))
+    sample.offer(positions, keys, None, lambda i: torch.zeros(1, 3 if i < 50 else 7))
+    found = type("Scan", (), {"curvature": sample, "batch": 10})
+    la = build()
+    la.curvature_size = 100
+    lengths = [x.shape[1] for _, x in la._curvature_batches(found, None) for _ in range(len(x))]
+    assert {3, 7} <= set(lengths[:20])
+    assert len(lengths) == 100
+
+
+def calibrated(**options):
+    la = free(**options)
+    la.calibrate_novelty(val_loader())
+    return la
+
+
+CHANGES: dict[str, Callable] = {
+    "temperature": lambda la: setattr(la, "temperature", 3.0),
+    "logit scale": lambda la: setattr(la, "logit_scale", 0.5),
+    "prior": lambda la: setattr(la, "prior_precision", 7.0),
+    "residual": lambda la: setattr(la, "residual", "isotropic"),
+    "seed": lambda la: setattr(la, "seed", 5),
+    "rank": lambda la: la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [2]}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_calibration_made_under_another_setting_is_refused(change):
+    la = calibrated()
+    la.novelty(X)
+    CHANGES[change](la)
+    with pytest.raises(ValueError, match=r"calibrate_novelty\(\)"):
+        la.novelty(X)
+    la.calibrate_novelty(val_loader())
+    assert la.novelty(X).isfinite().all()
+
+
+def test_tangents_follow_the_seed():
+    la, other = fitted(residual="isotropic", seed=3), fitted(residual="isotropic", seed=3)
+    before = la(X)
+    other.seed = la.seed = 4
+    assert not torch.equal(la(X), before)
+    assert torch.equal(la(X), other(X))
+
+
+def test_parts_of_a_batch_count_the_blocks_of_the_exact_residual():
+    la = fitted(residual="exact", memory_budget=8000)
+    sizes = [len(x) for x in la.backend.bounded(inputs(), la._width())]
+    assert sum(sizes) == N
+    assert max(sizes) * 8 * C * (la.basis.rank + C) <= 2000
+
+
+def test_early_stopping_leaves_the_residual_alone():
+    la = build(temperature=None, residual="isotropic", residual_scale=0.3, prior_precision=2.0)
+    la.fit(train_loader(), val_loader=val_loader())
+    assert la.residual_variance == pytest.approx(0.15)
+
+
+def test_the_history_is_in_the_checkpoint():
+    la = build(temperature=None)
+    la.fit(train_loader(), val_loader=val_loader())
+    other = fitted()
+    other.load_state_dict(la.state_dict())
+    assert other.fit_history_ == la.fit_history_
+
+
+class Shifted(DictModel):
+    """Has an entry before the batch that all rows share."""
+
+    def forward(self, batch):
+        out = super().forward(batch)
+        out.logits = out.logits + batch["shift"][: out.logits.shape[1]]
+        return out
+
+
+@pytest.mark.parametrize("residual", ["isotropic", "exact"])
+def test_mappings_whose_first_tensor_is_shared(residual):
+    data = [{"shift": torch.ones(4, dtype=F64), **batch} for batch in dict_batches()]
+    la = fitted(model=Shifted(), data=data, residual=residual)
+    assert la(data[0]).shape == (7, C)
+    assert la.residual_share(data[0]).shape == (7,)
+
+
+def test_targets_of_two_kinds_may_meet_in_validation_data():
+    y = targets("classification", 17, seed=4)
+    x = inputs(17, seed=3)
+    mixed = [(x[:9], y[:9]), (x[9:], nn.functional.one_hot(y[9:], C).double())]
+    scores = [free().optimize_hyperparameters(data, ["temperature"]).score for data in (mixed, [(x, y)])]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-9)
+
+
+def test_warnings_name_the_users_line():
+    calls = iter(range(10**6))
+
+    def broken_now_and_then(p, y):
+        return float("nan") if next(calls) % 7 == 3 else -p.gather(1, y[:, None]).log().mean()
+
+    la, state = free(), fitted().state_dict()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        la.optimize_prior_precision(
+            method="gridsearch", val_loader=val_loader(), loss=broken_now_and_then, grid_size=11
+        )
+        la.optimize_hyperparameters(val_loader(), loss=broken_now_and_then)
+        build(enable_backprop=True).load_state_dict(state)
+    assert len(caught) >= 3
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_the_share_is_the_same_under_autocast():
+    la = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
+    x = X.float()
+    seen = la._seen(x)
+    expected = la.residual_share(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = la._overlap(seen)
+        from laplace_ella.residual import residual_share
+
+        assert_close(residual_share(seen, inside).float(), expected)
+
+
+def test_the_basis_is_that_of_its_landmarks_whatever_the_history():
+    """A rank that was cut, a fit again: the share asked for decides anew."""
+    la = fitted(n_eigenvalues=0.9, temperature=None)
+    rank = la.basis.rank
+    assert la.basis.retained >= 0.9
+    assert la.basis.spectrum.shape == (M,)
+    la.fit(loader(inputs(), targets("classification")))
+    assert la.basis.rank == rank
