@@ -144,7 +144,7 @@ class PriorTuning(Candidates):
             raise ValueError("method='gridsearch' scores on validation data: pass val_loader=...")
         validation.check_loss(loss)
         progress = progress_bars(progress_bar)
-        start = self._setting()
+        start, before = self._setting(), (self.prior_precision, self._temperature)
         if pred_type == "nn":
             evaluate, score_of_map = self._nn_scores(val_loader, loss, n_samples, progress)
         else:
@@ -168,6 +168,7 @@ class PriorTuning(Candidates):
                 "A loss of the mean alone does not depend on prior and temperature.",
                 stacklevel=3,
             )
+            self.prior_precision, self._temperature = before  # which "nn" changes
             return
         best = search.best
         map_score = math.inf if self._temperature_fixed else score_of_map()

@@ -289,6 +289,24 @@ def test_warnings_name_the_users_line():
     assert {w.filename for w in caught} == {__file__}
 
 
+@pytest.mark.parametrize("pred_type", ["glm", "nn"])
+def test_a_flat_loss_leaves_the_setting_alone(pred_type):
+    la = free(prior_precision=0.7)
+    before = la(X)
+    with pytest.warns(UserWarning, match="same for every setting"):
+        la.optimize_prior_precision(
+            pred_type,
+            "gridsearch",
+            val_loader=val_loader(),
+            loss=lambda p, y: 0.5,
+            link_approx="mc",
+            n_samples=3,
+            grid_size=3,
+        )
+    assert (float(la.prior_precision), la.temperature) == (0.7, 1.0)
+    assert torch.equal(la(X), before)
+
+
 def test_the_share_is_the_same_under_autocast():
     la = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
     x = X.float()
