@@ -228,6 +228,10 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     "crossover": crossover,
     "host": side_by_side("host", "composed"),
     "memory": side_by_side("memory"),
+    "tuning": side_by_side("tuning"),
+    "sampled": side_by_side(
+        "sampled", variance_over_exact=("variance_ratio", ".3g"), times_cheaper=("times_cheaper", ".3g")
+    ),
     "methods": methods,
     "cuda": cuda,
 }
