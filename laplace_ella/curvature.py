@@ -174,7 +174,14 @@ class NystromGGN(GGNInterface):
             return build_basis(source, rank, budget=self.engine.budget(), spill=self.spill, progress=progress)
 
     def plan(
-        self, x: Input, *, n_data: int | None, n_landmarks: int, rank: int, n_curvature: int | None
+        self,
+        x: Input,
+        *,
+        n_data: int | None,
+        n_landmarks: int,
+        rank: int,
+        n_curvature: int | None,
+        sampled: int = 0,
     ) -> Plan:
         """Work out what a fit costs, from one batch; see :func:`laplace_ella.plan.make_plan`."""
         seconds = []
@@ -189,6 +196,7 @@ class NystromGGN(GGNInterface):
             n_landmarks=n_landmarks,
             rank=rank,
             n_curvature=n_curvature,
+            sampled=sampled,
             row_source=self.row_source,
             spill=self.spill,
             seconds=min(seconds) / batch_size(x),

@@ -321,7 +321,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         """Drop all but the leading directions."""
         self.backend.basis, self._tangents, self._posterior_scale = self.basis.leading(rank), None, None
         self.snapshots = [(n, G[:rank, :rank].clone()) for n, G in self.snapshots]
-        self.H, self.n_eigenvalues = self.H[:rank, :rank].clone(), rank
+        self.H = self.H[:rank, :rank].clone()
 
     # ------------------------------------------------------------------ posterior
 
@@ -479,13 +479,24 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
                     stacklevel=4,  # user, the lock, load_state_dict, here
                 )
 
+    def _more(self) -> str:
+        """Return what differs from the defaults, for ``__repr__``."""
+        values = {
+            "sigma_noise": float(self.sigma_noise),
+            "logit_scale": self.logit_scale,
+            "residual_scale": 1.0 if self.residual == "none" else self.residual_scale,
+        }
+        found = [f", {k}={v:.4g}" for k, v in values.items() if v != 1]
+        found += [f", residual={self.residual!r}"] if self.residual != "none" else []
+        return "".join(found + ([f", curvature={self.curvature!r}"] if self.curvature != "exact" else []))
+
     def __repr__(self) -> str:
         if self.H is None:
             fitted = f"M={self.subsample_size}, K={self.n_eigenvalues}, P={self.n_params}, not fitted"
         else:
             fitted = (
                 f"M={self.basis.n_landmarks}, K={self.basis.rank}, retained trace={self.basis.retained:.3f}, "
-                f"P={self.n_params}, n_data={self.n_data}"
+                f"P={self.n_params}, n_data={self.n_data}, n={self.n_curvature}"
             )
         prior = (
             f"{float(self.prior_precision):.4g}"
@@ -495,5 +506,5 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         fixed = "" if self._temperature_fixed else " (free)"
         return (
             f"ELLALaplace({self._likelihood_name!r}, {fitted}, prior_precision={prior}, "
-            f"temperature={self.temperature:.4g}{fixed})"
+            f"temperature={self.temperature:.4g}{fixed}{self._more()})"
         )

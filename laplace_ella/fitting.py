@@ -103,7 +103,7 @@ class Fitting:
             search may still tune it). ``fit_history_`` has the NLL of every n. With a temperature that
             you fixed, or ``override=False``, the NLL is only recorded, as ``laplace.ELLA`` does.
         val_steps : int, optional
-            Score after every so many curvature batches; default 1. The first n inputs are a random
+            Score, and take a snapshot of G, after every so many curvature batches; default 1. The first n inputs are a random
             sample, except with ``curvature_size=None``, where they are those that come first: shuffle.
         link_approx : str
             The link that validation predictions use.
@@ -185,7 +185,8 @@ class Fitting:
         train_loader : iterable
             Of which the first batch is read.
         verbose : bool
-            Print the plan: forward passes, seconds and bytes of each stage.
+            Print the plan: forward passes, seconds and bytes of each stage. Of ``n_eigenvalues`` as a
+            share, which is not known before, it counts as many directions as the budget allows.
 
         Returns
         -------
@@ -203,6 +204,7 @@ class Fitting:
             n_landmarks=self.subsample_size,
             rank=self._largest_rank(),
             n_curvature=self.curvature_size,
+            sampled=0 if self.curvature == "exact" else self.curvature_samples,
         )
         if verbose:
             print(plan)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import validation
 from .baselines import Scorer, baselines
+from .basis import Progress
 from .candidates import Candidates, progress_bars
 from .likelihoods import Prediction
 from .posterior import Outputs
@@ -45,14 +46,16 @@ class JointTuning(Candidates):
             "n_eigenvalues" (leading K' <= K directions), "curvature_size" (n, from the snapshots of
             the fit) and "sigma_noise". A mapping gives the values of the grid, None the
             default. Default: ("temperature", "logit_scale"); for regression ("temperature",
-            "sigma_noise"); a temperature fixed by the user is left out.
+            "sigma_noise"); with a residual, "residual_scale" too. A temperature fixed by the user is
+            left out. A parameter on which the loss does not depend keeps its value.
         link_approx, n_samples
             As in the predictions that the setting is for.
         loss : torchmetrics.Metric or callable, optional
+            Of (probabilities, targets), or (means, covariances, targets) for regression; lower is better.
             Default: the mean NLL an input (or position), which is refined by L-BFGS; any
             other loss by golden-section search.
         apply : bool
-            Give the estimator the best setting. Directions beyond K' are dropped.
+            Give the estimator the best setting. Directions beyond K' are dropped until the next fit.
         progress_bar : bool
 
         Returns
@@ -85,7 +88,10 @@ class JointTuning(Candidates):
             joint_search(found, self._setting(), grids, progress)
             refine(found, grids, partial(scorer.gradient, predictor) if loss is None else None)
             skipped = found.conclude()
-            result = self._result(scorer, found, grids, apply, link_approx, n_samples)
+            best, ignored = found.without_ignored(self._setting(), grids)
+            result = self._result(
+                scorer, found, best, ignored, grids, apply, link_approx, n_samples, progress
+            )
             if apply:
                 self._apply(result.best, tuple(grids))
         if skipped:
@@ -98,9 +104,11 @@ class JointTuning(Candidates):
         """Return the values of each parameter to search, from small to large variance."""
         if search is None:
             free = [] if self._temperature_fixed else ["temperature"]
-            search = [*free, "sigma_noise" if self.likelihood == "regression" else "logit_scale"]
-            if self.likelihood == "reward_modeling":
-                search = free
+            own = {"regression": ["sigma_noise"], "reward_modeling": []}
+            residual = [] if self.residual == "none" else ["residual_scale"]
+            search = [*free, *own.get(self.likelihood, ["logit_scale"]), *residual]
+        if isinstance(search, str):
+            raise ValueError(f"search must be a list of names; got {search!r}. Write [{search!r}].")
         given = dict(search) if isinstance(search, Mapping) else dict.fromkeys(search)
         validation.check_search(
             given, SETTING_NAMES, self.likelihood, self._temperature_fixed, self.residual, self.temperature
@@ -114,7 +122,8 @@ class JointTuning(Candidates):
             "prior_precision": decades(-4, 6)[::-1],
             "logit_scale": LOGIT_SCALES,
             "residual_scale": decades(-10, 1),
-            "n_eigenvalues": sorted({k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k < rank} | {rank}),
+            # From large to small: directions are not given up for a tie.
+            "n_eigenvalues": [rank, *(k for k in (500, 200, 100, 50, 20, 10, 5, 2, 1) if k < rank)],
             "curvature_size": sizes[::-1],
             "sigma_noise": [sigma * 10 ** (e / 2) for e in range(-6, 7)],
         }
@@ -127,20 +136,25 @@ class JointTuning(Candidates):
         self,
         scorer: Scorer,
         found: Search,
+        best: Setting,
+        ignored: list[str],
         grids: dict[str, Sequence[Any]],
         applied: bool,
         link_approx: str,
         n_samples: int,
+        progress: Progress,
     ) -> TuningResult:
         predictor = self._predictor(link_approx, n_samples, diagonal_output=scorer.loss is None)
-        best, each = found.best, scorer.each(predictor, found.best)
+        each = scorer.each(predictor, best)
 
         def predict_outputs(outputs: Outputs) -> Prediction:
             return self._predict_from(outputs, link_approx, n_samples, diagonal_output=scorer.loss is None)
 
         compared_with = {
             name: compared(method, found.table[best], each)
-            for name, method in baselines(scorer, predict_outputs, self._setting(), grids)
+            for name, method in progress(
+                baselines(scorer, predict_outputs, self._setting(), grids), "Simpler methods"
+            )
         }
         start = self._setting().at(logit_scale=1.0)
         with torch.no_grad():
@@ -148,7 +162,15 @@ class JointTuning(Candidates):
                 _difference(predictor(b, best), scorer.of_map(b, start), float(best.sigma_noise)) < 5e-4
                 for b in scorer.data
             )
-        edges = [found.edge(k, sorted(v)) for k, v in grids.items() if k not in DISCRETE]
+        grids_of = {k: sorted(v) for k, v in grids.items() if k not in (*DISCRETE, *ignored)}
+        remarks_on_values = [found.edge(k, v) for k, v in grids_of.items()]
+        if len(grids_of.get("temperature", [])) > 1 and best.temperature <= 1.01 * grids_of["temperature"][0]:
+            remarks_on_values = [
+                "The best temperature is the smallest: the variance in the span of the basis does not help on these data."
+            ]
+        remarks_on_values += [
+            f"The loss does not depend on {k}, which is left at {getattr(best, k):.4g}." for k in ignored
+        ]
         return TuningResult(
             best,
             found.table[best],
@@ -160,13 +182,13 @@ class JointTuning(Candidates):
             if scorer.loss is None
             else getattr(scorer.loss, "__name__", type(scorer.loss).__name__),
             applied,
-            remarks(compared_with, scorer.data.n_inputs, equals_map, edges),
+            remarks(compared_with, found.table[best], scorer.data.n_inputs, equals_map, remarks_on_values),
         )
 
     def _apply(self, setting: Setting, names: Sequence[str]) -> None:
         if "curvature_size" in names:
             self._keep_snapshot(setting.curvature_size)
-        if "n_eigenvalues" in names:
+        if "n_eigenvalues" in names and setting.n_eigenvalues < self.basis.rank:
             self._keep_leading(setting.n_eigenvalues)
         if "temperature" in names:
             self._temperature = setting.temperature

@@ -99,7 +99,7 @@ def _softmax_targets(y: Tensor, f: Tensor) -> Tensor:
     if bad.any():
         raise ValueError(
             f"Class indices must lie in 0..{n_outputs - 1}, the model's outputs; got {int(y[bad][0])}. "
-            "Check the labels, or the width of the model's last layer."
+            "Check the labels, or the width of the model's last layer; there is no ignore_index."
         )
     return y.long()
 
@@ -250,7 +250,8 @@ def checked_targets(
     if n and tuple(y.shape[1 : 1 + n]) != tuple(positions):
         raise ValueError(
             f"In {name}: the outputs have positions {tuple(positions)} for each input, and targets must have them "
-            f"too, after the batch axis; got targets of shape {tuple(y.shape)}."
+            f"too, after the batch axis; got targets of shape {tuple(y.shape)}. The last axis of the outputs must be "
+            "the classes: a model that returns (batch, classes, ...) needs .movedim(1, -1)."
         )
     try:
         y = likelihood.targets(y.flatten(0, n).to(f.device), f)

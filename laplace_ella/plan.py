@@ -155,6 +155,7 @@ def make_plan(
     n_landmarks: int,
     rank: int,
     n_curvature: int | None,
+    sampled: int,
     row_source: Callable[[Landmarks], RowSource],
     spill: Spill | None,
     seconds: float,
@@ -169,6 +170,8 @@ def make_plan(
         N; None if unknown, which counts as more than enough.
     n_landmarks, rank, n_curvature : int
         M, K, n as asked for (None: all).
+    sampled : int
+        Labels an input that are sampled for the curvature; 0 for the exact one.
     row_source : callable
         Prepares the gradient rows of landmarks.
     seconds : float
@@ -212,7 +215,7 @@ def make_plan(
             Stage(
                 "curvature",
                 f"{n if n else 'all'} inputs",
-                n * feature_cost(mode, facts.n_coordinates, rank),
+                n * (2 + 3 * sampled if sampled else feature_cost(mode, facts.n_coordinates, rank)),
                 int(
                     kept
                     + basis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +45,7 @@ class TuningResult:
     best: Setting
     score: float
     searched: tuple[str, ...]
-    table: tuple[tuple[Setting, float], ...]
+    table: tuple[tuple[Setting, float], ...] = field(repr=False)
     baselines: dict[str, Baseline | None]
     n_inputs: int
     loss: str
@@ -55,6 +55,8 @@ class TuningResult:
     def summary(self) -> str:
         """Return the comparison as a table in plain text."""
         found = ", ".join(f"{k} = {_format(getattr(self.best, k))}" for k in self.searched)
+        others = [k for k in SETTING_NAMES if k not in self.searched]
+        held = ", ".join(f"{k} = {_format(getattr(self.best, k))}" for k in others)
         data = f"{self.n_inputs} validation inputs, on which everything here was tuned"
         lines = [
             f"{self.loss} on {data} ({len(self.table)} settings)",
@@ -69,7 +71,7 @@ class TuningResult:
             parameters = ", ".join(f"{k} = {_format(v)}" for k, v in baseline.parameters.items())
             difference = f"{baseline.difference:+.4f}{error}"
             lines.append(f"{name:22}{baseline.score:9.4f}{difference:>22}  {parameters}".rstrip())
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, f"held fixed: {held}", *self.notes])
 
     def plot(self) -> Any:
         """Draw the score against each parameter searched, with the simpler methods as lines.
@@ -134,10 +136,14 @@ def compared(
 
 
 def remarks(
-    baselines: dict[str, Baseline | None], n_inputs: int, equals_map: bool, edges: Sequence[str]
+    baselines: dict[str, Baseline | None],
+    score: float,
+    n_inputs: int,
+    equals_map: bool,
+    of_values: Sequence[str],
 ) -> tuple[str, ...]:
     """Say what a user should know before relying on the best setting."""
-    notes = [edge for edge in edges if edge]
+    notes = [note for note in of_values if note]
     if n_inputs < ENOUGH_INPUTS:
         notes.append(
             f"Only {n_inputs} validation inputs: with fewer than {ENOUGH_INPUTS} the tuned values are to a large "
@@ -147,9 +153,18 @@ def remarks(
         notes.append(
             "The predictions are those of MAP to 3 digits: nothing is gained over the network itself on these data."
         )
+    known = {name: b for name, b in baselines.items() if b is not None}
+    better = {
+        k: b for k, b in known.items() if b.difference < -2 * (b.standard_error or 0.0) - 1e-6 * abs(score)
+    }
     as_good = [
-        name for name, b in baselines.items() if b is not None and b.difference <= (b.standard_error or 0.0)
+        k
+        for k, b in known.items()
+        if k not in better and b.difference <= (b.standard_error or 0.0) + 1e-6 * abs(score)
     ]
+    if better:
+        by = ", ".join(f"{k} (by {-b.difference:.4f})" for k, b in better.items())
+        notes.append(f"Simpler methods are better: {by}. Use one of them, or search more parameters.")
     if as_good:
         notes.append(
             f"Simpler methods are as good within the standard error: {', '.join(as_good)}. If calibration is all "

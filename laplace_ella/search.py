@@ -88,16 +88,23 @@ class Search:
     def __call__(self, setting: Setting) -> float:
         """Return the loss of a setting; infinity if it fails."""
         if setting not in self.table:
-            try:
-                value = self.evaluate(setting)
-            except (NotPositiveDefiniteError, NonFiniteSamplesError) as error:
-                self.failures.append(str(error))
-                value = math.nan
-            else:
-                if not math.isfinite(value):
-                    self.failures.append(f"the loss is {value} at {setting}")
-            self.table[setting] = value if math.isfinite(value) else math.inf
+            value, reason = self._scored(setting)
+            if reason:
+                self.failures.append(reason)
+            self.table[setting] = value
         return self.table[setting]
+
+    def _scored(self, setting: Setting) -> tuple[float, str]:
+        """Return a loss and nothing; or infinity, and why."""
+        try:
+            value = self.evaluate(setting)
+        except (NotPositiveDefiniteError, NonFiniteSamplesError) as error:
+            return math.inf, str(error)
+        return (value, "") if math.isfinite(value) else (math.inf, f"the loss is {value} at {setting}")
+
+    def _beside(self, setting: Setting) -> float:
+        """Return the loss of a setting that is no candidate."""
+        return self.table[setting] if setting in self.table else self._scored(setting)[0]
 
     @property
     def best(self) -> Setting:
@@ -122,6 +129,22 @@ class Search:
             return ""
         return f"{skipped} of {len(self.table)} settings were skipped; the first reason: {self.failures[0]}."
 
+    def without_ignored(
+        self, start: Setting, grids: Mapping[str, Sequence[Any]]
+    ) -> tuple[Setting, list[str]]:
+        """Return the best setting with the values of ``start`` where the loss does not depend on them, and those names."""
+        best, lowest = self.best, self.table[self.best]
+        ignored: list[str] = []
+        for name, values in grids.items():
+            old = getattr(start, name)
+            if old is None or len(values) == 1:  # a single value is an order
+                continue
+            tried = [self._beside(best.at(**{name: v})) for v in (old, min(values), max(values))]
+            if max(tried) - lowest <= FLAT * abs(lowest):
+                best, ignored = best.at(**{name: old}), [*ignored, name]
+        self(best)
+        return best, ignored
+
     def edge(self, name: str, values: Sequence[float]) -> str:
         """Return what is to be said of a best value on an edge of its grid, where the loss still falls.
 
@@ -134,7 +157,7 @@ class Search:
         value = getattr(best, name)
         for outer, inner, word in ((0, 1, "below"), (-1, -2, "above")):
             if len(values) > 1 and math.isclose(value, values[outer], rel_tol=1e-6):
-                gain = self(best.at(**{name: values[inner]})) - lowest
+                gain = self._beside(best.at(**{name: values[inner]})) - lowest
                 if gain > FLAT * abs(lowest):
                     return (
                         f"The best {name}, {value:.4g}, lies on an edge of its grid ({values[0]:.4g} to "

@@ -58,6 +58,8 @@ class PriorTuning(Candidates):
         - A loss that is the same over the whole grid leaves the setting as it was; an optimum
           on an edge of the grid, a candidate that fails, and predictions that do no better
           than MAP's are each warned of.
+        - A loss is minimised; it gets probabilities, or means and covariances. A metric that is
+          better when higher is refused.
         - If tuning fails, the estimator is as it was.
 
         Raises
@@ -83,6 +85,7 @@ class PriorTuning(Candidates):
         )
         if method == "gridsearch":
             validation.check_link(self.likelihood, link_approx)
+            validation.check_loss(loss)
             validation.check_interval(log_prior_prec_min, log_prior_prec_max, grid_size)
         self._check_H_init()
         with torch.inference_mode(False), self._undone_on_error():
@@ -124,9 +127,14 @@ class PriorTuning(Candidates):
             )
         if not self._temperature_fixed:
             warnings.warn(
-                f"The evidence tunes the prior only: the temperature stays {self.temperature:.4g}; at 1, ELLA's "
-                "predictions are close to MAP's whatever the prior. Use method='gridsearch' with a val_loader to tune both, "
-                "or pass temperature=1.0 if that is what you want.",
+                f"The evidence tunes the prior only: the temperature stays {self.temperature:.4g}"
+                + (
+                    ". Assign temperature=1.0 for the posterior that the evidence is of, "
+                    if self.likelihood == "regression"
+                    else "; at 1, ELLA's predictions are close to MAP's whatever the prior. Pass temperature=1.0 if that is "
+                    "what you want, "
+                )
+                + "or use method='gridsearch' with a val_loader to tune both.",
                 stacklevel=3,
             )
 
@@ -142,7 +150,6 @@ class PriorTuning(Candidates):
     ) -> None:
         if val_loader is None:
             raise ValueError("method='gridsearch' scores on validation data: pass val_loader=...")
-        validation.check_loss(loss)
         progress = progress_bars(progress_bar)
         start, before = self._setting(), (self.prior_precision, self._temperature)
         if pred_type == "nn":
@@ -175,7 +182,9 @@ class PriorTuning(Candidates):
         if search.table[best] >= map_score - FLAT * abs(map_score):
             best = best.at(temperature=TEMPERATURES[0], prior_precision=max(priors))
             warnings.warn(
-                f"No setting predicts better than the network itself (MAP: {map_score:.5g}, the best setting: "
+                "No setting predicts better than the network itself"
+                + (f", its logits scaled by {self.logit_scale:.4g}" if self.logit_scale != 1 else "")
+                + f" (MAP: {map_score:.5g}, the best setting: "
                 f"{search.table[search.best]:.5g}); the setting of the smallest variance is used.",
                 stacklevel=3,
             )

@@ -6,6 +6,7 @@ Messages say what is wrong, what is allowed, what was passed, and what to do.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from os import PathLike
@@ -149,8 +150,20 @@ def check_link(likelihood: str, link_approx: str) -> None:
 
 def check_loss(loss: Any) -> None:
     """Require a callable (a metric is one), or None."""
-    if loss is not None and not callable(loss):
-        raise ValueError(f"loss must be a torchmetrics.Metric or a callable; got {type(loss).__name__}.")
+    if loss is not None and (not callable(loss) or isinstance(loss, type)):
+        got = loss.__name__ + " itself: make an instance" if isinstance(loss, type) else type(loss).__name__
+        raise ValueError(f"loss must be a torchmetrics.Metric or a callable; got {got}.")
+    if getattr(loss, "higher_is_better", None) is True:
+        raise ValueError(
+            f"loss is minimised, and {type(loss).__name__} is better when higher. Pass a callable that negates it, "
+            "as lambda p, y: -metric(p, y)."
+        )
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
+        warnings.warn(
+            f"loss receives probabilities, and {type(loss).__name__} expects logits. Leave loss out for the NLL, or "
+            "pass a callable of (probabilities, targets).",
+            stacklevel=3,
+        )
 
 
 def check_interval(low: Any, high: Any, size: int) -> None:
@@ -192,7 +205,7 @@ def check_search(
 
 def check_values(name: str, values: Any, allowed: list[int] | None) -> list[Any]:
     """Require values of a parameter: positive numbers, or some of those that are allowed."""
-    values = list(values)
+    values = list(values) if isinstance(values, Iterable) else []
     if not values:
         raise ValueError(
             f"The values of {name} to search are empty; give at least one, or None for the default."
@@ -201,7 +214,9 @@ def check_values(name: str, values: Any, allowed: list[int] | None) -> list[Any]
         return [positive_number(f"A value of {name}", v) for v in values]
     wrong = [v for v in values if v not in allowed]
     if wrong:
-        raise ValueError(f"The values of {name} must be among {allowed}; got {wrong}.")
+        raise ValueError(
+            f"The values of {name} must be among {allowed}; got {wrong}. Fit again for more than this fit has."
+        )
     return [int(v) for v in values]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torchmetrics
 from conftest import assert_close
 from helpers import (
     C,
@@ -305,6 +306,86 @@ def test_a_flat_loss_leaves_the_setting_alone(pred_type):
         )
     assert (float(la.prior_precision), la.temperature) == (0.7, 1.0)
     assert torch.equal(la(X), before)
+
+
+class HigherIsBetter(torchmetrics.classification.MulticlassAccuracy):
+    """Accuracy."""
+
+
+@pytest.mark.parametrize("tune", ["optimize_prior_precision", "optimize_hyperparameters"])
+def test_losses_that_would_mislead_are_named(tune):
+    la = free()
+    before = la(X)
+
+    def call(loss):
+        kwargs = {"method": "gridsearch", "grid_size": 3} if tune == "optimize_prior_precision" else {}
+        getattr(la, tune)(val_loader=val_loader(), loss=loss, **kwargs)
+
+    with pytest.raises(ValueError, match="better when higher"):
+        call(HigherIsBetter(num_classes=C))
+    with pytest.raises(ValueError, match="instance"):
+        call(nn.MSELoss)
+    with pytest.raises(ValueError, match="metric"):
+        call("nll")
+    assert torch.equal(la(X), before)
+    with pytest.warns(UserWarning, match="receives probabilities") as caught:
+        call(nn.CrossEntropyLoss())
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_a_parameter_that_the_loss_ignores_keeps_its_value():
+    la = fitted("regression", temperature=None, sigma_noise=0.7)
+    result = la.optimize_hyperparameters(
+        val_loader("regression"), loss=lambda mean, cov, y: (mean - y).square().mean()
+    )
+    assert float(la.sigma_noise) == 0.7
+    assert la.temperature == 1
+    assert sum("does not depend" in note for note in result.notes) == 2
+
+
+def test_a_rank_that_does_not_matter_is_not_cut_and_a_fit_restores_it():
+    la = free(prior_precision=1e12)  # no variance, whatever the rank
+    la.optimize_hyperparameters(val_loader(), ["n_eigenvalues"])
+    assert la.basis.rank == 5
+    la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [2]})
+    assert la.basis.rank == 2
+    with pytest.raises(ValueError, match="Fit again"):
+        la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [5]})
+    la.fit(train_loader())
+    assert la.basis.rank == 5
+
+
+def test_a_residual_is_searched_by_default():
+    result = free(residual="isotropic").optimize_hyperparameters(val_loader())
+    assert result.searched == ("temperature", "logit_scale", "residual_scale")
+    assert "held fixed: prior_precision" in result.summary()
+
+
+def test_what_is_better_is_called_better():
+    la = free(logit_scale=30.0)
+    model_labels = [(x, la.model(x).argmin(-1)) for x, _ in val_loader()]
+    result = la.optimize_hyperparameters(model_labels, {"temperature": [1e-3]})
+    assert any("are better" in note and "MAP" in note for note in result.notes)
+    assert not any("as good" in note and "MAP" in note for note in result.notes)
+
+
+def test_a_string_is_no_list_of_names():
+    with pytest.raises(ValueError, match=r"\['temperature'\]"):
+        free().optimize_hyperparameters(val_loader(), "temperature")
+    with pytest.raises(ValueError, match="values of temperature"):
+        free().optimize_hyperparameters(val_loader(), {"temperature": 5})
+
+
+def test_the_representation_names_what_was_tuned():
+    la = free(residual="isotropic", curvature="mc", logit_scale=0.5)
+    for part in ("logit_scale=0.5", "residual='isotropic'", "curvature='mc'", "n=23"):
+        assert part in repr(la)
+
+
+def test_the_plan_knows_sampled_labels():
+    plans = [build(curvature=c).plan(train_loader(), verbose=False) for c in ("exact", "mc")]
+    costs = [plan.stages[-1].forwards for plan in plans]
+    assert costs[1] == 5 * N < costs[0]
 
 
 def test_the_share_is_the_same_under_autocast():
