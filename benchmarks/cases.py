@@ -688,6 +688,13 @@ CASES: dict[str, dict[str, Part]] = {
         "ours": partial(memory_of_host, batch=None),
         **{f"host-{batch}": partial(memory_of_host, batch=batch) for batch in (1, 4, 8)},
     },
+    "methods": {
+        **{name: partial(method, name="resnet20", chosen=name) for name in METHODS},
+        "tiny, full": partial(method, name="tiny", chosen="all weights, full"),
+    },
+}
+# Minutes of searches, in a file of their own.
+TUNING_CASES: dict[str, dict[str, Part]] = {
     "tuning": {
         **{kind: partial(tuning, kind=kind) for kind in ("grid", "probit", "mc")},
         "host": tuning_of_host,
@@ -695,10 +702,6 @@ CASES: dict[str, dict[str, Part]] = {
     "sampled": {
         "20": partial(sampled_curvature, rank=20, sizes=(100, 400, 1000)),
         "100": partial(sampled_curvature, rank=100, sizes=(200,)),
-    },
-    "methods": {
-        **{name: partial(method, name="resnet20", chosen=name) for name in METHODS},
-        "tiny, full": partial(method, name="tiny", chosen="all weights, full"),
     },
 }
 CUDA_CASES: dict[str, dict[str, Part]] = {

@@ -27,14 +27,15 @@ COLORS = {"quick": "#4c72b0", "quick_malloc": "#55a868", "floor": "black"}
 NOTHING = "Not measured yet.\n"
 
 
-def cost_table(found: dict[str, Any]) -> str:
+def cost_table(runs: Runs) -> str:
     """Return the headline results as a Markdown table with a line on where they were measured."""
-    about = found["environment"]
+    about = runs["quick"]["environment"]
     head = (
         f"ResNet-20 (272 474 weights) on {about['images']}, {about['dtype']}, {about['threads']} threads, "
-        f"torch {about['torch']}, laplace-torch {about['laplace-torch']}; medians of one run.\n\n"
+        f"torch {about['torch']}, laplace-torch {about['laplace-torch']}; medians, each ratio of one run.\n\n"
     )
-    rows = [row for row in found["results"] if row.get("headline", True)]
+    found = [row for name in ("quick", "quick_tuning") for row in runs.get(name, {}).get("results", [])]
+    rows = [row for row in found if row.get("headline", True)]
     lines = [[row["case"], value(row), target(row)] for row in rows]
     return head + table(["what", "measured", "target"], lines)
 
@@ -216,6 +217,21 @@ def cuda(runs: Runs) -> str:
     return table(["what", "C", "M", "K", "N", "measured", "images a second", "peak memory, GB"], lines)
 
 
+def tuning(runs: Runs) -> str:
+    """Write what searches cost."""
+    rows = of_group(runs.get("quick_tuning"), "tuning").values()
+    lines = [[row["case"], row["unit"], measured(row)] for row in rows]
+    return table(["what", "unit", "measured"], lines) if lines else NOTHING
+
+
+def sampled(runs: Runs) -> str:
+    """Write the error of sampled labels."""
+    rows = of_group(runs.get("quick_tuning"), "sampled").values()
+    keys = ("variance_ratio", "times_cheaper")
+    lines = [[row["case"], measured(row), *(number(row, key) for key in keys)] for row in rows]
+    return table(["what", "relative", "variance over exact", "times cheaper"], lines) if lines else NOTHING
+
+
 FEATURE_COLUMNS = {
     "times_the_floor": ("over_floor", ".2f"),
     "page_faults_a_call": ("page_faults_a_call", ".0f"),
@@ -228,10 +244,8 @@ TABLES: dict[str, Callable[[Runs], str]] = {
     "crossover": crossover,
     "host": side_by_side("host", "composed"),
     "memory": side_by_side("memory"),
-    "tuning": side_by_side("tuning"),
-    "sampled": side_by_side(
-        "sampled", variance_over_exact=("variance_ratio", ".3g"), times_cheaper=("times_cheaper", ".3g")
-    ),
+    "tuning": tuning,
+    "sampled": sampled,
     "methods": methods,
     "cuda": cuda,
 }
@@ -309,7 +323,7 @@ PLOTS = {
 
 
 def read(folder: Path) -> Runs:
-    paths = {name: folder / f"{name}.json" for name in (*ALLOCATORS, "cuda")}
+    paths = {name: folder / f"{name}.json" for name in (*ALLOCATORS, "quick_tuning", "cuda")}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
@@ -319,7 +333,7 @@ def main() -> None:
     if "quick" in runs:
         before, rest = README.read_text().split(START)
         _, after = rest.split(END)
-        README.write_text(before + START + cost_table(runs["quick"]) + END + after)
+        README.write_text(before + START + cost_table(runs) + END + after)
         print(f"{README.name}: table of {folder / 'quick.json'} written")
     PAGE.write_text(with_tables(PAGE.read_text(), runs))
     print(f"{PAGE.name}: tables of {', '.join(runs) or 'nothing'} written")
