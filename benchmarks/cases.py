@@ -666,7 +666,7 @@ def sampled_curvature(args: argparse.Namespace, rank: int, sizes: tuple[int, ...
 
 
 def fit_curvature(la: Any, batches: list[Any], n: int) -> None:
-    ((*_, (_, la.H)),) = (la.backend.accumulate(batches, la.basis, n),)
+    la.H = la.backend.accumulate(batches, la.basis, n, sampled=int(la.curvature == "mc"))[-1][1]
 
 
 def is_cuda(args: argparse.Namespace) -> bool:

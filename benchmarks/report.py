@@ -226,7 +226,7 @@ def tuning(runs: Runs) -> str:
 
 def sampled(runs: Runs) -> str:
     """Write the error of sampled labels."""
-    rows = of_group(runs.get("quick_tuning"), "sampled").values()
+    rows = of_group(runs.get("quick_sampled"), "sampled").values()
     keys = ("variance_ratio", "times_cheaper")
     lines = [[row["case"], measured(row), *(number(row, key) for key in keys)] for row in rows]
     return table(["what", "relative", "variance over exact", "times cheaper"], lines) if lines else NOTHING
@@ -323,7 +323,7 @@ PLOTS = {
 
 
 def read(folder: Path) -> Runs:
-    paths = {name: folder / f"{name}.json" for name in (*ALLOCATORS, "quick_tuning", "cuda")}
+    paths = {name: folder / f"{name}.json" for name in (*ALLOCATORS, "quick_tuning", "quick_sampled", "cuda")}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
