@@ -361,6 +361,16 @@ def test_a_residual_is_searched_by_default():
     assert "held fixed: prior_precision" in result.summary()
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_search_of_many_parameters_is_no_worse_than_scaled_logits(seed):
+    model = mlp(seed=seed)
+    with torch.no_grad():
+        model[-1].weight.mul_(5)
+    la = free(model=model, residual="isotropic", seed=seed)
+    result = la.optimize_hyperparameters(val_loader(), [*SEARCH, "prior_precision"])
+    assert result.score <= result.baselines["temperature scaling"].score + 2e-3
+
+
 def test_what_is_better_is_called_better():
     la = free(logit_scale=30.0)
     model_labels = [(x, la.model(x).argmin(-1)) for x, _ in val_loader()]
