@@ -361,14 +361,17 @@ def test_a_residual_is_searched_by_default():
     assert "held fixed: prior_precision" in result.summary()
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_search_of_many_parameters_is_no_worse_than_scaled_logits(seed):
+@pytest.mark.parametrize(("seed", "prior"), [(0, 1e-3), (1, 1e-3), (3, 1e-3), (3, 1e-6)])
+def test_a_search_of_many_parameters_is_no_worse_than_scaled_logits(seed, prior):
+    """Started from the current widths it ended in an optimum of large logits in these cases."""
     model = mlp(seed=seed)
     with torch.no_grad():
         model[-1].weight.mul_(5)
-    la = free(model=model, residual="isotropic", seed=seed)
-    result = la.optimize_hyperparameters(val_loader(), [*SEARCH, "prior_precision"])
-    assert result.score <= result.baselines["temperature scaling"].score + 2e-3
+        x = inputs(300, seed=3)
+        labels = torch.multinomial((model(x) / 3).softmax(-1), 1, generator=torch.Generator().manual_seed(0))
+    la = free(model=model, residual="isotropic", seed=seed, prior_precision=prior)
+    result = la.optimize_hyperparameters(loader(x, labels[:, 0], 100), SEARCH, n_samples=32)
+    assert result.score <= result.baselines["temperature scaling"].score + 1e-4
 
 
 def test_what_is_better_is_called_better():
