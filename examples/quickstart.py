@@ -87,9 +87,14 @@ def train(x: Tensor, y: Tensor, epochs: int) -> nn.Module:
         nn.ReLU(),
         nn.Linear(64, 8),
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    return fit_weights(model, x, y, epochs, batch=50, rate=1e-3)
+
+
+def fit_weights(model: nn.Module, x: Tensor, y: Tensor, epochs: int, batch: int, rate: float) -> nn.Module:
+    """Minimise the cross-entropy with Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     for _ in range(epochs):
-        for xb, yb in DataLoader(TensorDataset(x, y), batch_size=50, shuffle=True):
+        for xb, yb in DataLoader(TensorDataset(x, y), batch_size=batch, shuffle=True):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(xb), yb).backward()
             optimizer.step()

@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from laplace import Laplace
-from quickstart import Sizes, entropy, expected_calibration_error, in_batches, load_digits, nll
+from quickstart import Sizes, entropy, expected_calibration_error, fit_weights, in_batches, load_digits, nll
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -81,13 +81,7 @@ def train(x: Tensor, y: Tensor, n_classes: int, epochs: int) -> nn.Module:
         nn.Flatten(),
         nn.Linear(64 * 16, n_classes),
     )
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(epochs):
-        for xb, yb in DataLoader(TensorDataset(x, y), batch_size=100, shuffle=True):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(xb), yb).backward()
-            optimizer.step()
-    return model.eval()
+    return fit_weights(model, x, y, epochs, batch=100, rate=2e-3)
 
 
 def print_table(probabilities: dict[str, dict[str, Tensor]], y: Tensor, others: list[str]) -> None:

@@ -20,11 +20,10 @@ from torch import Tensor
 from .likelihoods import Likelihood, Prediction
 from .posterior import Outputs
 from .scoring import Block, Loss, ValidationData, score
-from .search import LOGIT_SCALES, Search, Setting, decades, joint_search, refine
+from .search import LOGIT_SCALES, Search, Setting, decades, joint_search, noises, refine
 
 # Block, setting -> prediction.
 Predict = Callable[[Block, Setting], Prediction]
-Evaluated = tuple[float, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,21 @@ class Scorer:
         """Of the data."""
         return self.data.likelihood
 
+    @property
+    def name(self) -> str:
+        """Of the loss."""
+        if self.loss is None:
+            return "mean NLL"
+        return str(getattr(self.loss, "__name__", type(self.loss).__name__))
+
     def of_map(self, block: Block, setting: Setting) -> Prediction:
         """Return the network's own prediction, its logits scaled by s; the covariance a user's loss expects is 0."""
         f = block.linearised.f
         f = f.to(torch.promote_types(f.dtype, torch.float32))
-        if self.likelihood.inverse_link is not None:
-            return self.likelihood.inverse_link(f * setting.logit_scale)
-        return f, torch.zeros_like(f) if self.loss is None else torch.diag_embed(torch.zeros_like(f))
+        certain = self.likelihood.certain(f * setting.logit_scale)
+        if self.loss is None or isinstance(certain, Tensor):
+            return certain
+        return certain[0], torch.diag_embed(certain[1])
 
     @torch.no_grad()
     def __call__(self, predict: Predict, setting: Setting) -> float:
@@ -92,34 +99,40 @@ class Scorer:
         self, predict: Predict, setting: Setting, names: Sequence[str]
     ) -> tuple[float, Sequence[float]]:
         """Return the mean NLL, and its derivatives in the log10 of the parameters named."""
-        with torch.enable_grad():
-            return self._gradient(predict, setting, names)
 
-    def _gradient(
-        self, predict: Predict, setting: Setting, names: Sequence[str]
-    ) -> tuple[float, Sequence[float]]:
-        logs = torch.tensor(
-            [math.log10(getattr(setting, k)) for k in names], dtype=torch.float64, requires_grad=True
-        )
-        total, n = 0.0, 0
-        for block in self.data:
+        def nll(block: Block, logs: Tensor) -> Tensor:
             setting_at = setting.at(**{k: 10 ** logs[i] for i, k in enumerate(names)})
             variance = torch.as_tensor(setting_at.sigma_noise).square()
-            values = self.likelihood.nll(predict(block, setting_at), block.targets, variance)
+            return self.likelihood.nll(predict(block, setting_at), block.targets, variance)
+
+        value, slope = self.mean_and_gradient(nll, [math.log10(getattr(setting, k)) for k in names])
+        return value, slope.tolist()
+
+    @torch.enable_grad()
+    def mean_and_gradient(
+        self, values_of: Callable[[Block, Tensor], Tensor], numbers: Sequence[float]
+    ) -> tuple[float, Tensor]:
+        """Return the mean over the data of a function of (block, numbers) with values (B,), and its gradient."""
+        leaf = torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
+        total, n = 0.0, 0
+        for block in self.data:
+            values = values_of(block, leaf)
             values.sum().backward()
             total, n = total + float(values.detach().sum()), n + len(values)
-        assert logs.grad is not None
-        return total / n, (logs.grad / n).tolist()
+        assert leaf.grad is not None
+        return total / n, leaf.grad / n
 
-    def tune(self, predict: Predict, start: Setting, grids: Mapping[str, Sequence[Any]]) -> Setting:
-        """Return the best setting over the grids, refined."""
+    def tune(
+        self, predict: Predict, start: Setting, grids: Mapping[str, Sequence[Any]]
+    ) -> tuple[Setting, float]:
+        """Return the best setting over the grids, refined, and its loss."""
         search = Search(lambda setting: self(predict, setting))
         if not grids:
             search(start)
         else:
             joint_search(search, start, grids, lambda cells, name: cells)
             refine(search, grids, partial(self.gradient, predict) if self.loss is None else None)
-        return search.best
+        return search.best, search.table[search.best]
 
 
 def with_variance(block: Block, setting: Setting, variance: Tensor) -> Outputs:
@@ -151,8 +164,7 @@ def baselines(
     grids: dict[str, Sequence[Any]] = {
         "temperature": decades(-6, 6),
         "logit_scale": LOGIT_SCALES,
-        "sigma_noise": [start.sigma_noise * 10 ** (e / 2) for e in range(-6, 7)],
-        **{k: v for k, v in searched.items() if k == "sigma_noise"},
+        "sigma_noise": searched.get("sigma_noise", noises(start.sigma_noise)),
     }
     of_variance = ["temperature", *(k for k in ("logit_scale", "sigma_noise") if k in searched)]
     plain = scorer.of_map
@@ -166,12 +178,8 @@ def baselines(
         return predict_outputs(with_variance(block, setting, block.last_layer + 1))
 
     def tuned(predict: Predict, names: Sequence[str]) -> tuple[float, Tensor | None, dict[str, float]]:
-        best = scorer.tune(predict, start, {k: grids[k] for k in names})
-        return (
-            scorer(predict, best),
-            scorer.each(predict, best),
-            {k: float(getattr(best, k)) for k in names},
-        )
+        best, lowest = scorer.tune(predict, start, {k: grids[k] for k in names})
+        return lowest, scorer.each(predict, best), {k: float(getattr(best, k)) for k in names}
 
     has_links = scorer.likelihood.inverse_link is not None
     yield "MAP", tuned(plain, [])
@@ -196,16 +204,11 @@ def _vector_scaling(scorer: Scorer) -> tuple[float, Tensor | None, dict[str, flo
         w = w.to(block.linearised.f.device)
         return inverse_link(block.linearised.f.double() * w[:n_outputs] + w[n_outputs:])
 
-    @torch.enable_grad()
     def objective(numbers: Any) -> tuple[float, Any]:
-        w = torch.tensor(numbers, requires_grad=True)
-        total, n = 0.0, 0
-        for block in scorer.data:
-            values = likelihood.nll(predict(block, w), block.targets, torch.zeros(()))
-            values.sum().backward()
-            total, n = total + float(values.detach().sum()), n + len(values)
-        assert w.grad is not None
-        return total / n, w.grad.numpy() / n
+        value, slope = scorer.mean_and_gradient(
+            lambda block, w: likelihood.nll(predict(block, w), block.targets, torch.zeros(())), numbers
+        )
+        return value, slope.numpy()
 
     start = np.concatenate([np.ones(n_outputs), np.zeros(n_outputs)])
     best = torch.tensor(minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .hyperparameters import curvature_factor
 from .likelihoods import LIKELIHOODS, Prediction
 from .posterior import Linearised, Outputs
 from .predictive import predict
-from .scoring import Block, ValidationData
+from .scoring import Block, Loss, ValidationData
 from .search import Setting
 from .store import Store
 
@@ -50,12 +51,10 @@ class Candidates:
     logit_scale: Any  # float
     residual: str
     residual_scale: Any  # float
-    n_eigenvalues: int | float
     snapshots: list[tuple[int, Tensor]]
     n_curvature: int
     n_outputs: int
     H: Any  # Tensor (K, K)
-    enable_backprop: bool
     _temperature: float
     _temperature_fixed: bool
     _posterior_scale: Tensor | None
@@ -111,7 +110,7 @@ class Candidates:
         return self.basis.rank + (self.n_outputs if self.residual == "exact" else 0)
 
     def _predictor(
-        self, link_approx: str, n_samples: int, diagonal_output: bool
+        self, predict_from: Callable[[Outputs], Prediction]
     ) -> Callable[[Block, Setting], Prediction]:
         """Return what predicts a block of validation data under a setting."""
         latest: list[Any] = [None, None]
@@ -119,21 +118,24 @@ class Candidates:
         def predictor(block: Block, setting: Setting) -> Prediction:
             if latest[0] is not setting:  # once a candidate, not once a block
                 latest[:] = setting, self._gaussian_of(setting)
-            outputs = latest[1](block.linearised)
-            return self._predict_from(outputs, link_approx, n_samples, diagonal_output)
+            return predict_from(latest[1](block.linearised))
 
         return predictor
 
-    def _predict_from(
-        self, outputs: Outputs, link_approx: str, n_samples: int, diagonal_output: bool
-    ) -> Prediction:
+    def _link(
+        self, link_approx: str, n_samples: int, loss: Loss | None = None
+    ) -> Callable[[Outputs], Prediction]:
+        """Return what turns a Gaussian over outputs into the prediction that a loss is of.
+
+        The NLL of a regression needs variances only; what the user's loss gets is the host's.
+        """
         likelihood = "classification" if self.likelihood == "reward_modeling" else self.likelihood
-        return predict(
-            outputs,
-            likelihood,
+        return partial(
+            predict,
+            likelihood=likelihood,
             link_approx=link_approx,
             n_samples=n_samples,
-            diagonal_output=diagonal_output and likelihood == "regression",
+            diagonal_output=loss is None and likelihood == "regression",
             seed=self.seed,
         )
 
@@ -143,10 +145,8 @@ class Candidates:
 
         def linearise(x: Input) -> Iterator[tuple[tuple[int, ...], Linearised, Tensor | None]]:
             for part in self.backend.bounded(x, width):
-                with torch.no_grad():
-                    seen = self._linearised(part)
                 norms = self.backend.last_layer_norms(part) if last_layer else None
-                yield self.backend.positions(part), _detached(seen), norms
+                yield self.backend.positions(part), _detached(self._linearised(part)), norms
 
         budget, spill = self.backend.engine.budget() // 2, self.backend.spill
         return ValidationData(

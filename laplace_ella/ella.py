@@ -2,6 +2,7 @@ r"""The estimator: laplace-torch's contract, kept by the modules that do the wor
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,7 +197,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         validation.check_model(model)
         validation.check_choice("likelihood", likelihood, LIKELIHOODS)
         validation.check_choice("residual", residual, RESIDUALS)
-        validation.check_choice("curvature", curvature, ("exact", "mc"))
+        validation.check_choice("curvature", curvature, validation.CURVATURES)
         validation.check_residual(residual, prior_precision, enable_backprop)
         sizes = {
             "subsample_size": subsample_size,
@@ -350,13 +351,12 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
     @property
     def log_likelihood(self) -> Tensor:
         """Log likelihood of the training data; the host's, for models with positions too."""
-        n_data = self.n_data
-        try:
-            # The host counts a normaliser for each of N x C outputs.
-            self.n_data = self.n_predictions
-            return super().log_likelihood
-        finally:
-            self.n_data = n_data
+        found = super().log_likelihood
+        if self.likelihood != "regression":
+            return found
+        # The host counts a normaliser for each of N x C outputs, and not for further positions.
+        further = (self.n_predictions - self.n_data) * self.n_outputs
+        return found - further * torch.log(self.sigma_noise * math.sqrt(2 * math.pi))
 
     @property
     def log_det_prior_precision(self) -> Tensor:

@@ -8,7 +8,7 @@ forms a Jacobian. :mod:`laplace_ella.probing` finds out which a model supports.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -125,12 +125,8 @@ def reverse_features(
 
     def contract(row: Input) -> tuple[Tensor, Tensor]:
         f, pull, *_ = vjp(lambda w: model(w, row)[0], weights)
-        columns = []
-        for c in range(len(f)):
-            unit = torch.nn.functional.one_hot(torch.tensor(c, device=f.device), len(f)).to(f.dtype)
-            (gradient,) = pull(unit)
-            columns.append(_coordinates(gradient, bases))
-        return torch.stack(columns), f
+        units = torch.eye(len(f), dtype=f.dtype, device=f.device)
+        return _coordinates((pull(u)[0] for u in units), bases), f
 
     return _in_blocks(lambda block: per_row(contract, block), x, chunks.rows)
 
@@ -153,16 +149,14 @@ def pulled_cotangents(
 
     def contract(row: Input, us: Tensor) -> Tensor:
         _, pull, *_ = vjp(lambda w: model(w, row)[0], weights)
-        return torch.stack([_coordinates(pull(u)[0], bases) for u in us])
+        return _coordinates((pull(u)[0] for u in us), bases)
 
     def contract_alone(row: Input, us: Tensor) -> Tensor:
         return backward_passes(
             model,
             row,
-            lambda f, leaves, pull: torch.stack(
-                [_coordinates(pull((f[0] * u).sum(), bases), bases) for u in us[0]]
-            ),
-        )[None]
+            lambda f, leaves, pull: _coordinates((pull(s, bases) for s in us[0] @ f[0]), bases)[None],
+        )
 
     def compute(block: Input, us: Tensor) -> Tensor:
         return contract_alone(block, us) if looped else per_row(contract, block, us)
@@ -183,11 +177,8 @@ def looped_reverse_features(
     bases = {k: flat(v).T for k, v in directions.items()}
 
     def contract(f: Tensor, leaves: Weights, pull: Any) -> tuple[Tensor, Tensor]:
-        columns = []
-        for output in f[0]:
-            gradient = pull(output, bases)
-            columns.append(_coordinates(gradient, bases))
-        return torch.stack(columns)[None], f if record else f.detach()
+        columns = _coordinates((pull(output, bases) for output in f[0]), bases)
+        return columns[None], f if record else f.detach()
 
     return _in_blocks(lambda row: backward_passes(model, row, contract), x, 1)
 
@@ -201,9 +192,9 @@ FEATURES: dict[str, Features] = {
 }
 
 
-def _coordinates(gradient: Weights, bases: Weights) -> Any:
-    """Return the coordinates (K,) of a gradient in bases of (numel, K) a weight."""
-    return sum(gradient[k].reshape(-1) @ b for k, b in bases.items())
+def _coordinates(gradients: Iterable[Weights], bases: Weights) -> Tensor:
+    """Return the coordinates (n, K) of gradients, one after the other, in bases of (numel, K) a weight."""
+    return torch.stack([sum(g[k].reshape(-1) @ b for k, b in bases.items()) for g in gradients])  # type: ignore[misc]
 
 
 def _rank(directions: Weights) -> int:

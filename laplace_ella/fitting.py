@@ -62,6 +62,7 @@ class Fitting:
     _undone_on_error: Callable[[], AbstractContextManager[None]]
     _validation_data: Callable[..., Any]
     _predictor: Callable[..., Any]
+    _link: Callable[..., Any]
     _setting: Callable[[], Setting]
     _keep_snapshot: Callable[[int], None]
 
@@ -103,8 +104,8 @@ class Fitting:
             search may still tune it). ``fit_history_`` has the NLL of every n. With a temperature that
             you fixed, or ``override=False``, the NLL is only recorded, as ``laplace.ELLA`` does.
         val_steps : int, optional
-            Score, and take a snapshot of G, after every so many curvature batches; default 1. The first n inputs are a random
-            sample, except with ``curvature_size=None``, where they are those that come first: shuffle.
+            Score, and take a snapshot of G, after every so many curvature batches; default 1. The
+            first n inputs are a random sample, except with ``curvature_size=None``, where they are those that come first: shuffle.
         link_approx : str
             The link that validation predictions use.
 
@@ -160,7 +161,7 @@ class Fitting:
             basis,
             found.n_data,
             every,
-            sampled=0 if self.curvature == "exact" else self.curvature_samples,
+            sampled=self._labels(),
             seed=self.seed,
             first_position=0 if fresh else self.n_data,
         )
@@ -204,11 +205,15 @@ class Fitting:
             n_landmarks=self.subsample_size,
             rank=self._largest_rank(),
             n_curvature=self.curvature_size,
-            sampled=0 if self.curvature == "exact" else self.curvature_samples,
+            sampled=self._labels(),
         )
         if verbose:
             print(plan)
         return plan
+
+    def _labels(self) -> int:
+        """Return how many labels an input are sampled for G; 0 for the exact one."""
+        return 0 if self.curvature == "exact" else self.curvature_samples
 
     def _largest_rank(self) -> int:
         """Return K; of a share, which is not known before, as much as the memory budget allows."""
@@ -220,7 +225,7 @@ class Fitting:
     @exclusively
     def _check_fit(self, train_loader: Any, balanced: bool, val_steps: Any) -> None:
         validation.check_size("val_steps", val_steps)
-        validation.check_choice("curvature", self.curvature, ("exact", "mc"))
+        validation.check_choice("curvature", self.curvature, validation.CURVATURES)
         validation.check_size("curvature_samples", self.curvature_samples, optional=False)
         if [id(p) for p in self.model.parameters() if p.requires_grad] != [id(p) for p in self.params]:
             raise ValueError(
@@ -292,7 +297,7 @@ class Fitting:
     def _stop_early(self, val_loader: Iterable[Any], link_approx: str, free: bool, progress: Any) -> None:
         r"""Score every snapshot of G; if free, keep the best, with T = N / n and :math:`\delta n / N`."""
         scorer = Scorer(self._validation_data(val_loader, progress), None)
-        predictor = self._predictor(link_approx, 100, diagonal_output=True)
+        predictor = self._predictor(self._link(link_approx, 100))
         # What the covariance T [G + T delta I]^-1 adds to G, whatever T is now: fitting again changes nothing.
         delta, residual_variance = self.prior_precision * self.temperature, self.residual_variance
 

@@ -3,7 +3,7 @@ r"""``optimize_hyperparameters``: all that predictions depend on, from one pass 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,13 +12,21 @@ from torch import Tensor
 
 from . import validation
 from .baselines import Scorer, baselines
-from .basis import Progress
 from .candidates import Candidates, progress_bars
 from .likelihoods import Prediction
-from .posterior import Outputs
-from .result import SETTING_NAMES, TuningResult, compared, remarks
-from .scoring import Loss
-from .search import DISCRETE, LOGIT_SCALES, Search, Setting, decades, joint_search, refine
+from .result import TuningResult, compared, remarks
+from .scoring import Block, Loss
+from .search import (
+    DISCRETE,
+    LOGIT_SCALES,
+    SETTING_NAMES,
+    Search,
+    Setting,
+    decades,
+    joint_search,
+    noises,
+    refine,
+)
 
 
 class JointTuning(Candidates):
@@ -83,14 +91,35 @@ class JointTuning(Candidates):
         progress = progress_bars(progress_bar)
         with torch.inference_mode(False), self._undone_on_error():
             scorer = Scorer(self._validation_data(val_loader, progress, last_layer=True), loss)
-            predictor = self._predictor(link_approx, n_samples, diagonal_output=loss is None)
+            predict_from = self._link(link_approx, n_samples, loss)
+            predictor = self._predictor(predict_from)
             found = Search(lambda setting: scorer(predictor, setting))
             joint_search(found, self._setting(), grids, progress)
             refine(found, grids, partial(scorer.gradient, predictor) if loss is None else None)
             skipped = found.conclude()
             best, ignored = found.without_ignored(self._setting(), grids)
-            result = self._result(
-                scorer, found, best, ignored, grids, apply, link_approx, n_samples, progress
+            each = scorer.each(predictor, best)
+            methods = baselines(scorer, predict_from, self._setting(), grids)
+            compared_with = {
+                name: compared(method, found.table[best], each)
+                for name, method in progress(methods, "Simpler methods")
+            }
+            result = TuningResult(
+                best,
+                found.table[best],
+                tuple(grids),
+                tuple(found.table.items()),
+                compared_with,
+                scorer.data.n_inputs,
+                scorer.name,
+                apply,
+                remarks(
+                    compared_with,
+                    found.table[best],
+                    scorer.data.n_inputs,
+                    self._equals_map(scorer, predictor, best),
+                    _remarks_on_values(found, best, ignored, grids),
+                ),
             )
             if apply:
                 self._apply(result.best, tuple(grids))
@@ -115,7 +144,6 @@ class JointTuning(Candidates):
         )
         sizes = [n for n, _ in self.snapshots]
         limits = {"n_eigenvalues": list(range(1, self.basis.rank + 1)), "curvature_size": sizes}
-        sigma = float(self.sigma_noise)
         rank = self.basis.rank
         defaults: dict[str, Sequence[Any]] = {
             "temperature": decades(-3, 6),
@@ -125,64 +153,21 @@ class JointTuning(Candidates):
             # From large to small: directions are not given up for a tie.
             "n_eigenvalues": [rank, *(k for k in (500, 200, 100, 50, 20, 10, 5, 2, 1) if k < rank)],
             "curvature_size": sizes[::-1],
-            "sigma_noise": [sigma * 10 ** (e / 2) for e in range(-6, 7)],
+            "sigma_noise": noises(float(self.sigma_noise)),
         }
         return {
             k: defaults[k] if values is None else validation.check_values(k, values, limits.get(k))
             for k, values in given.items()
         }
 
-    def _result(
-        self,
-        scorer: Scorer,
-        found: Search,
-        best: Setting,
-        ignored: list[str],
-        grids: dict[str, Sequence[Any]],
-        applied: bool,
-        link_approx: str,
-        n_samples: int,
-        progress: Progress,
-    ) -> TuningResult:
-        predictor = self._predictor(link_approx, n_samples, diagonal_output=scorer.loss is None)
-        each = scorer.each(predictor, best)
-
-        def predict_outputs(outputs: Outputs) -> Prediction:
-            return self._predict_from(outputs, link_approx, n_samples, diagonal_output=scorer.loss is None)
-
-        compared_with = {
-            name: compared(method, found.table[best], each)
-            for name, method in progress(
-                baselines(scorer, predict_outputs, self._setting(), grids), "Simpler methods"
-            )
-        }
-        start = self._setting().at(logit_scale=1.0)
-        with torch.no_grad():
-            equals_map = all(
-                _difference(predictor(b, best), scorer.of_map(b, start), float(best.sigma_noise)) < 5e-4
-                for b in scorer.data
-            )
-        grids_of = {k: sorted(v) for k, v in grids.items() if k not in (*DISCRETE, *ignored)}
-        remarks_on_values = [found.edge(k, v) for k, v in grids_of.items()]
-        if len(grids_of.get("temperature", [])) > 1 and best.temperature <= 1.01 * grids_of["temperature"][0]:
-            remarks_on_values = [
-                "The best temperature is the smallest: the variance in the span of the basis does not help on these data."
-            ]
-        remarks_on_values += [
-            f"The loss does not depend on {k}, which is left at {getattr(best, k):.4g}." for k in ignored
-        ]
-        return TuningResult(
-            best,
-            found.table[best],
-            tuple(grids),
-            tuple(found.table.items()),
-            compared_with,
-            scorer.data.n_inputs,
-            "mean NLL"
-            if scorer.loss is None
-            else getattr(scorer.loss, "__name__", type(scorer.loss).__name__),
-            applied,
-            remarks(compared_with, found.table[best], scorer.data.n_inputs, equals_map, remarks_on_values),
+    @torch.no_grad()
+    def _equals_map(
+        self, scorer: Scorer, predictor: Callable[[Block, Setting], Prediction], best: Setting
+    ) -> bool:
+        """Tell whether the best setting predicts what the network does, to 3 digits."""
+        start, sigma = self._setting().at(logit_scale=1.0), float(best.sigma_noise)
+        return all(
+            _difference(predictor(b, best), scorer.of_map(b, start), sigma) < 5e-4 for b in scorer.data
         )
 
     def _apply(self, setting: Setting, names: Sequence[str]) -> None:
@@ -195,6 +180,23 @@ class JointTuning(Candidates):
         for name in {"prior_precision", "logit_scale", "residual_scale", "sigma_noise"} & set(names):
             setattr(self, name, getattr(setting, name))
         self._posterior_scale = None
+
+
+def _remarks_on_values(
+    found: Search, best: Setting, ignored: Sequence[str], grids: Mapping[str, Sequence[Any]]
+) -> list[str]:
+    """Say where the best values lie on edges, and which parameters the loss ignores."""
+    values = {k: sorted(v) for k, v in grids.items() if k not in (*DISCRETE, *ignored)}
+    temperatures = values.get("temperature", [])
+    if len(temperatures) > 1 and best.temperature <= 1.01 * temperatures[0]:
+        notes = [
+            "The best temperature is the smallest: the variance in the span of the basis does not help on these data."
+        ]
+    else:
+        notes = [found.edge(k, v) for k, v in values.items()]
+    return notes + [
+        f"The loss does not depend on {k}, which is left at {getattr(best, k):.4g}." for k in ignored
+    ]
 
 
 def _difference(left: Prediction, right: Prediction, sigma: float) -> float:

@@ -50,6 +50,10 @@ class Likelihood:
     nll: Callable[[Prediction, Tensor, Tensor], Tensor]
     inverse_link: Callable[[Tensor], Tensor] | None
 
+    def certain(self, f: Tensor) -> Prediction:
+        """Return the prediction of outputs (B, C) without variance."""
+        return (f, torch.zeros_like(f)) if self.inverse_link is None else self.inverse_link(f)
+
 
 # ---------------------------------------------------------------------- categorical
 

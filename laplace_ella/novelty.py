@@ -52,7 +52,6 @@ class Novelty:
     prior_precision: Any
     dict_key_x: str
     dict_key_y: str
-    H: Any
     _H_factor: Any
     _dtype: Any
     _novelty_reference: Tensor | None
@@ -65,7 +64,7 @@ class Novelty:
     _check_H_init: Callable[[], None]
     _linearised: Callable[..., Linearised]
     _outputs: Callable[[Linearised], Outputs]
-    _predict_from: Callable[..., Any]
+    _link: Callable[..., Callable[[Outputs], Any]]
     _residual_tangents: Callable[[], tuple[Any, Tensor]]
 
     @torch.no_grad()
@@ -169,7 +168,7 @@ class Novelty:
         """Return predictive entropy and residual share (B, 2), float64."""
         share = residual_share(seen, self._overlap(seen))
         parts = Linearised(seen.f, seen.phi) if self.residual == "none" else seen
-        p = self._predict_from(self._outputs(parts), "mc", 128, False).double()
+        p = self._link("mc", 128)(self._outputs(parts)).double()
         return torch.stack([entropy(p, self.likelihood), share], 1)
 
     def approximation_error(self, x: Input, train_loader: Iterable[Any] | None = None) -> ApproximationError:

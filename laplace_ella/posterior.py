@@ -104,15 +104,16 @@ class Outputs:
         return self.psi.shape[-1] + more * self.mean.shape[-1]
 
     @property
-    def extra_variance(self) -> Tensor | None:
-        """The variance (B, 1) of the isotropic part."""
-        return None if self.isotropic is None else self.isotropic.square().sum(-1, keepdim=True)
+    def extra_variance(self) -> Tensor:
+        """The variance (B, 1) of the isotropic part, where there is one."""
+        assert self.isotropic is not None
+        return self.isotropic.square().sum(-1, keepdim=True)
 
     @property
     def variance(self) -> Tensor:
         """The variance (B, C) of each output; no C x C matrix."""
         out = self.psi.square().sum(-1)
-        if self.extra_variance is not None:
+        if self.isotropic is not None:
             out = out + self.extra_variance
         return out if self.block is None else out + self.block.square().sum(-1)
 
@@ -120,7 +121,7 @@ class Outputs:
     def covariance(self) -> Tensor:
         """Return the covariance (B, C, C) of each input's outputs."""
         out = self.psi @ self.psi.mT
-        if self.extra_variance is not None:
+        if self.isotropic is not None:
             out = out + torch.diag_embed(self.extra_variance.expand_as(self.mean))
         return out if self.block is None else out + self.block @ self.block.mT
 
@@ -138,14 +139,14 @@ class Outputs:
     def covariance_with_sum(self) -> Tensor:
         """Return the covariance (B, C) of each output with the sum of the outputs."""
         out = torch.einsum("bck,bk->bc", self.psi, self.psi.sum(1))
-        if self.extra_variance is not None:
+        if self.isotropic is not None:
             out = out + self.extra_variance
         return out if self.block is None else out + torch.einsum("bcd,bd->bc", self.block, self.block.sum(1))
 
     def sum_variance(self) -> Tensor:
         """Return the variance (B, 1) of the sum of the outputs, without cancellation in the span."""
         out = self.psi.sum(1).square().sum(-1, keepdim=True)
-        if self.extra_variance is not None:
+        if self.isotropic is not None:
             out = out + self.mean.shape[-1] * self.extra_variance
         return out if self.block is None else out + self.block.sum(1).square().sum(-1, keepdim=True)
 
@@ -161,7 +162,7 @@ class Outputs:
         noise = noise.to(self.psi)
         span, rest = noise[:, : self.psi.shape[-1]], noise[:, self.psi.shape[-1] :]
         out = functional_samples(self.mean, self.psi, span)
-        if self.extra_variance is not None:
+        if self.isotropic is not None:
             out = out + self.extra_variance.sqrt() * rest[:, None]
         if self.block is not None:
             out = out + torch.einsum("bcd,sd->sbc", self.block, rest)

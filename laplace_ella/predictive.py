@@ -320,9 +320,8 @@ class Predictive:
         self._check_H_init()
         if pred_type == "nn":
             return self._nn_functional_samples(x, n_samples, generator)
-        if self.residual == "exact" and not diagonal_output:
-            return self._exact_samples(x, n_samples, generator)
-        linearised = self._linearised(x)
+        in_weights = self.residual == "exact" and not diagonal_output
+        linearised = self._linearised(x, "none" if in_weights else None)
         outputs, dtype = self._outputs(linearised), linearised.f.dtype
         if diagonal_output:
             return outputs.independent_samples(
@@ -334,20 +333,16 @@ class Predictive:
             shape = outputs.isotropic.shape[1], outputs.mean.shape[1]
             noise = self._noise(n_samples, *shape, generator=generator)
             samples = samples + torch.einsum("bd,sdc->sbc", outputs.isotropic, noise.to(outputs.isotropic))
+        if in_weights:
+            self._add_outside(samples, x, generator)
         return samples.to(dtype)
 
-    def _exact_samples(self, x: Input, n_samples: int, generator: torch.Generator | None) -> Tensor:
-        r"""Draw functions whose weights leave the span: :math:`f + \phi z + J (I - V V^T) w`."""
-        linearised = self._linearised(x, "none")
-        outputs = self._outputs(linearised)
-        noise = self._noise(n_samples, outputs.psi.shape[-1], generator=generator)
-        samples = posterior.functional_samples(outputs.mean, outputs.psi, noise)
-        at_once = max(1, self.backend.engine.budget() // (8 * self.backend.engine.row_size()))
-        for start in range(0, n_samples, at_once):
-            size = min(at_once, n_samples - start)
-            pushed, _ = self.backend.push(x, self._outside_offsets(size, generator))
-            samples[start : start + size] += pushed.movedim(-1, 0)
-        return samples.to(linearised.f.dtype)
+    def _add_outside(self, samples: Tensor, x: Input, generator: torch.Generator | None) -> None:
+        r"""Add :math:`J (I - V V^T) w` to samples (S, B, C), as many weights at a time as fit."""
+        engine = self.backend.engine
+        for part in samples.split(max(1, engine.budget() // (8 * engine.row_size()))):
+            pushed, _ = self.backend.push(x, self._outside_offsets(len(part), generator))
+            part += pushed.movedim(-1, 0)
 
     def predictive_samples(
         self,

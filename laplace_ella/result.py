@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from .baselines import Baseline
-from .search import Setting
+from .search import SETTING_NAMES, Setting
 
 # Fewer validation inputs leave the optimum to chance (docs/tuning.md).
 ENOUGH_INPUTS = 200
@@ -171,6 +171,3 @@ def remarks(
             "you need, use one of them."
         )
     return tuple(notes)
-
-
-SETTING_NAMES = tuple(f.name for f in fields(Setting))

@@ -2,6 +2,7 @@ r"""Scoring predictions on validation data that the model has seen once."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -73,7 +74,7 @@ class ValidationData:
             start, n_rows = 0, len(y)
             self.n_inputs += n_rows
             for positions, seen, norms in linearise(x):
-                size = len(seen.f) // max(1, _product(positions))
+                size = len(seen.f) // math.prod(positions)
                 part = y[start : start + size]
                 start += size
                 targets = checked_targets(likelihood, part, seen.f, positions, f"validation {name}")
@@ -88,10 +89,6 @@ class ValidationData:
             assert phi is not None
             assert targets is not None
             yield Block(Linearised(f, phi, pushed, gram), targets, norms)
-
-
-def _product(numbers: tuple[int, ...]) -> int:
-    return int(torch.Size(numbers).numel())
 
 
 def score(

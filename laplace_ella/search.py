@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations, product
 from typing import Any
 
@@ -36,6 +36,11 @@ FLAT = 1e-6
 def decades(low: int, high: int) -> list[float]:
     """Return the powers of ten from 10^low to 10^high."""
     return [10.0**e for e in range(low, high + 1)]
+
+
+def noises(sigma: float) -> list[float]:
+    """Return two values a decade, three decades either way."""
+    return [sigma * 10 ** (e / 2) for e in range(-6, 7)]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,9 @@ class Setting:
     def at(self, **values: Any) -> Setting:
         """Return the setting with other values of some parameters."""
         return replace(self, **values)
+
+
+SETTING_NAMES = tuple(f.name for f in fields(Setting))
 
 
 class Search:
@@ -251,8 +259,6 @@ def joint_search(
 
 
 def _closest(values: Sequence[Any], value: Any) -> Any:
-    if value is None:
-        return values[len(values) // 2]
     return min(values, key=lambda v: abs(math.log(v / value)))
 
 

@@ -2,9 +2,8 @@ r"""``optimize_prior_precision``: evidence as the host has it, grid search from 
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +15,14 @@ from .baselines import Scorer
 from .basis import Progress
 from .batches import named_batches
 from .candidates import Candidates, progress_bars
-from .likelihoods import LIKELIHOODS, Prediction, checked_targets
+from .likelihoods import LIKELIHOODS, checked_targets
 from .scoring import Loss, score
 from .search import FLAT, TEMPERATURES, Search, Setting, grid_search
+
+_FLAT_LOSS = (
+    "The loss is the same for every setting on the grid, so the setting is left as it was. "
+    "A loss of the mean alone does not depend on prior and temperature."
+)
 
 
 class PriorTuning(Candidates):
@@ -155,49 +159,41 @@ class PriorTuning(Candidates):
         if pred_type == "nn":
             evaluate, score_of_map = self._nn_scores(val_loader, loss, n_samples, progress)
         else:
-            data = self._validation_data(val_loader, progress)
-            scorer = Scorer(data, loss)
-            # NLL needs variances only; what the user's loss gets is the host's.
-            predictor = self._predictor(link_approx, n_samples, diagonal_output=loss is None)
+            scorer = Scorer(self._validation_data(val_loader, progress), loss)
+            evaluate = partial(scorer, self._predictor(self._link(link_approx, n_samples, loss)))
             score_of_map = partial(scorer, scorer.of_map, start)
-
-            def evaluate(setting: Setting) -> float:
-                return scorer(predictor, setting)
-
         search = Search(evaluate)
         grid_search(search, start, priors, not self._temperature_fixed, progress)
         skipped = search.conclude()
-        if skipped:
-            warnings.warn(skipped, stacklevel=3)
         if search.is_flat():
-            warnings.warn(
-                "The loss is the same for every setting on the grid, so the setting is left as it was. "
-                "A loss of the mean alone does not depend on prior and temperature.",
-                stacklevel=3,
-            )
+            remarks = [_FLAT_LOSS]
             self.prior_precision, self._temperature = before  # which "nn" changes
-            return
-        best = search.best
-        map_score = math.inf if self._temperature_fixed else score_of_map()
-        if search.table[best] >= map_score - FLAT * abs(map_score):
-            best = best.at(temperature=TEMPERATURES[0], prior_precision=max(priors))
-            warnings.warn(
-                "No setting predicts better than the network itself"
-                + (f", its logits scaled by {self.logit_scale:.4g}" if self.logit_scale != 1 else "")
-                + f" (MAP: {map_score:.5g}, the best setting: "
-                f"{search.table[search.best]:.5g}); the setting of the smallest variance is used.",
-                stacklevel=3,
-            )
         else:
-            remark = search.edge("prior_precision", sorted(priors))
-            if remark:
-                warnings.warn(
-                    f"{remark} Widen it with log_prior_prec_min or log_prior_prec_max.", stacklevel=3
-                )
-            if not self._temperature_fixed and search.edge("temperature", TEMPERATURES):
-                warnings.warn(search.edge("temperature", TEMPERATURES), stacklevel=3)
-        self.prior_precision, self._temperature = best.prior_precision, best.temperature
+            best, remarks = self._chosen(search, priors, score_of_map)
+            self.prior_precision, self._temperature = best.prior_precision, best.temperature
         self._posterior_scale = None
+        for remark in filter(None, [skipped, *remarks]):
+            warnings.warn(remark, stacklevel=3)
+
+    def _chosen(
+        self, search: Search, priors: Sequence[float], score_of_map: Callable[[], float]
+    ) -> tuple[Setting, list[str]]:
+        """Return the setting to use, and what is to be said of it."""
+        best, lowest = search.best, search.table[search.best]
+        edge = search.edge("prior_precision", sorted(priors))
+        if edge:
+            edge = f"{edge} Widen it with log_prior_prec_min or log_prior_prec_max."
+        if self._temperature_fixed:
+            return best, [edge]
+        map_score = score_of_map()
+        if lowest < map_score - FLAT * abs(map_score):
+            return best, [edge, search.edge("temperature", TEMPERATURES)]
+        scaled = f", its logits scaled by {self.logit_scale:.4g}" if self.logit_scale != 1 else ""
+        remark = (
+            f"No setting predicts better than the network itself{scaled} (MAP: {map_score:.5g}, the best setting: "
+            f"{lowest:.5g}); the setting of the smallest variance is used."
+        )
+        return best.at(temperature=TEMPERATURES[0], prior_precision=max(priors)), [remark]
 
     def _nn_scores(
         self, val_loader: Any, loss: Any, n_samples: int, progress: Progress
@@ -236,11 +232,8 @@ class PriorTuning(Candidates):
             )
             return score(pairs, likelihood, loss, self.sigma_noise.double().square())
 
-        def as_predicted(f: Tensor) -> Prediction:
-            return (f, torch.zeros_like(f)) if likelihood.inverse_link is None else likelihood.inverse_link(f)
-
         def score_of_map() -> float:
-            plain = ((as_predicted(f), y) for _, f, y in kept)
+            plain = ((likelihood.certain(f), y) for _, f, y in kept)
             return score(plain, likelihood, loss, self.sigma_noise.double().square())
 
         return evaluate, score_of_map

@@ -20,6 +20,7 @@ from .batches import Input, batch_size, is_finite, key_first, single_row
 from .landmarks import Landmarks
 
 LINKS = ("probit", "mc", "bridge", "bridge_norm")
+CURVATURES = ("exact", "mc")
 
 
 def check_model(model: nn.Module) -> None:
