@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
+from torch.distributions import Normal
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import laplace_ella
@@ -160,3 +162,17 @@ class Snapshot:
         for a, b in zip(tensors, self.values[0], strict=True):
             assert torch.equal(a, b)
         assert_same(self.la(self.x, **self.options), self.prediction)
+
+
+def nll_of_calls(la: laplace_ella.ELLALaplace, val, **options) -> float:
+    """Mean NLL of an input."""
+    total, count = 0.0, 0
+    for x, y in val:
+        if la.likelihood == "classification":
+            total += F.nll_loss(la(x, **options).log(), y, reduction="sum").item()
+        else:
+            mean, cov = la(x)
+            std = (cov.diagonal(dim1=1, dim2=2) + la.sigma_noise**2).sqrt()
+            total -= Normal(mean, std).log_prob(y).sum().item()
+        count += len(y)
+    return total / count

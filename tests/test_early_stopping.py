@@ -8,9 +8,8 @@ import oracle
 import pytest
 import torch
 from conftest import C, K, Problem, assert_close, make_problem
+from helpers import nll_of_calls
 from torch import nn
-from torch.distributions import Normal
-from torch.nn import functional as F
 
 from laplace_ella import ELLALaplace
 from laplace_ella.landmarks import CURVATURE_INPUT, hash_keys
@@ -55,19 +54,6 @@ def fit(problem: Problem, val=None, *, val_steps=1, link_approx="probit", **opti
 def chosen(la: ELLALaplace) -> int:
     scores = la.fit_history_["val_nll"]
     return int(la.fit_history_["processed_examples"][scores.index(min(scores))])
-
-
-def nll_of_calls(la: ELLALaplace, val, **options) -> float:
-    total, count = 0.0, 0
-    for x, y in val:
-        if la.likelihood == "classification":
-            total += F.nll_loss(la(x, **options).log(), y, reduction="sum").item()
-        else:
-            mean, cov = la(x)
-            variance = cov.diagonal(dim1=1, dim2=2) + la.sigma_noise**2
-            total -= Normal(mean, variance.sqrt()).log_prob(y).sum().item()
-        count += len(y)
-    return total / count
 
 
 def naive_scores(la: ELLALaplace, problem: Problem, val, **options) -> dict[int, float]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchmetrics
 from conftest import C, K, Problem, assert_close, make_problem
+from helpers import nll_of_calls
 from scipy.optimize import minimize, minimize_scalar
 from torch import Tensor, nn
 from torch.distributions import Normal
@@ -60,20 +61,6 @@ def fit(problem: Problem, **options) -> ELLALaplace:
     la = ELLALaplace(problem.model, **problem.options(**options))
     la.fit(problem.loader(), landmarks=problem.landmarks, val_steps=1)
     return la
-
-
-def nll_of_calls(la: ELLALaplace, val, **options) -> float:
-    """Mean NLL of an input."""
-    total, count = 0.0, 0
-    for x, y in val:
-        if la.likelihood == "classification":
-            total += F.nll_loss(la(x, **options).log(), y, reduction="sum").item()
-        else:
-            mean, cov = la(x)
-            std = (cov.diagonal(dim1=1, dim2=2) + la.sigma_noise**2).sqrt()
-            total -= Normal(mean, std).log_prob(y).sum().item()
-        count += len(y)
-    return total / count
 
 
 def whole(val) -> list[tuple[Tensor, Tensor]]:
