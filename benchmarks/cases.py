@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import laplace_ella
+from laplace_ella import accumulation
 from laplace_ella.autodiff import FunctionalModel, safe_autodiff
 from laplace_ella.gradients import asdl_rows, backpack_rows, gradient_rows
 
@@ -644,8 +645,8 @@ def sampled_curvature(args: argparse.Namespace, rank: int, sizes: tuple[int, ...
         for kind in ("exact", "mc"):
             la = ours(model, subsample_size=2 * rank, n_eigenvalues=rank, curvature_size=None, curvature=kind)
             la.fit(loader(x[:50], y[:50], 50))  # finds out what the model supports
-            names = [(f"batch {i}", xb) for i, (xb, _) in enumerate(loader(x[:n], y[:n], 50))]
-            calls[kind], _ = once(partial(fit_curvature, la, names, n), args.device)
+            batches = loader(x[:n], y[:n], 50)
+            calls[kind], _ = once(partial(fit_curvature, la, batches), args.device)
             la.temperature = 1000.0
             fitted[kind] = la
         exact, mc = fitted["exact"], fitted["mc"]
@@ -665,8 +666,12 @@ def sampled_curvature(args: argparse.Namespace, rank: int, sizes: tuple[int, ...
     return rows
 
 
-def fit_curvature(la: Any, batches: list[Any], n: int) -> None:
-    la.H = la.backend.accumulate(batches, la.basis, n, sampled=int(la.curvature == "mc"))[-1][1]
+def fit_curvature(la: Any, batches: list[Any]) -> None:
+    curvature_of = la.backend.curvature_of(la.basis, sampled=int(la.curvature == "mc"))
+    la.H, n = torch.zeros_like(la.H), 0
+    for xb, _ in batches:
+        la.H += curvature_of(accumulation.Part("a batch", torch.arange(n, n + len(xb)), xb))
+        n += len(xb)
 
 
 def is_cuda(args: argparse.Namespace) -> bool:

@@ -33,27 +33,32 @@ class Calls:
 
 
 def interleaved(
-    functions: dict[str, Callable[[], Any]], repeats: int, device: torch.device
+    functions: dict[str, Callable[[], Any]],
+    repeats: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Calls]:
     """Call functions in turn, round after round after a warm-up, so that drift hits all alike."""
     calls = {name: Calls() for name in functions}
     for round_ in range(repeats + 1):
         for name, function in functions.items():
-            seconds, faults = once(function, device)
+            seconds, faults = once(function, device, clock)
             if round_:
                 calls[name].seconds.append(seconds)
                 calls[name].faults.append(faults)
     return calls
 
 
-def once(function: Callable[[], Any], device: torch.device) -> tuple[float, int]:
+def once(
+    function: Callable[[], Any], device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> tuple[float, int]:
     """Return the seconds and page faults of one call."""
     synchronize(device)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize(device)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
 
 

@@ -9,6 +9,7 @@ from .curvature import AsdlNystromGGN, BackPackNystromGGN, NystromGGN, ReverseNy
 from .ella import ELLALaplace, Laplace
 from .memory import raise_malloc_thresholds
 from .plan import Plan
+from .ranks import RankError
 
 __version__ = "0.1.0"
 
@@ -20,6 +21,7 @@ __all__ = [
     "NystromBasis",
     "NystromGGN",
     "Plan",
+    "RankError",
     "ReverseNystromGGN",
     "raise_malloc_thresholds",
 ]

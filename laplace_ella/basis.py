@@ -7,7 +7,7 @@ r"""The Nystrom basis: gradient rows R -> Gram matrix -> directions V in weight 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .autodiff import Weights, flat
-from .gram import Progress, RowSource, Spill, choose_rows
+from .gram import Progress, RowSource, Spill, choose_rows, gram
+from .ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class NystromBasis:
         Trace of the Gram matrix: the sum of all its eigenvalues.
     spectrum : Tensor (M,)
         All of them, descending, float64.
+    ranks : Ranks
+        Over which the directions are spread, dealt like cards, so that each has (K_rank, *shape) of
+        them; one by default.
     """
 
     directions: Weights
     eigenvalues: Tensor
     trace: float
     spectrum: Tensor
+    ranks: Ranks = ALONE
 
     @property
     def n_landmarks(self) -> int:
@@ -54,11 +59,17 @@ class NystromBasis:
         """Share of the Gram matrix's trace that the K directions retain, in (0, 1]."""
         return float(self.eigenvalues.sum()) / self.trace
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the directions are spread over several ranks."""
+        return self.ranks.size > 1
+
     def leading(self, rank: int) -> NystromBasis:
         """Return the basis of the first ``rank`` directions: what a fit with that rank would have found."""
+        kept = len(range(rank)[self.ranks.turns()])
         # Copies, so that the memory of the others is freed.
-        directions = {k: v[:rank].clone() for k, v in self.directions.items()}
-        return NystromBasis(directions, self.eigenvalues[:rank].clone(), self.trace, self.spectrum)
+        directions = {k: v[:kept].clone() for k, v in self.directions.items()}
+        return replace(self, directions=directions, eigenvalues=self.eigenvalues[:rank].clone())
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the spectrum of the Gram matrix, and the share of its trace that K directions retain.
@@ -96,8 +107,13 @@ class NystromBasis:
     @cached_property
     def weight_grams(self) -> Tensor:
         r""":math:`V_l^T V_l` (L, K, K) of each weight tensor l, float64; they sum to the identity."""
-        blocks = (flat(v).double() for v in self.directions.values())
-        return torch.stack([b @ b.T for b in blocks])
+        lengths = [len(range(self.rank)[r :: self.ranks.size]) for r in range(self.ranks.size)]
+        device = self.eigenvalues.device
+        found = [gram(flat(v), device, ranks=self.ranks, lengths=lengths) for v in self.directions.values()]
+        # The Gram matrices are in the order of the ranks.
+        places = torch.cat([torch.arange(self.rank)[r :: self.ranks.size] for r in range(self.ranks.size)])
+        order = places.argsort()
+        return torch.stack([g[order][:, order] for g in found])
 
     def project_precision(self, prior_precision: Tensor) -> Tensor:
         r"""Project a prior precision onto the span: :math:`V^T \Delta V` (K, K), float64.
@@ -120,7 +136,16 @@ class NystromBasis:
     def combine(self, coordinates: Tensor) -> Weights:
         r"""Map coordinates z (S, K) to weight offsets :math:`V z`, a dict of (S, *shape)."""
         with torch.autocast(coordinates.device.type, enabled=False):
-            return {k: torch.tensordot(coordinates.to(v.dtype), v, 1) for k, v in self.directions.items()}
+            own = coordinates[:, self.ranks.turns()]
+            return {
+                k: self.ranks.total(torch.tensordot(own.to(v.dtype), v, 1))
+                for k, v in self.directions.items()
+            }
+
+    def overlap(self, tangents: Weights) -> Tensor:
+        r"""Return :math:`V^T g` (K, S) of S tangents (S, *shape), float64."""
+        products = (flat(v).double() @ flat(tangents[k]).double().T for k, v in self.directions.items())
+        return self.ranks.interleaved(torch.stack(list(products)).sum(0).T, self.rank).T
 
 
 def identity_basis(weights: Weights) -> NystromBasis:
@@ -145,7 +170,7 @@ def build_basis(
         K wanted, or the share of the Gram matrix's trace to retain; fewer are returned if the
         numerical rank of the rows is lower, or if a share would need more than the budget.
     budget : int
-        Bytes that gradient rows may take; see :func:`laplace_ella.gram.choose_rows`.
+        Bytes that gradient rows may take; see :func:`laplace_ella.gram.choose_rows`. The same on all ranks.
     spill : Spill, optional
         Where rows go that do not fit.
     progress : callable
@@ -162,8 +187,9 @@ def build_basis(
     many times as ``choose_rows(...).gradients`` counts.
     """
     rows = choose_rows(source, budget, spill)
-    gram = rows.gram(progress)
-    spectrum, vectors = torch.linalg.eigh(gram)
+    found = rows.gram(progress)
+    # All ranks have the same matrix; that they find the same vectors too is not left to chance.
+    spectrum, vectors = (source.ranks.of_first(t) for t in torch.linalg.eigh(found))
     spectrum, vectors = spectrum.flip(0), vectors.flip(1)
     if isinstance(rank, float):
         row_bytes = sum(w.numel() * w.element_size() for w in source.weights.values())
@@ -171,9 +197,15 @@ def build_basis(
     eigenvalues, coefficients = _leading_eigenpairs(spectrum, vectors, rank, rows.eps)
     values = rows.combine(coefficients, progress)
     directions = {
-        k: _like(w, values[k].reshape(len(eigenvalues), *w.shape)) for k, w in source.weights.items()
+        k: _like(w, values[k].reshape(values[k].shape[0], *w.shape)) for k, w in source.weights.items()
     }
-    return NystromBasis(directions, eigenvalues, float(gram.trace()), spectrum)
+    return NystromBasis(
+        directions,
+        eigenvalues,
+        float(found.trace()),
+        spectrum,
+        source.ranks if source.sharded else ALONE,
+    )
 
 
 def rank_of_share(spectrum: Tensor, share: float) -> int:

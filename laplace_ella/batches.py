@@ -6,7 +6,7 @@ mapping (a Hugging Face batch, say) some of whose entries are such tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -131,12 +131,35 @@ def rows(x: Input, start: int, stop: int) -> Input:
     return like(x, {k: v[start:stop] if _has_batch_axis(v, size) else v for k, v in x.items()})
 
 
+def in_slices(x: Input, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[tuple[slice, Input]]:
+    """Cut a batch by a function that returns its parts in order; yield which rows they are, and the parts."""
+    start = 0
+    for part in bounded(x):
+        stop = start + batch_size(part)
+        yield slice(start, stop), part
+        start = stop
+
+
 def single_row(x: Input, index: int) -> Input:
     """Copy one row out of a batch, so that the batch itself can be freed."""
     row = rows(x, index, index + 1)
     if isinstance(row, Tensor):
         return row.detach().clone()
     return like(row, {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in row.items()})
+
+
+def packed(x: Input) -> Any:
+    """Return an input as tensors and plain types, on the CPU, cut from graphs and larger storages."""
+    if isinstance(x, Tensor):
+        return x.detach().cpu().clone()
+    return {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in x.items()}
+
+
+def unpacked(entries: Any, example: Input | None) -> Input:
+    """Give back to packed entries the type of mapping that an example has."""
+    if isinstance(example, Mapping) and isinstance(entries, dict):
+        return like(example, entries)
+    return entries
 
 
 def _has_batch_axis(value: Any, size: int) -> bool:

@@ -3,6 +3,7 @@ r"""Checkpoints: tensors and plain types, with a hash of the model instead of a 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from .basis import NystromBasis
+from .hashing import add_tensor
+from .ranks import ALONE, Ranks
 
-FORMAT = 2
+FORMAT = 3
 PLAIN_STATE = (
     *("enable_backprop", "subsample_size", "n_eigenvalues", "curvature_size", "seed", "n_curvature"),
     *("logit_scale", "residual", "residual_scale", "residual_samples", "curvature", "curvature_samples"),
@@ -20,7 +23,8 @@ TENSOR_STATE = ("prior_mean", "prior_precision", "sigma_noise")
 STATE_KEYS = {
     *("format", "cls_name", "likelihood", "fingerprint", "basis", "H", "loss", "n_data", "n_outputs"),
     "n_predictions",
-    *("temperature", "temperature_fixed", "named_by_user", "snapshots", "novelty_reference"),
+    *("temperature", "temperature_fixed", "named_by_user", "snapshots", "labels_sampled"),
+    "novelty_reference",
     *("novelty_setting", "fit_history"),
     *(*TENSOR_STATE, *PLAIN_STATE),
 }
@@ -34,10 +38,8 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        add_tensor(digest, tensor)
     return digest.hexdigest()
 
 
@@ -48,11 +50,28 @@ def pack_basis(basis: NystromBasis) -> dict[str, Any]:
         "eigenvalues": basis.eigenvalues,
         "trace": basis.trace,
         "spectrum": basis.spectrum,
+        "shard": (basis.ranks.rank, basis.ranks.size),
     }
 
 
-def unpack_basis(state: dict[str, Any], model: nn.Module) -> NystromBasis:
-    """Rebuild a basis on the model's device.
+def check_directions(basis: NystromBasis, model: nn.Module, what: str) -> None:
+    """Require directions in the space of the model's trainable parameters, as many as eigenvalues.
+
+    Raises
+    ------
+    ValueError
+    """
+    n = len(range(basis.rank)[basis.ranks.turns()])
+    shapes = {k: (n, *p.shape) for k, p in model.named_parameters() if p.requires_grad}
+    if {k: tuple(v.shape) for k, v in basis.directions.items()} != shapes:
+        raise ValueError(
+            f"{what} belongs to other parameters than those of this model that require grad. Build the model as it "
+            "was, with the same requires_grad flags."
+        )
+
+
+def unpack_basis(state: dict[str, Any], model: nn.Module, ranks: Ranks = ALONE) -> NystromBasis:
+    """Rebuild a basis on the model's device; ``ranks`` are those that share its directions.
 
     Raises
     ------
@@ -60,19 +79,17 @@ def unpack_basis(state: dict[str, Any], model: nn.Module) -> NystromBasis:
         If its directions are not those of the model's trainable parameters.
     """
     weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    directions = state["directions"]
-    if {k: v.shape[1:] for k, v in directions.items()} != {k: w.shape for k, w in weights.items()}:
+    if tuple(state["shard"]) != (ranks.rank, ranks.size):
         raise ValueError(
-            "The checkpoint's directions belong to other parameters than those of this model that require "
-            "grad. Build the model as it was, with the same requires_grad flags, and load again."
+            f"The checkpoint holds the directions of rank {state['shard'][0]} of {state['shard'][1]}, and this "
+            f"estimator those of rank {ranks.rank} of {ranks.size}. Load it on as many ranks as saved it, with the same "
+            "shard_directions."
         )
     device = next(iter(weights.values())).device
-    return NystromBasis(
-        {k: directions[k].to(w) for k, w in weights.items()},
-        state["eigenvalues"].to(device, torch.float64),
-        float(state["trace"]),
-        state["spectrum"].to(device, torch.float64),
-    )
+    eigenvalues, spectrum = (state[k].to(device, torch.float64) for k in ("eigenvalues", "spectrum"))
+    basis = NystromBasis(state["directions"], eigenvalues, float(state["trace"]), spectrum, ranks)
+    check_directions(basis, model, "The checkpoint")
+    return replace(basis, directions={k: state["directions"][k].to(w) for k, w in weights.items()})
 
 
 def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module) -> None:

@@ -6,7 +6,7 @@ Laplace with the weights confined to :math:`\theta^* + \operatorname{span}(V)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from os import PathLike
 from time import perf_counter
 from typing import Any, ClassVar
@@ -15,17 +15,21 @@ import torch
 from laplace.curvature import AsdlGGN, BackPackGGN, CurvlinopsGGN, EFInterface, GGNInterface
 from torch import Tensor, nn
 
+from .accumulation import Part
 from .autodiff import Weights, last_layer_norms, safe_autodiff, unwrap
 from .basis import NystromBasis, build_basis
-from .batches import Input, batch_size, key_first, rows, to_model
+from .batches import Input, batch_size, key_first, packed, rows, to_model, unpacked
 from .engine import AUTODIFF, Engine
 from .gradients import RowEngine, asdl_rows, backpack_rows
 from .gram import Progress, RowSource, Spill
-from .landmarks import SAMPLED_LABEL, Landmarks, derived_seed
+from .hashing import SAMPLED_LABEL, uniforms
+from .landmarks import Landmarks
 from .likelihoods import LIKELIHOODS, checked_targets
 from .plan import Plan, make_plan
 from .probing import Support
+from .ranks import ALONE, Ranks
 from .residual import joint_gram, output_grams
+from .sharding import for_everyone
 from .validation import (
     check_budget,
     check_choice,
@@ -152,8 +156,8 @@ class NystromGGN(GGNInterface):
         """
         return self.engine.known_support() or self.engine.support(self.to_model(x))
 
-    def row_source(self, landmarks: Landmarks) -> RowSource:
-        """Prepare the gradient rows of landmarks."""
+    def row_source(self, landmarks: Landmarks, ranks: Ranks = ALONE, sharded: bool = False) -> RowSource:
+        """Prepare the gradient rows of landmarks; see :class:`laplace_ella.gram.RowSource`."""
         longest = self.to_model(max(landmarks.inputs, key=_numel))
         support = self.engine.support(longest)
         rows_by: RowEngine = self.row_engine or support.engine
@@ -165,13 +169,25 @@ class NystromGGN(GGNInterface):
             self.engine.gradients_per_call(longest),
             # The libraries, and plain backward passes, compute all weights' gradients at once.
             separable=self.row_engine is None and support.rows == "vmap",
+            ranks=ranks,
+            sharded=sharded,
         )
 
-    def build_basis(self, landmarks: Landmarks, rank: int, progress: Progress) -> NystromBasis:
+    def build_basis(
+        self,
+        landmarks: Landmarks,
+        rank: int | float,
+        progress: Progress,
+        ranks: Ranks = ALONE,
+        sharded: bool = False,
+    ) -> NystromBasis:
         """Compute the basis of the landmarks' gradients; see :func:`laplace_ella.basis.build_basis`."""
+        with ranks.together("the gradients of landmarks"), safe_autodiff(self.model):
+            source = self.row_source(landmarks, ranks, sharded)
+            budget = self.engine.budget()
+        budget = ranks.least(budget)
         with safe_autodiff(self.model):
-            source = self.row_source(landmarks)
-            return build_basis(source, rank, budget=self.engine.budget(), spill=self.spill, progress=progress)
+            return build_basis(source, rank, budget=budget, spill=self.spill, progress=progress)
 
     def plan(
         self,
@@ -203,9 +219,43 @@ class NystromGGN(GGNInterface):
         )
 
     def features(self, x: Input, basis: NystromBasis, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
-        r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C) with a given basis."""
+        r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C) with a given basis.
+
+        Where ranks share its directions, all have to call, each with inputs of its own.
+        """
+        if basis.sharded:
+            phi, f = self._shared_features(x, basis)
+            assert phi is not None
+            assert f is not None
+            return phi, f
         with safe_autodiff(self.model, enable_backprop):
             return self.engine.features(self.to_model(x), basis.directions)
+
+    def _shared_features(self, x: Input | None, basis: NystromBasis) -> tuple[Tensor | None, Tensor | None]:
+        def answer(theirs: Any) -> Tensor:
+            with safe_autodiff(self.model):
+                return self.engine.features(self.to_model(unpacked(theirs, x)), basis.directions)[0]
+
+        question = None if x is None else packed(x)
+        phi = for_everyone(basis.ranks, question, answer, basis.rank, "the features")
+        if x is None or phi is None:
+            return None, None
+        f = self.forward(x).flatten(0, -2)
+        return phi.to(f), f
+
+    def pull(self, x: Input | None, basis: NystromBasis, cotangents: Tensor | None) -> Tensor:
+        r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C)."""
+
+        def answer(question: Any) -> Tensor:
+            with safe_autodiff(self.model):
+                theirs, us = self.to_model(unpacked(question[0], x)), question[1].to(self._reference.device)
+                return self.engine.pull(theirs, basis.directions, us)
+
+        if not basis.sharded:
+            return answer((x, cotangents))
+        question = None if x is None or cotangents is None else (packed(x), cotangents)
+        pulled = for_everyone(basis.ranks, question, answer, basis.rank, "the sampled curvature")
+        return self._reference.new_zeros(0, 0, basis.rank) if pulled is None else pulled.to(self._reference)
 
     def push(self, x: Input, tangents: Weights, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Push S tangents (S, *shape) forward: J g (B, C, S), and f (B, C)."""
@@ -256,13 +306,16 @@ class NystromGGN(GGNInterface):
             raise AttributeError("The backend has no basis yet. Call fit() on the estimator first.")
         return self.features(x, self.basis, enable_backprop)
 
-    def full(self, x: Input, y: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def full(
+        self, x: Input, y: Tensor, name: str = "the batch given", **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Compute loss () and curvature (K, K) of a batch, in float64.
 
-        Overrides :meth:`laplace.curvature.GGNInterface.full`, without a (B, C, C) tensor.
+        Overrides :meth:`laplace.curvature.GGNInterface.full`, without a (B, C, C) tensor; ``name`` is for messages.
         """
         phi, f = self.jacobians(x)
-        y = checked_targets(LIKELIHOODS[self.likelihood], y, f, self.positions(x), "the batch given")
+        check_finite_features(phi, f, name)
+        y = checked_targets(LIKELIHOODS[self.likelihood], y, f, self.positions(x), name)
         return LIKELIHOODS[self.likelihood].loss(f, y), self.curvature(phi, f)
 
     def curvature(self, phi: Tensor, f: Tensor) -> Tensor:
@@ -270,82 +323,60 @@ class NystromGGN(GGNInterface):
         root = LIKELIHOODS[self.likelihood].curvature_root(phi.double(), f.double())
         return root.T @ root
 
-    def sampled_curvature(
-        self, x: Input, basis: NystromBasis, sampled: int, generator: torch.Generator, name: str
-    ) -> Tensor:
+    def curvature_of(self, basis: NystromBasis, sampled: int = 0, seed: int = 0) -> Callable[[Part], Tensor]:
+        r"""Return what computes the curvature (K, K) of a part of the data, in float64.
+
+        Parameters
+        ----------
+        sampled : int
+            How many labels an input to sample; 0 for the exact curvature.
+        seed : int
+            Of those labels.
+
+        Notes
+        -----
+        What it returns raises ValueError if features are not finite. Where ranks share the directions,
+        all have to call it, with ``part.x`` None where they have no inputs left.
+        """
+
+        def of(part: Part) -> Tensor:
+            if part.x is None:
+                if basis.sharded:
+                    self.answer_others(basis, sampled)
+                return self._reference.new_zeros(basis.rank, basis.rank, dtype=torch.float64)
+            if sampled:
+                return self._sampled_curvature(part, basis, sampled, seed)
+            phi, f = self.features(part.x, basis)
+            check_finite_features(phi, f, part.name)
+            return self.curvature(phi, f)
+
+        return of
+
+    def _sampled_curvature(self, part: Part, basis: NystromBasis, sampled: int, seed: int) -> Tensor:
         r"""Estimate the curvature (K, K) of a batch from labels drawn from the model's own predictions.
 
         The gradients of the loss at sampled labels have the curvature as the mean of their
         outer products. Cost: about 2 + 3 forward passes an input and label, whatever K is.
         """
-        with safe_autodiff(self.model):
-            moved = self.to_model(x)
-            f = self.engine.function.outputs(self.engine.function.weights(), moved)
-            flat_f = f.flatten(0, -2)
-            gradients = LIKELIHOODS[self.likelihood].sampled_gradients(flat_f.double(), sampled, generator)
-            # (B, n, L C): positions are independent, and their gradients add up.
-            cotangents = gradients.reshape(len(f), -1, sampled, f.shape[-1]).transpose(1, 2)
-            pulled = self.engine.pull(moved, basis.directions, cotangents.flatten(2).to(f.dtype))
-        check_finite_features(pulled, flat_f, name)
+        assert part.x is not None
+        f = self.forward(part.x)
+        flat_f = f.flatten(0, -2)
+        draws = uniforms(seed, SAMPLED_LABEL, part.positions, f.shape[1:].numel() * sampled)
+        u = draws.to(f.device).reshape(len(flat_f), sampled, f.shape[-1])
+        gradients = LIKELIHOODS[self.likelihood].sampled_gradients(flat_f.double(), u)
+        # (B, n, L C): positions are independent, and their gradients add up.
+        cotangents = gradients.reshape(len(f), -1, sampled, f.shape[-1]).transpose(1, 2)
+        pulled = self.pull(part.x, basis, cotangents.flatten(2).to(f.dtype))
+        check_finite_features(pulled, flat_f, part.name)
         flat_pulled = pulled.double().flatten(0, 1)
         return flat_pulled.T @ flat_pulled / sampled
 
-    def accumulate(
-        self,
-        batches: Iterable[tuple[str, Input]],
-        basis: NystromBasis,
-        n_data: int,
-        every: int | None = None,
-        sampled: int = 0,
-        seed: int = 0,
-        first_position: int = 0,
-    ) -> list[tuple[int, Tensor]]:
-        r"""Sum the curvature over batches, and scale it to N inputs.
-
-        Parameters
-        ----------
-        batches : iterable of (name, input)
-        n_data : int
-            N.
-        every : int, optional
-            Take a snapshot after every so many batches, by default after 1, 2, 4, 8 ... of
-            them; always after the last.
-        sampled : int
-            How many labels an input to sample; 0 for the exact curvature.
-        seed : int
-            Of those labels.
-        first_position : int
-            How many inputs were fitted before, whose labels were other draws.
-
-        Returns
-        -------
-        list of (n, G)
-            The number n of inputs read, and :math:`N / n` times their curvature (K, K).
-
-        Raises
-        ------
-        ValueError
-            If the features of a batch are not finite.
-        """
-        total = torch.zeros(basis.rank, basis.rank, dtype=torch.float64, device=self._reference.device)
-        snapshots: list[tuple[int, Tensor]] = []
-        generator = torch.Generator().manual_seed(derived_seed(seed, SAMPLED_LABEL, first_position))
-        seen = step = taken = 0
-        for step, (name, x) in enumerate(batches, start=1):
-            if sampled:
-                total += self.sampled_curvature(x, basis, sampled, generator, name)
-            else:
-                for part in self.bounded(x, basis.rank):
-                    phi, f = self.features(part, basis)
-                    check_finite_features(phi, f, name)
-                    total += self.curvature(phi, f)
-            seen += batch_size(x)
-            if step % every == 0 if every else step & (step - 1) == 0:
-                snapshots.append((seen, total * (n_data / seen)))
-                taken = step
-        if taken < step:
-            snapshots.append((seen, total * (n_data / seen)))
-        return snapshots
+    def answer_others(self, basis: NystromBasis, sampled: int = 0) -> None:
+        """Compute other ranks' features with this rank's directions, having no inputs of one's own."""
+        if sampled:
+            self.pull(None, basis, None)
+        else:
+            self._shared_features(None, basis)
 
 
 def _numel(x: Input) -> int:

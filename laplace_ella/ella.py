@@ -23,8 +23,10 @@ from .fitting import Fitting
 from .hyperparameters import Hyperparameters
 from .joint_tuning import JointTuning
 from .likelihoods import LIKELIHOODS
+from .merging import Merging
 from .novelty import Novelty
 from .predictive import Predictive
+from .ranks import ALONE, Ranks, ranks_of
 from .residual import RESIDUALS
 from .tuning import PriorTuning
 
@@ -63,7 +65,9 @@ def Laplace(
     return laplace.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
 
 
-class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, JointTuning, ParametricLaplace):
+class ELLALaplace(
+    Fitting, Merging, Hyperparameters, Predictive, Novelty, PriorTuning, JointTuning, ParametricLaplace
+):
     r"""Linearised Laplace over all weights, through a Nystrom approximation of the NTK.
 
     The posterior lives on :math:`\theta^* + V z`, with K orthonormal directions V that
@@ -134,6 +138,12 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         matters.
     residual_samples : int
         S, from how many random tangents the isotropic residual is made.
+    process_group : "default", torch.distributed.ProcessGroup, or None
+        The processes that fit and tune together, each with its part of the data: by default
+        torch.distributed's group, if one is initialised. None: this process alone.
+    shard_directions : bool
+        Spread V over the ranks, K / W directions on each of W, where K x P numbers do not fit one
+        device. All ranks then have to call predictions too, each with inputs of its own.
 
     Attributes
     ----------
@@ -193,12 +203,17 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         residual: str = "none",
         residual_scale: float = 1.0,
         residual_samples: int = 4,
+        process_group: Any = "default",
+        shard_directions: bool = False,
     ) -> None:
         validation.check_model(model)
         validation.check_choice("likelihood", likelihood, LIKELIHOODS)
         validation.check_choice("residual", residual, RESIDUALS)
         validation.check_choice("curvature", curvature, validation.CURVATURES)
         validation.check_residual(residual, prior_precision, enable_backprop)
+        validation.check_process_group(process_group)
+        n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        validation.check_sharding(shard_directions, prior_precision, n_params, enable_backprop)
         sizes = {
             "subsample_size": subsample_size,
             "curvature_size": curvature_size,
@@ -223,8 +238,10 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
         self.memory_budget = validation.check_budget(memory_budget)
         self.curvature, self.curvature_samples = curvature, int(curvature_samples)
         self.residual_samples, self._residual = int(residual_samples), residual
+        self.process_group, self.shard_directions = process_group, shard_directions
         self.snapshots: list[tuple[int, Tensor]] = []
         self.n_curvature = self.n_predictions = 0
+        self._labels_sampled = False  # whether any part of G was estimated from sampled labels
         self._tangents: tuple[tuple[int, int], Weights, Tensor] | None = None
         self._novelty_reference: Tensor | None = None
         self._novelty_setting: list[Any] = []
@@ -266,6 +283,11 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
                 f"backend_kwargs={self._backend_kwargs} do not fit {self._backend_cls.__name__}: {error}. "
                 "It takes chunk_size, memory_budget, autodiff, compile, spill and spill_dtype."
             ) from error
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The processes that share the work."""
+        return ranks_of(self.process_group)
 
     # ------------------------------------------------------------------ what a fit leaves
 
@@ -408,11 +430,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
             If the model has changed since.
         """
         self._check_H_init()
-        if self._fingerprint != checkpoint.fingerprint(self.model):
-            raise ValueError(
-                "The model's weights or buffers have changed since the fit, which belongs to the old ones. "
-                "Fit again, or restore them."
-            )
+        self._check_unchanged()
         return {
             "format": checkpoint.FORMAT,
             "cls_name": type(self).__name__,
@@ -428,12 +446,20 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
             "temperature": self.temperature,
             "temperature_fixed": self._temperature_fixed,
             "snapshots": self.snapshots,
+            "labels_sampled": self._labels_sampled,
             "novelty_reference": self._novelty_reference,
             "novelty_setting": self._novelty_setting,
             "fit_history": self.fit_history_,
             **{name: getattr(self, name).detach() for name in checkpoint.TENSOR_STATE},
             **{name: getattr(self, name) for name in checkpoint.PLAIN_STATE},
         }
+
+    def _check_unchanged(self) -> None:
+        if self._fingerprint != checkpoint.fingerprint(self.model):
+            raise ValueError(
+                "The model's weights or buffers have changed since the fit, which belongs to the old ones. "
+                "Fit again, or restore them."
+            )
 
     @exclusively
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -446,7 +472,8 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
             likelihood or choice of parameters. The estimator is then as it was.
         """
         checkpoint.check_state(state_dict, type(self).__name__, self._likelihood_name, self.model)
-        basis = checkpoint.unpack_basis(state_dict["basis"], self.model)
+        ranks = self._ranks if self.shard_directions else ALONE
+        basis = checkpoint.unpack_basis(state_dict["basis"], self.model, ranks)
         self._warn_of_differences(state_dict)
         with self._undone_on_error():
             # The residual decides what priors are allowed: none first, and its own last.
@@ -462,6 +489,7 @@ class ELLALaplace(Fitting, Hyperparameters, Predictive, Novelty, PriorTuning, Jo
             counts = tuple(state_dict[k] for k in ("n_data", "n_predictions", "n_outputs"))
             self._set_fit(basis, snapshots, loss, counts)
             self.n_curvature, self.H = n_curvature, state_dict["H"].to(self._device)
+            self._labels_sampled = state_dict["labels_sampled"]
             self._novelty_reference = state_dict["novelty_reference"]
             self._novelty_setting = state_dict["novelty_setting"]
             self.fit_history_ = state_dict["fit_history"]

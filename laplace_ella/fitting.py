@@ -5,22 +5,55 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import validation
+from . import checkpoint, validation
+from .accumulation import NOTHING, RunningSum, cut, parts_of_sample, parts_of_stream
 from .autodiff import exclusively
 from .baselines import Scorer
-from .basis import NystromBasis
-from .batches import Input, batch_size, collate, named_batches, rows
+from .basis import NystromBasis, Progress
+from .batches import Input, batch_size, rows
 from .candidates import progress_bars
-from .landmarks import draw_outputs
+from .hashing import digest
+from .landmarks import BottomK, draw_outputs
 from .likelihoods import LIKELIHOODS
 from .plan import Plan, data_size, first_batch
-from .scan import Scan, scan
+from .pooling import Dealt, dealt
+from .ranks import ALONE, Ranks
+from .resume import STAGES, FitFiles, random_state, replay, set_random_state, skip
+from .scan import Scan, over_all, scan
 from .search import Setting
+from .stream import Batch, Stream
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of ``fit``.
+
+    Attributes
+    ----------
+    ranks : Ranks
+        Which do it together.
+    stream : Stream
+        This rank's training data.
+    files : FitFiles
+        Of an interrupted fit, and for one that may be interrupted.
+    progress : callable
+    every : int or None
+        Curvature batches between snapshots; None: at 1, 2, 4, 8 ...
+    """
+
+    ranks: Ranks
+    stream: Stream
+    files: FitFiles
+    progress: Progress
+    every: int | None
 
 
 class Fitting:
@@ -53,6 +86,9 @@ class Fitting:
     snapshots: list[tuple[int, Tensor]]
     n_curvature: int
     fit_history_: dict[str, list[float]]
+    shard_directions: bool
+    _ranks: Any  # Ranks
+    _device: Any
     _temperature: float
     _temperature_fixed: bool
     _named_by_user: set[str]
@@ -79,8 +115,16 @@ class Fitting:
         val_loader: Iterable[Any] | None = None,
         val_steps: int | None = None,
         link_approx: str = "probit",
+        basis: NystromBasis | None = None,
+        max_samples: int | None = None,
+        n_total: int | None = None,
+        checkpoint: str | PathLike[str] | None = None,
+        checkpoint_every: int = 100,
     ) -> None:
         r"""Fit the posterior at the model's weights.
+
+        On several ranks of a process group, all call it, each with its part of the data, and all
+        end with the same posterior; see docs/scaling.md.
 
         Parameters
         ----------
@@ -108,12 +152,32 @@ class Fitting:
             first n inputs are a random sample, except with ``curvature_size=None``, where they are those that come first: shuffle.
         link_approx : str
             The link that validation predictions use.
+        basis : NystromBasis, optional
+            That of another fit of the same model, instead of landmarks: estimators with one basis can be
+            merged.
+        max_samples : int, optional
+            Read so many inputs (on all ranks together), and ask the loader for no batch after them.
+        n_total : int, optional
+            N, where the loader shows a sample of the data only: loss and G are scaled to it.
+        checkpoint : path-like, optional
+            Where to keep what each stage has found, so that a fit that was interrupted, called again with the
+            same arguments, goes on. The loader has to replay the same order; the states of torch's, numpy's
+            and Python's generators, and of the loader's own, are restored for it. The files ``checkpoint``,
+            ``checkpoint.basis`` and ``checkpoint.curvature`` are deleted once the fit has succeeded.
+        checkpoint_every : int
+            Batches between two checkpoints.
 
         Raises
         ------
         ValueError
             If an argument is out of range, the loader empty, a batch malformed or not
-            finite, or the features not finite. A previous fit stays intact.
+            finite, or the features not finite; if a checkpoint cannot be used, or the loader does not replay its
+            data; if ranks differ in what must be alike. A previous fit stays intact.
+        RankError
+            If another rank failed.
+        KeyboardInterrupt
+            When interrupted. Before G has an input the previous fit stays intact; after that, in a single process,
+            G is kept as estimated from the inputs so far, with a warning.
 
         Notes
         -----
@@ -122,14 +186,98 @@ class Fitting:
         input, however many n are scored. Memory: M x P numbers if the budget allows, K x P
         afterwards.
         """
-        self._check_fit(train_loader, balanced, val_steps)
-        if val_loader is not None:
-            validation.check_prediction("glm", link_approx, 100, None, None)
-            validation.check_link(self.likelihood, link_approx)
-        if landmarks is not None:
-            landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
-        progress = progress_bars(progress_bar)
-        fresh = override or self.H is None
+        ranks = self._ranks
+        with ranks.together("the arguments of fit"):
+            self._check_fit(train_loader, balanced, val_steps)
+            validation.check_size("max_samples", max_samples)
+            validation.check_size("n_total", n_total)
+            validation.check_size("checkpoint_every", checkpoint_every, optional=False)
+            if val_loader is not None:
+                validation.check_prediction("glm", link_approx, 100, None, None)
+                validation.check_link(self.likelihood, link_approx)
+            if landmarks is not None:
+                landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
+            fresh = override or self.H is None
+            self._check_basis(basis, landmarks, fresh)
+            progress = progress_bars(progress_bar and ranks.rank == 0)
+            every = val_steps or (1 if val_loader is not None else None)
+            arguments = self._arguments(
+                checkpoint is not None or ranks.size > 1,
+                override=not fresh,
+                balanced=balanced,
+                val_steps=every,
+                max_samples=max_samples,
+                n_total=n_total,
+                landmarks=None if landmarks is None else digest(*landmarks),
+                basis=None if basis is None else digest(basis.directions),
+            )
+            files = FitFiles(checkpoint, checkpoint_every, arguments, ranks)
+            stream = Stream(
+                train_loader,
+                self.dict_key_x,
+                self.dict_key_y,
+                ranks,
+                progress,
+                0 if fresh else self.n_data,
+                max_samples,
+            )
+        ranks.require_equal({**arguments, "checkpoint": checkpoint is not None}, "fit()")
+        job = Job(ranks, stream, files, progress, every)
+        own = self._scan(job, balanced, landmarks, fresh and basis is None)
+        found = over_all(own, ranks)
+        validation.check_total(n_total, found.n_data)
+        if basis is None:
+            basis = self._new_basis(job, found, landmarks, balanced) if fresh else self.basis
+        n_data = found.n_data if n_total is None else n_total
+        total = RunningSum(basis.rank, self._device)
+        sample = None if self.curvature_size is None else dealt(own.curvature, ranks)
+        finish = partial(self._finish, basis, found, n_data, fresh)
+        try:
+            self._accumulate(job, own, sample, found.longest, basis, total)
+        except KeyboardInterrupt:
+            if total.seen and ranks.size == 1:
+                finish(total.snapshots(n_data, ranks, unfinished=True))
+                self._warn_of_interruption(total.seen, found.n_data if sample is None else sample.size)
+            raise
+        snapshots = total.snapshots(n_data, ranks)
+        self._warn_of_few_samples(snapshots[-1][0], basis.rank)
+        with self._undone_on_error():
+            finish(snapshots)
+            if val_loader is not None:
+                free = fresh and not self._temperature_fixed
+                self._stop_early(val_loader, link_approx, free, progress)
+            with ranks.together("the last stage of fit"):
+                pass  # no rank deletes its files while another still needs its own
+        files.remove()
+
+    def _finish(
+        self,
+        basis: NystromBasis,
+        found: Scan,
+        n_data: int,
+        fresh: bool,
+        snapshots: list[tuple[int, Tensor]],
+    ) -> None:
+        """Become what was fitted, added to what was fitted before unless that is replaced."""
+        share = n_data / found.n_data
+        loss, n_predictions = found.loss * share, round(found.n_predictions * share)
+        if not fresh:  # what was fitted before has no first n inputs any more
+            snapshots = [(self.n_curvature + snapshots[-1][0], self.H + snapshots[-1][1])]
+            loss = self.loss + loss.to(self.loss.device)
+            n_data, n_predictions = self.n_data + n_data, self.n_predictions + n_predictions
+        self._set_fit(basis, snapshots, loss, (n_data, n_predictions, found.n_outputs))
+        self._labels_sampled = self._labels() > 0 or (not fresh and self._labels_sampled)
+        self.fit_history_ = {"processed_examples": [float(self.n_curvature)], "val_nll": []}
+
+    # ------------------------------------------------------------------ stages
+
+    def _scan(self, job: Job, balanced: bool, landmarks: tuple[Input, Tensor] | None, draws: bool) -> Scan:
+        """Read this rank's training data, or what is left of them after an interruption."""
+        found = Scan(
+            BottomK(self.subsample_size if draws and landmarks is None else 0),
+            BottomK(self.curvature_size or 0),
+        )
+        files, loader = job.files, job.stream.loader
         unchecked = [] if landmarks is None else [landmarks]
 
         def forward(x: Input) -> Tensor:
@@ -141,42 +289,128 @@ class Fitting:
             self.backend.support(x)  # probes, at the first batch too
             return f
 
-        found = scan(
-            progress(train_loader, "Training data"),
-            forward,
-            LIKELIHOODS[self.likelihood],
-            n_landmarks=self.subsample_size if fresh and landmarks is None else 0,
-            n_curvature=self.curvature_size or 0,
-            seed=self.seed,
-            balanced=balanced,
-            dict_key_x=self.dict_key_x,
-            dict_key_y=self.dict_key_y,
-            first_position=0 if fresh else self.n_data,
-        )
-        basis = self._new_basis(found, landmarks, balanced, progress) if fresh else self.basis
-        batches = progress(self._curvature_batches(found, train_loader), "Curvature")
-        every = val_steps or (1 if val_loader is not None else None)
-        snapshots = self.backend.accumulate(
-            batches,
-            basis,
-            found.n_data,
-            every,
-            sampled=self._labels(),
-            seed=self.seed,
-            first_position=0 if fresh else self.n_data,
-        )
-        self._warn_of_few_samples(snapshots[-1][0], basis.rank)
-        loss, counts = found.loss, (found.n_data, found.n_predictions)
-        if not fresh:  # what was fitted before has no first n inputs any more
-            snapshots = [(self.n_curvature + snapshots[-1][0], self.H + snapshots[-1][1])]
-            loss = self.loss + loss
-            counts = self.n_data + found.n_data, self.n_predictions + found.n_predictions
-        with self._undone_on_error():
-            self._set_fit(basis, snapshots, loss, (*counts, found.n_outputs))
-            self.fit_history_ = {"processed_examples": [float(self.n_curvature)], "val_nll": []}
-            if val_loader is not None:
-                free = fresh and not self._temperature_fixed
-                self._stop_early(val_loader, link_approx, free, progress)
+        before = files.found("scan")
+        if before is not None:
+            set_random_state(before["random"], loader)
+            self.backend.engine.assume_free(before["free"])
+        start = {"random": random_state(loader) if files.paths else None, "free": self.backend.engine.free()}
+        with job.ranks.together("the training data"):
+            batches = job.stream.batches("Training data")
+            first = replay(batches, before, found)
+            if before is not None and before["complete"]:
+                set_random_state(before["random"], loader)
+                return found
+
+            def after(batch: Batch) -> None:
+                nonlocal first
+                first = first or batch.digest()
+                if files.is_due(found.n_batches):
+                    state = {"scan": found.state(), "first": first, "last": batch.digest()}
+                    files.save("scan", {**state, **start, "complete": False})
+
+            scan(
+                batches,
+                forward,
+                LIKELIHOODS[self.likelihood],
+                found,
+                seed=self.seed,
+                balanced=balanced,
+                after=after if files.paths else lambda batch: None,
+            )
+            if files.paths:
+                state = {"scan": found.state(), "first": first, "last": None, "complete": True}
+                files.save("scan", {**state, **start, "random": random_state(loader)})
+        return found
+
+    def _new_basis(
+        self, job: Job, found: Scan, given: tuple[Input, Tensor] | None, balanced: bool
+    ) -> NystromBasis:
+        if given is None:
+            landmarks = draw_outputs(found.landmarks, self.seed, balanced)
+            if len(landmarks) < self.subsample_size:
+                self._report_reduction(
+                    "subsample_size", len(landmarks), "the data have no more pairs of input and output"
+                )
+        else:
+            landmarks = validation.explicit_landmarks(given)
+        if job.ranks.least(job.files.stage) < STAGES.index("basis") + 1:
+            for stage in ("basis", "curvature"):
+                job.files.forget(stage)
+            basis = self.backend.build_basis(
+                landmarks, self.n_eigenvalues, job.progress, job.ranks, self.shard_directions
+            )
+            with job.ranks.together("the checkpoint of the basis"):
+                job.files.save("basis", checkpoint.pack_basis(basis) if job.files.paths else {})
+        else:
+            packed = job.files.found("basis")
+            basis = checkpoint.unpack_basis(packed, self.model, job.ranks if self.shard_directions else ALONE)
+        if isinstance(self.n_eigenvalues, float):
+            if basis.retained < self.n_eigenvalues - 1e-9:
+                reason = f"more directions exceed the memory budget or the numerical rank; these retain {basis.retained:.3g}"
+                self._report_reduction("n_eigenvalues", basis.rank, reason)
+        elif basis.rank < self.n_eigenvalues:
+            reason = f"the gradients of {len(landmarks)} landmarks have no higher numerical rank"
+            self._report_reduction("n_eigenvalues", basis.rank, reason)
+        return basis
+
+    def _accumulate(
+        self,
+        job: Job,
+        own: Scan,
+        sample: Dealt | None,
+        longest: int,
+        basis: NystromBasis,
+        total: RunningSum,
+    ) -> None:
+        """Add up the curvature of this rank's inputs, or what is left of them after an interruption."""
+        files, loader, ranks = job.files, job.stream.loader, job.ranks
+        before = self._unfinished(job, basis)
+        if before is not None:
+            set_random_state(before["random"], loader)
+            total.restore(before["total"])
+            if before["complete"]:
+                return
+        state = {"random": random_state(loader)} if files.paths else {}
+        if sample is None:
+            parts = parts_of_stream(self._second_pass(job, own.n_data), job.every)
+        else:
+            parts = job.progress(parts_of_sample(sample, longest, job.every), "Curvature")
+        parts = cut(parts, partial(self.backend.bounded, width=basis.rank))
+        curvature_of = self.backend.curvature_of(basis, self._labels(), self.seed)
+        with ranks.together("the data read again"):
+            skip(parts, before)
+        # Ranks that share the directions go step by step together, others meet at the end.
+        with (ALONE if basis.sharded else ranks).together("the curvature"):
+            for part in basis.ranks.in_step(parts):
+                with basis.ranks.together("the curvature"):
+                    total.add(part or NOTHING, curvature_of(part or NOTHING))
+                    if files.is_due(total.steps):
+                        last = (part or NOTHING).digest()
+                        kept = {**state, "total": total.state(), "last": last, "complete": False}
+                        files.save("curvature", kept)
+            if files.paths:
+                state = {"random": random_state(loader), "total": total.state(), "last": None}
+                files.save("curvature", {**state, "complete": True})
+
+    def _unfinished(self, job: Job, basis: NystromBasis) -> Any:
+        """Return what an interrupted fit left of the curvature, if all ranks can go on from theirs."""
+        before = job.files.found("curvature")
+        if basis.sharded:  # in which case all go through the same steps
+            steps = 0 if before is None else before["total"]["steps"]
+            if len(set(job.ranks.gathered(steps))) > 1:
+                return None
+        return before
+
+    def _second_pass(self, job: Job, n_data: int) -> Iterator[Batch]:
+        seen = 0
+        for batch in job.stream.batches("Curvature"):
+            seen += batch_size(batch.x)
+            yield batch
+        if seen != n_data:
+            raise ValueError(
+                f"The second pass over the training data read {seen} inputs, the first {n_data}; with "
+                "curvature_size=None the loader must yield the same data twice. Pass a number instead."
+            )
 
     def plan(self, train_loader: Iterable[Any], verbose: bool = True) -> Plan:
         """Work out what :meth:`fit` will compute, and what it will cost, without doing it.
@@ -222,6 +456,35 @@ class Fitting:
         engine = self.backend.engine
         return max(1, min(self.subsample_size, engine.budget() // engine.row_size()))
 
+    def _arguments(self, needed: bool, **of_call: Any) -> dict[str, Any]:
+        """Return what the result of a fit depends on, data apart, in plain types."""
+        if not needed:
+            return {}
+        names = ("likelihood", "seed", "subsample_size", "n_eigenvalues", "curvature_size", "curvature")
+        names = (*names, "curvature_samples", "shard_directions")
+        before = (
+            "nothing" if of_call["override"] is False else digest(self.H, *self.basis.directions.values())
+        )
+        return {
+            "model": checkpoint.fingerprint(self.model),
+            **{name: getattr(self, name) for name in names},
+            "backend": type(self.backend).__name__,
+            "dtype": str(self._dtype),
+            **of_call,
+            "fitted before": before,
+        }
+
+    def _check_basis(self, basis: Any, landmarks: Any, fresh: bool) -> None:
+        if basis is None:
+            return
+        if landmarks is not None or not fresh:
+            raise ValueError(
+                "basis= takes the place of landmarks, and override=False keeps the basis there is; pass one of them."
+            )
+        if not isinstance(basis, NystromBasis):
+            raise ValueError(f"basis must be the basis of a fitted estimator; got {type(basis).__name__}.")
+        checkpoint.check_directions(basis, self.model, "The basis given")
+
     @exclusively
     def _check_fit(self, train_loader: Any, balanced: bool, val_steps: Any) -> None:
         validation.check_size("val_steps", val_steps)
@@ -248,51 +511,18 @@ class Fitting:
                 stacklevel=5,
             )
 
-    def _new_basis(
-        self, found: Scan, given: tuple[Input, Tensor] | None, balanced: bool, progress: Any
-    ) -> NystromBasis:
-        if given is None:
-            landmarks = draw_outputs(found.landmarks, self.seed, balanced)
-            if len(landmarks) < self.subsample_size:
-                self._report_reduction(
-                    "subsample_size", len(landmarks), "the data have no more pairs of input and output"
-                )
-        else:
-            landmarks = validation.explicit_landmarks(given)
-        basis = self.backend.build_basis(landmarks, self.n_eigenvalues, progress)
-        if isinstance(self.n_eigenvalues, float):
-            if basis.retained < self.n_eigenvalues - 1e-9:
-                reason = f"more directions exceed the memory budget or the numerical rank; these retain {basis.retained:.3g}"
-                self._report_reduction("n_eigenvalues", basis.rank, reason)
-        elif basis.rank < self.n_eigenvalues:
-            reason = f"the gradients of {len(landmarks)} landmarks have no higher numerical rank"
-            self._report_reduction("n_eigenvalues", basis.rank, reason)
-        return basis
-
     def _report_reduction(self, name: str, reached: int, reason: str) -> None:
         if name in self._named_by_user:
             warnings.warn(
                 f"{name} was reduced from {getattr(self, name)} to {reached}: {reason}.", stacklevel=6
             )
 
-    def _curvature_batches(self, found: Scan, loader: Any) -> Iterator[tuple[str, Input]]:
-        if self.curvature_size is None:
-            seen = 0
-            for name, x, y in named_batches(loader, self.dict_key_x, self.dict_key_y):
-                seen += len(y)
-                yield name, x
-            if seen != found.n_data:
-                raise ValueError(
-                    f"The second pass over the training data read {seen} inputs, the first {found.n_data}; with "
-                    "curvature_size=None the loader must yield the same data twice. Pass a number instead."
-                )
-        else:
-            # In random order, so that the first n are a random sample too.
-            sample = found.curvature.by_key()
-            for start in range(0, len(sample), found.batch):
-                part = sample[start : start + found.batch]
-                for indices, x in collate([x for _, x in part], found.batch):
-                    yield f"training inputs {sorted(part[i][0] for i in indices)[:8]}", x
+    def _warn_of_interruption(self, n: int, wanted: int) -> None:
+        warnings.warn(
+            f"fit() was interrupted after {n} of {wanted} curvature inputs. The estimator is fitted with G as estimated "
+            f"from these, scaled to N = {self.n_data}.",
+            stacklevel=5,
+        )
 
     def _stop_early(self, val_loader: Iterable[Any], link_approx: str, free: bool, progress: Any) -> None:
         r"""Score every snapshot of G; if free, keep the best, with T = N / n and :math:`\delta n / N`."""

@@ -3,6 +3,9 @@ r"""The Gram matrix :math:`R R^T` of M gradient rows, and :math:`R^T a`, within 
 Rows that fit are computed once. Others are kept elsewhere (``spill``), or computed
 again: either in blocks of rows, of which one stays while the others stream past it,
 or in blocks of weights, for all landmarks at once; whichever needs fewer passes.
+
+On several ranks each computes its share of the rows of a block, and the ranks exchange slices of
+columns, so that each multiplies all rows for its part of the weights.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from .batches import collate, rows
 from .gradients import RowEngine
 from .landmarks import Landmarks
 from .memory import Chunks, with_smaller_chunks
+from .ranks import ALONE, Ranks
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -78,6 +82,10 @@ class RowSource:
         Landmarks per call of the engine.
     separable : bool
         The engine can leave weights out.
+    ranks : Ranks
+        Which compute the rows together: each its share of those asked for.
+    sharded : bool
+        Of combinations of the rows, each rank keeps some.
     """
 
     def __init__(
@@ -88,8 +96,11 @@ class RowSource:
         to_model: Callable[[Any], Any],
         rows_per_call: int,
         separable: bool = True,
+        ranks: Ranks = ALONE,
+        sharded: bool = False,
     ) -> None:
         self.model, self.landmarks, self.engine = model, landmarks, engine
+        self.ranks, self.sharded = ranks, sharded
         self.to_model, self.separable = to_model, separable
         self.weights = model.weights()
         self.sizes = {k: w.numel() for k, w in self.weights.items()}
@@ -106,6 +117,40 @@ class RowSource:
         """Landmarks per call of the engine; halved whenever the device runs out of memory."""
         return self._chunks.rows
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return sum(self.sizes.values()) * self.dtype.itemsize
+
+    def gram(self, values: Tensor, size: int, progress: Callable[[Any], Any] = iter) -> Tensor:
+        """Return the Gram matrix (size, size), float64, of rows of which each rank has its share."""
+        return gram(values, self.device, progress, self.ranks, self.ranks.lengths(size))
+
+    def cross(self, left: Tensor, n_left: int, right: Tensor, n_right: int) -> Tensor:
+        """Return the products (n_left, n_right), float64, of two sets of rows of which each rank has its share."""
+        out = torch.zeros(n_left, n_right, dtype=torch.float64, device=self.device)
+        width = _slices(n_left + n_right, left.shape[1]).step
+        lengths = self.ranks.lengths(n_left), self.ranks.lengths(n_right)
+        pairs = (self.ranks.columns(rows, n, width) for rows, n in zip((left, right), lengths))
+        for a, b in zip(*pairs):
+            out.addmm_(a.to(self.device).double(), b.to(self.device).double().T)
+        return self.ranks.total(out)
+
+    def combination(self, coefficients: Tensor, values: Tensor) -> Tensor:
+        """Return ``coefficients.T @ rows`` (K, P), of coefficients (M, K) and rows of which each rank has its share.
+
+        Each slice is computed in float64. If directions are spread over the ranks, only those of this rank.
+        """
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        slices = _slices(len(coefficients), values.shape[1])
+        mine = coefficients[self.ranks.bounds(len(coefficients))]
+        kept = self.ranks.turns() if self.sharded else slice(None)
+        out = coefficients.new_empty(coefficients[:, kept].shape[1], values.shape[1], dtype=dtype)
+        for start in slices:
+            piece = values[:, start : start + slices.step].to(coefficients.device).double()
+            out[:, start : start + slices.step] = self.ranks.total(mine.T @ piece)[kept]
+        return out
+
     def __call__(
         self,
         indices: Sequence[int],
@@ -116,9 +161,21 @@ class RowSource:
     ) -> Tensor:
         """Return the rows (len(indices), P) with respect to the weights named, all by default.
 
-        ``out`` takes them, if given; ``norms`` takes their norms, by which they are then divided.
+        On several ranks, all of which ask for the same rows, each gets its share of them. ``out`` takes them, if given; ``norms`` takes their norms, by which they are then divided.
         """
         names = list(self.weights) if names is None else names
+        indices = self.ranks.share(indices)
+        with self.ranks.together("the gradients of landmarks"):
+            return self._rows(indices, names, out, progress, norms)
+
+    def _rows(
+        self,
+        indices: Sequence[int],
+        names: Sequence[str],
+        out: Tensor | None,
+        progress: Callable[[Any], Any],
+        norms: Tensor | None,
+    ) -> Tensor:
         if out is None:
             n_weights = sum(self.sizes[k] for k in names)
             out = torch.empty(len(indices), n_weights, device=self.device, dtype=self.dtype)
@@ -182,30 +239,32 @@ class KeptRows:
         self.eps = torch.finfo(source.dtype if spill is None else spill.dtype).eps
         self.norms: Tensor | None = None  # by which spilled rows were divided
         self.cost = self.gradients = len(source)
-        self.n_bytes = (
-            len(source) * sum(source.sizes.values()) * source.dtype.itemsize if spill is None else 0
-        )
+        self.n_bytes = _largest_share(source) * source.row_bytes if spill is None else 0
 
     def gram(self, progress: Progress) -> Tensor:
         """Return the Gram matrix (M, M), float64."""
         source, out = self.source, None
         if self.spill is not None:
-            out, self._file = self.spill.empty(len(source), sum(source.sizes.values()))
-            self.norms = torch.empty(len(source), dtype=torch.float64, device=source.device)
+            n_rows = len(source.ranks.share(range(len(source))))
+            out, self._file = self.spill.empty(n_rows, sum(source.sizes.values()))
+            self.norms = torch.empty(n_rows, dtype=torch.float64, device=source.device)
         self.rows = source(
             list(range(len(source))),
             out=out,
             progress=lambda blocks: progress(blocks, "Landmark gradients"),
             norms=self.norms,
         )
-        found = gram(self.rows, source.device, lambda slices: progress(slices, "Gram matrix"))
-        return found if self.norms is None else found * torch.outer(self.norms, self.norms)
+        found = source.gram(self.rows, len(source), lambda slices: progress(slices, "Gram matrix"))
+        if self.norms is None:
+            return found
+        norms = source.ranks.joined(self.norms)
+        return found * torch.outer(norms, norms)
 
     def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
         if self.norms is not None:
-            coefficients = coefficients * self.norms[:, None]
-        return _by_weight(_combination(coefficients, self.rows), self.source.sizes)
+            coefficients = coefficients * self.source.ranks.joined(self.norms)[:, None]
+        return _by_weight(self.source.combination(coefficients, self.rows), self.source.sizes)
 
 
 class SampleBlocks:
@@ -214,12 +273,13 @@ class SampleBlocks:
     kind = "blocks of rows"
 
     def __init__(self, source: RowSource, n_kept: int, n_streamed: int) -> None:
-        self.source, self.n_streamed = source, n_streamed
+        n_bytes = (n_kept + n_streamed) * source.row_bytes
+        n_kept, n_streamed = n_kept * source.ranks.size, n_streamed * source.ranks.size
+        self.source, self.n_streamed, self.n_bytes = source, n_streamed, n_bytes
         self.eps = torch.finfo(source.dtype).eps
         self.blocks = [list(range(a, min(a + n_kept, len(source)))) for a in range(0, len(source), n_kept)]
         size = len(source)
         self.cost = self.gradients = sum(size - b[0] for b in self.blocks) + size - len(self.blocks[-1])
-        self.n_bytes = (n_kept + n_streamed) * sum(source.sizes.values()) * source.dtype.itemsize
 
     def gram(self, progress: Progress) -> Tensor:
         """Return the Gram matrix (M, M), float64."""
@@ -229,20 +289,20 @@ class SampleBlocks:
             self.kept = torch.empty(0)  # before the next is computed
             self.kept = source(block)
             a, b = block[0], block[-1] + 1
-            out[a:b, a:b] = gram(self.kept, source.device)
+            out[a:b, a:b] = source.gram(self.kept, b - a)
             for c in range(b, size, self.n_streamed):
                 d = min(c + self.n_streamed, size)
-                out[a:b, c:d] = _cross(self.kept, source(list(range(c, d))))
+                out[a:b, c:d] = source.cross(self.kept, b - a, source(list(range(c, d))), d - c)
         return out.triu() + out.triu(1).T
 
     def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
         # The last block is still there.
-        total = _combination(coefficients[self.blocks[-1]], self.kept)
+        total = self.source.combination(coefficients[self.blocks[-1]], self.kept)
         for block in progress(self.blocks[:-1], "Directions"):
             self.kept = torch.empty(0)
             self.kept = self.source(block)
-            total += _combination(coefficients[block], self.kept)
+            total += self.source.combination(coefficients[block], self.kept)
         return _by_weight(total, self.source.sizes)
 
 
@@ -257,7 +317,7 @@ class WeightBlocks:
         self.gradients = (2 * len(groups) - 1) * len(source)
         self.cost = PARTIAL_COST * self.gradients
         largest = max(sum(source.sizes[k] for k in group) for group in groups)
-        self.n_bytes = len(source) * largest * source.dtype.itemsize
+        self.n_bytes = _largest_share(source) * largest * source.dtype.itemsize
 
     def gram(self, progress: Progress) -> Tensor:
         """Return the Gram matrix (M, M), float64."""
@@ -266,7 +326,7 @@ class WeightBlocks:
         for group in progress(self.groups, "Gram matrix, weight by weight"):
             self.rows = torch.empty(0)
             self.rows = source(list(range(size)), group)
-            out += gram(self.rows, source.device)
+            out += source.gram(self.rows, size)
         return out
 
     def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
@@ -277,7 +337,7 @@ class WeightBlocks:
                 self.rows = torch.empty(0)
                 self.rows = self.source(list(range(len(self.source))), group)
             sizes = {k: self.source.sizes[k] for k in group}
-            found.update(_by_weight(_combination(coefficients, self.rows), sizes))
+            found.update(_by_weight(self.source.combination(coefficients, self.rows), sizes))
         return found
 
 
@@ -285,17 +345,19 @@ Rows = KeptRows | SampleBlocks | WeightBlocks
 
 
 def choose_rows(source: RowSource, budget: int, spill: Spill | None = None) -> Rows:
-    """Decide how rows are held, so that they take ``budget`` bytes and are computed least often."""
-    size, itemsize = len(source), source.dtype.itemsize
-    row = sum(source.sizes.values()) * itemsize
+    """Decide how rows are held, so that they take ``budget`` bytes and are computed least often.
+
+    The ranks of ``source`` must have the same budget.
+    """
+    size, row = _largest_share(source), source.row_bytes
     if size * row <= budget:
         return KeptRows(source)
     if spill is not None:
         return KeptRows(source, spill)
     capacity = max(2, budget // row)  # less than one row against another cannot be
-    streamed = min(source.rows_per_call, max(1, capacity // 4))
+    streamed = min(source.ranks.least(source.rows_per_call), max(1, capacity // 4))
     samples = SampleBlocks(source, capacity - streamed, streamed)
-    groups = _groups(source.sizes, budget // (size * itemsize)) if source.separable else []
+    groups = _groups(source.sizes, budget // (size * source.dtype.itemsize)) if source.separable else []
     if not groups:
         return samples
     weights = WeightBlocks(source, groups)
@@ -321,17 +383,32 @@ def _slices(n_rows: int, n_weights: int) -> range:
     return range(0, n_weights, max(64, min(SLICE, 2**22 // n_rows)))
 
 
-def gram(values: Tensor, device: torch.device, progress: Callable[[Any], Any] = iter) -> Tensor:
-    """Return ``values @ values.T`` (M, M) in float64, computing the upper half only."""
-    size = values.shape[0]
+def _largest_share(source: RowSource) -> int:
+    return source.ranks.lengths(len(source))[0]
+
+
+def gram(
+    values: Tensor,
+    device: torch.device,
+    progress: Callable[[Any], Any] = iter,
+    ranks: Ranks = ALONE,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Return ``values @ values.T`` (M, M) in float64, computing the upper half only.
+
+    On several ranks, each with so many of the rows, in the order of the ranks.
+    """
+    lengths = [len(values)] if lengths is None else lengths
+    size = sum(lengths)
     out = torch.zeros(size, size, dtype=torch.float64, device=device)
     parts = list(torch.arange(size).chunk(min(8, size)))
     bounds = [(int(p[0]), int(p[-1]) + 1) for p in parts]
     slices = _slices(size, values.shape[1])
-    for start in progress(slices):
-        piece = values[:, start : start + slices.step].to(device).double()
+    for _, columns in zip(progress(slices), ranks.columns(values, lengths, slices.step)):
+        piece = columns.to(device).double()
         for (a, b), (c, d) in combinations_with_replacement(bounds, 2):
             out[a:b, c:d].addmm_(piece[a:b], piece[c:d].T)
+    out = ranks.total(out)
     return out.triu() + out.triu(1).T
 
 
@@ -342,26 +419,6 @@ def block_grams(values: Tensor, size: int) -> Tensor:
     for start in slices:
         piece = values[:, start : start + slices.step].double().view(len(out), size, -1)
         out.baddbmm_(piece, piece.mT)
-    return out
-
-
-def _cross(left: Tensor, right: Tensor) -> Tensor:
-    out = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
-    slices = _slices(left.shape[0] + right.shape[0], left.shape[1])
-    for start in slices:
-        stop = start + slices.step
-        out.addmm_(left[:, start:stop].double(), right[:, start:stop].double().T)
-    return out
-
-
-def _combination(coefficients: Tensor, values: Tensor) -> Tensor:
-    """Return ``coefficients.T @ values`` (K, P), each slice computed in float64."""
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    out = coefficients.new_empty(coefficients.shape[1], values.shape[1], dtype=dtype)
-    slices = _slices(values.shape[0], values.shape[1])
-    for start in slices:
-        piece = values[:, start : start + slices.step].to(coefficients.device).double()
-        out[:, start : start + slices.step] = coefficients.T @ piece
     return out
 
 

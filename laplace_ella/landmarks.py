@@ -9,45 +9,19 @@ the batch size nor on the machine.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .batches import Input
+from .hashing import LANDMARK_OUTPUT, LANDMARK_PAIR, hash_keys
 
-# What a key is for: samples with different purposes are independent.
-LANDMARK_INPUT, CURVATURE_INPUT, LANDMARK_OUTPUT, LANDMARK_PAIR, SAMPLED_LABEL, TANGENT = range(6)
-
-
-def hash_keys(seed: int, purpose: int, positions: Tensor) -> Tensor:
-    """Return uniform 62-bit keys, one per position (N,), by the splitmix64 finaliser.
-
-    Source: Steele, Lea, Flood (2014), Fast splittable pseudorandom number
-    generators. int64 arithmetic wraps, so the keys are the same on every machine.
-    """
-    state = torch.full((), seed, dtype=torch.int64)
-    for word in (torch.full((), purpose, dtype=torch.int64), positions.to(torch.int64)):
-        state = _mix(state ^ _mix(word))
-    return state & (2**62 - 1)
-
-
-def derived_seed(seed: int, purpose: int, position: int = 0) -> int:
-    """Return a seed for a generator of its own, independent of those for other purposes and positions."""
-    return int(hash_keys(seed, purpose, torch.tensor([position])))
-
-
-def _mix(z: Tensor) -> Tensor:
-    z = z - 7046029254386353131
-    z = (z ^ _shift(z, 30)) * -4658895280553007687
-    z = (z ^ _shift(z, 27)) * -7723592293110705685
-    return z ^ _shift(z, 31)
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
+# (key, position, group)
+Entry = tuple[int, int, int]
 
 
 class BottomK:
@@ -73,6 +47,14 @@ class BottomK:
         self._heaps: dict[int, list[tuple[int, int]]] = {}  # group -> [(-key, position)]
         self._rows: dict[int, tuple[int, Any]] = {}  # position -> (group, row)
 
+    @classmethod
+    def of(cls, capacity: int, entries: Iterable[Entry], rows: Mapping[int, Any]) -> BottomK:
+        """Make a sample of rows, by position."""
+        sample = cls(capacity)
+        for entry in entries:
+            sample.insert(entry, partial(rows.__getitem__, entry[1]))
+        return sample
+
     def offer(
         self,
         positions: Tensor,
@@ -90,14 +72,21 @@ class BottomK:
         row : callable
         """
         labels = [0] * len(positions) if groups is None else groups
-        for i, (position, key, group) in enumerate(zip(positions.tolist(), keys.tolist(), labels)):
-            heap = self._heaps.setdefault(group, [])
-            heapq.heappush(heap, (-key, position))
-            dropped = self._drop() if len(self._rows) == self.capacity else None
-            if dropped == position:
-                continue
-            self._rows.pop(dropped, None)  # type: ignore[arg-type]
-            self._rows[position] = (group, row(i))
+        for i, entry in enumerate(zip(keys.tolist(), positions.tolist(), labels)):
+            self.insert(entry, partial(row, i))
+
+    def insert(self, entry: Entry, row: Callable[[], Any]) -> None:
+        """Offer one row."""
+        if not self.capacity:
+            return
+        key, position, group = entry
+        heap = self._heaps.setdefault(group, [])
+        heapq.heappush(heap, (-key, position))
+        dropped = self._drop() if len(self._rows) == self.capacity else None
+        if dropped == position:
+            return
+        self._rows.pop(dropped, None)  # type: ignore[arg-type]
+        self._rows[position] = (group, row())
 
     def _drop(self) -> int:
         # Ties go to the largest label, always: a group once cut back never grows again.
@@ -112,10 +101,13 @@ class BottomK:
         """Return the rows kept, in the order of the stream."""
         return [self._rows[p][1] for p in self.positions()]
 
-    def by_key(self) -> list[tuple[int, Any]]:
-        """Return (position, row) of the rows kept, from the smallest key on."""
-        entries = sorted((-key, position) for heap in self._heaps.values() for key, position in heap)
-        return [(position, self._rows[position][1]) for _, position in entries]
+    def entries(self) -> list[Entry]:
+        """Return (key, position, group) of the rows kept, from the smallest key on."""
+        return sorted((-key, p, group) for group, heap in self._heaps.items() for key, p in heap)
+
+    def row(self, position: int) -> Any:
+        """Return the row kept of a position."""
+        return self._rows[position][1]
 
     def groups(self) -> list[int]:
         """Return the group of each row kept, in the order of the stream."""

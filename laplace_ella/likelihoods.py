@@ -35,8 +35,8 @@ class Likelihood:
     curvature_root : callable
         (phi, f) -> W (R, K) with :math:`W^T W = \sum_b \Phi_b^T \Lambda_b \Phi_b`.
     sampled_gradients : callable
-        (f, n, generator) -> gradients (B, n, C) of the loss in f at n targets drawn from
-        the likelihood itself; the mean of their outer products is :math:`\Lambda`.
+        (f, u) -> gradients (B, n, C) of the loss in f at n targets drawn from the likelihood
+        itself, by numbers u (B, n, C) uniform in (0, 1); the mean of their outer products is :math:`\Lambda`.
     nll : callable
         (prediction, y, sigma^2) -> negative log predictive density (B,), float64.
     inverse_link : callable or None
@@ -46,7 +46,7 @@ class Likelihood:
     targets: Callable[[Tensor, Tensor], Tensor]
     loss: Callable[[Tensor, Tensor], Tensor]
     curvature_root: Callable[[Tensor, Tensor], Tensor]
-    sampled_gradients: Callable[[Tensor, int, torch.Generator], Tensor]
+    sampled_gradients: Callable[[Tensor, Tensor], Tensor]
     nll: Callable[[Prediction, Tensor, Tensor], Tensor]
     inverse_link: Callable[[Tensor], Tensor] | None
 
@@ -70,16 +70,11 @@ def _softmax_root(phi: Tensor, f: Tensor) -> Tensor:
     return (p.sqrt()[..., None] * centred).flatten(0, 1)
 
 
-def _softmax_gradients(f: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def _softmax_gradients(f: Tensor, u: Tensor) -> Tensor:
     p = f.softmax(-1)
-    draws = _uniform(len(f), n, generator=generator).to(f)
     # The last entry of the sum may be rounded below a draw.
-    labels = torch.searchsorted(p.cumsum(-1), draws).clamp(max=f.shape[-1] - 1)
+    labels = torch.searchsorted(p.cumsum(-1), u[..., 0].contiguous()).clamp(max=f.shape[-1] - 1)
     return p[:, None] - F.one_hot(labels, f.shape[-1])
-
-
-def _uniform(*shape: int, generator: torch.Generator) -> Tensor:
-    return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
 
 def _softmax_targets(y: Tensor, f: Tensor) -> Tensor:
@@ -141,9 +136,9 @@ def _sigmoid_root(phi: Tensor, f: Tensor) -> Tensor:
     return ((p * (1 - p)).sqrt()[..., None] * phi).flatten(0, 1)
 
 
-def _sigmoid_gradients(f: Tensor, n: int, generator: torch.Generator) -> Tensor:
+def _sigmoid_gradients(f: Tensor, u: Tensor) -> Tensor:
     p = f.sigmoid()[:, None]
-    return p - (_uniform(len(f), n, f.shape[-1], generator=generator).to(f) < p).to(f)
+    return p - (u < p).to(f)
 
 
 def _binary_targets(y: Tensor, f: Tensor) -> Tensor:
@@ -172,9 +167,8 @@ def _bernoulli_nll(prediction: Prediction, y: Tensor, noise_variance: Tensor) ->
 # ---------------------------------------------------------------------- Gaussian
 
 
-def _gaussian_gradients(f: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    # In units of the noise, as the loss.
-    return torch.randn(len(f), n, f.shape[-1], generator=generator, dtype=torch.float64).to(f)
+def _gaussian_gradients(f: Tensor, u: Tensor) -> Tensor:
+    return torch.special.ndtri(u)  # in units of the noise, as the loss
 
 
 def _gaussian_targets(y: Tensor, f: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ class Novelty:
     dict_key_x: str
     dict_key_y: str
     _H_factor: Any
+    _device: Any
     _dtype: Any
     _novelty_reference: Tensor | None
     _novelty_setting: list[Any]
@@ -209,9 +210,11 @@ class Novelty:
 
     def _covariance_error(self, x: Input, loader: Iterable[Any], weights: Mapping[str, Tensor]) -> float:
         exact = identity_basis(dict(weights))
-        batches = ((name, x) for name, x, _ in named_batches(loader, self.dict_key_x, self.dict_key_y))
-        n, mean = self.backend.accumulate(batches, exact, 1, every=2**62)[-1]
-        precision = self._H_factor * n * mean + exact.project_precision(self.prior_precision)
+        G = torch.zeros(exact.rank, exact.rank, dtype=torch.float64, device=self._device)
+        for _, inputs, _ in named_batches(loader, self.dict_key_x, self.dict_key_y):
+            for part in self.backend.bounded(inputs, exact.rank):
+                G += self.backend.curvature(*self.backend.features(part, exact))
+        precision = self._H_factor * G + exact.project_precision(self.prior_precision)
         phi, f = self.backend.features(x, exact)
         theirs = Linearised(f, phi).outputs(posterior.posterior_scale(precision)).covariance().double()
         ours = self._outputs(self._linearised(x)).covariance().double()

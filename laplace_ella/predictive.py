@@ -11,10 +11,10 @@ from torch import Tensor
 from . import links, posterior, validation
 from .autodiff import Weights, exclusively, flat
 from .batches import Input
-from .landmarks import TANGENT, derived_seed
+from .hashing import TANGENT, derived_seed
 from .likelihoods import LIKELIHOODS, Prediction
 from .posterior import Linearised, Outputs, positive_part
-from .residual import overlap, random_tangents
+from .residual import random_tangents
 
 _NO_DENSITY = (
     "ELLA's posterior lives on the K directions around the weights and has no density over all P weights. "
@@ -101,7 +101,8 @@ class Predictive:
         Cost: at least 1 + 2K forward passes a row.
         """
         self._check_H_init()
-        validation.check_finite_input(x)
+        with self.basis.ranks.together("the inputs of a prediction"):
+            validation.check_finite_input(x)
         phi, f = self.backend.jacobians(x, enable_backprop=self.enable_backprop)
         validation.check_finite_features(phi, f, "the inputs given")
         return phi, f
@@ -128,7 +129,7 @@ class Predictive:
         if self._tangents is None or self._tangents[0] != made_for:
             seed = derived_seed(self.seed, TANGENT)
             tangents = random_tangents(self.backend.engine.function.weights(), self.residual_samples, seed)
-            self._tangents = made_for, tangents, overlap(self.basis, tangents)
+            self._tangents = made_for, tangents, self.basis.overlap(tangents)
         return self._tangents[1:]
 
     def _outputs(self, linearised: Linearised) -> Outputs:
@@ -260,7 +261,8 @@ class Predictive:
         validation.check_size("n_samples", shape[0], optional=False)
         device = self._device if generator is None else generator.device
         noise = torch.randn(*shape, generator=generator, device=device, dtype=self._dtype)
-        return noise.to(self._device)
+        # Ranks that share the directions have to draw the same weights.
+        return self.basis.ranks.of_first(noise.to(self._device))
 
     def _coordinates(self, n_samples: int, generator: torch.Generator | None) -> Tensor:
         noise = self._noise(n_samples, self.basis.rank, generator=generator)
@@ -280,7 +282,7 @@ class Predictive:
             k: self._noise(n_samples, *v.shape[1:], generator=generator)
             for k, v in self.basis.directions.items()
         }
-        inside = self.basis.combine(overlap(self.basis, noise).T)
+        inside = self.basis.combine(self.basis.overlap(noise).T)
         return {k: self.residual_variance**0.5 * (noise[k] - v).to(v.dtype) for k, v in inside.items()}
 
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import Weights, flat
-from .basis import NystromBasis
+from .autodiff import Weights
 from .batches import Input, batch_size, single_row
 from .gram import RowSource, block_grams, choose_rows
 from .landmarks import Landmarks
@@ -28,12 +27,6 @@ def random_tangents(weights: Weights, n: int, seed: int) -> Weights:
     """Draw standard normal tangents (S, *shape) for each weight; the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return {k: torch.randn(n, *w.shape, generator=generator).to(w) for k, w in weights.items()}
-
-
-def overlap(basis: NystromBasis, tangents: Weights) -> Tensor:
-    """Return :math:`V^T g` (K, S) of S tangents, float64."""
-    products = (flat(v).double() @ flat(tangents[k]).double().T for k, v in basis.directions.items())
-    return torch.stack(list(products)).sum(0)
 
 
 def output_grams(

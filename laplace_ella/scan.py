@@ -3,24 +3,31 @@ r"""The one pass over the training data: loss, size, landmark inputs, curvature 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batches import batch_size, named_batches, single_row
-from .landmarks import CURVATURE_INPUT, LANDMARK_INPUT, BottomK, hash_keys
+from .batches import batch_size, packed, single_row, unpacked
+from .hashing import CURVATURE_INPUT, LANDMARK_INPUT, hash_keys
+from .landmarks import BottomK, Entry
 from .likelihoods import Likelihood, checked_targets
+from .pooling import pooled
+from .ranks import Ranks
+from .stream import Batch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scan:
-    """What one pass over N inputs found.
+    """What one pass over N inputs found, or has found so far.
 
     Attributes
     ----------
+    landmarks, curvature : BottomK
+        Independent samples: of (input, number of its outputs) for the landmarks, and of
+        inputs for G.
     n_data : int
         N.
     n_predictions : int
@@ -29,90 +36,142 @@ class Scan:
         C.
     loss : Tensor ()
         Negative log likelihood summed over the data (and positions), float64.
-    batch : int
+    longest : int
         The longest batch seen.
-    landmarks, curvature : BottomK
-        Independent samples: of (input, number of its outputs) for the landmarks, and of
-        inputs for G.
+    n_batches : int
+        How many batches were read.
     """
 
-    n_data: int
-    n_predictions: int
-    n_outputs: int
-    loss: Tensor
-    batch: int
     landmarks: BottomK
     curvature: BottomK
+    n_data: int = 0
+    n_predictions: int = 0
+    n_outputs: int = 0
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    longest: int = 0
+    n_batches: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return tensors and plain types, for :meth:`restore`."""
+        return {
+            **{name: getattr(self, name) for name in COUNTS},
+            "loss": self.loss,
+            "landmarks": [
+                (entry, *_packed_pair(self.landmarks, entry)) for entry in self.landmarks.entries()
+            ],
+            "curvature": [
+                (entry, packed(self.curvature.row(entry[1]))) for entry in self.curvature.entries()
+            ],
+        }
+
+    def restore(self, state: dict[str, Any], example: Any) -> None:
+        """Become what a scan was; ``example`` is an input, if they are mappings of a type of their own."""
+        for name in COUNTS:
+            setattr(self, name, state[name])
+        self.loss = state["loss"]
+        pairs = {entry[1]: (unpacked(x, example), n) for entry, x, n in state["landmarks"]}
+        inputs = {entry[1]: unpacked(x, example) for entry, x in state["curvature"]}
+        self.landmarks = BottomK.of(self.landmarks.capacity, [e for e, *_ in state["landmarks"]], pairs)
+        self.curvature = BottomK.of(self.curvature.capacity, [e for e, *_ in state["curvature"]], inputs)
+
+
+COUNTS = ("n_data", "n_predictions", "n_outputs", "longest", "n_batches")
+
+
+def _packed_pair(sample: BottomK, entry: Entry) -> tuple[Any, int]:
+    x, n = sample.row(entry[1])
+    return packed(x), n
 
 
 def scan(
-    loader: Iterable[Any],
+    batches: Iterable[Batch],
     forward: Callable[[Any], Tensor],
     likelihood: Likelihood,
+    found: Scan,
     *,
-    n_landmarks: int,
-    n_curvature: int,
     seed: int,
-    balanced: bool,
-    dict_key_x: str,
-    dict_key_y: str,
-    first_position: int = 0,
-) -> Scan:
-    """Read every batch of a loader once.
+    balanced: bool = False,
+    after: Callable[[Batch], None] = lambda batch: None,
+) -> None:
+    """Read batches once, and add to what was found before.
 
     Parameters
     ----------
-    loader : iterable
-        Any iterable of batches, with or without a length.
+    batches : iterable of Batch
     forward : callable
         Input -> outputs (B, ..., C), on the device it likes.
-    n_landmarks, n_curvature : int
-        Sizes of the two samples; 0 keeps none.
+    found : Scan
     balanced : bool
         Landmark inputs evenly over the classes.
-    first_position : int
-        Position of the first input in the whole stream (data fitted before).
+    after : callable
+        Called with every batch once it is part of ``found``.
 
     Raises
     ------
     ValueError
-        If the loader is empty, or a batch has the wrong structure, inputs or outputs
-        that are not finite, or targets that do not fit the outputs.
+        If a batch has outputs that are not finite or not of the number before, or targets that
+        do not fit the outputs.
 
     Notes
     -----
-    Cost: N plain forward passes.
+    Cost: a plain forward pass an input.
     """
-    samples = {LANDMARK_INPUT: BottomK(n_landmarks), CURVATURE_INPUT: BottomK(n_curvature)}
-    n, n_predictions, n_outputs, longest = 0, 0, 0, 0
-    loss = torch.zeros((), dtype=torch.float64)
-    for name, x, y in named_batches(loader, dict_key_x, dict_key_y):
+    for batch in batches:
+        x, size = batch.x, batch_size(batch.x)
         raw = forward(x)
-        n_coordinates, f = raw.shape[1:].numel(), raw.flatten(0, -2)
-        y = checked_targets(likelihood, y, f, raw.shape[1:-1], name)
-        classes = _classes(y, batch_size(x)) if balanced else None
-        if n_outputs not in (0, f.shape[-1]):
+        f = raw.flatten(0, -2)
+        y = checked_targets(likelihood, batch.y, f, raw.shape[1:-1], batch.name)
+        if found.n_outputs not in (0, f.shape[-1]):
             raise ValueError(
-                f"The model returned {f.shape[-1]} outputs in {name} and {n_outputs} before; "
+                f"The model returned {f.shape[-1]} outputs in {batch.name} and {found.n_outputs} before; "
                 "every batch must have the same number."
             )
-        n_outputs, size = f.shape[-1], batch_size(x)
-        positions = torch.arange(first_position + n, first_position + n + size)
-        landmark = partial(_with_count, x, n_coordinates)
-        for purpose, groups, row in (
-            (LANDMARK_INPUT, classes, landmark),
-            (CURVATURE_INPUT, None, partial(single_row, x)),
+        for sample, purpose, groups, row in (
+            (
+                found.landmarks,
+                LANDMARK_INPUT,
+                _classes(y, size) if balanced else None,
+                partial(_with_count, x, raw.shape[1:].numel()),
+            ),
+            (found.curvature, CURVATURE_INPUT, None, partial(single_row, x)),
         ):
-            if samples[purpose].capacity:
-                samples[purpose].offer(positions, hash_keys(seed, purpose, positions), groups, row)
-        loss = loss.to(f.device) + likelihood.loss(f, y)
-        n, n_predictions, longest = n + size, n_predictions + len(f), max(longest, size)
-    if n == 0:
+            if sample.capacity:
+                keys = hash_keys(seed, purpose, batch.positions)
+                sample.offer(batch.positions, keys, groups, row)
+        found.loss = found.loss.to(f.device) + likelihood.loss(f, y)
+        found.n_outputs, found.longest = f.shape[-1], max(found.longest, size)
+        found.n_data, found.n_predictions = found.n_data + size, found.n_predictions + len(f)
+        found.n_batches += 1
+        after(batch)
+
+
+def over_all(found: Scan, ranks: Ranks) -> Scan:
+    """Return what the ranks found together, with the landmarks of all; the curvature inputs stay this rank's.
+
+    Raises
+    ------
+    ValueError
+        If there are no data, or models with different numbers of outputs.
+    """
+    sums = torch.tensor([found.n_data, found.n_predictions])
+    n_data, n_predictions = ranks.total(sums).tolist()
+    if n_data == 0:
         raise ValueError(
             "The training loader yielded no data; at least one input is needed. "
             "A generator that was read before is empty: pass a fresh one."
         )
-    return Scan(n, n_predictions, n_outputs, loss, longest, samples[LANDMARK_INPUT], samples[CURVATURE_INPUT])
+    n_outputs = {n for n in ranks.gathered(found.n_outputs) if n}
+    if len(n_outputs) > 1:
+        raise ValueError(f"The models of the ranks have different numbers of outputs: {sorted(n_outputs)}.")
+    return replace(
+        found,
+        landmarks=pooled(found.landmarks, ranks),
+        n_data=n_data,
+        n_predictions=n_predictions,
+        n_outputs=n_outputs.pop(),
+        loss=ranks.total(found.loss),
+        longest=-ranks.least(-found.longest),
+    )
 
 
 def _with_count(x: Any, n_coordinates: int, index: int) -> tuple[Any, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .batches import Input, batch_size, is_finite, key_first, single_row
@@ -248,6 +249,34 @@ def check_residual(residual: str, prior_precision: Any, enable_backprop: bool) -
         )
 
 
+def check_process_group(group: Any) -> None:
+    """Require "default", a process group that this process is in, or None."""
+    if group is None or (isinstance(group, str) and group == "default"):
+        return
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            "process_group must be 'default' (torch.distributed's group, if one is initialised), a "
+            "torch.distributed.ProcessGroup that this process is in, or None (this process alone); "
+            f"got {type(group).__name__} {group!r}."
+        )
+
+
+def check_sharding(sharded: Any, prior_precision: Any, n_params: int, enable_backprop: bool) -> None:
+    """Require what directions that are spread over ranks need: no graph, and no prior for every weight."""
+    if not isinstance(sharded, bool):
+        raise ValueError(f"shard_directions must be True or False; got {sharded!r}.")
+    if sharded and enable_backprop:
+        raise ValueError(
+            "shard_directions=True sends features between processes, which no graph crosses, and does not work with "
+            "enable_backprop=True. Leave one of them out."
+        )
+    if sharded and isinstance(prior_precision, Tensor) and 1 < n_params == prior_precision.numel():
+        raise ValueError(
+            "shard_directions=True needs one prior precision, or one per weight tensor, as no process has all directions; "
+            f"got one for each of {n_params} weights."
+        )
+
+
 def check_features(phi: Any, rank: int, device: torch.device) -> None:
     """Require features (B, C, K) on the model's device."""
     if not isinstance(phi, Tensor) or phi.ndim != 3 or phi.shape[-1] != rank:
@@ -323,6 +352,15 @@ def check_coordinates(outputs: Tensor, n_outputs: int) -> None:
     if int(outputs.min()) < 0 or int(outputs.max()) >= n_outputs:
         raise ValueError(
             f"The outputs of landmarks must lie in 0..{n_outputs - 1}; got {int(outputs.min())}..{int(outputs.max())}."
+        )
+
+
+def check_total(n_total: int | None, n_read: int) -> None:
+    """Require a total number of inputs that is no less than those read."""
+    if n_total is not None and n_total < n_read:
+        raise ValueError(
+            f"n_total must be at least the number of inputs read, {n_read}; got {n_total}. It is the size of the data "
+            "that the loader shows a sample of."
         )
 
 

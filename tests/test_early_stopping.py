@@ -12,7 +12,7 @@ from helpers import nll_of_calls
 from torch import nn
 
 from laplace_ella import ELLALaplace
-from laplace_ella.landmarks import CURVATURE_INPUT, hash_keys
+from laplace_ella.hashing import CURVATURE_INPUT, hash_keys
 
 F64 = torch.float64
 DELTA = 0.6

@@ -14,7 +14,7 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 
 from laplace_ella import ELLALaplace, ReverseNystromGGN
-from laplace_ella.landmarks import CURVATURE_INPUT, hash_keys
+from laplace_ella.hashing import CURVATURE_INPUT, hash_keys
 
 F64 = torch.float64
 B, N, C, K, M, D = 5, 13, 3, 5, 11, 2

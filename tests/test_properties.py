@@ -17,17 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_ella import ELLALaplace
 from laplace_ella.basis import NystromBasis
-from laplace_ella.landmarks import (
-    LANDMARK_INPUT,
-    BottomK,
-    draw_outputs,
-    hash_keys,
-)
+from laplace_ella.hashing import LANDMARK_INPUT, hash_keys
+from laplace_ella.landmarks import BottomK, draw_outputs
 from laplace_ella.likelihoods import CATEGORICAL
 from laplace_ella.links import quasi_normal
 from laplace_ella.posterior import Outputs
 from laplace_ella.predictive import moments, predict
-from laplace_ella.scan import scan
+from laplace_ella.scan import Scan, scan
+from laplace_ella.stream import Stream
 
 LINKS = ("probit", "mc", "bridge", "bridge_norm")
 F64 = torch.float64
@@ -57,7 +54,7 @@ def smallest_eigenvalue(matrix: torch.Tensor) -> float:
 
 def with_basis(la: ELLALaplace, basis: NystromBasis, x: torch.Tensor) -> None:
     """Replace the basis of a fitted estimator, and compute G anew."""
-    ((_, G),) = la.backend.accumulate([("all", x)], basis, len(x))
+    G = la.backend.curvature(*la.backend.features(x, basis))
     la._set_fit(basis, [(la.n_data, G)], la.loss, (la.n_data, la.n_predictions, la.n_outputs))
 
 
@@ -608,21 +605,30 @@ def test_keys_are_distinct_nonnegative_and_differ_by_seed_and_purpose():
     assert (bits.double().mean(0) - 0.5).abs().max() < 5 * 0.5 / len(positions) ** 0.5
 
 
-def landmark_scan(n: int, seed: int, n_landmarks: int = 0, n_curvature: int = 0, batch: int = 50, **options):
+def landmark_scan(
+    n: int,
+    seed: int,
+    n_landmarks: int = 0,
+    n_curvature: int = 0,
+    batch: int = 50,
+    balanced: bool = False,
+    first_position: int = 0,
+) -> Scan:
     x = torch.arange(n, dtype=F64)[:, None]
     y = torch.arange(n) % C
-    return scan(
-        zip(x.split(batch), y.split(batch)),
+    found = Scan(BottomK(n_landmarks), BottomK(n_curvature))
+    stream = Stream(
+        list(zip(x.split(batch), y.split(batch))), "input_ids", "labels", first_position=first_position
+    )
+    scan(
+        stream.batches("Training data"),
         lambda x: x.repeat(1, C),
         CATEGORICAL,
-        n_landmarks=n_landmarks,
-        n_curvature=n_curvature,
+        found,
         seed=seed,
-        balanced=options.pop("balanced", False),
-        dict_key_x="input_ids",
-        dict_key_y="labels",
-        **options,
+        balanced=balanced,
     )
+    return found
 
 
 def test_landmarks_and_curvature_inputs_are_independent_samples():

@@ -28,7 +28,10 @@ from helpers import (
 )
 from torch import nn
 
+from laplace_ella.accumulation import parts_of_sample
 from laplace_ella.landmarks import BottomK
+from laplace_ella.pooling import dealt
+from laplace_ella.ranks import ALONE
 
 F64 = torch.float64
 X = inputs(7, seed=7)
@@ -183,10 +186,8 @@ def test_early_snapshots_are_random_where_shapes_differ():
     positions = torch.arange(100)
     keys = torch.randperm(100, generator=torch.Generator().manual_seed(0))
     sample.offer(positions, keys, None, lambda i: torch.zeros(1, 3 if i < 50 else 7))
-    found = type("Scan", (), {"curvature": sample, "batch": 10})
-    la = build()
-    la.curvature_size = 100
-    lengths = [x.shape[1] for _, x in la._curvature_batches(found, None) for _ in range(len(x))]
+    parts = parts_of_sample(dealt(sample, ALONE), 10, None)
+    lengths = [part.x.shape[1] for part in parts if part.x is not None for _ in range(len(part.x))]
     assert {3, 7} <= set(lengths[:20])
     assert len(lengths) == 100
 

@@ -1,0 +1,209 @@
+r"""Data that come and go after a fit: ``merge`` adds another estimator's, ``forget`` takes some away.
+
+With the basis kept, G and the loss are sums over the data, so that parts of them can be added and
+subtracted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .candidates import progress_bars
+from .hashing import digest
+from .posterior import positive_part
+from .ranks import ALONE, Ranks
+from .stream import Stream, cut
+
+# Features of one input differ by rounding where batches do: eigenvalues of a difference of two G down to
+# minus so many eps of the largest are zero.
+ROUNDING = 100
+HYPERPARAMETERS = ("sigma_noise", "temperature", "prior_precision", "prior_mean")
+
+
+class Merging:
+    """Adding and taking away what was fitted.
+
+    A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here.
+    """
+
+    model: Any  # torch.nn.Module
+    likelihood: str
+    backend: Any
+    basis: Any  # NystromBasis
+    dict_key_x: str
+    dict_key_y: str
+    H: Any  # Tensor (K, K)
+    loss: Any  # Tensor ()
+    n_data: int
+    n_predictions: int
+    n_outputs: int
+    n_curvature: int
+    _ranks: Any  # Ranks
+    _device: Any
+    _fingerprint: str
+    _labels_sampled: bool
+    _dtype: Any
+    _set_fit: Callable[..., None]
+    _check_H_init: Callable[[], None]
+    _check_unchanged: Callable[[], None]
+
+    def merge(self, other: Any) -> None:
+        r"""Add what another estimator was fitted to: G, loss and N of its data.
+
+        The result is that of ``fit(their_data, override=False)``, up to rounding; ``other`` stays as it is.
+
+        Parameters
+        ----------
+        other : ELLALaplace
+            Fitted to other data with ``basis=`` of this one, with the same model, likelihood, noise,
+            temperature and prior.
+
+        Raises
+        ------
+        AttributeError
+            If one of the two is not fitted.
+        ValueError
+            If they differ in what has to be the same. Both stay as they are.
+        """
+        if not isinstance(other, Merging):
+            raise ValueError(f"merge() takes a fitted ELLALaplace; got {type(other).__name__}.")
+        for estimator in (self, other):
+            estimator._check_H_init()
+            estimator._check_unchanged()
+        mine, theirs = self._identity(), other._identity()
+        differ = [name for name in mine if mine[name] != theirs[name]]
+        if differ:
+            raise ValueError(
+                f"Estimators to be merged must have the same {', '.join(mine)}; these differ in {', '.join(differ)}. "
+                "Fit the other one with basis=la.basis and the same settings."
+            )
+        n, G = self.n_curvature + other.n_curvature, self.H + other.H.to(self._device)
+        counts = self.n_data + other.n_data, self.n_predictions + other.n_predictions, self.n_outputs
+        self._set_fit(self.basis, [(n, G)], self.loss + other.loss.to(self._device), counts)
+        self._labels_sampled |= other._labels_sampled
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what two estimators must share to be merged, in plain types."""
+        numbers = {k: digest(torch.as_tensor(getattr(self, k)).double().reshape(-1)) for k in HYPERPARAMETERS}
+        return {
+            "model": self._fingerprint,
+            "likelihood": str(self.likelihood),
+            "basis": digest(self.basis.directions, self.basis.eigenvalues),
+            **numbers,
+        }
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def forget(self, loader: Iterable[Any], progress_bar: bool = False) -> None:
+        r"""Take data away that this estimator was fitted to: from G, loss and N.
+
+        The result is that of a fit to the remaining data *with the same basis*, up to rounding. This is no
+        unlearning: landmarks among the forgotten inputs stay in the basis, and the network was trained on them.
+
+        On several ranks, all call it, each with its part of what is to be forgotten.
+
+        Parameters
+        ----------
+        loader : iterable
+            Batches of those data, as in :meth:`fit`; read once.
+        progress_bar : bool
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If G is not the exact one of all N inputs, if the loader is empty or holds all data that there are, or
+            data that were not among those fitted, as far as G and the loss can tell: their differences must
+            not be negative. The estimator stays as it is.
+        RankError
+            If another rank failed.
+
+        Notes
+        -----
+        Cost: 1 + 2K forward passes an input.
+        """
+        ranks = self._ranks
+        with ranks.together("the arguments of forget()"):
+            self._check_H_init()
+            self._check_unchanged()
+            self._check_exact()
+            stream = Stream(
+                loader,
+                self.dict_key_x,
+                self.dict_key_y,
+                ranks,
+                progress_bars(progress_bar and ranks.rank == 0),
+            )
+        G, loss, (n, n_predictions) = self._sums_over(stream, ranks)
+        if n == 0:
+            raise ValueError(
+                "The loader of the data to forget yielded no data; at least one input is needed."
+            )
+        self._check_count(n)
+        self._check_remaining(G, loss)
+        remaining, n_left = self.H - G, self.n_data - n
+        if torch.linalg.eigvalsh(remaining)[0] < 0:  # by rounding
+            remaining = positive_part(remaining)
+        loss, counts = (self.loss - loss).clamp_min(0), (n_left, self.n_predictions - n_predictions)
+        self._set_fit(self.basis, [(n_left, remaining)], loss, (*counts, self.n_outputs))
+
+    def _sums_over(self, stream: Stream, ranks: Ranks) -> tuple[Tensor, Tensor, list[int]]:
+        """Return G (K, K) and loss () of the data of all ranks, and how many inputs and predictions they are."""
+        basis, bounded = self.basis, partial(self.backend.bounded, width=self.basis.rank)
+        G, loss, counts = (
+            torch.zeros_like(self.H),
+            torch.zeros_like(self.loss),
+            torch.zeros(2, dtype=torch.int64),
+        )
+        batches = (part for whole in stream.batches("Data to forget") for part in cut(whole, bounded))
+        # Ranks that share the directions go step by step together, others meet at the end.
+        with (ALONE if basis.sharded else ranks).together("the data to forget"):
+            for batch in basis.ranks.in_step(batches):
+                with basis.ranks.together("the data to forget"):
+                    if batch is None:
+                        self.backend.answer_others(basis)
+                        continue
+                    of_loss, of_G = self.backend.full(batch.x, batch.y, name=batch.name)
+                    n = len(batch.y)
+                    G, loss = G + of_G, loss + of_loss
+                    counts += torch.tensor([n, n * math.prod(self.backend.positions(batch.x))])
+                    self._check_count(int(counts[0]))  # of a stream without end, too
+        return ranks.total(G), ranks.total(loss), ranks.total(counts).tolist()
+
+    def _check_exact(self) -> None:
+        if self.n_curvature == self.n_data and not self._labels_sampled:
+            return
+        found = (
+            "sampled labels" if self._labels_sampled else f"{self.n_curvature} of N = {self.n_data} inputs"
+        )
+        raise ValueError(
+            "forget() needs the exact G of all data, as it cannot be known what the data to be forgotten have contributed to an "
+            f"estimate; this one is made from {found}. Fit with curvature_size=None, or N at least, with "
+            "curvature='exact' and without n_total or early stopping."
+        )
+
+    def _check_count(self, n: int) -> None:
+        if n >= self.n_data:
+            raise ValueError(
+                f"forget() would leave no data: the loader has {n} inputs or more, and the estimator was fitted to {self.n_data}. "
+                "Pass those to be forgotten; fit again to start anew."
+            )
+
+    def _check_remaining(self, G: Tensor, loss: Tensor) -> None:
+        """Require that what remains is a sum over data: no negative curvature, and no negative loss."""
+        largest = float(torch.linalg.eigvalsh(self.H)[-1])
+        lowest = float(torch.linalg.eigvalsh(self.H - G)[0])
+        eps = ROUNDING * torch.finfo(self._dtype).eps
+        if lowest < -eps * largest or self.loss - loss < -eps * self.loss:
+            raise ValueError(
+                "The data to be forgotten are not among those that the estimator was fitted to: without them, the smallest "
+                f"eigenvalue of G would be {lowest:.3g} (the largest of G is {largest:.3g}), and the loss, a sum of positive "
+                f"terms, {float(self.loss - loss):.3g}. Pass inputs and targets as they were fitted, each once."
+            )

@@ -1,0 +1,322 @@
+r"""The processes that share a piece of work: one, or the ranks of a torch.distributed group.
+
+Everything that crosses process boundaries goes through :class:`Ranks`; a single process
+(:data:`ALONE`) does the same steps and exchanges nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Item = TypeVar("Item")
+# Numbers of a sum up to which every rank adds up all ranks' terms itself, in the same order.
+GATHERED_SUM = 2**16
+
+
+class RankError(RuntimeError):
+    """Another rank failed, ended, or did not come."""
+
+
+class Ranks:
+    """The ranks of a process group; without one, this process alone.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup, optional
+
+    Attributes
+    ----------
+    rank, size : int
+        Which of how many this process is.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    # ------------------------------------------------------------------ who does what
+
+    def lengths(self, n: int) -> list[int]:
+        """Return how many of n items each rank takes."""
+        return [n // self.size + (r < n % self.size) for r in range(self.size)]
+
+    def bounds(self, n: int) -> slice:
+        """Return which of n items, that all ranks know, are this rank's share: some in a row."""
+        start = sum(self.lengths(n)[: self.rank])
+        return slice(start, start + self.lengths(n)[self.rank])
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this rank's share of items that all ranks know."""
+        return items[self.bounds(len(items))]
+
+    def turns(self) -> slice:
+        """Return which items belong to this rank where they are dealt like cards."""
+        return slice(self.rank, None, self.size)
+
+    # ------------------------------------------------------------------ staying together
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Let all ranks finish a piece of local work; if one fails, all do.
+
+        Nothing inside may wait for another rank.
+
+        Raises
+        ------
+        RankError
+            If another rank failed inside, naming it and its error, or does not answer.
+        """
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as raised:
+            error = raised
+            if self.size == 1:
+                raise
+        if self.size == 1:
+            return
+        try:
+            reports = self.gathered("" if error is None else f"{type(error).__name__}: {error}", what)
+        except RankError:
+            if error is None:
+                raise
+            reports = []
+        if error is not None:
+            raise error
+        for rank, report in enumerate(reports):
+            if report:
+                raise RankError(f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {report}")
+
+    def in_step(self, items: Iterable[Item]) -> Iterator[Item | None]:
+        """Yield items until every rank has run out of its own; None for this rank after that."""
+        if self.size == 1:
+            yield from items
+            return
+        iterator = iter(items)
+        while True:
+            with self.together("reading data"):
+                item = next(iterator, None)
+            if not self.any(item is not None):
+                return
+            yield item
+
+    def require_equal(self, values: dict[str, Any], what: str) -> None:
+        """Require that all ranks have the same values.
+
+        Raises
+        ------
+        ValueError
+            On every rank, naming what differs.
+        """
+        everyone = self.gathered(values, what)
+        for name in values:
+            found = [theirs[name] for theirs in everyone]
+            if any(value != found[0] for value in found):
+                raise ValueError(
+                    f"All ranks must have the same {name} in {what}; got {_shortened(found)} on ranks 0 to "
+                    f"{self.size - 1}. Set it alike, or pass process_group=None to work in one process alone."
+                )
+
+    # ------------------------------------------------------------------ exchanging objects
+
+    def gathered(self, item: Any, what: str = "a collective") -> list[Any]:
+        """Return every rank's item: tensors and plain types, tensors on the CPU.
+
+        Raises
+        ------
+        RankError
+            If the ranks are not at the same step, or one does not answer.
+        """
+        if self.size == 1:
+            return [item]
+        mine = self._wire(_packed((what, item)))
+        sizes = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(self.size)]
+        length = torch.tensor([len(mine)], device=mine.device)
+        with self._reached(what):
+            dist.all_gather(sizes, length, group=self.group)
+            longest = max(int(n) for n in sizes)
+            padded = torch.cat([mine, mine.new_zeros(longest - len(mine))])
+            parts = [torch.empty_like(padded) for _ in range(self.size)]
+            dist.all_gather(parts, padded, group=self.group)
+        received = [_unpacked(part[: int(n)]) for part, n in zip(parts, sizes)]
+        steps = [step for step, _ in received]
+        if len(set(steps)) > 1:
+            said = [
+                f" Rank {r} says: {text}" for r, (_, text) in enumerate(received) if isinstance(text, str)
+            ]
+            raise RankError(
+                f"The ranks are out of step: they are in {_shortened(steps)}. All have to make the same calls; pass "
+                f"process_group=None to work in one process alone.{''.join(said)[:2000]}"
+            )
+        return [theirs for _, theirs in received]
+
+    def exchanged(self, items: Sequence[Any], what: str = "a collective") -> list[Any]:
+        """Send an item to each rank, and return those received, in the order of the ranks."""
+        if self.size == 1:
+            return list(items)
+        outgoing = [_packed(item) for item in items]
+        lengths = self._wire(torch.tensor([len(b) for b in outgoing]))
+        coming = torch.empty_like(lengths)
+        with self._reached(what):
+            dist.all_to_all_single(coming, lengths, group=self.group)
+            sizes = coming.tolist()
+            received = self._wire(torch.empty(sum(sizes), dtype=torch.uint8))
+            dist.all_to_all_single(
+                received, self._wire(torch.cat(outgoing)), sizes, lengths.tolist(), group=self.group
+            )
+        return [_unpacked(part) for part in received.split(sizes)]
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether a flag is set on any rank."""
+        return any(self.gathered(bool(flag)))
+
+    def least(self, number: Any) -> Any:
+        """Return the smallest number that a rank has."""
+        return min(self.gathered(number))
+
+    # ------------------------------------------------------------------ tensors
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum over the ranks of tensors of one shape; the same bits on every rank."""
+        if self.size == 1:
+            return values
+        if values.numel() <= GATHERED_SUM:
+            return torch.stack(self.gathered(values)).sum(0).to(values.device)
+        summed = self._wire(values.contiguous().clone())
+        with self._reached("a sum"):
+            dist.all_reduce(summed, group=self.group)
+        return summed.to(values.device)
+
+    def of_first(self, values: Tensor) -> Tensor:
+        """Return rank 0's tensor; all ranks have one of the same shape."""
+        if self.size == 1:
+            return values
+        sent = self._wire(values.contiguous().clone())
+        with self._reached("a broadcast"):
+            dist.broadcast(sent, dist.get_global_rank(self.group, 0), group=self.group)
+        return sent.to(values.device)
+
+    def joined(self, values: Tensor) -> Tensor:
+        """Return tensors (n, ...) of all ranks one after the other."""
+        if self.size == 1:
+            return values
+        return torch.cat(self.gathered(values)).to(values.device)
+
+    def interleaved(self, values: Tensor, n: int) -> Tensor:
+        """Return what :meth:`turns` dealt, along the last axis, as (..., n) on every rank."""
+        if self.size == 1:
+            return values
+        return dealt_back(self.gathered(values), n).to(values.device)
+
+    def columns(self, rows: Tensor, lengths: Sequence[int], width: int) -> Iterator[Tensor]:
+        """Yield slices of the columns of a matrix whose rows are spread over the ranks.
+
+        Parameters
+        ----------
+        rows : Tensor (m, P)
+            This rank's.
+        lengths : sequence of int
+            How many each rank has.
+        width : int
+            Columns a slice.
+
+        Yields
+        ------
+        Tensor (M, <= width)
+            All rows, and some of the columns; together the ranks see each column once, or
+            as zeros beyond the last.
+        """
+        n_columns = rows.shape[1]
+        if self.size == 1:
+            for start in range(0, n_columns, width):
+                yield rows[:, start : start + width]
+            return
+        width = max(1, min(width, -(-n_columns // self.size)))
+        itemsize = rows.element_size()
+        for start in range(0, n_columns, width * self.size):
+            outgoing = rows.new_zeros(self.size, len(rows), width)
+            for rank in range(self.size):
+                piece = rows[:, start + rank * width : start + (rank + 1) * width]
+                outgoing[rank, :, : piece.shape[1]] = piece
+            sent = self._wire(outgoing.view(-1).view(torch.uint8))
+            sizes = [n * width * itemsize for n in lengths]
+            received = torch.empty(sum(sizes), dtype=torch.uint8, device=sent.device)
+            with self._reached("the exchange of gradient rows"):
+                dist.all_to_all_single(
+                    received, sent, sizes, [len(rows) * width * itemsize] * self.size, group=self.group
+                )
+            yield received.view(rows.dtype).view(sum(lengths), width)
+
+    def _wire(self, values: Tensor) -> Tensor:
+        """Put a tensor where the group's backend takes it."""
+        backend = dist.get_backend(self.group)
+        if values.device.type == "cpu" and backend == "nccl":
+            return values.cuda()
+        if values.device.type != "cpu" and "nccl" not in backend:
+            return values.cpu()
+        return values
+
+    @contextmanager
+    def _reached(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(
+                f"Rank {self.rank} could not reach the other ranks in {what}: one of them ended, or did not come "
+                f"within the process group's timeout{self._timeout()}; init_process_group(timeout=...) sets it. All "
+                "ranks have to make the same calls; pass process_group=None to work in one process alone. "
+                f"torch.distributed says: {error}"
+            ) from error
+
+    def _timeout(self) -> str:
+        for device in ("cpu", "cuda"):
+            try:
+                options = self.group._get_backend(torch.device(device)).options
+                return f" of {options._timeout.total_seconds():.0f} s"
+            except (AttributeError, RuntimeError):
+                continue
+        return ""
+
+
+ALONE = Ranks()
+
+
+def ranks_of(process_group: Any) -> Ranks:
+    """Return the ranks of "default" (torch.distributed's group, if there is one), of a group, or of None."""
+    if process_group is None or not dist.is_available() or not dist.is_initialized():
+        return ALONE
+    group = dist.group.WORLD if isinstance(process_group, str) else process_group
+    return Ranks(group)
+
+
+def dealt_back(parts: Sequence[Tensor], n: int) -> Tensor:
+    """Join parts (..., n_r), dealt like cards to the ranks along the last axis, into (..., n)."""
+    whole = parts[0].new_empty(*parts[0].shape[:-1], n)
+    for rank, part in enumerate(parts):
+        whole[..., rank :: len(parts)] = part
+    return whole
+
+
+def _packed(item: Any) -> Tensor:
+    """Write tensors and plain types as bytes."""
+    buffer = io.BytesIO()
+    torch.save(item, buffer)
+    return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+
+
+def _unpacked(values: Tensor) -> Any:
+    # Nothing but tensors and plain types is read from bytes.
+    return torch.load(io.BytesIO(values.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
+def _shortened(values: Sequence[Any]) -> str:
+    texts = [str(v) for v in values]
+    return ", ".join(texts[:8]) + (", ..." if len(texts) > 8 else "")

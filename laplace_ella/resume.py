@@ -1,0 +1,255 @@
+r"""Checkpoints of a fit in progress: what each stage has found, so that a killed fit goes on.
+
+Three files, each written by one stage: ``path`` (the pass over the data), ``path.basis`` and
+``path.curvature``. A file is replaced as a whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .accumulation import Part
+from .ranks import Ranks
+from .scan import Scan
+from .stream import Batch
+
+KIND, FORMAT = "laplace_ella: a fit in progress", 1
+STAGES = ("scan", "basis", "curvature")
+
+
+class FitFiles:
+    """The files of one fit on one rank; without a path, nothing is read or written.
+
+    Parameters
+    ----------
+    path : path-like, optional
+        In a group, ``.<rank>-of-<size>`` is appended.
+    every : int
+        Batches between two checkpoints.
+    arguments : dict
+        All that the result of the fit depends on, data apart, in plain types.
+    ranks : Ranks
+
+    Raises
+    ------
+    ValueError
+        If the folder does not exist, a file is no checkpoint of a fit in this format or cannot be read, or
+        is one of another fit. Files stay as they are.
+    """
+
+    def __init__(
+        self, path: str | PathLike[str] | None, every: int, arguments: dict[str, Any], ranks: Ranks
+    ) -> None:
+        self.every, self.arguments = every, arguments
+        self.paths: dict[str, Path] = {}
+        self._found: dict[str, Any] = {}
+        self._readable: set[str] = set()
+        self._run = os.urandom(8).hex()
+        if path is None:
+            return
+        first = Path(path) if ranks.size == 1 else Path(f"{path}.{ranks.rank}-of-{ranks.size}")
+        if not first.absolute().parent.is_dir():
+            raise ValueError(
+                f"checkpoint must be a path in an existing folder; {first.absolute().parent} is none. Create it."
+            )
+        self.paths = {s: Path(f"{first}{'' if s == 'scan' else '.' + s}") for s in STAGES}
+        self._found = {s: self._read(p) for s, p in self.paths.items() if p.exists()}
+        if "scan" in self._found:
+            self._run = self._found["scan"]["run"]
+        for stage, found in self._found.items():
+            if found["run"] != self._run:
+                raise ValueError(_unusable(self.paths[stage], f"it does not belong to {self.paths['scan']}"))
+
+    @property
+    def stage(self) -> int:
+        """How many stages have left a file."""
+        return len(self._found)
+
+    def found(self, stage: str) -> Any:
+        """Return what a stage left, or None."""
+        return self._found[stage]["state"] if stage in self._found else None
+
+    def forget(self, stage: str) -> None:
+        """Ignore what a stage left; it is done again."""
+        self._found.pop(stage, None)
+
+    def is_due(self, step: int) -> bool:
+        """Say whether to save after so many batches."""
+        return bool(self.paths) and step % self.every == 0
+
+    def save(self, stage: str, state: dict[str, Any]) -> None:
+        """Replace the file of a stage; once this returns, it is on the disk.
+
+        Raises
+        ------
+        ValueError
+            If the state holds objects that could not be read back.
+        """
+        if not self.paths:
+            return
+        path = self.paths[stage]
+        whole = {
+            "kind": KIND,
+            "format": FORMAT,
+            "run": self._run,
+            "arguments": self.arguments,
+            "state": state,
+        }
+        temporary = Path(f"{path}.tmp")
+        with temporary.open("wb") as file:
+            torch.save(whole, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if stage not in self._readable:
+            _require_readable(temporary)
+        os.replace(temporary, path)
+        _flush_folder(path.absolute().parent)
+        self._readable.add(stage)
+
+    def remove(self) -> None:
+        """Delete the files: the fit has ended."""
+        for path in reversed(self.paths.values()):
+            path.unlink(missing_ok=True)
+            Path(f"{path}.tmp").unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = f"it is truncated, or no checkpoint of a fit ({type(error).__name__})"
+            raise ValueError(_unusable(path, reason)) from error
+        if not isinstance(found, dict) or found.get("kind") != KIND:
+            raise ValueError(_unusable(path, "it is no checkpoint of a fit"))
+        if found.get("format") != FORMAT:
+            raise ValueError(
+                _unusable(path, f"it has format {found.get('format')}, and this version reads {FORMAT}")
+            )
+        theirs = found["arguments"]
+        differ = [k for k in self.arguments if k not in theirs or theirs[k] != self.arguments[k]]
+        if differ:
+            was = ", ".join(f"{k} was {theirs.get(k)!r} and is {self.arguments[k]!r}" for k in differ)
+            raise ValueError(_unusable(path, f"it belongs to another fit: {was}"))
+        return found
+
+
+def _unusable(path: Path, reason: str) -> str:
+    return f"The checkpoint {path} cannot be used: {reason}. It was left as it is: delete it, or pass another path."
+
+
+def _require_readable(path: Path) -> None:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        path.unlink()
+        raise ValueError(
+            "The inputs hold objects other than tensors and plain Python types, which a checkpoint cannot restore: "
+            f"{error}. Convert them in the data set, or fit without checkpoint."
+        ) from error
+
+
+def _flush_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):  # not everywhere can a folder be opened
+        return
+    descriptor = os.open(folder, os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------- the order of the data
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    places = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    found = [getattr(place, "generator", None) for place in places]
+    return [g for g in found if isinstance(g, torch.Generator)]
+
+
+def random_state(loader: Any) -> dict[str, Any]:
+    """Return the states of the generators a loader's order may come from: torch's, numpy's, Python's, its own."""
+    algorithm, words, *more = np.random.get_state()  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": (str(algorithm), torch.from_numpy(words.astype(np.int64)), *more),
+        "python": random.getstate(),
+        "loader": [g.get_state() for g in _generators(loader)],
+    }
+
+
+def set_random_state(state: dict[str, Any], loader: Any) -> None:
+    """Give the generators the states that :func:`random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    algorithm, words, *more = state["numpy"]
+    np.random.set_state((algorithm, words.numpy().astype(np.uint32), *more))  # noqa: NPY002
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    for generator, before in zip(_generators(loader), state["loader"]):
+        generator.set_state(before)
+
+
+def replay(batches: Iterator[Batch], before: dict[str, Any] | None, found: Scan) -> str:
+    """Read again what an interrupted pass has read, and let ``found`` be what it had found.
+
+    Returns
+    -------
+    str
+        The digest of the first batch; empty if nothing was read before.
+
+    Raises
+    ------
+    ValueError
+        If the loader yields other data.
+    """
+    if before is None or not before["first"]:
+        return ""
+    batch = next(batches, None)
+    check_replayed(before["first"], batch, "The first batch")
+    if not before["complete"]:
+        for _ in range(before["scan"]["n_batches"] - 1):
+            batch = next(batches, None)
+        check_replayed(before["last"], batch, f"Batch {before['scan']['n_batches'] - 1}")
+    assert batch is not None
+    found.restore(before["scan"], batch.x)
+    return str(before["first"])
+
+
+def skip(parts: Iterator[Part], before: dict[str, Any] | None) -> None:
+    """Leave out the parts that an interrupted sum holds.
+
+    Raises
+    ------
+    ValueError
+        If the loader yields other data.
+    """
+    if before is None:
+        return
+    part = None
+    for _ in range(before["total"]["steps"]):
+        part = next(parts, None)
+    if not before["total"]["steps"]:
+        return
+    check_replayed(before["last"], part, "A part of the second pass")
+
+
+def check_replayed(before: str, now: Batch | Part | None, what: str) -> None:
+    """Require that a batch is the one whose digest was kept before the fit was interrupted.
+
+    Raises
+    ------
+    ValueError
+    """
+    if now is None or before != now.digest():
+        raise ValueError(
+            f"{what} is not the one that the interrupted fit read, so the data, or their order, are others now. The "
+            "loader must replay the same order: shuffle with a generator of a fixed seed, or not at all. The "
+            "checkpoint was left as it is."
+        )

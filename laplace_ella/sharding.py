@@ -1,0 +1,39 @@
+r"""Directions spread over ranks: what every rank computes of everybody's inputs, with its own directions.
+
+Each rank calls with inputs of its own (or none), as often as the others; each gets
+the answer for its inputs, with all K directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .ranks import Ranks, dealt_back
+
+
+def for_everyone(
+    ranks: Ranks, question: Any, answer: Callable[[Any], Tensor], n_directions: int, what: str
+) -> Tensor | None:
+    """Answer all ranks' questions with this rank's directions, and join what they answer to its own.
+
+    Parameters
+    ----------
+    question : tensors and plain types, or None
+        None: this rank has no inputs, and gets None.
+    answer : callable
+        Question -> Tensor (..., K_rank).
+    n_directions : int
+        K.
+
+    Returns
+    -------
+    Tensor (..., K), on the CPU
+    """
+    questions = ranks.gathered(question, what)
+    with ranks.together(what):
+        answers = [None if q is None else answer(q).detach() for q in questions]
+    parts = ranks.exchanged(answers, what)
+    return None if question is None else dealt_back(parts, n_directions)

@@ -1,0 +1,144 @@
+r"""Data as they come: batches, and where each of their inputs stands in the data of all ranks.
+
+What is drawn from the data (landmarks, curvature inputs, sampled labels) is a function of
+these positions, so that it depends neither on batches nor on how the data are divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DistributedSampler
+
+from .batches import Input, batch_size, in_slices, named_batches, rows
+from .gram import Progress
+from .hashing import digest
+from .ranks import ALONE, Ranks
+
+# Where nothing is known of how data are divided, positions of rank r start at r times this.
+RANK_STRIDE = 2**40
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of inputs and targets.
+
+    Attributes
+    ----------
+    name : str
+        For messages.
+    positions : LongTensor (B,)
+    x : input of B rows
+    y : Tensor (B, ...)
+    """
+
+    name: str
+    positions: Tensor
+    x: Input
+    y: Tensor
+
+    def digest(self) -> str:
+        """Return a hash of inputs and targets."""
+        return digest(self.x, self.y)
+
+
+def cut(batch: Batch, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[Batch]:
+    """Cut a batch into smaller ones, by a function that returns the parts of an input in order."""
+    for i, x in in_slices(batch.x, bounded):
+        yield replace(batch, x=x, y=batch.y[i], positions=batch.positions[i])
+
+
+class Stream:
+    """A loader's batches, with the positions of their inputs, and no more of them than wanted.
+
+    With a ``torch.utils.data.DistributedSampler``, the j-th input of rank r has the position r + j W on W
+    ranks, and those that the sampler repeats to fill the last round are left out. Else it has a
+    position of its own that only depends on r and j.
+
+    Parameters
+    ----------
+    loader : iterable
+        Of this rank.
+    dict_key_x, dict_key_y : str
+    ranks : Ranks
+    progress : callable
+    first_position : int
+        How many inputs came before those of the loader.
+    max_samples : int, optional
+        Of all ranks together; the batch that completes them is cut, and is the last to be asked for.
+
+    Raises
+    ------
+    ValueError
+        If the loader's sampler is one for other ranks.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        dict_key_x: str,
+        dict_key_y: str,
+        ranks: Ranks = ALONE,
+        progress: Progress = lambda items, name: items,
+        first_position: int = 0,
+        max_samples: int | None = None,
+    ) -> None:
+        self.loader, self.progress = loader, progress
+        self.keys = dict_key_x, dict_key_y
+        sampler = None if ranks.size == 1 else distributed_sampler(loader, ranks)
+        if sampler is None:
+            self.start, self.step = first_position + ranks.rank * RANK_STRIDE, 1
+            self.limit = None if max_samples is None else ranks.lengths(max_samples)[ranks.rank]
+        else:
+            self.start, self.step = first_position + ranks.rank, ranks.size
+            size = len(sampler.dataset)  # type: ignore[arg-type]
+            wanted = size if max_samples is None else min(size, max_samples)
+            self.limit = len(range(ranks.rank, wanted, ranks.size))
+
+    def batches(self, title: str) -> Iterator[Batch]:
+        """Read the loader once; ``title`` is that of the progress bar.
+
+        Raises
+        ------
+        ValueError
+            If a batch has the wrong structure, or its inputs are not finite.
+        """
+        if self.limit == 0:
+            return
+        n = 0
+        for name, x, y in named_batches(self.progress(self.loader, title), *self.keys):
+            size = batch_size(x)
+            if self.limit is not None and n + size > self.limit:
+                size = self.limit - n
+                x, y = rows(x, 0, size), y[:size]
+            yield Batch(name, self.start + self.step * torch.arange(n, n + size), x, y)
+            n += size
+            if n == self.limit:
+                return
+
+
+def distributed_sampler(loader: Any, ranks: Ranks) -> DistributedSampler[Any] | None:
+    """Return the DistributedSampler that a loader takes its inputs from, in order; None if there is none.
+
+    Raises
+    ------
+    ValueError
+        If the sampler is one for other ranks.
+    """
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if type(batch_sampler) is not BatchSampler or not getattr(loader, "in_order", True):
+        return None
+    sampler = batch_sampler.sampler
+    if type(sampler) is not DistributedSampler:
+        return None
+    if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
+        raise ValueError(
+            f"The loader's DistributedSampler is for rank {sampler.rank} of {sampler.num_replicas}, and this is rank "
+            f"{ranks.rank} of {ranks.size}. Build it from the same process group, or pass process_group=None to fit in "
+            "this process alone."
+        )
+    return sampler
