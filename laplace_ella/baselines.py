@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .likelihoods import Likelihood, Prediction
 from .posterior import Outputs
-from .scoring import Block, Loss, ValidationData, score
+from .ranks import ALONE, Ranks
+from .scoring import SKIPPED, Block, Loss, ValidationData, score
 from .search import LOGIT_SCALES, Search, Setting, decades, joint_search, noises, refine
 
-# Block, setting -> prediction.
-Predict = Callable[[Block, Setting], Prediction]
+# Setting -> what predicts a block under it.
+Predictor = Callable[[Setting], Callable[[Block], Prediction]]
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,27 @@ class Scorer:
     Parameters
     ----------
     data : ValidationData
+        Of this rank.
     loss : torchmetrics.Metric or callable, optional
+    ranks : Ranks
+        Those that score together, each on its part of the data.
+
+    Attributes
+    ----------
+    n_inputs : int
+        Of all ranks.
+
+    Raises
+    ------
+    ValueError
+        If there are no data.
     """
 
-    def __init__(self, data: ValidationData, loss: Loss | None) -> None:
-        self.data, self.loss = data, loss
+    def __init__(self, data: ValidationData, loss: Loss | None, ranks: Ranks = ALONE) -> None:
+        self.data, self.loss, self.ranks = data, loss, ranks
+        self.n_inputs = int(ranks.total(torch.tensor(data.n_inputs)))
+        if not self.n_inputs:
+            raise ValueError("The validation loader yielded no data; at least one input is needed.")
 
     @property
     def likelihood(self) -> Likelihood:
@@ -72,38 +89,53 @@ class Scorer:
             return "mean NLL"
         return str(getattr(self.loss, "__name__", type(self.loss).__name__))
 
-    def of_map(self, block: Block, setting: Setting) -> Prediction:
-        """Return the network's own prediction, its logits scaled by s; the covariance a user's loss expects is 0."""
-        f = block.linearised.f
-        f = f.to(torch.promote_types(f.dtype, torch.float32))
-        certain = self.likelihood.certain(f * setting.logit_scale)
-        if self.loss is None or isinstance(certain, Tensor):
-            return certain
-        return certain[0], torch.diag_embed(certain[1])
+    def of_map(self, setting: Setting) -> Callable[[Block], Prediction]:
+        """Return what predicts as the network itself does, its logits scaled by s.
+
+        The covariance a user's loss expects is 0.
+        """
+
+        def predict(block: Block) -> Prediction:
+            f = block.linearised.f
+            f = f.to(torch.promote_types(f.dtype, torch.float32))
+            certain = self.likelihood.certain(f * setting.logit_scale)
+            if self.loss is None or isinstance(certain, Tensor):
+                return certain
+            return certain[0], torch.diag_embed(certain[1])
+
+        return predict
 
     @torch.no_grad()
-    def __call__(self, predict: Predict, setting: Setting) -> float:
+    def __call__(self, predictor: Predictor, setting: Setting) -> float:
         """Return the loss of a setting's predictions."""
-        pairs = ((predict(block, setting), block.targets) for block in self.data)
-        return score(pairs, self.likelihood, self.loss, float(setting.sigma_noise) ** 2)
+
+        def pairs() -> Iterator[tuple[Prediction, Tensor]]:
+            predict = predictor(setting)
+            return ((predict(block), block.targets) for block in self.data)
+
+        return score(pairs, self.likelihood, self.loss, float(setting.sigma_noise) ** 2, self.ranks)
 
     @torch.no_grad()
-    def each(self, predict: Predict, setting: Setting) -> Tensor | None:
-        """Return the NLL of each input; None with a loss of the user's."""
+    def each(self, predictor: Predictor, setting: Setting) -> Tensor | None:
+        """Return the NLL of each input of all ranks; None with a loss of the user's."""
         if self.loss is not None:
             return None
         variance = torch.tensor(float(setting.sigma_noise) ** 2)
-        return torch.cat([self.likelihood.nll(predict(b, setting), b.targets, variance) for b in self.data])
+        found = [torch.zeros(0, dtype=torch.float64)]
+        with self.ranks.together("the score of each input"):
+            predict = predictor(setting)
+            found += [self.likelihood.nll(predict(b), b.targets, variance).cpu() for b in self.data]
+        return self.ranks.joined(torch.cat(found))
 
     def gradient(
-        self, predict: Predict, setting: Setting, names: Sequence[str]
+        self, predictor: Predictor, setting: Setting, names: Sequence[str]
     ) -> tuple[float, Sequence[float]]:
         """Return the mean NLL, and its derivatives in the log10 of the parameters named."""
 
         def nll(block: Block, logs: Tensor) -> Tensor:
             setting_at = setting.at(**{k: 10 ** logs[i] for i, k in enumerate(names)})
             variance = torch.as_tensor(setting_at.sigma_noise).square()
-            return self.likelihood.nll(predict(block, setting_at), block.targets, variance)
+            return self.likelihood.nll(predictor(setting_at)(block), block.targets, variance)
 
         value, slope = self.mean_and_gradient(nll, [math.log10(getattr(setting, k)) for k in names])
         return value, slope.tolist()
@@ -114,24 +146,26 @@ class Scorer:
     ) -> tuple[float, Tensor]:
         """Return the mean over the data of a function of (block, numbers) with values (B,), and its gradient."""
         leaf = torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
-        total, n = 0.0, 0
-        for block in self.data:
-            values = values_of(block, leaf)
-            values.sum().backward()
-            total, n = total + float(values.detach().sum()), n + len(values)
-        assert leaf.grad is not None
-        return total / n, leaf.grad / n
+        leaf.grad = torch.zeros_like(leaf)
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self.ranks.together("the gradient of the score", SKIPPED):
+            for block in self.data:
+                values = values_of(block, leaf)
+                values.sum().backward()
+                sums += torch.tensor([float(values.detach().sum()), len(values)], dtype=torch.float64)
+        total, n, *slope = self.ranks.total(torch.cat([sums, leaf.grad])).tolist()
+        return total / n, torch.tensor(slope, dtype=torch.float64) / n
 
     def tune(
-        self, predict: Predict, start: Setting, grids: Mapping[str, Sequence[Any]]
+        self, predictor: Predictor, start: Setting, grids: Mapping[str, Sequence[Any]]
     ) -> tuple[Setting, float]:
         """Return the best setting over the grids, refined, and its loss."""
-        search = Search(lambda setting: self(predict, setting))
+        search = Search(partial(self, predictor))
         if not grids:
             search(start)
         else:
             joint_search(search, start, grids, lambda cells, name: cells)
-            refine(search, grids, partial(self.gradient, predict) if self.loss is None else None)
+            refine(search, grids, partial(self.gradient, predictor) if self.loss is None else None)
         return search.best, search.table[search.best]
 
 
@@ -148,6 +182,7 @@ def baselines(
     predict_outputs: Callable[[Outputs], Prediction],
     start: Setting,
     searched: Mapping[str, Sequence[Any]],
+    n_outputs: int,
 ) -> Iterator[tuple[str, tuple[float, Tensor | None, dict[str, float]] | None]]:
     """Tune each simpler method on the data, and yield (name, (score, each input's NLL, parameters) or None).
 
@@ -159,6 +194,8 @@ def baselines(
     searched : mapping
         The parameters that are searched for ELLA, with their grids: where a simpler method has
         them, they are tuned for it too.
+    n_outputs : int
+        C.
     """
     # Variances in other units than ELLA's may have to be smaller.
     grids: dict[str, Sequence[Any]] = {
@@ -170,35 +207,36 @@ def baselines(
     plain = scorer.of_map
     start = start.at(logit_scale=1.0)
 
-    def constant(block: Block, setting: Setting) -> Prediction:
-        return predict_outputs(with_variance(block, setting, torch.ones(len(block.targets))))
+    def with_variance_of(variance: Callable[[Block], Tensor]) -> Predictor:
+        return lambda setting: lambda block: predict_outputs(with_variance(block, setting, variance(block)))
 
-    def last_layer(block: Block, setting: Setting) -> Prediction:
+    def last_layer(block: Block) -> Tensor:
         assert block.last_layer is not None
-        return predict_outputs(with_variance(block, setting, block.last_layer + 1))
+        return block.last_layer + 1
 
-    def tuned(predict: Predict, names: Sequence[str]) -> tuple[float, Tensor | None, dict[str, float]]:
-        best, lowest = scorer.tune(predict, start, {k: grids[k] for k in names})
-        return lowest, scorer.each(predict, best), {k: float(getattr(best, k)) for k in names}
+    def tuned(predictor: Predictor, names: Sequence[str]) -> tuple[float, Tensor | None, dict[str, float]]:
+        best, lowest = scorer.tune(predictor, start, {k: grids[k] for k in names})
+        return lowest, scorer.each(predictor, best), {k: float(getattr(best, k)) for k in names}
+
+    constant = with_variance_of(lambda block: torch.ones(len(block.targets)))
 
     has_links = scorer.likelihood.inverse_link is not None
     yield "MAP", tuned(plain, [])
     if has_links:
         yield "temperature scaling", tuned(plain, ["logit_scale"])
-        yield "vector scaling", _vector_scaling(scorer)
+        yield "vector scaling", _vector_scaling(scorer, n_outputs)
         yield "constant variance", tuned(constant, of_variance)
     else:
         yield "constant variance", tuned(plain, ["sigma_noise"])
-    available = all(block.last_layer is not None for block in scorer.data)
-    yield "last-layer variance", tuned(last_layer, of_variance) if available else None
+    available = not scorer.ranks.any(any(block.last_layer is None for block in scorer.data))
+    yield "last-layer variance", tuned(with_variance_of(last_layer), of_variance) if available else None
 
 
-def _vector_scaling(scorer: Scorer) -> tuple[float, Tensor | None, dict[str, float]]:
+def _vector_scaling(scorer: Scorer, n_outputs: int) -> tuple[float, Tensor | None, dict[str, float]]:
     """Scale and shift each logit by numbers of its own, tuned on the NLL (Guo et al., ICML 2017)."""
     likelihood = scorer.likelihood
     inverse_link = likelihood.inverse_link
     assert inverse_link is not None
-    n_outputs = next(iter(scorer.data)).linearised.f.shape[-1]
 
     def predict(block: Block, w: Tensor) -> Tensor:
         w = w.to(block.linearised.f.device)
@@ -213,8 +251,8 @@ def _vector_scaling(scorer: Scorer) -> tuple[float, Tensor | None, dict[str, flo
     start = np.concatenate([np.ones(n_outputs), np.zeros(n_outputs)])
     best = torch.tensor(minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x)
 
-    def fitted(block: Block, setting: Setting) -> Prediction:
-        return predict(block, best)
+    def fitted(setting: Setting) -> Callable[[Block], Prediction]:
+        return lambda block: predict(block, best)
 
     setting = Setting(1.0, None, 1.0, 1.0, 1, 1, 1.0)
     return scorer(fitted, setting), scorer.each(fitted, setting), {"numbers": 2.0 * n_outputs}

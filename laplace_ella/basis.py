@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .autodiff import Weights, flat
 from .gram import Progress, RowSource, Spill, choose_rows, gram
+from .hashing import digest
 from .ranks import ALONE, Ranks
 
 
@@ -63,6 +64,11 @@ class NystromBasis:
     def sharded(self) -> bool:
         """Whether the directions are spread over several ranks."""
         return self.ranks.size > 1
+
+    def fingerprint(self) -> str:
+        """Return a hash of the basis, the same on all ranks that share its directions: then, of the spectrum."""
+        directions = {} if self.sharded else self.directions
+        return digest(self.spectrum, self.eigenvalues, directions)
 
     def leading(self, rank: int) -> NystromBasis:
         """Return the basis of the first ``rank`` directions: what a fit with that rank would have found."""

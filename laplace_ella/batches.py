@@ -234,8 +234,8 @@ def named_batches(
         yield f"batch {i}", x, y
 
 
-def named_inputs(loader: Iterable[Any], dict_key_x: str) -> Iterator[Input]:
-    """Yield the inputs of each batch, which may be inputs alone, a sequence that starts with them, or a mapping.
+def named_inputs(loader: Iterable[Any], dict_key_x: str) -> Iterator[tuple[str, Input]]:
+    """Yield ``(name, inputs)`` of each batch, which may be inputs alone, a sequence that starts with them, or a mapping.
 
     Raises
     ------
@@ -253,4 +253,4 @@ def named_inputs(loader: Iterable[Any], dict_key_x: str) -> Iterator[Input]:
                 f"The inputs of batch {i} hold NaN or infinite values; every input must be finite."
             )
         if batch_size(x):
-            yield key_first(x, dict_key_x)
+            yield f"batch {i}", key_first(x, dict_key_x)

@@ -6,8 +6,9 @@ validation data, and every candidate is scored from what was kept of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import astuple
 from functools import partial
 from typing import Any
 
@@ -16,15 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import posterior
+from .autodiff import Weights
+from .baselines import Predictor, Scorer
 from .basis import Progress
-from .batches import Input
 from .hyperparameters import curvature_factor
-from .likelihoods import LIKELIHOODS, Prediction
+from .likelihoods import LIKELIHOODS, Prediction, checked_targets
 from .posterior import Linearised, Outputs
 from .predictive import predict
 from .scoring import Block, Loss, ValidationData
 from .search import Setting
+from .sharding import work_through
 from .store import Store
+from .stream import Batch, Stream
 
 
 def progress_bars(enabled: bool) -> Progress:
@@ -62,11 +66,14 @@ class Candidates:
     _dtype: Any
     _undone_on_error: Callable[[], AbstractContextManager[None]]
     _check_H_init: Callable[[], None]
+    _ranks: Any  # Ranks
     _linearised: Callable[..., Linearised]
+    _weight_offsets: Callable[..., Weights]
+    _nn_prediction: Callable[..., Prediction]
+    _attend: Callable[[str], None]
     _residual_tangents: Callable[[], tuple[Any, Tensor]]
     _keep_leading: Callable[[int], None]
     _keep_snapshot: Callable[[int], None]
-    __call__: Callable[..., Any]
 
     def _setting(self) -> Setting:
         """Return the setting that the estimator has."""
@@ -99,6 +106,15 @@ class Candidates:
         overlap = self._residual_tangents()[1] if self.residual == "isotropic" else None
         return lambda seen: seen.outputs(scale, setting.logit_scale, variance, overlap)
 
+    def _progress(self, enabled: bool) -> Progress:
+        """Return what draws progress bars, on one rank."""
+        return progress_bars(enabled and self._ranks.rank == 0)
+
+    def _require_same_search(self, what: str, **arguments: Any) -> None:
+        """Require that all ranks search the same, from the same posterior."""
+        setting = [None if v is None else float(v) for v in astuple(self._setting())]
+        self._ranks.require_equal({**arguments, "setting": setting, "residual": self.residual}, what)
+
     def _number(self, value: Any) -> Tensor:
         """Round a number as the attribute of the estimator would be."""
         if isinstance(value, Tensor):
@@ -109,16 +125,12 @@ class Candidates:
         """Return how many numbers are kept of each output."""
         return self.basis.rank + (self.n_outputs if self.residual == "exact" else 0)
 
-    def _predictor(
-        self, predict_from: Callable[[Outputs], Prediction]
-    ) -> Callable[[Block, Setting], Prediction]:
-        """Return what predicts a block of validation data under a setting."""
-        latest: list[Any] = [None, None]
+    def _predictor(self, predict_from: Callable[[Outputs], Prediction]) -> Predictor:
+        """Return what turns a setting into what predicts a block of validation data under it."""
 
-        def predictor(block: Block, setting: Setting) -> Prediction:
-            if latest[0] is not setting:  # once a candidate, not once a block
-                latest[:] = setting, self._gaussian_of(setting)
-            return predict_from(latest[1](block.linearised))
+        def predictor(setting: Setting) -> Callable[[Block], Prediction]:
+            gaussian = self._gaussian_of(setting)
+            return lambda block: predict_from(gaussian(block.linearised))
 
         return predictor
 
@@ -139,25 +151,26 @@ class Candidates:
             seed=self.seed,
         )
 
-    def _validation_data(self, loader: Any, progress: Progress, last_layer: bool = False) -> ValidationData:
+    def _scorer(self, loader: Any, loss: Loss | None, progress: Progress, last_layer: bool = False) -> Scorer:
         """Run the model once over validation data, and keep what candidates need."""
-        width = self._width()
+        ranks, backend, likelihood = self._ranks, self.backend, LIKELIHOODS[self.likelihood]
+        budget, spill = backend.engine.budget() // 2, backend.spill
+        data = ValidationData(likelihood, Store(budget, None if spill is None else spill.folder))
 
-        def linearise(x: Input) -> Iterator[tuple[tuple[int, ...], Linearised, Tensor | None]]:
-            for part in self.backend.bounded(x, width):
-                norms = self.backend.last_layer_norms(part) if last_layer else None
-                yield self.backend.positions(part), _detached(self._linearised(part)), norms
+        def keep(part: Batch | None) -> None:
+            if part is None:
+                self._attend(self.residual)
+                return
+            norms = backend.last_layer_norms(part.x) if last_layer else None
+            seen, positions = _detached(self._linearised(part.x)), backend.positions(part.x)
+            targets = checked_targets(likelihood, part.y, seen.f, positions, f"validation {part.name}")
+            data.append(len(part.y), Block(seen, targets, norms))
 
-        budget, spill = self.backend.engine.budget() // 2, self.backend.spill
-        return ValidationData(
-            loader,
-            linearise,
-            LIKELIHOODS[self.likelihood],
-            self.dict_key_x,
-            self.dict_key_y,
-            progress,
-            Store(budget, None if spill is None else spill.folder),
-        )
+        with ranks.together("the validation data"):
+            stream = Stream(loader, self.dict_key_x, self.dict_key_y, ranks, progress)
+        parts = stream.parts("Validation data", partial(backend.bounded, width=self._width()))
+        work_through(parts, keep, ranks, self.basis.ranks, "the validation data")
+        return Scorer(data, loss, ranks)
 
 
 def _detached(seen: Linearised) -> Linearised:

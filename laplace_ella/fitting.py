@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, validation
-from .accumulation import NOTHING, RunningSum, cut, parts_of_sample, parts_of_stream
+from .accumulation import NOTHING, Part, RunningSum, cut, parts_of_sample, parts_of_stream
 from .autodiff import exclusively
-from .baselines import Scorer
 from .basis import NystromBasis, Progress
 from .batches import Input, batch_size, rows
 from .candidates import progress_bars
@@ -29,6 +28,7 @@ from .ranks import ALONE, Ranks
 from .resume import STAGES, FitFiles, random_state, replay, set_random_state, skip
 from .scan import Scan, over_all, scan
 from .search import Setting
+from .sharding import work_through
 from .stream import Batch, Stream
 
 
@@ -89,6 +89,8 @@ class Fitting:
     shard_directions: bool
     _ranks: Any  # Ranks
     _device: Any
+    _dtype: Any
+    _labels_sampled: bool
     _temperature: float
     _temperature_fixed: bool
     _named_by_user: set[str]
@@ -96,7 +98,7 @@ class Fitting:
     n_predictions: int
     _set_fit: Callable[[NystromBasis, list[tuple[int, Tensor]], Tensor, tuple[int, int, int]], None]
     _undone_on_error: Callable[[], AbstractContextManager[None]]
-    _validation_data: Callable[..., Any]
+    _scorer: Callable[..., Any]
     _predictor: Callable[..., Any]
     _link: Callable[..., Any]
     _setting: Callable[[], Setting]
@@ -205,11 +207,12 @@ class Fitting:
                 checkpoint is not None or ranks.size > 1,
                 override=not fresh,
                 balanced=balanced,
+                val_loader=val_loader is not None,
                 val_steps=every,
                 max_samples=max_samples,
                 n_total=n_total,
                 landmarks=None if landmarks is None else digest(*landmarks),
-                basis=None if basis is None else digest(basis.directions),
+                basis=None if basis is None else basis.fingerprint(),
             )
             files = FitFiles(checkpoint, checkpoint_every, arguments, ranks)
             stream = Stream(
@@ -298,7 +301,7 @@ class Fitting:
             batches = job.stream.batches("Training data")
             first = replay(batches, before, found)
             if before is not None and before["complete"]:
-                set_random_state(before["random"], loader)
+                set_random_state(before["after"], loader)
                 return found
 
             def after(batch: Batch) -> None:
@@ -319,7 +322,7 @@ class Fitting:
             )
             if files.paths:
                 state = {"scan": found.state(), "first": first, "last": None, "complete": True}
-                files.save("scan", {**state, **start, "random": random_state(loader)})
+                files.save("scan", {**state, **start, "after": random_state(loader)})
         return found
 
     def _new_basis(
@@ -368,29 +371,31 @@ class Fitting:
         if before is not None:
             set_random_state(before["random"], loader)
             total.restore(before["total"])
-            if before["complete"]:
-                return
         state = {"random": random_state(loader)} if files.paths else {}
-        if sample is None:
+        parts: Iterator[Part]
+        if before is not None and before["complete"]:
+            parts, before = iter(()), None
+        elif sample is None:
             parts = parts_of_stream(self._second_pass(job, own.n_data), job.every)
         else:
-            parts = job.progress(parts_of_sample(sample, longest, job.every), "Curvature")
+            parts = iter(job.progress(parts_of_sample(sample, longest, job.every), "Curvature"))
         parts = cut(parts, partial(self.backend.bounded, width=basis.rank))
         curvature_of = self.backend.curvature_of(basis, self._labels(), self.seed)
         with ranks.together("the data read again"):
             skip(parts, before)
-        # Ranks that share the directions go step by step together, others meet at the end.
-        with (ALONE if basis.sharded else ranks).together("the curvature"):
-            for part in basis.ranks.in_step(parts):
-                with basis.ranks.together("the curvature"):
-                    total.add(part or NOTHING, curvature_of(part or NOTHING))
-                    if files.is_due(total.steps):
-                        last = (part or NOTHING).digest()
-                        kept = {**state, "total": total.state(), "last": last, "complete": False}
-                        files.save("curvature", kept)
+
+        def add(part: Part | None) -> None:
+            part = part or NOTHING
+            total.add(part, curvature_of(part))
+            if files.is_due(total.steps):
+                kept = {"total": total.state(), "last": part.digest(), "complete": False}
+                files.save("curvature", {**state, **kept})
+
+        work_through(parts, add, ranks, basis.ranks, "the curvature")
+        with ranks.together("the checkpoint of the curvature"):
             if files.paths:
-                state = {"random": random_state(loader), "total": total.state(), "last": None}
-                files.save("curvature", {**state, "complete": True})
+                kept = {"total": total.state(), "last": None, "complete": True}
+                files.save("curvature", {"random": random_state(loader), **kept})
 
     def _unfinished(self, job: Job, basis: NystromBasis) -> Any:
         """Return what an interrupted fit left of the curvature, if all ranks can go on from theirs."""
@@ -460,11 +465,11 @@ class Fitting:
         """Return what the result of a fit depends on, data apart, in plain types."""
         if not needed:
             return {}
-        names = ("likelihood", "seed", "subsample_size", "n_eigenvalues", "curvature_size", "curvature")
-        names = (*names, "curvature_samples", "shard_directions")
-        before = (
-            "nothing" if of_call["override"] is False else digest(self.H, *self.basis.directions.values())
-        )
+        names = [
+            *("likelihood", "seed", "subsample_size", "n_eigenvalues"),
+            *("curvature_size", "curvature", "curvature_samples", "shard_directions"),
+        ]
+        before = "nothing" if of_call["override"] is False else digest(self.H, self.basis.fingerprint())
         return {
             "model": checkpoint.fingerprint(self.model),
             **{name: getattr(self, name) for name in names},
@@ -526,7 +531,7 @@ class Fitting:
 
     def _stop_early(self, val_loader: Iterable[Any], link_approx: str, free: bool, progress: Any) -> None:
         r"""Score every snapshot of G; if free, keep the best, with T = N / n and :math:`\delta n / N`."""
-        scorer = Scorer(self._validation_data(val_loader, progress), None)
+        scorer = self._scorer(val_loader, None, progress)
         predictor = self._predictor(self._link(link_approx, 100))
         # What the covariance T [G + T delta I]^-1 adds to G, whatever T is now: fitting again changes nothing.
         delta, residual_variance = self.prior_precision * self.temperature, self.residual_variance

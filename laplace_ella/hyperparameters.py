@@ -26,6 +26,8 @@ class Hyperparameters:
 
     likelihood: str
     enable_backprop: bool
+    shard_directions: bool
+    n_params: int
     _residual: str
     _logit_scale: float
     _residual_scale: float
@@ -63,6 +65,7 @@ class Hyperparameters:
         value = value.clone() if isinstance(value, Tensor) else value
         validation.check_positive("prior_precision", torch.as_tensor(value).to(self._dtype))
         validation.check_residual(self.residual, value, enable_backprop=False)
+        validation.check_sharding(self.shard_directions, value, self.n_params, enable_backprop=False)
         _host_setter(self, "prior_precision")(self, value)
 
     @property

@@ -3,7 +3,7 @@ r"""``optimize_hyperparameters``: all that predictions depend on, from one pass 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .baselines import Scorer, baselines
-from .candidates import Candidates, progress_bars
+from .baselines import Predictor, Scorer, baselines
+from .candidates import Candidates
 from .likelihoods import Prediction
 from .result import TuningResult, compared, remarks
-from .scoring import Block, Loss
+from .scoring import Loss
 from .search import (
     DISCRETE,
     LOGIT_SCALES,
@@ -83,23 +83,27 @@ class JointTuning(Candidates):
         Cost: one pass of features (and a plain forward pass) over the validation data. The
         candidates take N_val x C x K operations each, times the samples with "mc".
         """
-        self._check_H_init()
-        validation.check_prediction("glm", link_approx, n_samples, None, None)
-        validation.check_link(self.likelihood, link_approx)
-        validation.check_loss(loss)
-        grids = self._grids(search)
-        progress = progress_bars(progress_bar)
+        what = "optimize_hyperparameters()"
+        with self._ranks.together(f"the arguments of {what}"):
+            self._check_H_init()
+            validation.check_prediction("glm", link_approx, n_samples, None, None)
+            validation.check_link(self.likelihood, link_approx)
+            validation.check_loss(loss)
+            grids = self._grids(search)
+        values = {k: [float(v) for v in grid] for k, grid in grids.items()}
+        self._require_same_search(what, search=values, link_approx=link_approx, n_samples=n_samples)
+        progress = self._progress(progress_bar)
         with torch.inference_mode(False), self._undone_on_error():
-            scorer = Scorer(self._validation_data(val_loader, progress, last_layer=True), loss)
+            scorer = self._scorer(val_loader, loss, progress, last_layer=True)
             predict_from = self._link(link_approx, n_samples, loss)
             predictor = self._predictor(predict_from)
-            found = Search(lambda setting: scorer(predictor, setting))
+            found = Search(partial(scorer, predictor))
             joint_search(found, self._setting(), grids, progress)
             refine(found, grids, partial(scorer.gradient, predictor) if loss is None else None)
             skipped = found.conclude()
             best, ignored = found.without_ignored(self._setting(), grids)
             each = scorer.each(predictor, best)
-            methods = baselines(scorer, predict_from, self._setting(), grids)
+            methods = baselines(scorer, predict_from, self._setting(), grids, self.n_outputs)
             compared_with = {
                 name: compared(method, found.table[best], each)
                 for name, method in progress(methods, "Simpler methods")
@@ -110,13 +114,13 @@ class JointTuning(Candidates):
                 tuple(grids),
                 tuple(found.table.items()),
                 compared_with,
-                scorer.data.n_inputs,
+                scorer.n_inputs,
                 scorer.name,
                 apply,
                 remarks(
                     compared_with,
                     found.table[best],
-                    scorer.data.n_inputs,
+                    scorer.n_inputs,
                     self._equals_map(scorer, predictor, best),
                     _remarks_on_values(found, best, ignored, grids),
                 ),
@@ -161,14 +165,11 @@ class JointTuning(Candidates):
         }
 
     @torch.no_grad()
-    def _equals_map(
-        self, scorer: Scorer, predictor: Callable[[Block, Setting], Prediction], best: Setting
-    ) -> bool:
+    def _equals_map(self, scorer: Scorer, predictor: Predictor, best: Setting) -> bool:
         """Tell whether the best setting predicts what the network does, to 3 digits."""
         start, sigma = self._setting().at(logit_scale=1.0), float(best.sigma_noise)
-        return all(
-            _difference(predictor(b, best), scorer.of_map(b, start), sigma) < 5e-4 for b in scorer.data
-        )
+        ours, of_map = predictor(best), scorer.of_map(start)
+        return not scorer.ranks.any(any(_difference(ours(b), of_map(b), sigma) >= 5e-4 for b in scorer.data))
 
     def _apply(self, setting: Setting, names: Sequence[str]) -> None:
         if "curvature_size" in names:

@@ -17,8 +17,9 @@ from torch import Tensor
 from .candidates import progress_bars
 from .hashing import digest
 from .posterior import positive_part
-from .ranks import ALONE, Ranks
-from .stream import Stream, cut
+from .ranks import Ranks
+from .sharding import work_through
+from .stream import Batch, Stream
 
 # Features of one input differ by rounding where batches do: eigenvalues of a difference of two G down to
 # minus so many eps of the largest are zero.
@@ -156,25 +157,26 @@ class Merging:
 
     def _sums_over(self, stream: Stream, ranks: Ranks) -> tuple[Tensor, Tensor, list[int]]:
         """Return G (K, K) and loss () of the data of all ranks, and how many inputs and predictions they are."""
-        basis, bounded = self.basis, partial(self.backend.bounded, width=self.basis.rank)
+        basis, what = self.basis, "the data to forget"
         G, loss, counts = (
             torch.zeros_like(self.H),
             torch.zeros_like(self.loss),
             torch.zeros(2, dtype=torch.int64),
         )
-        batches = (part for whole in stream.batches("Data to forget") for part in cut(whole, bounded))
-        # Ranks that share the directions go step by step together, others meet at the end.
-        with (ALONE if basis.sharded else ranks).together("the data to forget"):
-            for batch in basis.ranks.in_step(batches):
-                with basis.ranks.together("the data to forget"):
-                    if batch is None:
-                        self.backend.answer_others(basis)
-                        continue
-                    of_loss, of_G = self.backend.full(batch.x, batch.y, name=batch.name)
-                    n = len(batch.y)
-                    G, loss = G + of_G, loss + of_loss
-                    counts += torch.tensor([n, n * math.prod(self.backend.positions(batch.x))])
-                    self._check_count(int(counts[0]))  # of a stream without end, too
+
+        def add(batch: Batch | None) -> None:
+            if batch is None:
+                self.backend.answer_others(basis)
+                return
+            of_loss, of_G = self.backend.full(batch.x, batch.y, name=batch.name)
+            G.add_(of_G)
+            loss.add_(of_loss)
+            n = len(batch.y)
+            counts.add_(torch.tensor([n, n * math.prod(self.backend.positions(batch.x))]))
+            self._check_count(int(counts[0]))  # of a stream without end, too
+
+        parts = stream.parts("Data to forget", partial(self.backend.bounded, width=basis.rank))
+        work_through(parts, add, ranks, basis.ranks, what)
         return ranks.total(G), ranks.total(loss), ranks.total(counts).tolist()
 
     def _check_exact(self) -> None:

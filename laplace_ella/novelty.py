@@ -11,10 +11,12 @@ from torch import Tensor
 
 from . import posterior
 from .basis import identity_basis
-from .batches import Input, named_batches, named_inputs
+from .batches import Input, named_batches
 from .likelihoods import LIKELIHOODS
 from .posterior import Linearised, Outputs
 from .residual import residual_share, traces
+from .sharding import work_through
+from .stream import Stream
 
 # Exact linearised Laplace is made of P x P matrices.
 LARGEST_EXACT = 5000
@@ -60,6 +62,9 @@ class Novelty:
     residual_samples: int
     seed: int
     n_outputs: int
+    posterior_scale: Any  # Tensor (K, K)
+    _ranks: Any  # Ranks
+    _attend: Callable[[str], None]
     _setting: Callable[[], Any]
     _width: Callable[[], int]
     _check_H_init: Callable[[], None]
@@ -138,16 +143,27 @@ class Novelty:
         ValueError
             For regression, which has no entropy, or with fewer than two inputs.
         """
-        self._check_H_init()
-        if LIKELIHOODS[self.likelihood].inverse_link is None or self.likelihood == "reward_modeling":
-            raise ValueError(
-                f"calibrate_novelty() needs probabilities, which likelihood={self.likelihood!r} has not. "
-                "Use residual_share(), or novelty() as it is."
-            )
-        batches = named_inputs(in_distribution_loader, self.dict_key_x)
-        parts = (part for x in batches for part in self.backend.bounded(x, self._width()))
-        found = [self._novelty_features(self._seen(part)) for part in parts]
-        features = torch.cat(found) if found else torch.zeros(0, 2)
+        ranks, what = self._ranks, "the data to calibrate novelty on"
+        with ranks.together(what):
+            self._check_H_init()
+            if LIKELIHOODS[self.likelihood].inverse_link is None or self.likelihood == "reward_modeling":
+                raise ValueError(
+                    f"calibrate_novelty() needs probabilities, which likelihood={self.likelihood!r} has not. "
+                    "Use residual_share(), or novelty() as it is."
+                )
+            stream = Stream(in_distribution_loader, self.dict_key_x, "", ranks)
+        found = [torch.zeros(0, 2, dtype=torch.float64)]
+
+        def look_at(x: Input | None) -> None:
+            if x is None:
+                self._attend(self._residual_seen)
+            else:
+                found.append(self._novelty_features(self._seen(x)).cpu())
+
+        _ = self.posterior_scale  # which ranks that share the directions work out together
+        inputs = (part for x in stream.inputs("Novelty") for part in self.backend.bounded(x, self._width()))
+        work_through(inputs, look_at, ranks, self.basis.ranks, what)
+        features = ranks.joined(torch.cat(found))
         if len(features) < 2:
             raise ValueError(f"calibrate_novelty() needs at least two inputs; got {len(features)}.")
         ascending = features.sort(0).values
@@ -160,7 +176,11 @@ class Novelty:
         return [*astuple(self._setting()), self.residual, self.residual_samples, self.seed]
 
     def _seen(self, x: Input) -> Linearised:
-        return self._linearised(x, "exact" if self.residual == "exact" else "isotropic")
+        return self._linearised(x, self._residual_seen)
+
+    @property
+    def _residual_seen(self) -> str:
+        return "exact" if self.residual == "exact" else "isotropic"
 
     def _overlap(self, seen: Linearised) -> Tensor | None:
         return None if seen.pushed is None else self._residual_tangents()[1]

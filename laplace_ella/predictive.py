@@ -107,6 +107,14 @@ class Predictive:
         validation.check_finite_features(phi, f, "the inputs given")
         return phi, f
 
+    def _attend(self, residual: str) -> None:
+        """Take part in the predictions of ranks that share the directions, without inputs of one's own."""
+        with self.basis.ranks.together("the inputs of a prediction"):
+            pass
+        self.backend.answer_others(self.basis)
+        if residual == "isotropic":
+            self._residual_tangents()
+
     def _linearised(self, x: Input, residual: str | None = None) -> Linearised:
         """Compute what a prediction needs: features, and what the residual is made of."""
         residual = self.residual if residual is None else residual
@@ -188,11 +196,8 @@ class Predictive:
             likelihood = "classification" if fitting else "regression"
         if pred_type == "nn":
             validation.check_variance_samples(likelihood, n_samples)
-            samples = self._nn_functional_samples(x, n_samples, generator, **model_kwargs)
-            inverse_link = LIKELIHOODS[likelihood].inverse_link
-            if inverse_link is None:
-                return samples.mean(0), samples.var(0)
-            return inverse_link(samples).mean(0)
+            offsets = self._weight_offsets(n_samples, generator)
+            return self._nn_prediction(offsets, x, likelihood, **model_kwargs)
         if likelihood == "regression":
             return self._glm_predictive_distribution(x, joint, diagonal_output)
         linearised = self._linearised(x)
@@ -368,11 +373,22 @@ class Predictive:
         generator: torch.Generator | None = None,
         **model_kwargs: Any,
     ) -> Tensor:
-        validation.check_finite_input(X)
-        offsets = self._weight_offsets(n_samples, generator)
-        samples = self.backend.forward_at(offsets, X, enable_backprop=self.enable_backprop, **model_kwargs)
+        return self._outputs_at(self._weight_offsets(n_samples, generator), X, **model_kwargs)
+
+    def _outputs_at(self, offsets: Weights, x: Input, **model_kwargs: Any) -> Tensor:
+        """Return the outputs (S, B, C) at the weights plus each of S offsets."""
+        validation.check_finite_input(x)
+        samples = self.backend.forward_at(offsets, x, enable_backprop=self.enable_backprop, **model_kwargs)
         validation.check_finite_samples(samples)
         return samples
+
+    def _nn_prediction(self, offsets: Weights, x: Input, likelihood: str, **model_kwargs: Any) -> Prediction:
+        """Average what networks with sampled weights predict."""
+        samples = self._outputs_at(offsets, x, **model_kwargs)
+        inverse_link = LIKELIHOODS[likelihood].inverse_link
+        if inverse_link is None:
+            return samples.mean(0), samples.var(0)
+        return inverse_link(samples).mean(0)
 
     def log_prob(self, value: Tensor, normalized: bool = True) -> NoReturn:
         """Refuse: the posterior has no density over all weights.

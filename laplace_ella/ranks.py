@@ -23,6 +23,9 @@ GATHERED_SUM = 2**16
 class RankError(RuntimeError):
     """Another rank failed, ended, or did not come."""
 
+    # Errors that all ranks know of are not reported to them again.
+    known_to_all_ranks = True
+
 
 class Ranks:
     """The ranks of a process group; without one, this process alone.
@@ -64,36 +67,56 @@ class Ranks:
     # ------------------------------------------------------------------ staying together
 
     @contextmanager
-    def together(self, what: str) -> Iterator[None]:
-        """Let all ranks finish a piece of local work; if one fails, all do.
+    def together(self, what: str, alike: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+        """Let all ranks finish a piece of work; if one fails, all do.
 
-        Nothing inside may wait for another rank.
+        Parameters
+        ----------
+        what : str
+            The piece of work, for messages.
+        alike : tuple of classes
+            Errors, made of a text, that all ranks raise if one does and none fails otherwise.
 
         Raises
         ------
         RankError
             If another rank failed inside, naming it and its error, or does not answer.
         """
+        if self.size == 1:
+            yield
+            return
         error: BaseException | None = None
         try:
             yield
         except BaseException as raised:
             error = raised
-            if self.size == 1:
-                raise
-        if self.size == 1:
-            return
+        if getattr(error, "known_to_all_ranks", False):
+            raise error  # type: ignore[misc]
+        report = None if error is None else (type(error).__name__, str(error), isinstance(error, alike))
+        reports: list[Any] = []
         try:
-            reports = self.gathered("" if error is None else f"{type(error).__name__}: {error}", what)
+            reports = self.gathered(report, what)
         except RankError:
             if error is None:
                 raise
-            reports = []
-        if error is not None:
+        self._raise_first(what, error, reports, alike)
+
+    def _raise_first(
+        self, what: str, error: BaseException | None, reports: list[Any], alike: tuple[type[Exception], ...]
+    ) -> None:
+        """Raise this rank's error, or one that says what another rank reported."""
+        if error is not None and not isinstance(error, alike):
+            error.known_to_all_ranks = True  # type: ignore[attr-defined]
             raise error
         for rank, report in enumerate(reports):
-            if report:
-                raise RankError(f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {report}")
+            if report and not report[2]:
+                raise RankError(
+                    f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {report[0]}: {report[1]}"
+                )
+        if error is not None:
+            raise error
+        for name, text, _ in filter(None, reports):
+            raise next(c for c in alike if c.__name__ == name)(text)
 
     def in_step(self, items: Iterable[Item]) -> Iterator[Item | None]:
         """Yield items until every rank has run out of its own; None for this rank after that."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import zipfile
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -16,13 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .accumulation import Part
+from .accumulation import NOTHING, Part
 from .ranks import Ranks
 from .scan import Scan
 from .stream import Batch
 
 KIND, FORMAT = "laplace_ella: a fit in progress", 1
 STAGES = ("scan", "basis", "curvature")
+ENTRIES = {"kind", "format", "run", "arguments", "state"}
 
 
 class FitFiles:
@@ -55,6 +57,8 @@ class FitFiles:
         self._run = os.urandom(8).hex()
         if path is None:
             return
+        if not isinstance(path, (str, PathLike)) or not os.fspath(path):
+            raise ValueError(f"checkpoint must be a path or None; got {path!r}.")
         first = Path(path) if ranks.size == 1 else Path(f"{path}.{ranks.rank}-of-{ranks.size}")
         if not first.absolute().parent.is_dir():
             raise ValueError(
@@ -122,16 +126,22 @@ class FitFiles:
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+                damaged = archive.testzip()
             found = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             reason = f"it is truncated, or no checkpoint of a fit ({type(error).__name__})"
             raise ValueError(_unusable(path, reason)) from error
+        if damaged is not None:
+            raise ValueError(_unusable(path, "it is damaged: a checksum is wrong"))
         if not isinstance(found, dict) or found.get("kind") != KIND:
             raise ValueError(_unusable(path, "it is no checkpoint of a fit"))
         if found.get("format") != FORMAT:
             raise ValueError(
                 _unusable(path, f"it has format {found.get('format')}, and this version reads {FORMAT}")
             )
+        if found.keys() != ENTRIES:
+            raise ValueError(_unusable(path, f"it lacks {sorted(ENTRIES - found.keys())}"))
         theirs = found["arguments"]
         differ = [k for k in self.arguments if k not in theirs or theirs[k] != self.arguments[k]]
         if differ:
@@ -176,10 +186,10 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 def random_state(loader: Any) -> dict[str, Any]:
     """Return the states of the generators a loader's order may come from: torch's, numpy's, Python's, its own."""
-    algorithm, words, *more = np.random.get_state()  # noqa: NPY002
+    algorithm, words, *more = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
-        "numpy": (str(algorithm), torch.from_numpy(words.astype(np.int64)), *more),
+        "numpy": (str(algorithm), torch.from_numpy(np.asarray(words, dtype=np.int64)), *more),
         "python": random.getstate(),
         "loader": [g.get_state() for g in _generators(loader)],
     }
@@ -232,12 +242,11 @@ def skip(parts: Iterator[Part], before: dict[str, Any] | None) -> None:
     """
     if before is None:
         return
-    part = None
+    part: Part = NOTHING  # which is what a rank adds that has run out
     for _ in range(before["total"]["steps"]):
-        part = next(parts, None)
-    if not before["total"]["steps"]:
-        return
-    check_replayed(before["last"], part, "A part of the second pass")
+        part = next(parts, NOTHING)
+    if before["total"]["steps"]:
+        check_replayed(before["last"], part, "A part of the second pass")
 
 
 def check_replayed(before: str, now: Batch | Part | None, what: str) -> None:

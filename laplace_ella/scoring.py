@@ -2,8 +2,8 @@ r"""Scoring predictions on validation data that the model has seen once."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,13 +11,15 @@ import torch
 import torchmetrics
 from torch import Tensor
 
-from .basis import Progress
-from .batches import Input, named_batches
-from .likelihoods import Likelihood, Prediction, checked_targets
-from .posterior import Linearised
+from .likelihoods import Likelihood, Prediction
+from .posterior import Linearised, NotPositiveDefiniteError
+from .ranks import ALONE, Ranks
 from .store import Store
+from .validation import NonFiniteSamplesError
 
 Loss: TypeAlias = torchmetrics.Metric | Callable[..., Any]
+# Errors of a setting, not of the data: it is skipped.
+SKIPPED = (NotPositiveDefiniteError, NonFiniteSamplesError)
 
 
 @dataclass(frozen=True)
@@ -39,48 +41,22 @@ class Block:
 
 
 class ValidationData:
-    """Validation data reduced to what predictions need: the model runs once.
+    """Validation data reduced to what predictions need, on one rank: the model runs once.
 
     Parameters
     ----------
-    loader : iterable
-        Batches of inputs and targets.
-    linearise : callable
-        Input -> parts of it, in order: (positions of its outputs, Linearised, squared norms of what the
-        last layer takes or None).
     likelihood : Likelihood
-    dict_key_x, dict_key_y : str
-    progress : callable
     store : Store
-
-    Raises
-    ------
-    ValueError
-        If the loader is empty, or a batch malformed.
     """
 
-    def __init__(
-        self,
-        loader: Iterable[Any],
-        linearise: Callable[[Input], Iterable[tuple[tuple[int, ...], Linearised, Tensor | None]]],
-        likelihood: Likelihood,
-        dict_key_x: str,
-        dict_key_y: str,
-        progress: Progress,
-        store: Store,
-    ) -> None:
+    def __init__(self, likelihood: Likelihood, store: Store) -> None:
         self.likelihood, self.store, self.n_inputs = likelihood, store, 0
-        for name, x, y in progress(named_batches(loader, dict_key_x, dict_key_y), "Validation data"):
-            start, n_rows = 0, len(y)
-            self.n_inputs += n_rows
-            for positions, seen, norms in linearise(x):
-                size = len(seen.f) // math.prod(positions)
-                part = y[start : start + size]
-                start += size
-                targets = checked_targets(likelihood, part, seen.f, positions, f"validation {name}")
-                store.append(seen.f, seen.phi, seen.pushed, seen.gram, targets, norms)
-        if not self.n_inputs:
-            raise ValueError("The validation loader yielded no data; at least one input is needed.")
+
+    def append(self, n_inputs: int, block: Block) -> None:
+        """Add what is known of so many inputs."""
+        self.n_inputs += n_inputs
+        seen = block.linearised
+        self.store.append(seen.f, seen.phi, seen.pushed, seen.gram, block.targets, block.last_layer)
 
     def __iter__(self) -> Iterator[Block]:
         """Yield the data block by block."""
@@ -92,16 +68,18 @@ class ValidationData:
 
 
 def score(
-    pairs: Iterable[tuple[Prediction, Tensor]],
+    pairs_of: Callable[[], Iterable[tuple[Prediction, Tensor]]],
     likelihood: Likelihood,
     loss: Loss | None,
     noise_variance: Any,
+    ranks: Ranks = ALONE,
 ) -> float:
     r"""Score predictions as laplace-torch does, except that the default is NLL for regression too.
 
     Parameters
     ----------
-    pairs : iterable of (prediction, targets)
+    pairs_of : callable
+        Returns this rank's pairs of (prediction, targets).
     likelihood : Likelihood
     loss : torchmetrics.Metric or callable, optional
         A metric is reset, updated batch by batch with (prediction, targets), or
@@ -110,23 +88,52 @@ def score(
         covariances, targets). Default: mean NLL an input.
     noise_variance : float or Tensor ()
         :math:`\sigma^2`, for the default loss.
+    ranks : Ranks
+        Whose predictions are scored together. They exchange two numbers; for a loss of the user's,
+        which need not be a mean, all predictions.
     """
     if loss is None:
-        values = [likelihood.nll(p, y, noise_variance) for p, y in pairs]
-        return float(sum(v.sum() for v in values) / sum(len(v) for v in values))
-    if isinstance(loss, torchmetrics.Metric):
-        return _metric_score(pairs, loss)
+        sums = torch.zeros(2, dtype=torch.float64)
+        with ranks.together("the score of a setting", SKIPPED):
+            for prediction, y in pairs_of():
+                values = likelihood.nll(prediction, y, noise_variance).detach()
+                sums += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64)
+        total, n = ranks.total(sums).tolist()
+        return total / n
+    evaluate = _metric_score if isinstance(loss, torchmetrics.Metric) else _joined_score
+    if ranks.size == 1:
+        return evaluate(pairs_of(), loss)
+    with ranks.together("the predictions of a setting", SKIPPED):
+        mine = list(pairs_of())
+    everyone = ranks.gathered(mine, "the predictions of a setting")
+    with ranks.together("the loss of a setting", SKIPPED):
+        return evaluate((pair for theirs in everyone for pair in theirs), loss)
+
+
+def _joined_score(pairs: Iterable[tuple[Prediction, Tensor]], loss: Any) -> float:
     predictions, targets = zip(*pairs)
     columns = zip(*(p if isinstance(p, tuple) else (p,) for p in predictions))
     return float(loss(*(torch.cat(column) for column in columns), torch.cat(targets)))
 
 
-def _metric_score(pairs: Iterable[tuple[Prediction, Tensor]], metric: torchmetrics.Metric) -> float:
+def _metric_score(pairs: Iterable[tuple[Prediction, Tensor]], metric: Any) -> float:
     metric.reset()
-    for prediction, y in pairs:
-        parts = (prediction,) if isinstance(prediction, Tensor) else prediction
-        try:
-            metric.update(*parts, y)
-        except TypeError:  # a metric of two arguments, as in laplace-torch
-            metric.update(parts[0], y)
-    return float(metric.compute().sum())
+    with _alone(metric):
+        for prediction, y in pairs:
+            parts = (prediction,) if isinstance(prediction, Tensor) else prediction
+            try:
+                metric.update(*parts, y)
+            except TypeError:  # a metric of two arguments, as in laplace-torch
+                metric.update(parts[0], y)
+        return float(metric.compute().sum())
+
+
+@contextmanager
+def _alone(metric: torchmetrics.Metric) -> Iterator[None]:
+    """Keep a metric from adding up what the ranks of the default group have: each has everything, or works alone."""
+    before = metric.distributed_available_fn
+    metric.distributed_available_fn = lambda: False
+    try:
+        yield
+    finally:
+        metric.distributed_available_fn = before

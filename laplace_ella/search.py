@@ -15,8 +15,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from .basis import Progress
-from .posterior import NotPositiveDefiniteError
-from .validation import NonFiniteSamplesError
+from .scoring import SKIPPED
 
 # Four values a decade: NLL changes by less than a standard error in between.
 TEMPERATURES = tuple(10 ** (e / 4) for e in range(-12, 25))
@@ -108,7 +107,7 @@ class Search:
         """Return a loss and nothing; or infinity, and why."""
         try:
             value = self.evaluate(setting)
-        except (NotPositiveDefiniteError, NonFiniteSamplesError) as error:
+        except SKIPPED as error:
             return math.inf, str(error)
         return (value, "") if math.isfinite(value) else (math.inf, f"the loss is {value} at {setting}")
 
@@ -293,7 +292,7 @@ def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradien
     def objective(logs: Any) -> tuple[float, Any]:
         try:
             value, slope = gradient(at(logs), names)
-        except NotPositiveDefiniteError:
+        except SKIPPED:
             value, slope = math.inf, [0.0] * len(names)
         # A line search steps back from a large number, and fails on infinity.
         return (value, np.asarray(slope)) if np.isfinite([value, *slope]).all() else (1e30, 0 * logs)

@@ -6,12 +6,14 @@ the answer for its inputs, with all K directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .ranks import Ranks, dealt_back
+from .ranks import ALONE, Ranks, dealt_back
+
+Item = TypeVar("Item")
 
 
 def for_everyone(
@@ -37,3 +39,22 @@ def for_everyone(
         answers = [None if q is None else answer(q).detach() for q in questions]
     parts = ranks.exchanged(answers, what)
     return None if question is None else dealt_back(parts, n_directions)
+
+
+def work_through(
+    items: Iterable[Item], act: Callable[[Item | None], None], ranks: Ranks, sharing: Ranks, what: str
+) -> None:
+    """Let every rank act on items of its own.
+
+    Ranks that share directions go step by step together, and act on None once they have run out; others
+    meet at the end.
+
+    Parameters
+    ----------
+    ranks, sharing : Ranks
+        Those that work together, and those that share the directions of the basis.
+    """
+    with (ALONE if sharing.size > 1 else ranks).together(what):
+        for item in sharing.in_step(items):
+            with sharing.together(what):
+                act(item)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from .batches import Input, batch_size, in_slices, named_batches, rows
+from .batches import Input, batch_size, in_slices, named_batches, named_inputs, rows
 from .gram import Progress
 from .hashing import digest
 from .ranks import ALONE, Ranks
@@ -44,12 +44,6 @@ class Batch:
     def digest(self) -> str:
         """Return a hash of inputs and targets."""
         return digest(self.x, self.y)
-
-
-def cut(batch: Batch, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[Batch]:
-    """Cut a batch into smaller ones, by a function that returns the parts of an input in order."""
-    for i, x in in_slices(batch.x, bounded):
-        yield replace(batch, x=x, y=batch.y[i], positions=batch.positions[i])
 
 
 class Stream:
@@ -107,16 +101,35 @@ class Stream:
         ValueError
             If a batch has the wrong structure, or its inputs are not finite.
         """
+        for n, stop, (name, x, y) in self._limited(named_batches, title, self.keys):
+            size = stop - n
+            if size < batch_size(x):
+                x, y = rows(x, 0, size), y[:size]
+            yield Batch(name, self.start + self.step * torch.arange(n, stop), x, y)
+
+    def parts(self, title: str, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[Batch]:
+        """Read the loader once, its batches cut by a function that returns the parts of an input in order."""
+        for batch in self.batches(title):
+            for i, x in in_slices(batch.x, bounded):
+                yield replace(batch, x=x, y=batch.y[i], positions=batch.positions[i])
+
+    def inputs(self, title: str) -> Iterator[Input]:
+        """Read the loader once, whose batches may be inputs without targets."""
+        for n, stop, (_, x) in self._limited(named_inputs, title, self.keys[:1]):
+            yield rows(x, 0, stop - n) if stop - n < batch_size(x) else x
+
+    def _limited(
+        self, read: Callable[..., Iterable[Any]], title: str, keys: Any
+    ) -> Iterator[tuple[int, int, Any]]:
+        """Yield items (name, inputs, ...) with the numbers of their first input, and of the first of the next."""
+        n = 0
         if self.limit == 0:
             return
-        n = 0
-        for name, x, y in named_batches(self.progress(self.loader, title), *self.keys):
-            size = batch_size(x)
-            if self.limit is not None and n + size > self.limit:
-                size = self.limit - n
-                x, y = rows(x, 0, size), y[:size]
-            yield Batch(name, self.start + self.step * torch.arange(n, n + size), x, y)
-            n += size
+        for item in read(self.progress(self.loader, title), *keys):
+            size = batch_size(item[1])
+            stop = n + size if self.limit is None else min(n + size, self.limit)
+            yield n, stop, item
+            n = stop
             if n == self.limit:
                 return
 

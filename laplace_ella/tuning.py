@@ -3,7 +3,7 @@ r"""``optimize_prior_precision``: evidence as the host has it, grid search from 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .baselines import Scorer
 from .basis import Progress
-from .batches import named_batches
-from .candidates import Candidates, progress_bars
-from .likelihoods import LIKELIHOODS, checked_targets
+from .candidates import Candidates
+from .likelihoods import LIKELIHOODS, Prediction, checked_targets
 from .scoring import Loss, score
 from .search import FLAT, TEMPERATURES, Search, Setting, grid_search
+from .stream import Stream
 
 _FLAT_LOSS = (
     "The loss is the same for every setting on the grid, so the setting is left as it was. "
@@ -81,17 +80,21 @@ class PriorTuning(Candidates):
         and prior: about 500 candidates). Memory: N_val x C x K numbers, the part of them beyond
         the memory budget in a temporary file.
         """
-        validation.check_choice("method", method, ("marglik", "gridsearch"))
-        validation.check_choice("prior_structure", prior_structure, ("scalar", "layerwise", "diag"))
-        validation.check_size("grid_size", grid_size, optional=False)
-        pred_type = validation.check_prediction(
-            pred_type, "mc" if method == "marglik" else link_approx, n_samples, None, None
-        )
-        if method == "gridsearch":
-            validation.check_link(self.likelihood, link_approx)
-            validation.check_loss(loss)
-            validation.check_interval(log_prior_prec_min, log_prior_prec_max, grid_size)
-        self._check_H_init()
+        with self._ranks.together("the arguments of optimize_prior_precision()"):
+            validation.check_choice("method", method, ("marglik", "gridsearch"))
+            validation.check_choice("prior_structure", prior_structure, ("scalar", "layerwise", "diag"))
+            validation.check_size("grid_size", grid_size, optional=False)
+            pred_type = validation.check_prediction(
+                pred_type, "mc" if method == "marglik" else link_approx, n_samples, None, None
+            )
+            if method == "gridsearch":
+                validation.check_link(self.likelihood, link_approx)
+                validation.check_loss(loss)
+                validation.check_interval(log_prior_prec_min, log_prior_prec_max, grid_size)
+                validation.check_given(
+                    "val_loader", val_loader, "method='gridsearch' scores on validation data"
+                )
+            self._check_H_init()
         with torch.inference_mode(False), self._undone_on_error():
             if method == "marglik":
                 self._maximize_evidence(
@@ -152,14 +155,20 @@ class PriorTuning(Candidates):
         n_samples: int,
         progress_bar: bool,
     ) -> None:
-        if val_loader is None:
-            raise ValueError("method='gridsearch' scores on validation data: pass val_loader=...")
-        progress = progress_bars(progress_bar)
         start, before = self._setting(), (self.prior_precision, self._temperature)
+        self._require_same_search(
+            "optimize_prior_precision()",
+            grid=priors,
+            pred_type=pred_type,
+            link_approx=link_approx,
+            n_samples=n_samples,
+            temperature_fixed=self._temperature_fixed,
+        )
+        progress = self._progress(progress_bar)
         if pred_type == "nn":
             evaluate, score_of_map = self._nn_scores(val_loader, loss, n_samples, progress)
         else:
-            scorer = Scorer(self._validation_data(val_loader, progress), loss)
+            scorer = self._scorer(val_loader, loss, progress)
             evaluate = partial(scorer, self._predictor(self._link(link_approx, n_samples, loss)))
             score_of_map = partial(scorer, scorer.of_map, start)
         search = Search(evaluate)
@@ -199,41 +208,36 @@ class PriorTuning(Candidates):
         self, val_loader: Any, loss: Any, n_samples: int, progress: Progress
     ) -> tuple[Callable[[Setting], float], Callable[[], float]]:
         """Return what scores a setting by the "nn" predictive, which runs the model; and what scores MAP."""
-        likelihood, kept = LIKELIHOODS[self.likelihood], []
-        for name, x, y in progress(
-            named_batches(val_loader, self.dict_key_x, self.dict_key_y), "Validation data"
-        ):
-            f = self.backend.forward(x)
-            flat_f = f.flatten(0, -2)
-            kept.append(
-                (x, flat_f, checked_targets(likelihood, y, flat_f, f.shape[1:-1], f"validation {name}"))
-            )
-        if not kept:
+        likelihood, ranks, kept = LIKELIHOODS[self.likelihood], self._ranks, []
+        with ranks.together("the validation data"):
+            stream = Stream(val_loader, self.dict_key_x, self.dict_key_y, ranks, progress)
+            for batch in stream.batches("Validation data"):
+                f = self.backend.forward(batch.x)
+                flat_f, name = f.flatten(0, -2), f"validation {batch.name}"
+                kept.append(
+                    (batch.x, flat_f, checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name))
+                )
+        if not ranks.any(bool(kept)):
             raise ValueError("The validation loader yielded no data; at least one input is needed.")
+        # As in a call, in which reward models are fitted as classifiers.
+        predicted_as = "classification" if self.likelihood == "reward_modeling" else self.likelihood
+
+        def predictions() -> Iterator[tuple[Prediction, Tensor]]:
+            # The same noise for every candidate, so that the best is not the luckiest.
+            generator = torch.Generator(self._device).manual_seed(self.seed)
+            offsets = self._weight_offsets(n_samples, generator)
+            return ((self._nn_prediction(offsets, x, predicted_as), y) for x, _, y in kept)
 
         @torch.no_grad()
         def evaluate(setting: Setting) -> float:
             self.prior_precision, self._temperature = setting.prior_precision, setting.temperature
             self._posterior_scale = None
-            # The same noise for every candidate, so that the best is not the luckiest.
-            pairs = (
-                (
-                    self(
-                        x,
-                        "nn",
-                        link_approx="mc",
-                        n_samples=n_samples,
-                        generator=torch.Generator(self._device).manual_seed(self.seed),
-                        fitting=True,
-                    ),
-                    y,
-                )
-                for x, _, y in kept
-            )
-            return score(pairs, likelihood, loss, self.sigma_noise.double().square())
+            return score(predictions, likelihood, loss, self.sigma_noise.double().square(), ranks)
 
         def score_of_map() -> float:
-            plain = ((likelihood.certain(f), y) for _, f, y in kept)
-            return score(plain, likelihood, loss, self.sigma_noise.double().square())
+            def plain() -> Iterator[tuple[Prediction, Tensor]]:
+                return ((likelihood.certain(f), y) for _, f, y in kept)
+
+            return score(plain, likelihood, loss, self.sigma_noise.double().square(), ranks)
 
         return evaluate, score_of_map

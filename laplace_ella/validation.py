@@ -51,6 +51,12 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
 
 
+def check_given(name: str, value: Any, reason: str) -> None:
+    """Require an argument that is optional elsewhere."""
+    if value is None:
+        raise ValueError(f"{reason}: pass {name}=...")
+
+
 def check_size(name: str, value: Any, optional: bool = True) -> int | None:
     """Return a positive integer as an int; or None, if it is optional."""
     if value is None and optional:
