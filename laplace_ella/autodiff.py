@@ -129,6 +129,14 @@ class FunctionalModel:
             {**self.buffers(), **weights}, lambda module: outputs_of(module, x, **model_kwargs)
         )
 
+    def own_outputs(self, x: Input, **model_kwargs: Any) -> Tensor:
+        """Return the outputs (B, ..., C) at the module's own weights: a plain forward pass.
+
+        :meth:`outputs` takes longer where layers multiply sequences: by tensors that require no gradient,
+        PyTorch multiplies them one by one.
+        """
+        return self.within(self.buffers(), lambda module: outputs_of(module, x, **model_kwargs))
+
 
 def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
     """Run a module, and return its outputs (B, ..., C).
@@ -159,7 +167,7 @@ def last_layer_norms(model: FunctionalModel, x: Input) -> Tensor | None:
     leaves = [m for m in model.module.modules() if any(True for _ in m.parameters(recurse=False))]
     hooks = [m.register_forward_hook(lambda m, args, out: calls.append((m, args, out))) for m in leaves]
     try:
-        f = model.within({**model.buffers(), **model.weights()}, lambda module: outputs_of(module, x))
+        f = model.own_outputs(x)
     finally:
         for hook in hooks:
             hook.remove()

@@ -115,8 +115,7 @@ class NystromGGN(GGNInterface):
     def forward(self, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the model's outputs (B, ..., C), in evaluation mode and without a graph."""
         with safe_autodiff(self.model):
-            function = self.engine.function
-            return function.outputs(function.weights(), self.to_model(x), **model_kwargs)
+            return self.engine.function.own_outputs(self.to_model(x), **model_kwargs)
 
     def positions(self, x: Input) -> tuple[int, ...]:
         """Return the axes of the outputs for ``x`` between batch and C."""
