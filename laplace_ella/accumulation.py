@@ -112,9 +112,9 @@ class RunningSum:
 
     def add(self, part: Part, curvature: Tensor) -> None:
         """Add the curvature (K, K) of a part."""
-        self.total = self.total + curvature
-        self.seen += 0 if part.x is None else batch_size(part.x)
-        self.steps += 1
+        n = 0 if part.x is None else batch_size(part.x)
+        # At once: an interruption comes before or after.
+        self.total, self.seen, self.steps = self.total + curvature, self.seen + n, self.steps + 1
         if part.marked:
             self.marks.append((self.seen, self.total))
 

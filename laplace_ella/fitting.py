@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -14,46 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint, validation
-from .accumulation import NOTHING, Part, RunningSum, cut, parts_of_sample, parts_of_stream
+from .accumulation import RunningSum
 from .autodiff import exclusively
-from .basis import NystromBasis, Progress
+from .basis import NystromBasis
 from .batches import Input, batch_size, rows
 from .candidates import progress_bars
 from .hashing import digest
 from .landmarks import BottomK, draw_outputs
 from .likelihoods import LIKELIHOODS
 from .plan import Plan, data_size, first_batch
-from .pooling import Dealt, dealt
-from .ranks import ALONE, Ranks
-from .resume import STAGES, FitFiles, random_state, replay, set_random_state, skip
+from .pooling import dealt
+from .resume import FitFiles
 from .scan import Scan, over_all, scan
 from .search import Setting
-from .sharding import work_through
-from .stream import Batch, Stream
-
-
-@dataclass(frozen=True)
-class Job:
-    """One call of ``fit``.
-
-    Attributes
-    ----------
-    ranks : Ranks
-        Which do it together.
-    stream : Stream
-        This rank's training data.
-    files : FitFiles
-        Of an interrupted fit, and for one that may be interrupted.
-    progress : callable
-    every : int or None
-        Curvature batches between snapshots; None: at 1, 2, 4, 8 ...
-    """
-
-    ranks: Ranks
-    stream: Stream
-    files: FitFiles
-    progress: Progress
-    every: int | None
+from .stages import Job, accumulate, find_basis, read_data
+from .stream import Stream
 
 
 class Fitting:
@@ -225,7 +199,7 @@ class Fitting:
                 max_samples,
             )
         ranks.require_equal({**arguments, "checkpoint": checkpoint is not None}, "fit()")
-        job = Job(ranks, stream, files, progress, every)
+        job = Job(ranks, stream, files, progress, self.backend, every, self.seed, self._labels())
         own = self._scan(job, balanced, landmarks, fresh and basis is None)
         found = over_all(own, ranks)
         validation.check_total(n_total, found.n_data)
@@ -236,7 +210,7 @@ class Fitting:
         sample = None if self.curvature_size is None else dealt(own.curvature, ranks)
         finish = partial(self._finish, basis, found, n_data, fresh)
         try:
-            self._accumulate(job, own, sample, found.longest, basis, total)
+            accumulate(job, basis, sample, own.n_data, found.longest, total)
         except KeyboardInterrupt:
             if total.seen and ranks.size == 1:
                 finish(total.snapshots(n_data, ranks, unfinished=True))
@@ -272,15 +246,12 @@ class Fitting:
         self._labels_sampled = self._labels() > 0 or (not fresh and self._labels_sampled)
         self.fit_history_ = {"processed_examples": [float(self.n_curvature)], "val_nll": []}
 
-    # ------------------------------------------------------------------ stages
-
     def _scan(self, job: Job, balanced: bool, landmarks: tuple[Input, Tensor] | None, draws: bool) -> Scan:
-        """Read this rank's training data, or what is left of them after an interruption."""
+        """Read this rank's training data, and draw landmarks if they are neither given nor kept."""
         found = Scan(
             BottomK(self.subsample_size if draws and landmarks is None else 0),
             BottomK(self.curvature_size or 0),
         )
-        files, loader = job.files, job.stream.loader
         unchecked = [] if landmarks is None else [landmarks]
 
         def forward(x: Input) -> Tensor:
@@ -292,37 +263,11 @@ class Fitting:
             self.backend.support(x)  # probes, at the first batch too
             return f
 
-        before = files.found("scan")
-        if before is not None:
-            set_random_state(before["random"], loader)
-            self.backend.engine.assume_free(before["free"])
-        start = {"random": random_state(loader) if files.paths else None, "free": self.backend.engine.free()}
-        with job.ranks.together("the training data"):
-            batches = job.stream.batches("Training data")
-            first = replay(batches, before, found)
-            if before is not None and before["complete"]:
-                set_random_state(before["after"], loader)
-                return found
-
-            def after(batch: Batch) -> None:
-                nonlocal first
-                first = first or batch.digest()
-                if files.is_due(found.n_batches):
-                    state = {"scan": found.state(), "first": first, "last": batch.digest()}
-                    files.save("scan", {**state, **start, "complete": False})
-
-            scan(
-                batches,
-                forward,
-                LIKELIHOODS[self.likelihood],
-                found,
-                seed=self.seed,
-                balanced=balanced,
-                after=after if files.paths else lambda batch: None,
-            )
-            if files.paths:
-                state = {"scan": found.state(), "first": first, "last": None, "complete": True}
-                files.save("scan", {**state, **start, "after": random_state(loader)})
+        read_data(
+            job,
+            found,
+            partial(scan, forward=forward, likelihood=LIKELIHOODS[self.likelihood], balanced=balanced),
+        )
         return found
 
     def _new_basis(
@@ -331,22 +276,11 @@ class Fitting:
         if given is None:
             landmarks = draw_outputs(found.landmarks, self.seed, balanced)
             if len(landmarks) < self.subsample_size:
-                self._report_reduction(
-                    "subsample_size", len(landmarks), "the data have no more pairs of input and output"
-                )
+                reason = "the data have no more pairs of input and output"
+                self._report_reduction("subsample_size", len(landmarks), reason)
         else:
             landmarks = validation.explicit_landmarks(given)
-        if job.ranks.least(job.files.stage) < STAGES.index("basis") + 1:
-            for stage in ("basis", "curvature"):
-                job.files.forget(stage)
-            basis = self.backend.build_basis(
-                landmarks, self.n_eigenvalues, job.progress, job.ranks, self.shard_directions
-            )
-            with job.ranks.together("the checkpoint of the basis"):
-                job.files.save("basis", checkpoint.pack_basis(basis) if job.files.paths else {})
-        else:
-            packed = job.files.found("basis")
-            basis = checkpoint.unpack_basis(packed, self.model, job.ranks if self.shard_directions else ALONE)
+        basis = find_basis(job, landmarks, self.n_eigenvalues, self.shard_directions)
         if isinstance(self.n_eigenvalues, float):
             if basis.retained < self.n_eigenvalues - 1e-9:
                 reason = f"more directions exceed the memory budget or the numerical rank; these retain {basis.retained:.3g}"
@@ -355,67 +289,6 @@ class Fitting:
             reason = f"the gradients of {len(landmarks)} landmarks have no higher numerical rank"
             self._report_reduction("n_eigenvalues", basis.rank, reason)
         return basis
-
-    def _accumulate(
-        self,
-        job: Job,
-        own: Scan,
-        sample: Dealt | None,
-        longest: int,
-        basis: NystromBasis,
-        total: RunningSum,
-    ) -> None:
-        """Add up the curvature of this rank's inputs, or what is left of them after an interruption."""
-        files, loader, ranks = job.files, job.stream.loader, job.ranks
-        before = self._unfinished(job, basis)
-        if before is not None:
-            set_random_state(before["random"], loader)
-            total.restore(before["total"])
-        state = {"random": random_state(loader)} if files.paths else {}
-        parts: Iterator[Part]
-        if before is not None and before["complete"]:
-            parts, before = iter(()), None
-        elif sample is None:
-            parts = parts_of_stream(self._second_pass(job, own.n_data), job.every)
-        else:
-            parts = iter(job.progress(parts_of_sample(sample, longest, job.every), "Curvature"))
-        parts = cut(parts, partial(self.backend.bounded, width=basis.rank))
-        curvature_of = self.backend.curvature_of(basis, self._labels(), self.seed)
-        with ranks.together("the data read again"):
-            skip(parts, before)
-
-        def add(part: Part | None) -> None:
-            part = part or NOTHING
-            total.add(part, curvature_of(part))
-            if files.is_due(total.steps):
-                kept = {"total": total.state(), "last": part.digest(), "complete": False}
-                files.save("curvature", {**state, **kept})
-
-        work_through(parts, add, ranks, basis.ranks, "the curvature")
-        with ranks.together("the checkpoint of the curvature"):
-            if files.paths:
-                kept = {"total": total.state(), "last": None, "complete": True}
-                files.save("curvature", {"random": random_state(loader), **kept})
-
-    def _unfinished(self, job: Job, basis: NystromBasis) -> Any:
-        """Return what an interrupted fit left of the curvature, if all ranks can go on from theirs."""
-        before = job.files.found("curvature")
-        if basis.sharded:  # in which case all go through the same steps
-            steps = 0 if before is None else before["total"]["steps"]
-            if len(set(job.ranks.gathered(steps))) > 1:
-                return None
-        return before
-
-    def _second_pass(self, job: Job, n_data: int) -> Iterator[Batch]:
-        seen = 0
-        for batch in job.stream.batches("Curvature"):
-            seen += batch_size(batch.x)
-            yield batch
-        if seen != n_data:
-            raise ValueError(
-                f"The second pass over the training data read {seen} inputs, the first {n_data}; with "
-                "curvature_size=None the loader must yield the same data twice. Pass a number instead."
-            )
 
     def plan(self, train_loader: Iterable[Any], verbose: bool = True) -> Plan:
         """Work out what :meth:`fit` will compute, and what it will cost, without doing it.

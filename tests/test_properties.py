@@ -624,7 +624,7 @@ def landmark_scan(
         stream.batches("Training data"),
         lambda x: x.repeat(1, C),
         CATEGORICAL,
-        found,
+        found=found,
         seed=seed,
         balanced=balanced,
     )

@@ -83,7 +83,7 @@ class Watched(nn.Module):
         weight = next(self.net.parameters())
         tangent = torch.autograd.forward_ad.unpack_dual(weight).tangent
         derived = torch._C._functorch.is_functorch_wrapped_tensor(weight) or tangent is not None
-        if not derived and not weight.requires_grad:
+        if not derived and not torch.is_grad_enabled():
             first = x if isinstance(x, torch.Tensor) else x["input_ids"]
             self.plain.append((len(first), float(first.flatten()[0])))
         elif isinstance(x, torch.Tensor):
