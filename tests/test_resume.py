@@ -1191,7 +1191,7 @@ class Telling(nn.Module):
         weight = next(self.net.parameters())
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(weight)
         dual = torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
-        plain = not (wrapped or dual or weight.requires_grad) and len(x) == SIZE
+        plain = not (wrapped or dual or torch.is_grad_enabled()) and len(x) == SIZE
         os.write(self.out, b"s" if plain else b"d" if len(x) == SIZE else b"o")
         os.read(self.back, 1)
         return self.net(x)
