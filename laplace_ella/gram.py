@@ -31,6 +31,8 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 # Products are summed over slices of this many weights, each held in float64.
 SLICE = 8192
+# Numbers of one sum over ranks.
+SUMMED = 2**22
 # A gradient with respect to few weights costs this much of one with respect to all:
 # two of three passes, the forward and the backward one, are needed in any case.
 PARTIAL_COST = 2 / 3
@@ -142,13 +144,17 @@ class RowSource:
         Each slice is computed in float64. If directions are spread over the ranks, only those of this rank.
         """
         dtype = torch.promote_types(values.dtype, torch.float32)
-        slices = _slices(len(coefficients), values.shape[1])
+        n_weights, rank = values.shape[1], coefficients.shape[1]
+        width = _slices(len(coefficients), n_weights).step
         mine = coefficients[self.ranks.bounds(len(coefficients))]
         kept = self.ranks.turns() if self.sharded else slice(None)
-        out = coefficients.new_empty(coefficients[:, kept].shape[1], values.shape[1], dtype=dtype)
-        for start in slices:
-            piece = values[:, start : start + slices.step].to(coefficients.device).double()
-            out[:, start : start + slices.step] = self.ranks.total(mine.T @ piece)[kept]
+        out = coefficients.new_empty(len(range(rank)[kept]), n_weights, dtype=dtype)
+        # Several slices in one sum over the ranks.
+        block = width * max(1, SUMMED // (rank * width))
+        for start in range(0, n_weights, block):
+            pieces = values[:, start : start + block].split(width, 1)
+            products = [mine.T @ piece.to(coefficients.device).double() for piece in pieces]
+            out[:, start : start + block] = self.ranks.total(torch.cat(products, 1))[kept]
         return out
 
     def __call__(
