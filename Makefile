@@ -41,6 +41,7 @@ examples: $(VENV)/.installed-examples  ## run the examples, with their assertion
 	$(RUN)/python $(QUIET) examples/quickstart.py --quick
 	$(RUN)/python $(QUIET) examples/regression.py
 	$(RUN)/python $(QUIET) examples/tuning.py --quick
+	PYTHONWARNINGS=ignore $(RUN)/torchrun --nproc-per-node 2 examples/distributed.py --quick
 
 bench: $(VENV)/.installed-bench  ## costs on this machine, as JSON
 	$(RUN)/python benchmarks/run.py --quick

@@ -1,6 +1,7 @@
 """The README's complete example runs, and its cost table is what the benchmark wrote."""
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -45,3 +46,17 @@ def test_the_tables_on_tuning_are_the_benchmarks(report):
         report.with_tables(page, module.read(ROOT / "benchmarks/results"), module.TABLES, "quality_report.py")
         == page
     )
+
+
+def test_the_tables_on_scaling_are_the_benchmarks(report):
+    module = importlib.import_module("scaling_report")
+    page = (ROOT / "docs/scaling.md").read_text()
+    found = module.read(ROOT / "benchmarks/results")
+    assert report.with_tables(page, found, module.TABLES, "scaling_report.py") == page
+
+
+def test_the_model_of_scaling_is_that_of_the_measurement(report):
+    module = importlib.import_module("scaling_model")
+    found = importlib.import_module("scaling_report").read(ROOT / "benchmarks/results")
+    links = module.Links(**found["model"]["links"])
+    assert json.loads(json.dumps(module.modelled(found["measured"], links))) == found["model"]
