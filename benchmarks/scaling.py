@@ -32,8 +32,8 @@ from scaling_model import LANDMARKS, RANK, TITLES, Links, modelled
 
 import laplace_ella
 from laplace_ella.basis import NystromBasis
-from laplace_ella.gram import gram
 from laplace_ella.landmarks import Landmarks
+from laplace_ella.row_source import gram
 
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "results" / "scaling_measured.json"

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .autodiff import Weights, flat
-from .gram import Progress, RowSource, Spill, choose_rows, gram
+from .gram import FRESH, Progress, Spill, Unfinished, choose_rows
 from .hashing import digest
 from .ranks import ALONE, Ranks
+from .row_source import RowSource, gram
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,13 @@ def identity_basis(weights: Weights) -> NystromBasis:
 
 
 def build_basis(
-    source: RowSource, rank: int | float, *, budget: int, spill: Spill | None = None, progress: Progress
+    source: RowSource,
+    rank: int | float,
+    *,
+    budget: int,
+    spill: Spill | None = None,
+    progress: Progress,
+    unfinished: Unfinished = FRESH,
 ) -> NystromBasis:
     """Compute the leading directions of the landmarks' gradients.
 
@@ -181,6 +188,8 @@ def build_basis(
         Where rows go that do not fit.
     progress : callable
         Wraps an iterable in a progress bar: (iterable, description) -> iterable.
+    unfinished : Unfinished
+        The Gram matrix of a fit that was interrupted, and what keeps it.
 
     Raises
     ------
@@ -193,7 +202,7 @@ def build_basis(
     many times as ``choose_rows(...).gradients`` counts.
     """
     rows = choose_rows(source, budget, spill)
-    found = rows.gram(progress)
+    found = rows.gram(progress, unfinished)
     # All ranks have the same matrix; that they find the same vectors too is not left to chance.
     spectrum, vectors = (source.ranks.of_first(t) for t in torch.linalg.eigh(found))
     spectrum, vectors = spectrum.flip(0), vectors.flip(1)

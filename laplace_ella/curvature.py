@@ -21,7 +21,7 @@ from .basis import NystromBasis, build_basis
 from .batches import Input, batch_size, key_first, packed, rows, to_model, unpacked
 from .engine import AUTODIFF, Engine
 from .gradients import RowEngine, asdl_rows, backpack_rows
-from .gram import Progress, RowSource, Spill
+from .gram import FRESH, Progress, Spill, Unfinished
 from .hashing import SAMPLED_LABEL, uniforms
 from .landmarks import Landmarks
 from .likelihoods import LIKELIHOODS, checked_targets
@@ -29,6 +29,7 @@ from .plan import Plan, make_plan
 from .probing import Support
 from .ranks import ALONE, Ranks
 from .residual import joint_gram, output_grams
+from .row_source import RowSource
 from .sharding import for_everyone
 from .validation import (
     check_budget,
@@ -156,7 +157,7 @@ class NystromGGN(GGNInterface):
         return self.engine.known_support() or self.engine.support(self.to_model(x))
 
     def row_source(self, landmarks: Landmarks, ranks: Ranks = ALONE, sharded: bool = False) -> RowSource:
-        """Prepare the gradient rows of landmarks; see :class:`laplace_ella.gram.RowSource`."""
+        """Prepare the gradient rows of landmarks; see :class:`laplace_ella.row_source.RowSource`."""
         longest = self.to_model(max(landmarks.inputs, key=_numel))
         support = self.engine.support(longest)
         rows_by: RowEngine = self.row_engine or support.engine
@@ -179,6 +180,7 @@ class NystromGGN(GGNInterface):
         progress: Progress,
         ranks: Ranks = ALONE,
         sharded: bool = False,
+        unfinished: Unfinished = FRESH,
     ) -> NystromBasis:
         """Compute the basis of the landmarks' gradients; see :func:`laplace_ella.basis.build_basis`."""
         with ranks.together("the gradients of landmarks"), safe_autodiff(self.model):
@@ -186,7 +188,9 @@ class NystromGGN(GGNInterface):
             budget = self.engine.budget()
         budget = ranks.least(budget)
         with safe_autodiff(self.model):
-            return build_basis(source, rank, budget=budget, spill=self.spill, progress=progress)
+            return build_basis(
+                source, rank, budget=budget, spill=self.spill, progress=progress, unfinished=unfinished
+            )
 
     def plan(
         self,

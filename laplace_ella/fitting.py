@@ -139,7 +139,8 @@ class Fitting:
             Where to keep what each stage has found, so that a fit that was interrupted, called again with the
             same arguments, goes on. The loader has to replay the same order; the states of torch's, numpy's
             and Python's generators, and of the loader's own, are restored for it. The files ``checkpoint``,
-            ``checkpoint.basis`` and ``checkpoint.curvature`` are deleted once the fit has succeeded.
+            ``checkpoint.gram``, ``checkpoint.basis`` and ``checkpoint.curvature`` are deleted once they are not
+            needed any more.
         checkpoint_every : int
             Batches between two checkpoints.
 

@@ -3,36 +3,23 @@ r"""The Gram matrix :math:`R R^T` of M gradient rows, and :math:`R^T a`, within 
 Rows that fit are computed once. Others are kept elsewhere (``spill``), or computed
 again: either in blocks of rows, of which one stays while the others stream past it,
 or in blocks of weights, for all landmarks at once; whichever needs fewer passes.
-
-On several ranks each computes its share of the rows of a block, and the ranks exchange slices of
-columns, so that each multiplies all rows for its part of the weights.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .autodiff import FunctionalModel, flat
-from .batches import collate, rows
-from .gradients import RowEngine
-from .landmarks import Landmarks
-from .memory import Chunks, with_smaller_chunks
-from .ranks import ALONE, Ranks
+from .row_source import RowSource
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
-# Products are summed over slices of this many weights, each held in float64.
-SLICE = 8192
-# Numbers of one sum over ranks.
-SUMMED = 2**22
 # A gradient with respect to few weights costs this much of one with respect to all:
 # two of three passes, the forward and the backward one, are needed in any case.
 PARTIAL_COST = 2 / 3
@@ -68,171 +55,34 @@ class Spill:
         return rows.view(size, n_weights), file
 
 
-class RowSource:
-    """Gradient rows of landmarks, computed when asked for.
+@dataclass(frozen=True)
+class Unfinished:
+    """How far a Gram matrix has come that is made block by block, and what keeps it.
 
-    Parameters
+    Attributes
     ----------
-    model : FunctionalModel
-    landmarks : Landmarks
-        M pairs.
-    engine : callable
-        Computes gradient rows (see gradients.py).
-    to_model : callable
-        Moves an input to the model.
-    rows_per_call : int
-        Landmarks per call of the engine.
-    separable : bool
-        The engine can leave weights out.
-    ranks : Ranks
-        Which compute the rows together: each its share of those asked for.
-    sharded : bool
-        Of combinations of the rows, each rank keeps some.
+    layout : list
+        Of the blocks, in plain types: another one's matrix is of no use.
+    done : int
+        How many blocks are in it.
+    matrix : Tensor (M, M), optional
+    keep : callable
+        (layout, done, matrix) -> None; called after every block.
     """
 
-    def __init__(
-        self,
-        model: FunctionalModel,
-        landmarks: Landmarks,
-        engine: RowEngine,
-        to_model: Callable[[Any], Any],
-        rows_per_call: int,
-        separable: bool = True,
-        ranks: Ranks = ALONE,
-        sharded: bool = False,
-    ) -> None:
-        self.model, self.landmarks, self.engine = model, landmarks, engine
-        self.ranks, self.sharded = ranks, sharded
-        self.to_model, self.separable = to_model, separable
-        self.weights = model.weights()
-        self.sizes = {k: w.numel() for k, w in self.weights.items()}
-        first = next(iter(self.weights.values()))
-        self.device, self.dtype = first.device, first.dtype
-        self.computed = 0
-        self._chunks = Chunks(rows_per_call, 1)
+    layout: list[Any] | None = None
+    done: int = 0
+    matrix: Tensor | None = None
+    keep: Callable[[list[Any], int, Tensor], None] = lambda layout, done, matrix: None
 
-    def __len__(self) -> int:
-        return len(self.landmarks)
+    def start(self, layout: list[Any], size: int, device: torch.device) -> tuple[Tensor, int]:
+        """Return the matrix (size, size) so far, and how many blocks are in it."""
+        if self.matrix is None or layout != self.layout:
+            return torch.zeros(size, size, dtype=torch.float64, device=device), 0
+        return self.matrix.to(device), self.done
 
-    @property
-    def rows_per_call(self) -> int:
-        """Landmarks per call of the engine; halved whenever the device runs out of memory."""
-        return self._chunks.rows
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return sum(self.sizes.values()) * self.dtype.itemsize
-
-    def gram(self, values: Tensor, size: int, progress: Callable[[Any], Any] = iter) -> Tensor:
-        """Return the Gram matrix (size, size), float64, of rows of which each rank has its share."""
-        return gram(values, self.device, progress, self.ranks, self.ranks.lengths(size))
-
-    def cross(self, left: Tensor, n_left: int, right: Tensor, n_right: int) -> Tensor:
-        """Return the products (n_left, n_right), float64, of two sets of rows of which each rank has its share."""
-        out = torch.zeros(n_left, n_right, dtype=torch.float64, device=self.device)
-        width = _slices(n_left + n_right, left.shape[1]).step
-        lengths = self.ranks.lengths(n_left), self.ranks.lengths(n_right)
-        pairs = (self.ranks.columns(rows, n, width) for rows, n in zip((left, right), lengths))
-        for a, b in zip(*pairs):
-            out.addmm_(a.to(self.device).double(), b.to(self.device).double().T)
-        return self.ranks.total(out)
-
-    def combination(self, coefficients: Tensor, values: Tensor) -> Tensor:
-        """Return ``coefficients.T @ rows`` (K, P), of coefficients (M, K) and rows of which each rank has its share.
-
-        Each slice is computed in float64. If directions are spread over the ranks, only those of this rank.
-        """
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        n_weights, rank = values.shape[1], coefficients.shape[1]
-        width = _slices(len(coefficients), n_weights).step
-        mine = coefficients[self.ranks.bounds(len(coefficients))]
-        kept = self.ranks.turns() if self.sharded else slice(None)
-        out = coefficients.new_empty(len(range(rank)[kept]), n_weights, dtype=dtype)
-        # Several slices in one sum over the ranks.
-        block = width * max(1, SUMMED // (rank * width))
-        for start in range(0, n_weights, block):
-            pieces = values[:, start : start + block].split(width, 1)
-            products = [mine.T @ piece.to(coefficients.device).double() for piece in pieces]
-            out[:, start : start + block] = self.ranks.total(torch.cat(products, 1))[kept]
-        return out
-
-    def __call__(
-        self,
-        indices: Sequence[int],
-        names: Sequence[str] | None = None,
-        out: Tensor | None = None,
-        progress: Callable[[Any], Any] = iter,
-        norms: Tensor | None = None,
-    ) -> Tensor:
-        """Return the rows (len(indices), P) with respect to the weights named, all by default.
-
-        On several ranks, all of which ask for the same rows, each gets its share of them. ``out`` takes them, if given; ``norms`` takes their norms, by which they are then divided.
-        """
-        names = list(self.weights) if names is None else names
-        indices = self.ranks.share(indices)
-        with self.ranks.together("the gradients of landmarks"):
-            return self._rows(indices, names, out, progress, norms)
-
-    def _rows(
-        self,
-        indices: Sequence[int],
-        names: Sequence[str],
-        out: Tensor | None,
-        progress: Callable[[Any], Any],
-        norms: Tensor | None,
-    ) -> Tensor:
-        if out is None:
-            n_weights = sum(self.sizes[k] for k in names)
-            out = torch.empty(len(indices), n_weights, device=self.device, dtype=self.dtype)
-        inputs = [self.landmarks.inputs[i] for i in indices]
-        for part, x in progress(list(collate(inputs, self.rows_per_call))):
-            self._write(out, part, [indices[i] for i in part], self.to_model(x), names, norms)
-        self.computed += len(indices)
-        return out
-
-    def _write(
-        self,
-        out: Tensor,
-        part: list[int],
-        chosen: list[int],
-        x: Any,
-        names: Sequence[str],
-        norms: Tensor | None,
-    ) -> None:
-        weights = {k: self.weights[k] for k in names}
-        outputs = self.landmarks.outputs[chosen].to(self.device)
-        gradients, self._chunks = with_smaller_chunks(
-            lambda c: self._gradients(weights, x, outputs, c.rows),
-            self._chunks,
-            self.device,
-            lambda c: 2 * c.rows * sum(self.sizes.values()) * self.dtype.itemsize,
-        )
-        scale = None
-        if norms is not None:
-            squares = [flat(g).double().square().sum(1) for g in gradients.values()]
-            norms[part] = torch.stack(squares).sum(0).sqrt()
-            scale = norms[part, None].clamp_min(torch.finfo(torch.float64).tiny)
-        start = 0
-        for name in names:
-            block = flat(gradients[name])
-            if not block.isfinite().all():
-                raise ValueError(
-                    f"The gradients of landmarks {self.landmarks.names(chosen)} hold NaN or infinite values in {name!r}; "
-                    "they must be finite. A square root or a norm at zero is a usual cause."
-                )
-            block = block if scale is None else block / scale
-            out[part, start : start + self.sizes[name]] = block.to(out.device, out.dtype)
-            start += self.sizes[name]
-
-    def _gradients(self, weights: Any, x: Any, outputs: Tensor, size: int) -> dict[str, Tensor]:
-        if size >= len(outputs):
-            return self.engine(self.model, weights, x, outputs)
-        parts = [
-            self.engine(self.model, weights, rows(x, a, a + size), outputs[a : a + size])
-            for a in range(0, len(outputs), size)
-        ]
-        return {k: torch.cat([p[k] for p in parts]) for k in weights}
+FRESH = Unfinished()
 
 
 class KeptRows:
@@ -247,7 +97,7 @@ class KeptRows:
         self.cost = self.gradients = len(source)
         self.n_bytes = _largest_share(source) * source.row_bytes if spill is None else 0
 
-    def gram(self, progress: Progress) -> Tensor:
+    def gram(self, progress: Progress, unfinished: Unfinished = FRESH) -> Tensor:
         """Return the Gram matrix (M, M), float64."""
         source, out = self.source, None
         if self.spill is not None:
@@ -285,30 +135,37 @@ class SampleBlocks:
         self.eps = torch.finfo(source.dtype).eps
         self.blocks = [list(range(a, min(a + n_kept, len(source)))) for a in range(0, len(source), n_kept)]
         size = len(source)
+        self.kept: Tensor | None = None  # the rows of the last block
         self.cost = self.gradients = sum(size - b[0] for b in self.blocks) + size - len(self.blocks[-1])
 
-    def gram(self, progress: Progress) -> Tensor:
+    def gram(self, progress: Progress, unfinished: Unfinished = FRESH) -> Tensor:
         """Return the Gram matrix (M, M), float64."""
         source, size = self.source, len(self.source)
-        out = torch.zeros(size, size, dtype=torch.float64, device=source.device)
-        for block in progress(self.blocks, "Gram matrix, block by block"):
-            self.kept = torch.empty(0)  # before the next is computed
+        layout = ["rows", *(block[0] for block in self.blocks)]
+        out, done = unfinished.start(layout, size, source.device)
+        for i, block in enumerate(progress(self.blocks, "Gram matrix, block by block")):
+            if i < done:
+                continue
+            self.kept = None  # before the next is computed
             self.kept = source(block)
             a, b = block[0], block[-1] + 1
             out[a:b, a:b] = source.gram(self.kept, b - a)
             for c in range(b, size, self.n_streamed):
                 d = min(c + self.n_streamed, size)
                 out[a:b, c:d] = source.cross(self.kept, b - a, source(list(range(c, d))), d - c)
+            unfinished.keep(layout, i + 1, out)
         return out.triu() + out.triu(1).T
 
     def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
-        # The last block is still there.
-        total = self.source.combination(coefficients[self.blocks[-1]], self.kept)
+        last = self.blocks[-1]
+        kept = self.source(last) if self.kept is None else self.kept
+        total = self.source.combination(coefficients[last], kept)
         for block in progress(self.blocks[:-1], "Directions"):
-            self.kept = torch.empty(0)
-            self.kept = self.source(block)
-            total += self.source.combination(coefficients[block], self.kept)
+            del kept  # before the next is computed
+            self.kept = None
+            kept = self.source(block)
+            total += self.source.combination(coefficients[block], kept)
         return _by_weight(total, self.source.sizes)
 
 
@@ -319,28 +176,33 @@ class WeightBlocks:
 
     def __init__(self, source: RowSource, groups: list[list[str]]) -> None:
         self.source, self.groups = source, groups
+        self.rows: Tensor | None = None  # those of the last block
         self.eps = torch.finfo(source.dtype).eps
         self.gradients = (2 * len(groups) - 1) * len(source)
         self.cost = PARTIAL_COST * self.gradients
         largest = max(sum(source.sizes[k] for k in group) for group in groups)
         self.n_bytes = _largest_share(source) * largest * source.dtype.itemsize
 
-    def gram(self, progress: Progress) -> Tensor:
+    def gram(self, progress: Progress, unfinished: Unfinished = FRESH) -> Tensor:
         """Return the Gram matrix (M, M), float64."""
         source, size = self.source, len(self.source)
-        out = torch.zeros(size, size, dtype=torch.float64, device=source.device)
-        for group in progress(self.groups, "Gram matrix, weight by weight"):
-            self.rows = torch.empty(0)
+        layout = ["weights", *(group[0] for group in self.groups)]
+        out, done = unfinished.start(layout, size, source.device)
+        for i, group in enumerate(progress(self.groups, "Gram matrix, weight by weight")):
+            if i < done:
+                continue
+            self.rows = None  # before the next are computed
             self.rows = source(list(range(size)), group)
-            out += source.gram(self.rows, size)
+            out = out + source.gram(self.rows, size)
+            unfinished.keep(layout, i + 1, out)
         return out
 
     def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
         """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
         found: dict[str, Tensor] = {}
-        for group in progress(self.groups[::-1], "Directions"):  # the rows of the last are still there
-            if group is not self.groups[-1]:
-                self.rows = torch.empty(0)
+        for group in progress(self.groups[::-1], "Directions"):
+            if self.rows is None or group is not self.groups[-1]:  # else they are still there
+                self.rows = None
                 self.rows = self.source(list(range(len(self.source))), group)
             sizes = {k: self.source.sizes[k] for k in group}
             found.update(_by_weight(self.source.combination(coefficients, self.rows), sizes))
@@ -385,47 +247,8 @@ def _groups(sizes: dict[str, int], capacity: int) -> list[list[str]]:
     return groups
 
 
-def _slices(n_rows: int, n_weights: int) -> range:
-    return range(0, n_weights, max(64, min(SLICE, 2**22 // n_rows)))
-
-
 def _largest_share(source: RowSource) -> int:
     return source.ranks.lengths(len(source))[0]
-
-
-def gram(
-    values: Tensor,
-    device: torch.device,
-    progress: Callable[[Any], Any] = iter,
-    ranks: Ranks = ALONE,
-    lengths: Sequence[int] | None = None,
-) -> Tensor:
-    """Return ``values @ values.T`` (M, M) in float64, computing the upper half only.
-
-    On several ranks, each with so many of the rows, in the order of the ranks.
-    """
-    lengths = [len(values)] if lengths is None else lengths
-    size = sum(lengths)
-    out = torch.zeros(size, size, dtype=torch.float64, device=device)
-    parts = list(torch.arange(size).chunk(min(8, size)))
-    bounds = [(int(p[0]), int(p[-1]) + 1) for p in parts]
-    slices = _slices(size, values.shape[1])
-    for _, columns in zip(progress(slices), ranks.columns(values, lengths, slices.step)):
-        piece = columns.to(device).double()
-        for (a, b), (c, d) in combinations_with_replacement(bounds, 2):
-            out[a:b, c:d].addmm_(piece[a:b], piece[c:d].T)
-    out = ranks.total(out)
-    return out.triu() + out.triu(1).T
-
-
-def block_grams(values: Tensor, size: int) -> Tensor:
-    """Return the Gram matrices (B, C, C) of consecutive groups of C = ``size`` rows, float64."""
-    out = torch.zeros(len(values) // size, size, size, dtype=torch.float64, device=values.device)
-    slices = _slices(values.shape[0], values.shape[1])
-    for start in slices:
-        piece = values[:, start : start + slices.step].double().view(len(out), size, -1)
-        out.baddbmm_(piece, piece.mT)
-    return out
 
 
 def _by_weight(values: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .autodiff import Weights
 from .batches import Input, batch_size, single_row
-from .gram import RowSource, block_grams, choose_rows
+from .gram import choose_rows
 from .landmarks import Landmarks
 from .posterior import Linearised, without_autocast
+from .row_source import RowSource, block_grams
 
 RESIDUALS = ("none", "isotropic", "exact")
 

@@ -1,7 +1,7 @@
 r"""Checkpoints of a fit in progress: what each stage has found, so that a killed fit goes on.
 
-Three files, each written by one stage: ``path`` (the pass over the data), ``path.basis`` and
-``path.curvature``. A file is replaced as a whole, or not at all.
+Files, each written by one stage: ``path`` (the pass over the data), ``path.gram`` (only while a Gram matrix
+is made block by block), ``path.basis`` and ``path.curvature``. A file is replaced as a whole, or not at all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .scan import Scan
 from .stream import Batch
 
 KIND, FORMAT = "laplace_ella: a fit in progress", 1
-STAGES = ("scan", "basis", "curvature")
+STAGES = ("scan", "gram", "basis", "curvature")
 ENTRIES = {"kind", "format", "run", "arguments", "state"}
 
 
@@ -72,11 +72,6 @@ class FitFiles:
             if found["run"] != self._run:
                 raise ValueError(_unusable(self.paths[stage], f"it does not belong to {self.paths['scan']}"))
 
-    @property
-    def stage(self) -> int:
-        """How many stages have left a file."""
-        return len(self._found)
-
     def found(self, stage: str) -> Any:
         """Return what a stage left, or None."""
         return self._found[stage]["state"] if stage in self._found else None
@@ -107,7 +102,7 @@ class FitFiles:
             "arguments": self.arguments,
             "state": state,
         }
-        temporary = Path(f"{path}.tmp")
+        temporary = _temporary(path)
         with temporary.open("wb") as file:
             torch.save(whole, file)
             file.flush()
@@ -118,11 +113,16 @@ class FitFiles:
         _flush_folder(path.absolute().parent)
         self._readable.add(stage)
 
+    def delete(self, stage: str) -> None:
+        """Delete the file of a stage, if there is one."""
+        if self.paths:
+            self.paths[stage].unlink(missing_ok=True)
+            _temporary(self.paths[stage]).unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Delete the files: the fit has ended."""
-        for path in reversed(self.paths.values()):
-            path.unlink(missing_ok=True)
-            Path(f"{path}.tmp").unlink(missing_ok=True)
+        for stage in reversed(STAGES):
+            self.delete(stage)
 
     def _read(self, path: Path) -> dict[str, Any]:
         try:
@@ -148,6 +148,10 @@ class FitFiles:
             was = ", ".join(f"{k} was {theirs.get(k)!r} and is {self.arguments[k]!r}" for k in differ)
             raise ValueError(_unusable(path, f"it belongs to another fit: {was}"))
         return found
+
+
+def _temporary(path: Path) -> Path:
+    return Path(f"{path}.tmp")
 
 
 def _unusable(path: Path, reason: str) -> str:

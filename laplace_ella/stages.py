@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from .accumulation import NOTHING, Part, RunningSum, cut, parts_of_sample, parts_of_stream
 from .basis import NystromBasis, Progress
 from .batches import batch_size
 from .checkpoint import pack_basis, unpack_basis
+from .gram import FRESH, Unfinished
 from .landmarks import Landmarks
 from .pooling import Dealt
 from .ranks import ALONE, Ranks
-from .resume import STAGES, FitFiles, random_state, replay, set_random_state, skip
+from .resume import FitFiles, random_state, replay, set_random_state, skip
 from .scan import Scan
 from .sharding import work_through
 from .stream import Batch, Stream
@@ -88,14 +91,29 @@ def read_data(job: Job, found: Scan, scan: Callable[..., None]) -> None:
 def find_basis(job: Job, landmarks: Landmarks, rank: int | float, shard: bool) -> NystromBasis:
     """Compute the basis, or take it from the files of an interrupted fit."""
     files, ranks = job.files, job.ranks
-    if ranks.least(files.stage) > STAGES.index("basis"):
+    if not ranks.any(files.found("basis") is None):
         return unpack_basis(files.found("basis"), job.backend.model, ranks if shard else ALONE)
     for stage in ("basis", "curvature"):
         files.forget(stage)
-    basis = job.backend.build_basis(landmarks, rank, job.progress, ranks, shard)
+    basis = job.backend.build_basis(landmarks, rank, job.progress, ranks, shard, _unfinished_gram(job))
     with ranks.together("the checkpoint of the basis"):
         files.save("basis", pack_basis(basis) if files.paths else {})
+        files.delete("gram")
     return basis
+
+
+def _unfinished_gram(job: Job) -> Unfinished:
+    """Return the Gram matrix of an interrupted fit, which the first rank keeps."""
+
+    def keep(layout: list[Any], done: int, matrix: Tensor) -> None:
+        with job.ranks.together("the checkpoint of the Gram matrix"):
+            if job.ranks.rank == 0:
+                job.files.save("gram", {"layout": layout, "done": done, "matrix": matrix})
+
+    found = job.ranks.gathered(job.files.found("gram"), "the Gram matrix of an interrupted fit")[0]
+    if not job.ranks.any(bool(job.files.paths)):
+        return FRESH
+    return Unfinished(keep=keep) if found is None else Unfinished(**found, keep=keep)
 
 
 def accumulate(
@@ -113,7 +131,7 @@ def accumulate(
         In batches of how many.
     """
     files, loader, ranks = job.files, job.stream.loader, job.ranks
-    before = _unfinished(job, basis)
+    before = _unfinished_sum(job, basis)
     if before is not None:
         set_random_state(before["random"], loader)
         total.restore(before["total"])
@@ -144,7 +162,7 @@ def accumulate(
             files.save("curvature", {"random": random_state(loader), **state})
 
 
-def _unfinished(job: Job, basis: NystromBasis) -> Any:
+def _unfinished_sum(job: Job, basis: NystromBasis) -> Any:
     """Return what an interrupted fit left of the curvature, if all ranks can go on from theirs."""
     before = job.files.found("curvature")
     if basis.sharded:  # in which case all go through the same steps

@@ -1645,6 +1645,7 @@ def run_mortal(
 RESUMED: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "in the first pass": ({"curvature_size": 13}, {}, 0.4),
     "before the curvature": ({"curvature_size": 13, "memory_budget": 4000}, {"balanced": True}, 0.7),
+    "in the Gram matrix": ({"curvature_size": 13, "memory_budget": 2000}, {}, 0.55),
     "in the second pass": ({"curvature_size": None}, {}, 0.97),
     "with sampled labels": ({"curvature_size": None, "curvature": "mc"}, {}, 0.97),
 }
@@ -1657,8 +1658,9 @@ def test_a_killed_fit_goes_on_to_the_same_bits(fresh, two, tmp_path, name):
     case = Case(options=options, fit=arguments, batch=1)
     expected = two(run_mortal, case, None)
     left = killed(fresh(2), case, tmp_path, share * expected[0][1])
-    stages = ("", ".basis", ".curvature")
+    stages = ("", ".gram", ".basis", ".curvature")
     assert left
+    assert ("fit.pt.0-of-2.gram" in left) == (name == "in the Gram matrix")
     assert left <= {f"fit.pt.{rank}-of-2{stage}" for rank in range(2) for stage in stages}
     assert ("fit.pt.0-of-2.curvature" in left) == (share > 0.9)
     found = two(run_mortal, case, str(tmp_path / "fit.pt"))

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import warnings
 from collections import UserDict
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_close
 from helpers import (
     DictModel,
     K,
@@ -31,6 +33,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import laplace_ella
+from laplace_ella.gram import SampleBlocks, WeightBlocks
 
 SIZE, N_BATCHES = 5, 5  # of 23 inputs: 5, 5, 5, 5, 3
 N_DATA = 23
@@ -131,6 +134,8 @@ def interrupt(la, data, path, error, **options):
 # ---------------------------------------------------------------------------- what is fitted
 
 
+# Gradient rows beyond it are computed again, in blocks of some of them, or of some of the weights.
+ROWS_BUDGET, WEIGHTS_BUDGET = 3000, 4000
 CASES = {
     # likelihood, options of the estimator, options of the fit
     "sample": ("classification", {}, {}),
@@ -152,6 +157,8 @@ CASES = {
     ),
     "landmarks": ("classification", {}, {"landmarks": True}),
     "more pairs than inputs": ("classification", {"subsample_size": 31}, {}),
+    "blocks of rows": ("classification", {"memory_budget": ROWS_BUDGET}, {}),
+    "blocks of weights": ("classification", {"memory_budget": WEIGHTS_BUDGET}, {}),
 }
 
 
@@ -607,6 +614,68 @@ def test_gradient_rows_are_computed_once_the_basis_is_kept(tmp_path):
     second.backend.build_basis = lambda *args, **kwargs: pytest.fail("the basis is computed again")
     second.fit(data, checkpoint=tmp_path / "fit", checkpoint_every=1)
     assert_equal_fits(second, la)
+
+
+BUDGETS = {SampleBlocks: ROWS_BUDGET, WeightBlocks: WEIGHTS_BUDGET}
+
+
+@pytest.mark.parametrize("kind", BUDGETS)
+def test_blocks_of_the_gram_matrix_are_not_computed_again(kind, tmp_path, monkeypatch):
+    made, gram = [], kind.gram
+
+    def remember(self, *args):
+        made.append(self)
+        return gram(self, *args)
+
+    monkeypatch.setattr(kind, "gram", remember)
+
+    def fit(model, **more):
+        made.clear()
+        la = build(model=model, memory_budget=BUDGETS[kind])
+        la.fit(batches(), **more)
+        return la
+
+    whole = fit(Watched())
+    rows = made[0]
+    gradients = rows.source.computed
+    # What each block takes, and what is computed again after the last for the directions.
+    if kind is SampleBlocks:
+        costs, again = [M - block[0] for block in rows.blocks], len(rows.blocks[-1])
+    else:
+        costs, again = [M] * len(rows.groups), M
+    assert len(costs) >= 2
+    seen = set()
+    for at in range(0, whole.model.calls, 2):
+        with pytest.raises(Killed):
+            fit(Watched(at=at), checkpoint=tmp_path / "fit", checkpoint_every=1)
+        if (tmp_path / "fit.basis").exists():
+            assert not (tmp_path / "fit.gram").exists()
+            break
+        done = 0
+        if (tmp_path / "fit.gram").exists():
+            done = torch.load(tmp_path / "fit.gram", weights_only=True)["state"]["done"]
+        resumed = fit(Watched(), checkpoint=tmp_path / "fit", checkpoint_every=1)
+        assert_equal_fits(resumed, whole, f"interrupted at call {at}")
+        left = gradients - sum(costs[:done]) + (again if done == len(costs) else 0)
+        assert made[0].source.computed == left, (at, done)
+        seen.add(done)
+        assert not list(tmp_path.iterdir())
+    assert seen == set(range(len(costs) + 1))
+
+
+def test_another_budget_makes_other_blocks(tmp_path):
+    whole = build(memory_budget=2 * ROWS_BUDGET // 3)
+    whole.fit(batches())
+    for at in range(40):
+        model = Watched(at=at)
+        with suppress(Killed):
+            build(model=model, memory_budget=ROWS_BUDGET).fit(batches(), checkpoint=tmp_path / "fit")
+        if (tmp_path / "fit.gram").exists():
+            break
+    la = build(model=Watched(), memory_budget=2 * ROWS_BUDGET // 3)
+    la.fit(batches(), checkpoint=tmp_path / "fit")
+    assert_close(la.H, whole.H)
+    assert_close(la.basis.eigenvalues, whole.basis.eigenvalues)
 
 
 # ---------------------------------------------------------------------------- wrong orders
