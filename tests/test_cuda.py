@@ -7,8 +7,10 @@ import copy
 import pytest
 import torch
 from conftest import assert_close
-from helpers import C, fitted, inputs, loader, mlp, targets, train_loader
+from helpers import C, build, fitted, inputs, loader, mlp, targets, train_loader
+from processes import Group
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -193,3 +195,62 @@ def test_positions_and_binary_labels(likelihood):
     cpu, gpu = (fitted(likelihood, m, loader(x, y)) for m in (Sequence(), Sequence().cuda()))
     assert_close(gpu.H, cpu.H, rtol=1e-6)
     assert_close(gpu(x[:3].cuda()), cpu(x[:3]), rtol=1e-6)
+
+
+def test_data_come_and_go():
+    found = []
+    for device in ("cpu", "cuda"):
+        model = mlp().to(device)
+        la, other = build(model=model), build(model=model)
+        la.fit(loader(inputs(), targets("classification")))
+        other.fit(loader(inputs(seed=5), targets("classification", seed=6)), basis=la.basis)
+        la.merge(other)
+        la.forget(loader(inputs()[:7], targets("classification")[:7]))
+        found.append((la.H, la.loss, la(X.to(device))))
+    for cpu, gpu in zip(*found):
+        assert gpu.is_cuda
+        assert_close(gpu, cpu, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [None, 11])
+def test_an_interrupted_fit_goes_on(size, tmp_path):
+    whole = build(model=mlp().cuda(), curvature_size=size)
+    batches = list(train_loader())
+    whole.fit(batches)
+
+    def breaking():
+        yield from batches[:2]
+        raise OSError("interrupted")
+
+    class Breaking:
+        def __iter__(self):
+            return breaking()
+
+    la = build(model=mlp().cuda(), curvature_size=size)
+    with pytest.raises(OSError, match="interrupted"):
+        la.fit(Breaking(), checkpoint=tmp_path / "fit", checkpoint_every=1)
+    la.fit(batches, checkpoint=tmp_path / "fit", checkpoint_every=1)
+    assert la.H.is_cuda
+    assert_close(la.H, whole.H)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_processes_that_share_a_gpu(shard, tmp_path):
+    group = Group(2, tmp_path / "group")
+    try:
+        found = group(fit_on_gpu, shard)
+    finally:
+        group.kill()
+    la = fitted(model=mlp().cuda(), data=list(train_loader()), temperature=None)
+    for H, p in found:
+        assert_close(H, la.H.cpu(), rtol=1e-6)
+        assert_close(p, la(X.cuda()).cpu(), rtol=1e-6)
+
+
+def fit_on_gpu(shard):
+    data = TensorDataset(inputs(), targets("classification"))
+    shares = DataLoader(data, 5, sampler=DistributedSampler(data, shuffle=False))
+    la = fitted(model=mlp().cuda(), data=shares, temperature=None, shard_directions=shard)
+    la.calibrate_novelty(shares)
+    return la.H.cpu(), la(X.cuda()).cpu()
