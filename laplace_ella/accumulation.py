@@ -125,7 +125,7 @@ class RunningSum:
         """
         if unfinished and (not self.marks or self.marks[-1][0] < self.seen):
             self.marks.append((self.seen, self.total))
-        n_marks = -ranks.least(-len(self.marks))
+        n_marks = ranks.greatest(len(self.marks), "the snapshots of G")
         # A rank that ran out of inputs before stays at its last.
         last = self.marks[-1] if self.marks else (0, self.total)
         marks = [*self.marks, *[last] * (n_marks - len(self.marks))]

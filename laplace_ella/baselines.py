@@ -22,6 +22,7 @@ from .posterior import Outputs
 from .ranks import ALONE, Ranks
 from .scoring import SKIPPED, Block, Loss, ValidationData, score
 from .search import LOGIT_SCALES, Search, Setting, decades, joint_search, noises, refine
+from .validation import check_some
 
 # Setting -> what predicts a block under it.
 Predictor = Callable[[Setting], Callable[[Block], Prediction]]
@@ -57,6 +58,8 @@ class Scorer:
     data : ValidationData
         Of this rank.
     loss : torchmetrics.Metric or callable, optional
+    device : torch.device
+        Of the predictions.
     ranks : Ranks
         Those that score together, each on its part of the data.
 
@@ -71,11 +74,12 @@ class Scorer:
         If there are no data.
     """
 
-    def __init__(self, data: ValidationData, loss: Loss | None, ranks: Ranks = ALONE) -> None:
-        self.data, self.loss, self.ranks = data, loss, ranks
+    def __init__(
+        self, data: ValidationData, loss: Loss | None, device: torch.device, ranks: Ranks = ALONE
+    ) -> None:
+        self.data, self.loss, self.device, self.ranks = data, loss, device, ranks
         self.n_inputs = int(ranks.total(torch.tensor(data.n_inputs)))
-        if not self.n_inputs:
-            raise ValueError("The validation loader yielded no data; at least one input is needed.")
+        check_some(self.n_inputs, "validation loader")
 
     @property
     def likelihood(self) -> Likelihood:
@@ -113,7 +117,8 @@ class Scorer:
             predict = predictor(setting)
             return ((predict(block), block.targets) for block in self.data)
 
-        return score(pairs, self.likelihood, self.loss, float(setting.sigma_noise) ** 2, self.ranks)
+        noise_variance = float(setting.sigma_noise) ** 2
+        return score(pairs, self.likelihood, self.loss, noise_variance, self.ranks, self.device)
 
     @torch.no_grad()
     def each(self, predictor: Predictor, setting: Setting) -> Tensor | None:
@@ -228,7 +233,7 @@ def baselines(
         yield "constant variance", tuned(constant, of_variance)
     else:
         yield "constant variance", tuned(plain, ["sigma_noise"])
-    available = not scorer.ranks.any(any(block.last_layer is None for block in scorer.data))
+    available = not scorer.ranks.any(scorer.data.lacks_last_layer, "the last layer")
     yield "last-layer variance", tuned(with_variance_of(last_layer), of_variance) if available else None
 
 

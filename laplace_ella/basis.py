@@ -38,6 +38,8 @@ class NystromBasis:
     ranks : Ranks
         Over which the directions are spread, dealt like cards, so that each has (K_rank, *shape) of
         them; one by default.
+    grams : Tensor (L, K, K), optional
+        :attr:`weight_grams`, where no rank has all directions.
     """
 
     directions: Weights
@@ -45,6 +47,7 @@ class NystromBasis:
     trace: float
     spectrum: Tensor
     ranks: Ranks = ALONE
+    grams: Tensor | None = None
 
     @property
     def n_landmarks(self) -> int:
@@ -76,7 +79,18 @@ class NystromBasis:
         kept = len(range(rank)[self.ranks.turns()])
         # Copies, so that the memory of the others is freed.
         directions = {k: v[:kept].clone() for k, v in self.directions.items()}
-        return replace(self, directions=directions, eigenvalues=self.eigenvalues[:rank].clone())
+        grams = None if self.grams is None else self.grams[:, :rank, :rank].clone()
+        return replace(self, directions=directions, eigenvalues=self.eigenvalues[:rank].clone(), grams=grams)
+
+    def spread(self, ranks: Ranks) -> NystromBasis:
+        """Return the basis whose directions here are those of one of several ranks; all of them have to call."""
+        lengths = [len(range(self.rank)[r :: ranks.size]) for r in range(ranks.size)]
+        # The Gram matrices are in the order of the ranks.
+        order = torch.cat([torch.arange(self.rank)[r :: ranks.size] for r in range(ranks.size)]).argsort()
+        device = self.eigenvalues.device
+        found = (gram(flat(v), device, ranks=ranks, lengths=lengths) for v in self.directions.values())
+        grams = torch.stack([g[order][:, order] for g in found])
+        return replace(self, ranks=ranks, grams=grams)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the spectrum of the Gram matrix, and the share of its trace that K directions retain.
@@ -114,13 +128,9 @@ class NystromBasis:
     @cached_property
     def weight_grams(self) -> Tensor:
         r""":math:`V_l^T V_l` (L, K, K) of each weight tensor l, float64; they sum to the identity."""
-        lengths = [len(range(self.rank)[r :: self.ranks.size]) for r in range(self.ranks.size)]
-        device = self.eigenvalues.device
-        found = [gram(flat(v), device, ranks=self.ranks, lengths=lengths) for v in self.directions.values()]
-        # The Gram matrices are in the order of the ranks.
-        places = torch.cat([torch.arange(self.rank)[r :: self.ranks.size] for r in range(self.ranks.size)])
-        order = places.argsort()
-        return torch.stack([g[order][:, order] for g in found])
+        if self.grams is not None:
+            return self.grams
+        return torch.stack([gram(flat(v), self.eigenvalues.device) for v in self.directions.values()])
 
     def project_precision(self, prior_precision: Tensor) -> Tensor:
         r"""Project a prior precision onto the span: :math:`V^T \Delta V` (K, K), float64.
@@ -204,23 +214,21 @@ def build_basis(
     rows = choose_rows(source, budget, spill)
     found = rows.gram(progress, unfinished)
     # All ranks have the same matrix; that they find the same vectors too is not left to chance.
-    spectrum, vectors = (source.ranks.of_first(t) for t in torch.linalg.eigh(found))
+    ranks = source.ranks
+    with ranks.together("the eigenvectors"):
+        pairs = torch.linalg.eigh(found)
+    spectrum, vectors = (ranks.of_first(t) for t in pairs)
     spectrum, vectors = spectrum.flip(0), vectors.flip(1)
     if isinstance(rank, float):
-        row_bytes = sum(w.numel() * w.element_size() for w in source.weights.values())
-        rank = min(rank_of_share(spectrum, rank), max(1, budget // row_bytes))
+        rank = min(rank_of_share(spectrum, rank), max(1, budget // source.row_bytes))
     eigenvalues, coefficients = _leading_eigenpairs(spectrum, vectors, rank, rows.eps)
     values = rows.combine(coefficients, progress)
-    directions = {
-        k: _like(w, values[k].reshape(values[k].shape[0], *w.shape)) for k, w in source.weights.items()
-    }
-    return NystromBasis(
-        directions,
-        eigenvalues,
-        float(found.trace()),
-        spectrum,
-        source.ranks if source.sharded else ALONE,
-    )
+    with ranks.together("the directions"):
+        directions = {
+            k: _like(w, values[k].reshape(values[k].shape[0], *w.shape)) for k, w in source.weights.items()
+        }
+    basis = NystromBasis(directions, eigenvalues, float(found.trace()), spectrum)
+    return basis.spread(ranks) if source.sharded and ranks.size > 1 else basis
 
 
 def rank_of_share(spectrum: Tensor, share: float) -> int:

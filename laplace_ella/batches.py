@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -149,10 +150,30 @@ def single_row(x: Input, index: int) -> Input:
 
 
 def packed(x: Input) -> Any:
-    """Return an input as tensors and plain types, on the CPU, cut from graphs and larger storages."""
+    """Return an input as tensors and plain types, on the CPU, cut from graphs and larger storages.
+
+    Raises
+    ------
+    ValueError
+        If a mapping holds anything else.
+    """
     if isinstance(x, Tensor):
         return x.detach().cpu().clone()
+    foreign = [k for k, v in x.items() if not _is_plain(v)]
+    if foreign:
+        raise ValueError(
+            f"The inputs hold objects other than tensors and plain Python types under {foreign}, which can neither be sent "
+            "to other processes nor kept in a checkpoint. Convert them in the data set."
+        )
     return {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in x.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return type(value) is dict and all(map(_is_plain, chain(value.keys(), value.values())))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, Tensor) or type(value) in (str, bytes, bool, int, float, type(None))
 
 
 def unpacked(entries: Any, example: Input | None) -> Input:

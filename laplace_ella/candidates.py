@@ -20,6 +20,7 @@ from . import posterior
 from .autodiff import Weights
 from .baselines import Predictor, Scorer
 from .basis import Progress
+from .hashing import digest
 from .hyperparameters import curvature_factor
 from .likelihoods import LIKELIHOODS, Prediction, checked_targets
 from .posterior import Linearised, Outputs
@@ -113,7 +114,9 @@ class Candidates:
     def _require_same_search(self, what: str, **arguments: Any) -> None:
         """Require that all ranks search the same, from the same posterior."""
         setting = [None if v is None else float(v) for v in astuple(self._setting())]
-        self._ranks.require_equal({**arguments, "setting": setting, "residual": self.residual}, what)
+        fitted = digest(self.H, self.prior_precision)
+        of_estimator = {"setting": setting, "residual": self.residual, "seed": self.seed, "fit": fitted}
+        self._ranks.require_equal({**arguments, **of_estimator}, what)
 
     def _number(self, value: Any) -> Tensor:
         """Round a number as the attribute of the estimator would be."""
@@ -170,7 +173,7 @@ class Candidates:
             stream = Stream(loader, self.dict_key_x, self.dict_key_y, ranks, progress)
         parts = stream.parts("Validation data", partial(backend.bounded, width=self._width()))
         work_through(parts, keep, ranks, self.basis.ranks, "the validation data")
-        return Scorer(data, loss, ranks)
+        return Scorer(data, loss, self._device, ranks)
 
 
 def _detached(seen: Linearised) -> Linearised:

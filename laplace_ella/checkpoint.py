@@ -51,6 +51,7 @@ def pack_basis(basis: NystromBasis) -> dict[str, Any]:
         "trace": basis.trace,
         "spectrum": basis.spectrum,
         "shard": (basis.ranks.rank, basis.ranks.size),
+        "grams": basis.grams,
     }
 
 
@@ -70,6 +71,20 @@ def check_directions(basis: NystromBasis, model: nn.Module, what: str) -> None:
         )
 
 
+def check_shard(shard: tuple[int, int], ranks: Ranks, what: str) -> None:
+    """Require the directions of one rank of so many.
+
+    Raises
+    ------
+    ValueError
+    """
+    if tuple(shard) != (ranks.rank, ranks.size):
+        raise ValueError(
+            f"{what} holds the directions of rank {shard[0]} of {shard[1]}, and this estimator those of rank "
+            f"{ranks.rank} of {ranks.size}. Use it on as many ranks as made it, with the same shard_directions."
+        )
+
+
 def unpack_basis(state: dict[str, Any], model: nn.Module, ranks: Ranks = ALONE) -> NystromBasis:
     """Rebuild a basis on the model's device; ``ranks`` are those that share its directions.
 
@@ -79,15 +94,11 @@ def unpack_basis(state: dict[str, Any], model: nn.Module, ranks: Ranks = ALONE) 
         If its directions are not those of the model's trainable parameters.
     """
     weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
-    if tuple(state["shard"]) != (ranks.rank, ranks.size):
-        raise ValueError(
-            f"The checkpoint holds the directions of rank {state['shard'][0]} of {state['shard'][1]}, and this "
-            f"estimator those of rank {ranks.rank} of {ranks.size}. Load it on as many ranks as saved it, with the same "
-            "shard_directions."
-        )
+    check_shard(state["shard"], ranks, "The checkpoint")
     device = next(iter(weights.values())).device
     eigenvalues, spectrum = (state[k].to(device, torch.float64) for k in ("eigenvalues", "spectrum"))
-    basis = NystromBasis(state["directions"], eigenvalues, float(state["trace"]), spectrum, ranks)
+    grams = None if state["grams"] is None else state["grams"].to(device, torch.float64)
+    basis = NystromBasis(state["directions"], eigenvalues, float(state["trace"]), spectrum, ranks, grams)
     check_directions(basis, model, "The checkpoint")
     return replace(basis, directions={k: state["directions"][k].to(w) for k, w in weights.items()})
 

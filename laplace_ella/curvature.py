@@ -6,7 +6,7 @@ Laplace with the weights confined to :math:`\theta^* + \operatorname{span}(V)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from time import perf_counter
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .accumulation import Part
 from .autodiff import Weights, last_layer_norms, safe_autodiff, unwrap
 from .basis import NystromBasis, build_basis
-from .batches import Input, batch_size, key_first, packed, rows, to_model, unpacked
+from .batches import Input, batch_size, key_first, like, packed, rows, to_model, unpacked
 from .engine import AUTODIFF, Engine
 from .gradients import RowEngine, asdl_rows, backpack_rows
 from .gram import FRESH, Progress, Spill, Unfinished
@@ -101,6 +101,7 @@ class NystromGGN(GGNInterface):
         folder = check_spill(spill, spill_dtype)
         self.spill = None if spill is None else Spill(folder, spill_dtype)
         self.basis: NystromBasis | None = None
+        self._example: Input | None = None  # an empty mapping, of the type that inputs had
         self.engine = Engine(
             self.model, autodiff, check_size("chunk_size", chunk_size), check_budget(memory_budget), compile
         )
@@ -115,6 +116,8 @@ class NystromGGN(GGNInterface):
 
     def forward(self, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the model's outputs (B, ..., C), in evaluation mode and without a graph."""
+        if isinstance(x, Mapping):
+            self._example = like(x, {})
         with safe_autodiff(self.model):
             return self.engine.function.own_outputs(self.to_model(x), **model_kwargs)
 
@@ -186,7 +189,7 @@ class NystromGGN(GGNInterface):
         with ranks.together("the gradients of landmarks"), safe_autodiff(self.model):
             source = self.row_source(landmarks, ranks, sharded)
             budget = self.engine.budget()
-        budget = ranks.least(budget)
+        budget = ranks.least(budget, "the memory budget")
         with safe_autodiff(self.model):
             return build_basis(
                 source, rank, budget=budget, spill=self.spill, progress=progress, unfinished=unfinished
@@ -237,7 +240,7 @@ class NystromGGN(GGNInterface):
     def _shared_features(self, x: Input | None, basis: NystromBasis) -> tuple[Tensor | None, Tensor | None]:
         def answer(theirs: Any) -> Tensor:
             with safe_autodiff(self.model):
-                return self.engine.features(self.to_model(unpacked(theirs, x)), basis.directions)[0]
+                return self.engine.features(self._unpacked(theirs, x), basis.directions)[0]
 
         question = None if x is None else packed(x)
         phi = for_everyone(basis.ranks, question, answer, basis.rank, "the features")
@@ -246,12 +249,16 @@ class NystromGGN(GGNInterface):
         f = self.forward(x).flatten(0, -2)
         return phi.to(f), f
 
+    def _unpacked(self, theirs: Any, mine: Input | None) -> Input:
+        """Return another rank's input, a mapping of the type that inputs here have or had."""
+        return self.to_model(unpacked(theirs, self._example if mine is None else mine))
+
     def pull(self, x: Input | None, basis: NystromBasis, cotangents: Tensor | None) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C)."""
 
         def answer(question: Any) -> Tensor:
             with safe_autodiff(self.model):
-                theirs, us = self.to_model(unpacked(question[0], x)), question[1].to(self._reference.device)
+                theirs, us = self._unpacked(question[0], x), question[1].to(self._reference.device)
                 return self.engine.pull(theirs, basis.directions, us)
 
         if not basis.sharded:

@@ -329,7 +329,8 @@ class ELLALaplace(
     ) -> None:
         self.backend.basis, self._tangents, self._novelty_reference = basis, None, None
         self.snapshots, (self.n_curvature, self.H) = snapshots, snapshots[-1]
-        self.loss, (self.n_data, self.n_predictions, self.n_outputs) = loss, counts
+        self.loss = loss.to(self._device)
+        self.n_data, self.n_predictions, self.n_outputs = counts
         self.mean = torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype)
         self.model.output_size = self.n_outputs  # as the host does
         self._fingerprint = checkpoint.fingerprint(self.model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -23,6 +24,7 @@ from .landmarks import BottomK, draw_outputs
 from .likelihoods import LIKELIHOODS
 from .plan import Plan, data_size, first_batch
 from .pooling import dealt
+from .ranks import ALONE
 from .resume import FitFiles
 from .scan import Scan, over_all, scan
 from .search import Setting
@@ -72,7 +74,9 @@ class Fitting:
     n_predictions: int
     _set_fit: Callable[[NystromBasis, list[tuple[int, Tensor]], Tensor, tuple[int, int, int]], None]
     _undone_on_error: Callable[[], AbstractContextManager[None]]
+    _likelihood_name: str
     _scorer: Callable[..., Any]
+    _require_same_search: Callable[..., None]
     _predictor: Callable[..., Any]
     _link: Callable[..., Any]
     _setting: Callable[[], Setting]
@@ -165,9 +169,10 @@ class Fitting:
         """
         ranks = self._ranks
         with ranks.together("the arguments of fit"):
-            self._check_fit(train_loader, balanced, val_steps)
-            validation.check_size("max_samples", max_samples)
-            validation.check_size("n_total", n_total)
+            self._check_fit(train_loader, balanced)
+            max_samples = validation.check_size("max_samples", max_samples)
+            n_total = validation.check_size("n_total", n_total)
+            val_steps = validation.check_size("val_steps", val_steps)
             validation.check_size("checkpoint_every", checkpoint_every, optional=False)
             if val_loader is not None:
                 validation.check_prediction("glm", link_approx, 100, None, None)
@@ -181,7 +186,7 @@ class Fitting:
             arguments = self._arguments(
                 checkpoint is not None or ranks.size > 1,
                 override=not fresh,
-                balanced=balanced,
+                balanced=bool(balanced),
                 val_loader=val_loader is not None,
                 val_steps=every,
                 max_samples=max_samples,
@@ -202,16 +207,18 @@ class Fitting:
         ranks.require_equal({**arguments, "checkpoint": checkpoint is not None}, "fit()")
         job = Job(ranks, stream, files, progress, self.backend, every, self.seed, self._labels())
         own = self._scan(job, balanced, landmarks, fresh and basis is None)
-        found = over_all(own, ranks)
+        found, n_read = over_all(own, ranks), own.n_data
         validation.check_total(n_total, found.n_data)
+        sample = None if self.curvature_size is None else dealt(own.curvature, ranks)
+        del own  # and with it the inputs that went to other ranks
         if basis is None:
             basis = self._new_basis(job, found, landmarks, balanced) if fresh else self.basis
+        found = replace(found, landmarks=BottomK(0))
         n_data = found.n_data if n_total is None else n_total
         total = RunningSum(basis.rank, self._device)
-        sample = None if self.curvature_size is None else dealt(own.curvature, ranks)
         finish = partial(self._finish, basis, found, n_data, fresh)
         try:
-            accumulate(job, basis, sample, own.n_data, found.longest, total)
+            accumulate(job, basis, sample, n_read, found.longest, total)
         except KeyboardInterrupt:
             if total.seen and ranks.size == 1:
                 finish(total.snapshots(n_data, ranks, unfinished=True))
@@ -294,6 +301,8 @@ class Fitting:
     def plan(self, train_loader: Iterable[Any], verbose: bool = True) -> Plan:
         """Work out what :meth:`fit` will compute, and what it will cost, without doing it.
 
+        In a process group: what this rank does, with its share of the landmarks and curvature inputs.
+
         Parameters
         ----------
         train_loader : iterable
@@ -311,13 +320,14 @@ class Fitting:
         ValueError
             If the loader is a one-shot iterator or empty, or its first batch malformed.
         """
-        x = first_batch(train_loader, self.dict_key_x, self.dict_key_y)
+        x, ranks = first_batch(train_loader, self.dict_key_x, self.dict_key_y), self._ranks
+        n = self.curvature_size
         plan = self.backend.plan(
             x,
             n_data=data_size(train_loader, batch_size(x)),
-            n_landmarks=self.subsample_size,
+            n_landmarks=ranks.lengths(self.subsample_size)[0],
             rank=self._largest_rank(),
-            n_curvature=self.curvature_size,
+            n_curvature=None if n is None else ranks.lengths(n)[0],
             sampled=self._labels(),
         )
         if verbose:
@@ -340,13 +350,14 @@ class Fitting:
         if not needed:
             return {}
         names = [
-            *("likelihood", "seed", "subsample_size", "n_eigenvalues"),
+            *("seed", "subsample_size", "n_eigenvalues"),
             *("curvature_size", "curvature", "curvature_samples", "shard_directions"),
         ]
         before = "nothing" if of_call["override"] is False else digest(self.H, self.basis.fingerprint())
         return {
             "model": checkpoint.fingerprint(self.model),
             **{name: getattr(self, name) for name in names},
+            "likelihood": self._likelihood_name,
             "backend": type(self.backend).__name__,
             "dtype": str(self._dtype),
             **of_call,
@@ -362,11 +373,12 @@ class Fitting:
             )
         if not isinstance(basis, NystromBasis):
             raise ValueError(f"basis must be the basis of a fitted estimator; got {type(basis).__name__}.")
+        ranks = self._ranks if self.shard_directions else ALONE
+        checkpoint.check_shard((basis.ranks.rank, basis.ranks.size), ranks, "The basis given")
         checkpoint.check_directions(basis, self.model, "The basis given")
 
     @exclusively
-    def _check_fit(self, train_loader: Any, balanced: bool, val_steps: Any) -> None:
-        validation.check_size("val_steps", val_steps)
+    def _check_fit(self, train_loader: Any, balanced: bool) -> None:
         validation.check_choice("curvature", self.curvature, validation.CURVATURES)
         validation.check_size("curvature_samples", self.curvature_samples, optional=False)
         if [id(p) for p in self.model.parameters() if p.requires_grad] != [id(p) for p in self.params]:
@@ -405,6 +417,7 @@ class Fitting:
 
     def _stop_early(self, val_loader: Iterable[Any], link_approx: str, free: bool, progress: Any) -> None:
         r"""Score every snapshot of G; if free, keep the best, with T = N / n and :math:`\delta n / N`."""
+        self._require_same_search("fit()", link_approx=str(link_approx))
         scorer = self._scorer(val_loader, None, progress)
         predictor = self._predictor(self._link(link_approx, 100))
         # What the covariance T [G + T delta I]^-1 adds to G, whatever T is now: fitting again changes nothing.

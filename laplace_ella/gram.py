@@ -102,7 +102,8 @@ class KeptRows:
         source, out = self.source, None
         if self.spill is not None:
             n_rows = len(source.ranks.share(range(len(source))))
-            out, self._file = self.spill.empty(n_rows, sum(source.sizes.values()))
+            with source.ranks.together("the place of gradient rows"):
+                out, self._file = self.spill.empty(n_rows, sum(source.sizes.values()))
             self.norms = torch.empty(n_rows, dtype=torch.float64, device=source.device)
         self.rows = source(
             list(range(len(source))),
@@ -223,7 +224,7 @@ def choose_rows(source: RowSource, budget: int, spill: Spill | None = None) -> R
     if spill is not None:
         return KeptRows(source, spill)
     capacity = max(2, budget // row)  # less than one row against another cannot be
-    streamed = min(source.ranks.least(source.rows_per_call), max(1, capacity // 4))
+    streamed = min(source.ranks.least(source.rows_per_call, "the size of blocks"), max(1, capacity // 4))
     samples = SampleBlocks(source, capacity - streamed, streamed)
     groups = _groups(source.sizes, budget // (size * source.dtype.itemsize)) if source.separable else []
     if not groups:

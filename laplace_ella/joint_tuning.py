@@ -91,7 +91,7 @@ class JointTuning(Candidates):
             validation.check_loss(loss)
             grids = self._grids(search)
         values = {k: [float(v) for v in grid] for k, grid in grids.items()}
-        self._require_same_search(what, search=values, link_approx=link_approx, n_samples=n_samples)
+        self._require_same_search(what, search=values, link_approx=str(link_approx), n_samples=int(n_samples))
         progress = self._progress(progress_bar)
         with torch.inference_mode(False), self._undone_on_error():
             scorer = self._scorer(val_loader, loss, progress, last_layer=True)
@@ -169,7 +169,10 @@ class JointTuning(Candidates):
         """Tell whether the best setting predicts what the network does, to 3 digits."""
         start, sigma = self._setting().at(logit_scale=1.0), float(best.sigma_noise)
         ours, of_map = predictor(best), scorer.of_map(start)
-        return not scorer.ranks.any(any(_difference(ours(b), of_map(b), sigma) >= 5e-4 for b in scorer.data))
+        differs = False
+        with scorer.ranks.together("the comparison with MAP"):
+            differs = any(_difference(ours(b), of_map(b), sigma) >= 5e-4 for b in scorer.data)
+        return not scorer.ranks.any(differs, "the comparison with MAP")
 
     def _apply(self, setting: Setting, names: Sequence[str]) -> None:
         if "curvature_size" in names:

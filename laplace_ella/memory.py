@@ -3,6 +3,7 @@ r"""How much memory there is, how much of it may be used, and what to do when it
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 import warnings
@@ -31,12 +32,14 @@ Result = TypeVar("Result")
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free bytes of a device; on CPU, the available RAM."""
+    """Return the free bytes of a device; on CPU, a process's share of the available RAM."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What torch's allocator has reserved and not handed out is free for us too.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(int(psutil.virtual_memory().available), _left_to_container())
+    # torchrun's processes on this machine all count on the same memory.
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(int(psutil.virtual_memory().available), _left_to_container()) // n_processes
 
 
 def _left_to_container() -> int:

@@ -20,6 +20,7 @@ from .posterior import positive_part
 from .ranks import Ranks
 from .sharding import work_through
 from .stream import Batch, Stream
+from .validation import check_some
 
 # Features of one input differ by rounding where batches do: eigenvalues of a difference of two G down to
 # minus so many eps of the largest are zero.
@@ -143,15 +144,12 @@ class Merging:
                 progress_bars(progress_bar and ranks.rank == 0),
             )
         G, loss, (n, n_predictions) = self._sums_over(stream, ranks)
-        if n == 0:
-            raise ValueError(
-                "The loader of the data to forget yielded no data; at least one input is needed."
-            )
+        check_some(n, "loader of the data to forget")
         self._check_count(n)
         self._check_remaining(G, loss)
         remaining, n_left = self.H - G, self.n_data - n
         if torch.linalg.eigvalsh(remaining)[0] < 0:  # by rounding
-            remaining = positive_part(remaining)
+            remaining = ranks.of_first(positive_part(remaining))
         loss, counts = (self.loss - loss).clamp_min(0), (n_left, self.n_predictions - n_predictions)
         self._set_fit(self.basis, [(n_left, remaining)], loss, (*counts, self.n_outputs))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from . import posterior
 from .basis import identity_basis
-from .batches import Input, named_batches
+from .batches import Input
 from .likelihoods import LIKELIHOODS
 from .posterior import Linearised, Outputs
 from .residual import residual_share, traces
@@ -160,7 +161,6 @@ class Novelty:
             else:
                 found.append(self._novelty_features(self._seen(x)).cpu())
 
-        _ = self.posterior_scale  # which ranks that share the directions work out together
         inputs = (part for x in stream.inputs("Novelty") for part in self.backend.bounded(x, self._width()))
         work_through(inputs, look_at, ranks, self.basis.ranks, what)
         features = ranks.joined(torch.cat(found))
@@ -200,6 +200,7 @@ class Novelty:
         x : input of B rows
         train_loader : iterable, optional
             The training data: compares with exact linearised Laplace too, for networks of up to 5 000 weights.
+            In a process group all ranks have to pass it, each with its part of the data.
 
         Raises
         ------
@@ -231,9 +232,11 @@ class Novelty:
     def _covariance_error(self, x: Input, loader: Iterable[Any], weights: Mapping[str, Tensor]) -> float:
         exact = identity_basis(dict(weights))
         G = torch.zeros(exact.rank, exact.rank, dtype=torch.float64, device=self._device)
-        for _, inputs, _ in named_batches(loader, self.dict_key_x, self.dict_key_y):
-            for part in self.backend.bounded(inputs, exact.rank):
-                G += self.backend.curvature(*self.backend.features(part, exact))
+        with self._ranks.together("the training data"):
+            stream = Stream(loader, self.dict_key_x, self.dict_key_y, self._ranks)
+            for part in stream.parts("Training data", partial(self.backend.bounded, width=exact.rank)):
+                G += self.backend.curvature(*self.backend.features(part.x, exact))
+        G = self._ranks.total(G)
         precision = self._H_factor * G + exact.project_precision(self.prior_precision)
         phi, f = self.backend.features(x, exact)
         theirs = Linearised(f, phi).outputs(posterior.posterior_scale(precision)).covariance().double()

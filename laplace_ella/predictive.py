@@ -103,25 +103,29 @@ class Predictive:
         self._check_H_init()
         with self.basis.ranks.together("the inputs of a prediction"):
             validation.check_finite_input(x)
-        phi, f = self.backend.jacobians(x, enable_backprop=self.enable_backprop)
-        validation.check_finite_features(phi, f, "the inputs given")
+        with self.basis.ranks.together("the features of a prediction"):
+            phi, f = self.backend.jacobians(x, enable_backprop=self.enable_backprop)
+            validation.check_finite_features(phi, f, "the inputs given")
         return phi, f
 
     def _attend(self, residual: str) -> None:
         """Take part in the predictions of ranks that share the directions, without inputs of one's own."""
-        with self.basis.ranks.together("the inputs of a prediction"):
-            pass
-        self.backend.answer_others(self.basis)
         if residual == "isotropic":
             self._residual_tangents()
+        with self.basis.ranks.together("the inputs of a prediction"):
+            pass
+        with self.basis.ranks.together("the features of a prediction"):
+            self.backend.answer_others(self.basis)
 
     def _linearised(self, x: Input, residual: str | None = None) -> Linearised:
         """Compute what a prediction needs: features, and what the residual is made of."""
         residual = self.residual if residual is None else residual
         validation.check_residual(residual, None, self.enable_backprop)
+        # Before the features: ranks that share the directions work out what all need first.
+        tangents = self._residual_tangents()[0] if residual == "isotropic" else None
         phi, f = self.features(x)
-        if residual == "isotropic":
-            pushed, _ = self.backend.push(x, self._residual_tangents()[0], self.enable_backprop)
+        if tangents is not None:
+            pushed, _ = self.backend.push(x, tangents, self.enable_backprop)
             validation.check_finite_features(pushed, f, "the inputs given")
             return Linearised(f, phi, pushed=pushed)
         if residual == "exact":
@@ -347,7 +351,8 @@ class Predictive:
     def _add_outside(self, samples: Tensor, x: Input, generator: torch.Generator | None) -> None:
         r"""Add :math:`J (I - V V^T) w` to samples (S, B, C), as many weights at a time as fit."""
         engine = self.backend.engine
-        for part in samples.split(max(1, engine.budget() // (8 * engine.row_size()))):
+        n_weights = max(1, engine.budget() // (8 * engine.row_size()))
+        for part in samples.split(self.basis.ranks.least(n_weights, "samples of weights")):
             pushed, _ = self.backend.push(x, self._outside_offsets(len(part), generator))
             part += pushed.movedim(-1, 0)
 

@@ -7,24 +7,38 @@ Everything that crosses process boundaries goes through :class:`Ranks`; a single
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .memory import OutOfMemory
+
 Item = TypeVar("Item")
 # Numbers of a sum up to which every rank adds up all ranks' terms itself, in the same order.
 GATHERED_SUM = 2**16
 
 
+# Bytes up to which an object is sent padded to the length of the longest, in one exchange.
+PADDED = 2**20
+
+
 class RankError(RuntimeError):
     """Another rank failed, ended, or did not come."""
 
-    # Errors that all ranks know of are not reported to them again.
-    known_to_all_ranks = True
+
+class _Local(threading.local):
+    """What a thread is in: so many pieces of common work, and an error that all ranks know of."""
+
+    depth = 0
+    told: BaseException | None = None
+
+
+_LOCAL = _Local()
 
 
 class Ranks:
@@ -53,8 +67,9 @@ class Ranks:
 
     def bounds(self, n: int) -> slice:
         """Return which of n items, that all ranks know, are this rank's share: some in a row."""
-        start = sum(self.lengths(n)[: self.rank])
-        return slice(start, start + self.lengths(n)[self.rank])
+        lengths = self.lengths(n)
+        start = sum(lengths[: self.rank])
+        return slice(start, start + lengths[self.rank])
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return this rank's share of items that all ranks know."""
@@ -63,6 +78,9 @@ class Ranks:
     def turns(self) -> slice:
         """Return which items belong to this rank where they are dealt like cards."""
         return slice(self.rank, None, self.size)
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self  # a process group cannot be copied
 
     # ------------------------------------------------------------------ staying together
 
@@ -85,38 +103,68 @@ class Ranks:
         if self.size == 1:
             yield
             return
-        error: BaseException | None = None
+        _LOCAL.depth += 1
         try:
-            yield
-        except BaseException as raised:
-            error = raised
-        if getattr(error, "known_to_all_ranks", False):
-            raise error  # type: ignore[misc]
-        report = None if error is None else (type(error).__name__, str(error), isinstance(error, alike))
+            error: BaseException | None = None
+            try:
+                yield
+            except BaseException as raised:
+                error = raised
+            self._settle(what, error, alike)
+        finally:
+            _LOCAL.depth -= 1
+            if not _LOCAL.depth:
+                _LOCAL.told = None
+
+    def _settle(self, what: str, error: BaseException | None, alike: tuple[type[Exception], ...]) -> None:
+        """Tell the others how a piece of work has ended, and raise if it failed anywhere."""
+        if error is not None and (isinstance(error, RankError) or error is _LOCAL.told):
+            raise error  # all know of it
+        report = None if error is None else _report(error, isinstance(error, alike))
         reports: list[Any] = []
         try:
             reports = self.gathered(report, what)
         except RankError:
             if error is None:
                 raise
-        self._raise_first(what, error, reports, alike)
-
-    def _raise_first(
-        self, what: str, error: BaseException | None, reports: list[Any], alike: tuple[type[Exception], ...]
-    ) -> None:
-        """Raise this rank's error, or one that says what another rank reported."""
         if error is not None and not isinstance(error, alike):
-            error.known_to_all_ranks = True  # type: ignore[attr-defined]
+            _LOCAL.told = error
             raise error
-        for rank, report in enumerate(reports):
-            if report and not report[2]:
+        for rank, found in enumerate(reports):
+            if found and not found["alike"]:
                 raise RankError(
-                    f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {report[0]}: {report[1]}"
+                    f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {found['error']}"
                 )
         if error is not None:
             raise error
-        for name, text, _ in filter(None, reports):
-            raise next(c for c in alike if c.__name__ == name)(text)
+        for found in filter(None, reports):
+            raise next(c for c in alike if c.__name__ == found["class"])(found["text"])
+
+    @contextmanager
+    def lockstep(self, what: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+        """Let a loop of exchanges go on when work between them fails; at the end, all ranks fail.
+
+        Yields
+        ------
+        callable
+            Returns a context for the work between two exchanges, which keeps its errors for the end.
+        """
+        if self.size == 1:
+            yield nullcontext
+            return
+        errors: list[BaseException] = []
+
+        @contextmanager
+        def between() -> Iterator[None]:
+            try:
+                yield
+            except BaseException as error:
+                errors.append(error)
+
+        yield between
+        with self.together(what):
+            if errors:
+                raise errors[0]
 
     def in_step(self, items: Iterable[Item]) -> Iterator[Item | None]:
         """Yield items until every rank has run out of its own; None for this rank after that."""
@@ -127,7 +175,7 @@ class Ranks:
         while True:
             with self.together("reading data"):
                 item = next(iterator, None)
-            if not self.any(item is not None):
+            if not self.any(item is not None, "reading data"):
                 return
             yield item
 
@@ -150,7 +198,7 @@ class Ranks:
 
     # ------------------------------------------------------------------ exchanging objects
 
-    def gathered(self, item: Any, what: str = "a collective") -> list[Any]:
+    def gathered(self, item: Any, what: str) -> list[Any]:
         """Return every rank's item: tensors and plain types, tensors on the CPU.
 
         Raises
@@ -161,27 +209,33 @@ class Ranks:
         if self.size == 1:
             return [item]
         mine = self._wire(_packed((what, item)))
-        sizes = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(self.size)]
-        length = torch.tensor([len(mine)], device=mine.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(self.size)]
         with self._reached(what):
-            dist.all_gather(sizes, length, group=self.group)
-            longest = max(int(n) for n in sizes)
-            padded = torch.cat([mine, mine.new_zeros(longest - len(mine))])
-            parts = [torch.empty_like(padded) for _ in range(self.size)]
-            dist.all_gather(parts, padded, group=self.group)
-        received = [_unpacked(part[: int(n)]) for part, n in zip(parts, sizes)]
+            dist.all_gather(lengths, torch.tensor([len(mine)], device=mine.device), group=self.group)
+            received = [_unpacked(part) for part in self._parts(mine, [int(n) for n in lengths])]
         steps = [step for step, _ in received]
         if len(set(steps)) > 1:
-            said = [
-                f" Rank {r} says: {text}" for r, (_, text) in enumerate(received) if isinstance(text, str)
-            ]
+            failed = [f" Rank {r} failed: {e['error']}" for r, (_, e) in enumerate(received) if _is_report(e)]
             raise RankError(
                 f"The ranks are out of step: they are in {_shortened(steps)}. All have to make the same calls; pass "
-                f"process_group=None to work in one process alone.{''.join(said)[:2000]}"
+                f"process_group=None to work in one process alone.{''.join(failed)[:2000]}"
             )
         return [theirs for _, theirs in received]
 
-    def exchanged(self, items: Sequence[Any], what: str = "a collective") -> list[Any]:
+    def _parts(self, mine: Tensor, lengths: list[int]) -> Iterator[Tensor]:
+        """Yield the bytes of every rank: small ones padded, in one exchange, large ones one after the other."""
+        if max(lengths) <= PADDED:
+            padded = torch.cat([mine, mine.new_zeros(max(lengths) - len(mine))])
+            parts = [torch.empty_like(padded) for _ in lengths]
+            dist.all_gather(parts, padded, group=self.group)
+            yield from (part[:n] for part, n in zip(parts, lengths))
+            return
+        for rank, n in enumerate(lengths):
+            part = mine if rank == self.rank else mine.new_empty(n)
+            dist.broadcast(part, dist.get_global_rank(self.group, rank), group=self.group)
+            yield part
+
+    def exchanged(self, items: Sequence[Any], what: str) -> list[Any]:
         """Send an item to each rank, and return those received, in the order of the ranks."""
         if self.size == 1:
             return list(items)
@@ -197,13 +251,26 @@ class Ranks:
             )
         return [_unpacked(part) for part in received.split(sizes)]
 
-    def any(self, flag: bool) -> bool:
-        """Tell whether a flag is set on any rank."""
-        return any(self.gathered(bool(flag)))
+    def on_first(self, item: Any, work: Callable[[list[Any]], Item], what: str, alike: Any = ()) -> Item:
+        """Send every rank's item to the first, which works on all of them, and return on all what it made of them."""
+        received = self.exchanged([item, *[None] * (self.size - 1)], what)
+        found: Any = None
+        with self.together(what, alike):
+            if self.rank == 0:
+                found = work(received)
+        return self.gathered(found, what)[0]
 
-    def least(self, number: Any) -> Any:
+    def any(self, flag: bool, what: str) -> bool:
+        """Tell whether a flag is set on any rank."""
+        return any(self.gathered(bool(flag), what))
+
+    def least(self, number: Any, what: str) -> Any:
         """Return the smallest number that a rank has."""
-        return min(self.gathered(number))
+        return min(self.gathered(number, what))
+
+    def greatest(self, number: Any, what: str) -> Any:
+        """Return the largest number that a rank has."""
+        return max(self.gathered(number, what))
 
     # ------------------------------------------------------------------ tensors
 
@@ -212,7 +279,7 @@ class Ranks:
         if self.size == 1:
             return values
         if values.numel() <= GATHERED_SUM:
-            return torch.stack(self.gathered(values)).sum(0).to(values.device)
+            return torch.stack(self.gathered(values, "a sum")).sum(0).to(values.device)
         summed = self._wire(values.contiguous().clone())
         with self._reached("a sum"):
             dist.all_reduce(summed, group=self.group)
@@ -231,13 +298,13 @@ class Ranks:
         """Return tensors (n, ...) of all ranks one after the other."""
         if self.size == 1:
             return values
-        return torch.cat(self.gathered(values)).to(values.device)
+        return torch.cat(self.gathered(values, "parts of a tensor")).to(values.device)
 
     def interleaved(self, values: Tensor, n: int) -> Tensor:
         """Return what :meth:`turns` dealt, along the last axis, as (..., n) on every rank."""
         if self.size == 1:
             return values
-        return dealt_back(self.gathered(values), n).to(values.device)
+        return dealt_back(self.gathered(values, "a tensor dealt out"), n).to(values.device)
 
     def columns(self, rows: Tensor, lengths: Sequence[int], width: int) -> Iterator[Tensor]:
         """Yield slices of the columns of a matrix whose rows are spread over the ranks.
@@ -279,11 +346,11 @@ class Ranks:
             yield received.view(rows.dtype).view(sum(lengths), width)
 
     def _wire(self, values: Tensor) -> Tensor:
-        """Put a tensor where the group's backend takes it."""
-        backend = dist.get_backend(self.group)
-        if values.device.type == "cpu" and backend == "nccl":
+        """Put a tensor where the group's backend takes it: "nccl" on GPUs, others on the CPU."""
+        backends = dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
+        if values.device.type == "cpu" and "cpu" not in backends:
             return values.cuda()
-        if values.device.type != "cpu" and "nccl" not in backend:
+        if values.device.type != "cpu" and backends.get(values.device.type) != "nccl":
             return values.cpu()
         return values
 
@@ -291,6 +358,8 @@ class Ranks:
     def _reached(self, what: str) -> Iterator[None]:
         try:
             yield
+        except OutOfMemory:
+            raise
         except RuntimeError as error:
             raise RankError(
                 f"Rank {self.rank} could not reach the other ranks in {what}: one of them ended, or did not come "
@@ -338,6 +407,15 @@ def _packed(item: Any) -> Tensor:
 def _unpacked(values: Tensor) -> Any:
     # Nothing but tensors and plain types is read from bytes.
     return torch.load(io.BytesIO(values.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
+
+
+def _report(error: BaseException, alike: bool) -> dict[str, Any]:
+    name = type(error).__name__
+    return {"class": name, "text": str(error), "error": f"{name}: {error}", "alike": alike}
+
+
+def _is_report(item: Any) -> bool:
+    return isinstance(item, dict) and item.keys() == {"class", "text", "error", "alike"}
 
 
 def _shortened(values: Sequence[Any]) -> str:

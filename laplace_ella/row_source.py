@@ -92,8 +92,10 @@ class RowSource:
         width = _slices(n_left + n_right, left.shape[1]).step
         lengths = self.ranks.lengths(n_left), self.ranks.lengths(n_right)
         pairs = (self.ranks.columns(rows, n, width) for rows, n in zip((left, right), lengths))
-        for a, b in zip(*pairs):
-            out.addmm_(a.to(self.device).double(), b.to(self.device).double().T)
+        with self.ranks.lockstep("the Gram matrix") as between:
+            for a, b in zip(*pairs):
+                with between():
+                    out.addmm_(a.to(self.device).double(), b.to(self.device).double().T)
         return self.ranks.total(out)
 
     def combination(self, coefficients: Tensor, values: Tensor) -> Tensor:
@@ -109,10 +111,16 @@ class RowSource:
         out = coefficients.new_empty(len(range(rank)[kept]), n_weights, dtype=dtype)
         # Several slices in one sum over the ranks.
         block = width * max(1, SUMMED // (rank * width))
-        for start in range(0, n_weights, block):
-            pieces = values[:, start : start + block].split(width, 1)
-            products = [mine.T @ piece.to(coefficients.device).double() for piece in pieces]
-            out[:, start : start + block] = self.ranks.total(torch.cat(products, 1))[kept]
+        with self.ranks.lockstep("the directions") as between:
+            for start in range(0, n_weights, block):
+                columns = slice(start, min(start + block, n_weights))
+                product = coefficients.new_zeros(rank, columns.stop - columns.start)
+                with between():
+                    pieces = values[:, columns].split(width, 1)
+                    product = torch.cat([mine.T @ p.to(mine.device).double() for p in pieces], 1)
+                total = self.ranks.total(product)
+                with between():
+                    out[:, columns] = total[kept]
         return out
 
     def __call__(
@@ -214,10 +222,12 @@ def gram(
     parts = list(torch.arange(size).chunk(min(8, size)))
     bounds = [(int(p[0]), int(p[-1]) + 1) for p in parts]
     slices = _slices(size, values.shape[1])
-    for _, columns in zip(progress(slices), ranks.columns(values, lengths, slices.step)):
-        piece = columns.to(device).double()
-        for (a, b), (c, d) in combinations_with_replacement(bounds, 2):
-            out[a:b, c:d].addmm_(piece[a:b], piece[c:d].T)
+    with ranks.lockstep("the Gram matrix") as between:
+        for _, columns in zip(progress(slices), ranks.columns(values, lengths, slices.step)):
+            with between():
+                piece = columns.to(device).double()
+                for (a, b), (c, d) in combinations_with_replacement(bounds, 2):
+                    out[a:b, c:d].addmm_(piece[a:b], piece[c:d].T)
     out = ranks.total(out)
     return out.triu() + out.triu(1).T
 

@@ -17,6 +17,7 @@ from .likelihoods import Likelihood, checked_targets
 from .pooling import pooled
 from .ranks import Ranks
 from .stream import Batch
+from .validation import check_some
 
 
 @dataclass
@@ -146,7 +147,7 @@ def scan(
 
 
 def over_all(found: Scan, ranks: Ranks) -> Scan:
-    """Return what the ranks found together, with the landmarks of all; the curvature inputs stay this rank's.
+    """Return what the ranks found together, with the landmarks of all, and without curvature inputs.
 
     Raises
     ------
@@ -155,22 +156,19 @@ def over_all(found: Scan, ranks: Ranks) -> Scan:
     """
     sums = torch.tensor([found.n_data, found.n_predictions])
     n_data, n_predictions = ranks.total(sums).tolist()
-    if n_data == 0:
-        raise ValueError(
-            "The training loader yielded no data; at least one input is needed. "
-            "A generator that was read before is empty: pass a fresh one."
-        )
-    n_outputs = {n for n in ranks.gathered(found.n_outputs) if n}
+    check_some(n_data, "training loader")
+    n_outputs = {n for n in ranks.gathered(found.n_outputs, "the number of outputs") if n}
     if len(n_outputs) > 1:
         raise ValueError(f"The models of the ranks have different numbers of outputs: {sorted(n_outputs)}.")
     return replace(
         found,
         landmarks=pooled(found.landmarks, ranks),
+        curvature=BottomK(0),
         n_data=n_data,
         n_predictions=n_predictions,
         n_outputs=n_outputs.pop(),
         loss=ranks.total(found.loss),
-        longest=-ranks.least(-found.longest),
+        longest=ranks.greatest(found.longest, "the longest batch"),
     )
 
 

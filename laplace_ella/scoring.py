@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -51,10 +52,12 @@ class ValidationData:
 
     def __init__(self, likelihood: Likelihood, store: Store) -> None:
         self.likelihood, self.store, self.n_inputs = likelihood, store, 0
+        self.lacks_last_layer = False
 
     def append(self, n_inputs: int, block: Block) -> None:
         """Add what is known of so many inputs."""
         self.n_inputs += n_inputs
+        self.lacks_last_layer |= block.last_layer is None
         seen = block.linearised
         self.store.append(seen.f, seen.phi, seen.pushed, seen.gram, block.targets, block.last_layer)
 
@@ -73,6 +76,7 @@ def score(
     loss: Loss | None,
     noise_variance: Any,
     ranks: Ranks = ALONE,
+    device: torch.device | str = "cpu",
 ) -> float:
     r"""Score predictions as laplace-torch does, except that the default is NLL for regression too.
 
@@ -89,8 +93,10 @@ def score(
     noise_variance : float or Tensor ()
         :math:`\sigma^2`, for the default loss.
     ranks : Ranks
-        Whose predictions are scored together. They exchange two numbers; for a loss of the user's,
-        which need not be a mean, all predictions.
+        Whose predictions are scored together. They exchange two numbers; a loss of the user's,
+        which need not be a mean, is evaluated by the first of them on all predictions.
+    device : torch.device
+        Where that one's loss gets them.
     """
     if loss is None:
         sums = torch.zeros(2, dtype=torch.float64)
@@ -100,40 +106,54 @@ def score(
                 sums += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64)
         total, n = ranks.total(sums).tolist()
         return total / n
-    evaluate = _metric_score if isinstance(loss, torchmetrics.Metric) else _joined_score
+    evaluate = partial(_metric_score if isinstance(loss, torchmetrics.Metric) else _joined_score, loss=loss)
     if ranks.size == 1:
-        return evaluate(pairs_of(), loss)
+        return evaluate(pairs_of())
     with ranks.together("the predictions of a setting", SKIPPED):
         mine = list(pairs_of())
-    everyone = ranks.gathered(mine, "the predictions of a setting")
-    with ranks.together("the loss of a setting", SKIPPED):
-        return evaluate((pair for theirs in everyone for pair in theirs), loss)
+
+    def evaluate_all(everyone: list[Any]) -> float:
+        pairs = (pair for theirs in everyone for pair in theirs)
+        return evaluate(_on_device(prediction, y, device) for prediction, y in pairs)
+
+    # On one rank, as a loss may be random, or round in another way elsewhere.
+    return ranks.on_first(mine, evaluate_all, "the loss of a setting", SKIPPED)
 
 
-def _joined_score(pairs: Iterable[tuple[Prediction, Tensor]], loss: Any) -> float:
+def _on_device(prediction: Prediction, y: Tensor, device: Any) -> tuple[Prediction, Tensor]:
+    moved = (
+        prediction.to(device) if isinstance(prediction, Tensor) else tuple(p.to(device) for p in prediction)
+    )
+    return moved, y.to(device)  # type: ignore[return-value]
+
+
+def _joined_score(pairs: Iterable[tuple[Prediction, Tensor]], *, loss: Any) -> float:
     predictions, targets = zip(*pairs)
     columns = zip(*(p if isinstance(p, tuple) else (p,) for p in predictions))
     return float(loss(*(torch.cat(column) for column in columns), torch.cat(targets)))
 
 
-def _metric_score(pairs: Iterable[tuple[Prediction, Tensor]], metric: Any) -> float:
-    metric.reset()
-    with _alone(metric):
+def _metric_score(pairs: Iterable[tuple[Prediction, Tensor]], *, loss: Any) -> float:
+    loss.reset()
+    with _alone(loss):
         for prediction, y in pairs:
             parts = (prediction,) if isinstance(prediction, Tensor) else prediction
             try:
-                metric.update(*parts, y)
+                loss.update(*parts, y)
             except TypeError:  # a metric of two arguments, as in laplace-torch
-                metric.update(parts[0], y)
-        return float(metric.compute().sum())
+                loss.update(parts[0], y)
+        return float(loss.compute().sum())
 
 
 @contextmanager
 def _alone(metric: torchmetrics.Metric) -> Iterator[None]:
-    """Keep a metric from adding up what the ranks of the default group have: each has everything, or works alone."""
-    before = metric.distributed_available_fn
-    metric.distributed_available_fn = lambda: False
+    """Keep a metric, and those it is made of, from adding up what the ranks of the default group have."""
+    parts = [m for m in metric.modules() if isinstance(m, torchmetrics.Metric)]
+    before = [m.distributed_available_fn for m in parts]
+    for m in parts:
+        m.distributed_available_fn = lambda: False
     try:
         yield
     finally:
-        metric.distributed_available_fn = before
+        for m, available in zip(parts, before):
+            m.distributed_available_fn = available

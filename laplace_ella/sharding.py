@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .ranks import ALONE, Ranks, dealt_back
+from .ranks import Ranks, dealt_back
 
 Item = TypeVar("Item")
 
@@ -54,7 +54,11 @@ def work_through(
     ranks, sharing : Ranks
         Those that work together, and those that share the directions of the basis.
     """
-    with (ALONE if sharing.size > 1 else ranks).together(what):
+    if sharing.size > 1:
         for item in sharing.in_step(items):
             with sharing.together(what):
                 act(item)
+        return
+    with ranks.together(what):
+        for item in items:
+            act(item)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .accumulation import NOTHING, Part, RunningSum, cut, parts_of_sample, parts_of_stream
@@ -64,11 +65,11 @@ def read_data(job: Job, found: Scan, scan: Callable[..., None]) -> None:
     """
     files, loader, engine = job.files, job.stream.loader, job.backend.engine
     before = files.found("scan")
-    if before is not None:
-        set_random_state(before["random"], loader)
-        engine.assume_free(before["free"])
-    start = {"random": random_state(loader) if files.paths else None, "free": engine.free()}
     with job.ranks.together("the training data"):
+        if before is not None:
+            set_random_state(before["random"], loader)
+            engine.assume_free(before["free"])
+        start = {"random": random_state(loader) if files.paths else None, "free": engine.free()}
         batches = job.stream.batches("Training data")
         first = replay(batches, before, found)
         if before is not None and before["complete"]:
@@ -91,8 +92,9 @@ def read_data(job: Job, found: Scan, scan: Callable[..., None]) -> None:
 def find_basis(job: Job, landmarks: Landmarks, rank: int | float, shard: bool) -> NystromBasis:
     """Compute the basis, or take it from the files of an interrupted fit."""
     files, ranks = job.files, job.ranks
-    if not ranks.any(files.found("basis") is None):
-        return unpack_basis(files.found("basis"), job.backend.model, ranks if shard else ALONE)
+    if not ranks.any(files.found("basis") is None, "the basis of an interrupted fit"):
+        with ranks.together("the basis of an interrupted fit"):
+            return unpack_basis(files.found("basis"), job.backend.model, ranks if shard else ALONE)
     for stage in ("basis", "curvature"):
         files.forget(stage)
     basis = job.backend.build_basis(landmarks, rank, job.progress, ranks, shard, _unfinished_gram(job))
@@ -110,10 +112,17 @@ def _unfinished_gram(job: Job) -> Unfinished:
             if job.ranks.rank == 0:
                 job.files.save("gram", {"layout": layout, "done": done, "matrix": matrix})
 
-    found = job.ranks.gathered(job.files.found("gram"), "the Gram matrix of an interrupted fit")[0]
-    if not job.ranks.any(bool(job.files.paths)):
+    if not job.files.paths:  # on no rank, then
         return FRESH
-    return Unfinished(keep=keep) if found is None else Unfinished(**found, keep=keep)
+    found = job.files.found("gram")
+    about = None if found is None else (found["layout"], found["done"], len(found["matrix"]))
+    about = job.ranks.gathered(about, "the Gram matrix of an interrupted fit")[0]
+    if about is None:
+        return Unfinished(keep=keep)
+    layout, done, size = about
+    empty = torch.zeros(size, size, dtype=torch.float64)
+    mine = found["matrix"] if job.ranks.rank == 0 else empty
+    return Unfinished(layout, done, job.ranks.of_first(mine), keep)
 
 
 def accumulate(
@@ -132,21 +141,21 @@ def accumulate(
     """
     files, loader, ranks = job.files, job.stream.loader, job.ranks
     before = _unfinished_sum(job, basis)
-    if before is not None:
-        set_random_state(before["random"], loader)
-        total.restore(before["total"])
-    start = {"random": random_state(loader)} if files.paths else {}
     parts: Iterator[Part]
-    if before is not None and before["complete"]:
-        parts, before = iter(()), None
-    elif sample is None:
-        parts = parts_of_stream(_second_pass(job, n_data), job.every)
-    else:
-        parts = iter(job.progress(parts_of_sample(sample, longest, job.every), "Curvature"))
-    parts = cut(parts, partial(job.backend.bounded, width=basis.rank))
-    curvature_of = job.backend.curvature_of(basis, job.labels, job.seed)
     with ranks.together("the data read again"):
+        if before is not None:
+            set_random_state(before["random"], loader)
+            total.restore(before["total"])
+        start = {"random": random_state(loader)} if files.paths else {}
+        if before is not None and before["complete"]:
+            parts, before = iter(()), None
+        elif sample is None:
+            parts = parts_of_stream(_second_pass(job, n_data), job.every)
+        else:
+            parts = iter(job.progress(parts_of_sample(sample, longest, job.every), "Curvature"))
+        parts = cut(parts, partial(job.backend.bounded, width=basis.rank))
         skip(parts, before)
+    curvature_of = job.backend.curvature_of(basis, job.labels, job.seed)
 
     def add(part: Part | None) -> None:
         part = part or NOTHING
@@ -167,7 +176,7 @@ def _unfinished_sum(job: Job, basis: NystromBasis) -> Any:
     before = job.files.found("curvature")
     if basis.sharded:  # in which case all go through the same steps
         steps = 0 if before is None else before["total"]["steps"]
-        if len(set(job.ranks.gathered(steps))) > 1:
+        if len(set(job.ranks.gathered(steps, "the curvature of an interrupted fit"))) > 1:
             return None
     return before
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ class Stream:
     """A loader's batches, with the positions of their inputs, and no more of them than wanted.
 
     With a ``torch.utils.data.DistributedSampler``, the j-th input of rank r has the position r + j W on W
-    ranks, and those that the sampler repeats to fill the last round are left out. Else it has a
-    position of its own that only depends on r and j.
+    ranks, and those that the sampler repeats to fill the last round are left out. Else, also with a sampler of
+    whole batches, it has a position of its own that only depends on r and j.
 
     Parameters
     ----------
@@ -83,15 +84,19 @@ class Stream:
     ) -> None:
         self.loader, self.progress = loader, progress
         self.keys = dict_key_x, dict_key_y
-        sampler = None if ranks.size == 1 else distributed_sampler(loader, ranks)
+        self.start, self.step = first_position + ranks.rank * RANK_STRIDE, 1
+        self.limit = None if max_samples is None else ranks.lengths(max_samples)[ranks.rank]
+        self.n_batches: int | None = None
+        sampler, of_inputs = (None, False) if ranks.size == 1 else distributed_sampler(loader, ranks)
         if sampler is None:
-            self.start, self.step = first_position + ranks.rank * RANK_STRIDE, 1
-            self.limit = None if max_samples is None else ranks.lengths(max_samples)[ranks.rank]
-        else:
+            return
+        size = len(sampler.dataset)  # type: ignore[arg-type]
+        if of_inputs:
             self.start, self.step = first_position + ranks.rank, ranks.size
-            size = len(sampler.dataset)  # type: ignore[arg-type]
             wanted = size if max_samples is None else min(size, max_samples)
             self.limit = len(range(ranks.rank, wanted, ranks.size))
+        else:  # of batches, whose lengths are not known
+            self.n_batches = len(range(ranks.rank, size, ranks.size))
 
     def batches(self, title: str) -> Iterator[Batch]:
         """Read the loader once; ``title`` is that of the progress bar.
@@ -125,7 +130,7 @@ class Stream:
         n = 0
         if self.limit == 0:
             return
-        for item in read(self.progress(self.loader, title), *keys):
+        for item in read(islice(self.progress(self.loader, title), self.n_batches), *keys):
             size = batch_size(item[1])
             stop = n + size if self.limit is None else min(n + size, self.limit)
             yield n, stop, item
@@ -134,24 +139,24 @@ class Stream:
                 return
 
 
-def distributed_sampler(loader: Any, ranks: Ranks) -> DistributedSampler[Any] | None:
-    """Return the DistributedSampler that a loader takes its inputs from, in order; None if there is none.
+def distributed_sampler(loader: Any, ranks: Ranks) -> tuple[DistributedSampler[Any] | None, bool]:
+    """Return the DistributedSampler that a loader reads by, in order, and whether it is one of inputs, not of batches.
 
     Raises
     ------
     ValueError
         If the sampler is one for other ranks.
     """
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    if type(batch_sampler) is not BatchSampler or not getattr(loader, "in_order", True):
-        return None
-    sampler = batch_sampler.sampler
-    if type(sampler) is not DistributedSampler:
-        return None
+    batch_sampler: Any = getattr(loader, "batch_sampler", None)
+    of_inputs = type(batch_sampler) is BatchSampler
+    sampler = batch_sampler.sampler if of_inputs else getattr(loader, "sampler", None)
+    in_order = getattr(loader, "in_order", True)
+    if type(sampler) is not DistributedSampler or not in_order or not (of_inputs or batch_sampler is None):
+        return None, False
     if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
         raise ValueError(
             f"The loader's DistributedSampler is for rank {sampler.rank} of {sampler.num_replicas}, and this is rank "
             f"{ranks.rank} of {ranks.size}. Build it from the same process group, or pass process_group=None to fit in "
             "this process alone."
         )
-    return sampler
+    return sampler, of_inputs

@@ -14,6 +14,7 @@ from . import validation
 from .basis import Progress
 from .candidates import Candidates
 from .likelihoods import LIKELIHOODS, Prediction, checked_targets
+from .ranks import ALONE
 from .scoring import Loss, score
 from .search import FLAT, TEMPERATURES, Search, Setting, grid_search
 from .stream import Stream
@@ -80,7 +81,9 @@ class PriorTuning(Candidates):
         and prior: about 500 candidates). Memory: N_val x C x K numbers, the part of them beyond
         the memory budget in a temporary file.
         """
-        with self._ranks.together("the arguments of optimize_prior_precision()"):
+        # The evidence is the same on all ranks, each of which may maximise it by itself.
+        ranks = self._ranks if method == "gridsearch" else ALONE
+        with ranks.together("the arguments of optimize_prior_precision()"):
             validation.check_choice("method", method, ("marglik", "gridsearch"))
             validation.check_choice("prior_structure", prior_structure, ("scalar", "layerwise", "diag"))
             validation.check_size("grid_size", grid_size, optional=False)
@@ -160,8 +163,8 @@ class PriorTuning(Candidates):
             "optimize_prior_precision()",
             grid=priors,
             pred_type=pred_type,
-            link_approx=link_approx,
-            n_samples=n_samples,
+            link_approx=str(link_approx),
+            n_samples=int(n_samples),
             temperature_fixed=self._temperature_fixed,
         )
         progress = self._progress(progress_bar)
@@ -217,8 +220,7 @@ class PriorTuning(Candidates):
                 kept.append(
                     (batch.x, flat_f, checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name))
                 )
-        if not ranks.any(bool(kept)):
-            raise ValueError("The validation loader yielded no data; at least one input is needed.")
+        validation.check_some(ranks.greatest(len(kept), "the validation data"), "validation loader")
         # As in a call, in which reward models are fitted as classifiers.
         predicted_as = "classification" if self.likelihood == "reward_modeling" else self.likelihood
 
@@ -232,12 +234,14 @@ class PriorTuning(Candidates):
         def evaluate(setting: Setting) -> float:
             self.prior_precision, self._temperature = setting.prior_precision, setting.temperature
             self._posterior_scale = None
-            return score(predictions, likelihood, loss, self.sigma_noise.double().square(), ranks)
+            return score(
+                predictions, likelihood, loss, self.sigma_noise.double().square(), ranks, self._device
+            )
 
         def score_of_map() -> float:
             def plain() -> Iterator[tuple[Prediction, Tensor]]:
                 return ((likelihood.certain(f), y) for _, f, y in kept)
 
-            return score(plain, likelihood, loss, self.sigma_noise.double().square(), ranks)
+            return score(plain, likelihood, loss, self.sigma_noise.double().square(), ranks, self._device)
 
         return evaluate, score_of_map

@@ -57,6 +57,15 @@ def check_given(name: str, value: Any, reason: str) -> None:
         raise ValueError(f"{reason}: pass {name}=...")
 
 
+def check_some(n: int, loader: str) -> None:
+    """Require data."""
+    if not n:
+        raise ValueError(
+            f"The {loader} yielded no data; at least one input is needed. A generator that was read before is empty: "
+            "pass a fresh one."
+        )
+
+
 def check_size(name: str, value: Any, optional: bool = True) -> int | None:
     """Return a positive integer as an int; or None, if it is optional."""
     if value is None and optional:
