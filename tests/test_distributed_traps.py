@@ -258,11 +258,11 @@ def test_a_metric_made_of_metrics(two, process_group):
 def tune_by_composed(case: Case, process_group: Any) -> dict[str, Any] | None:
     if dist.is_initialized() and process_group is None and dist.get_rank():
         return None
-    la = case.fitted()
-    la.process_group = process_group
+    alone, p, data = process_group is None, case.problem, case.validation()
+    la = case.estimator(process_group=process_group)
+    la.fit(batches(p.x, p.y) if alone else loader(p.x, p.y))
     loss = 3 - 2 * torchmetrics.classification.MulticlassAccuracy(C, average="micro")
-    data = case.validation()
-    val = batches(*data, 3) if process_group is None else loader(*data, 3)
+    val = batches(*data, 3) if alone else loader(*data, 3)
     la.optimize_prior_precision(method="gridsearch", val_loader=val, loss=loss, grid_size=301)
     return report(la, case.problem.x_test)
 
