@@ -158,14 +158,21 @@ def packed(x: Input) -> Any:
         If a mapping holds anything else.
     """
     if isinstance(x, Tensor):
-        return x.detach().cpu().clone()
+        return _own(x)
     foreign = [k for k, v in x.items() if not _is_plain(v)]
     if foreign:
         raise ValueError(
             f"The inputs hold objects other than tensors and plain Python types under {foreign}, which can neither be sent "
             "to other processes nor kept in a checkpoint. Convert them in the data set."
         )
-    return {k: v.detach().cpu().clone() if isinstance(v, Tensor) else v for k, v in x.items()}
+    return {k: _own(v) if isinstance(v, Tensor) else v for k, v in x.items()}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    moved = tensor.detach().cpu()
+    return (
+        moved if moved.untyped_storage().nbytes() == moved.numel() * moved.element_size() else moved.clone()
+    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -177,10 +184,15 @@ def _is_plain(value: Any) -> bool:
 
 
 def unpacked(entries: Any, example: Input | None) -> Input:
-    """Give back to packed entries the type of mapping that an example has."""
+    """Give back to packed entries the type of mapping, and the devices, that an example has."""
     if isinstance(example, Mapping) and isinstance(entries, dict):
-        return like(example, entries)
-    return entries
+        return like(example, {k: _beside(v, example.get(k)) for k, v in entries.items()})
+    return _beside(entries, example)
+
+
+def _beside(value: Any, example: Any) -> Any:
+    both = isinstance(value, Tensor) and isinstance(example, Tensor)
+    return value.to(example.device) if both else value
 
 
 def _has_batch_axis(value: Any, size: int) -> bool:

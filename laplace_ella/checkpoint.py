@@ -24,6 +24,7 @@ STATE_KEYS = {
     *("format", "cls_name", "likelihood", "fingerprint", "basis", "H", "loss", "n_data", "n_outputs"),
     "n_predictions",
     *("temperature", "temperature_fixed", "named_by_user", "snapshots", "labels_sampled"),
+    "largest_sums",
     "novelty_reference",
     *("novelty_setting", "fit_history"),
     *(*TENSOR_STATE, *PLAIN_STATE),
@@ -56,18 +57,18 @@ def pack_basis(basis: NystromBasis) -> dict[str, Any]:
 
 
 def check_directions(basis: NystromBasis, model: nn.Module, what: str) -> None:
-    """Require directions in the space of the model's trainable parameters, as many as eigenvalues.
+    """Require directions in the space of the model's trainable parameters, in their dtypes, as many as eigenvalues.
 
     Raises
     ------
     ValueError
     """
     n = len(range(basis.rank)[basis.ranks.turns()])
-    shapes = {k: (n, *p.shape) for k, p in model.named_parameters() if p.requires_grad}
-    if {k: tuple(v.shape) for k, v in basis.directions.items()} != shapes:
+    shapes = {k: ((n, *p.shape), p.dtype) for k, p in model.named_parameters() if p.requires_grad}
+    if {k: (tuple(v.shape), v.dtype) for k, v in basis.directions.items()} != shapes:
         raise ValueError(
-            f"{what} belongs to other parameters than those of this model that require grad. Build the model as it "
-            "was, with the same requires_grad flags."
+            f"{what} belongs to other parameters than those of this model that require grad, in number, shape or dtype. "
+            "Build the model as it was, with the same requires_grad flags."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -242,6 +242,8 @@ class ELLALaplace(
         self.snapshots: list[tuple[int, Tensor]] = []
         self.n_curvature = self.n_predictions = 0
         self._labels_sampled = False  # whether any part of G was estimated from sampled labels
+        # The largest eigenvalue of G, and the largest loss, that were ever part of these sums: their rounding stays.
+        self._largest_sums = [0.0, 0.0]
         self._tangents: tuple[tuple[int, int], Weights, Tensor] | None = None
         self._novelty_reference: Tensor | None = None
         self._novelty_setting: list[Any] = []
@@ -326,15 +328,31 @@ class ELLALaplace(
         snapshots: list[tuple[int, Tensor]],
         loss: Tensor,
         counts: tuple[int, int, int],
+        largest_sums: Sequence[float] = (0.0, 0.0),
     ) -> None:
-        self.backend.basis, self._tangents, self._novelty_reference = basis, None, None
-        self.snapshots, (self.n_curvature, self.H) = snapshots, snapshots[-1]
-        self.loss = loss.to(self._device)
-        self.n_data, self.n_predictions, self.n_outputs = counts
-        self.mean = torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype)
-        self.model.output_size = self.n_outputs  # as the host does
-        self._fingerprint = checkpoint.fingerprint(self.model)
-        self._posterior_scale = None
+        n_curvature, H = snapshots[-1]
+        n_data, n_predictions, n_outputs = counts
+        loss = loss.to(self._device)
+        sizes = [float(torch.linalg.eigvalsh(H)[-1]), float(loss)]
+        found = {
+            "snapshots": snapshots,
+            "n_curvature": n_curvature,
+            "H": H,
+            "loss": loss,
+            "n_data": n_data,
+            "n_predictions": n_predictions,
+            "n_outputs": n_outputs,
+            "mean": torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype),
+            "_fingerprint": checkpoint.fingerprint(self.model),
+            "_largest_sums": [max(pair) for pair in zip(sizes, largest_sums)],
+            "_posterior_scale": None,
+            "_tangents": None,
+            "_novelty_reference": None,
+        }
+        with self._undone_on_error():
+            self.model.output_size = n_outputs  # as the host does
+            self.backend.basis = basis
+            self.__dict__.update(found)  # at once: an interruption comes before or after
 
     def _keep_snapshot(self, n: int) -> None:
         """Let G be what was found from the first n curvature inputs."""
@@ -448,6 +466,7 @@ class ELLALaplace(
             "temperature_fixed": self._temperature_fixed,
             "snapshots": self.snapshots,
             "labels_sampled": self._labels_sampled,
+            "largest_sums": self._largest_sums,
             "novelty_reference": self._novelty_reference,
             "novelty_setting": self._novelty_setting,
             "fit_history": self.fit_history_,
@@ -491,6 +510,7 @@ class ELLALaplace(
             self._set_fit(basis, snapshots, loss, counts)
             self.n_curvature, self.H = n_curvature, state_dict["H"].to(self._device)
             self._labels_sampled = state_dict["labels_sampled"]
+            self._largest_sums = list(state_dict["largest_sums"])
             self._novelty_reference = state_dict["novelty_reference"]
             self._novelty_setting = state_dict["novelty_setting"]
             self.fit_history_ = state_dict["fit_history"]

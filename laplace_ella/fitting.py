@@ -66,13 +66,15 @@ class Fitting:
     _ranks: Any  # Ranks
     _device: Any
     _dtype: Any
+    _backend_kwargs: dict[str, Any]
     _labels_sampled: bool
     _temperature: float
     _temperature_fixed: bool
     _named_by_user: set[str]
     _posterior_scale: Tensor | None
     n_predictions: int
-    _set_fit: Callable[[NystromBasis, list[tuple[int, Tensor]], Tensor, tuple[int, int, int]], None]
+    _largest_sums: list[float]
+    _set_fit: Callable[..., None]
     _undone_on_error: Callable[[], AbstractContextManager[None]]
     _likelihood_name: str
     _scorer: Callable[..., Any]
@@ -158,7 +160,8 @@ class Fitting:
             If another rank failed.
         KeyboardInterrupt
             When interrupted. Before G has an input the previous fit stays intact; after that, in a single process,
-            G is kept as estimated from the inputs so far, with a warning.
+            G is kept as estimated from the inputs so far, with a warning. With ``override=False`` and ``checkpoint``
+            the previous fit stays intact in any case.
 
         Notes
         -----
@@ -194,7 +197,7 @@ class Fitting:
                 landmarks=None if landmarks is None else digest(*landmarks),
                 basis=None if basis is None else basis.fingerprint(),
             )
-            files = FitFiles(checkpoint, checkpoint_every, arguments, ranks)
+            files = FitFiles(checkpoint, checkpoint_every, {**arguments, **self._computing()}, ranks)
             stream = Stream(
                 train_loader,
                 self.dict_key_x,
@@ -219,21 +222,22 @@ class Fitting:
         finish = partial(self._finish, basis, found, n_data, fresh)
         try:
             accumulate(job, basis, sample, n_read, found.longest, total)
+            snapshots = total.snapshots(n_data, ranks)
+            self._warn_of_few_samples(snapshots[-1][0], basis.rank)
+            with self._undone_on_error():
+                finish(snapshots)
+                if val_loader is not None:
+                    free = fresh and not self._temperature_fixed
+                    self._stop_early(val_loader, link_approx, free, progress)
+                with ranks.together("the last stage of fit"):
+                    pass  # no rank deletes its files while another still needs its own
         except KeyboardInterrupt:
-            if total.seen and ranks.size == 1:
+            # Data that are added are in the files alone: they would be added twice by the fit that goes on.
+            if total.seen and ranks.size == 1 and (fresh or not files.paths):
                 finish(total.snapshots(n_data, ranks, unfinished=True))
                 self._warn_of_interruption(total.seen, found.n_data if sample is None else sample.size)
             raise
-        snapshots = total.snapshots(n_data, ranks)
-        self._warn_of_few_samples(snapshots[-1][0], basis.rank)
-        with self._undone_on_error():
-            finish(snapshots)
-            if val_loader is not None:
-                free = fresh and not self._temperature_fixed
-                self._stop_early(val_loader, link_approx, free, progress)
-            with ranks.together("the last stage of fit"):
-                pass  # no rank deletes its files while another still needs its own
-        files.remove()
+        files.delete_all()
 
     def _finish(
         self,
@@ -250,9 +254,11 @@ class Fitting:
             snapshots = [(self.n_curvature + snapshots[-1][0], self.H + snapshots[-1][1])]
             loss = self.loss + loss.to(self.loss.device)
             n_data, n_predictions = self.n_data + n_data, self.n_predictions + n_predictions
-        self._set_fit(basis, snapshots, loss, (n_data, n_predictions, found.n_outputs))
-        self._labels_sampled = self._labels() > 0 or (not fresh and self._labels_sampled)
-        self.fit_history_ = {"processed_examples": [float(self.n_curvature)], "val_nll": []}
+        largest = (0.0, 0.0) if fresh else self._largest_sums
+        with self._undone_on_error():
+            self._set_fit(basis, snapshots, loss, (n_data, n_predictions, found.n_outputs), largest)
+            self._labels_sampled = self._labels() > 0 or (not fresh and self._labels_sampled)
+            self.fit_history_ = {"processed_examples": [float(self.n_curvature)], "val_nll": []}
 
     def _scan(self, job: Job, balanced: bool, landmarks: tuple[Input, Tensor] | None, draws: bool) -> Scan:
         """Read this rank's training data, and draw landmarks if they are neither given nor kept."""
@@ -363,6 +369,11 @@ class Fitting:
             **of_call,
             "fitted before": before,
         }
+
+    def _computing(self) -> dict[str, Any]:
+        """Return what the rounding of a fit depends on; ranks may differ in it."""
+        options = {k: str(v) for k, v in self._backend_kwargs.items() if k != "spill"}
+        return {**options, "spill": self._backend_kwargs["spill"] is not None}
 
     def _check_basis(self, basis: Any, landmarks: Any, fresh: bool) -> None:
         if basis is None:

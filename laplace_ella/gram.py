@@ -51,8 +51,11 @@ class Spill:
         n = size * n_weights
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash later
             os.posix_fallocate(file.fileno(), 0, n * self.dtype.itemsize)
-        rows = torch.from_file(file.name, shared=True, size=n, dtype=self.dtype)
-        return rows.view(size, n_weights), file
+        rows = torch.from_file(file.name, shared=True, size=n, dtype=self.dtype).view(size, n_weights)
+        if os.name != "posix":
+            return rows, file
+        file.close()  # the mapping survives its name, which no process that dies leaves behind
+        return rows, None
 
 
 @dataclass(frozen=True)

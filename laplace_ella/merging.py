@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from .stream import Batch, Stream
 from .validation import check_some
 
 # Features of one input differ by rounding where batches do: eigenvalues of a difference of two G down to
-# minus so many eps of the largest are zero.
+# minus so many eps of the largest there ever was are zero.
 ROUNDING = 100
 HYPERPARAMETERS = ("sigma_noise", "temperature", "prior_precision", "prior_mean")
 
@@ -50,6 +51,8 @@ class Merging:
     _device: Any
     _fingerprint: str
     _labels_sampled: bool
+    _largest_sums: list[float]
+    _undone_on_error: Callable[[], AbstractContextManager[None]]
     _dtype: Any
     _set_fit: Callable[..., None]
     _check_H_init: Callable[[], None]
@@ -73,8 +76,13 @@ class Merging:
         ValueError
             If they differ in what has to be the same. Both stay as they are.
         """
-        if not isinstance(other, Merging):
-            raise ValueError(f"merge() takes a fitted ELLALaplace; got {type(other).__name__}.")
+        if not isinstance(other, Merging) or other is self:
+            got = (
+                "this estimator itself, whose data would count twice"
+                if other is self
+                else type(other).__name__
+            )
+            raise ValueError(f"merge() takes another fitted ELLALaplace; got {got}.")
         for estimator in (self, other):
             estimator._check_H_init()
             estimator._check_unchanged()
@@ -83,12 +91,15 @@ class Merging:
         if differ:
             raise ValueError(
                 f"Estimators to be merged must have the same {', '.join(mine)}; these differ in {', '.join(differ)}. "
-                "Fit the other one with basis=la.basis and the same settings."
+                "Fit the other one with basis=la.basis; give both the same noise, temperature and prior, or merge before tuning."
             )
         n, G = self.n_curvature + other.n_curvature, self.H + other.H.to(self._device)
         counts = self.n_data + other.n_data, self.n_predictions + other.n_predictions, self.n_outputs
-        self._set_fit(self.basis, [(n, G)], self.loss + other.loss.to(self._device), counts)
-        self._labels_sampled |= other._labels_sampled
+        sampled = self._labels_sampled or other._labels_sampled
+        largest = [max(pair) for pair in zip(self._largest_sums, other._largest_sums)]
+        with self._undone_on_error():
+            self._set_fit(self.basis, [(n, G)], self.loss + other.loss.to(self._device), counts, largest)
+            self._labels_sampled = sampled
 
     def _identity(self) -> dict[str, Any]:
         """Return what two estimators must share to be merged, in plain types."""
@@ -151,7 +162,7 @@ class Merging:
         if torch.linalg.eigvalsh(remaining)[0] < 0:  # by rounding
             remaining = ranks.of_first(positive_part(remaining))
         loss, counts = (self.loss - loss).clamp_min(0), (n_left, self.n_predictions - n_predictions)
-        self._set_fit(self.basis, [(n_left, remaining)], loss, (*counts, self.n_outputs))
+        self._set_fit(self.basis, [(n_left, remaining)], loss, (*counts, self.n_outputs), self._largest_sums)
 
     def _sums_over(self, stream: Stream, ranks: Ranks) -> tuple[Tensor, Tensor, list[int]]:
         """Return G (K, K) and loss () of the data of all ranks, and how many inputs and predictions they are."""
@@ -198,12 +209,12 @@ class Merging:
 
     def _check_remaining(self, G: Tensor, loss: Tensor) -> None:
         """Require that what remains is a sum over data: no negative curvature, and no negative loss."""
-        largest = float(torch.linalg.eigvalsh(self.H)[-1])
+        largest, largest_loss = self._largest_sums
         lowest = float(torch.linalg.eigvalsh(self.H - G)[0])
         eps = ROUNDING * torch.finfo(self._dtype).eps
-        if lowest < -eps * largest or self.loss - loss < -eps * self.loss:
+        if lowest < -eps * largest or self.loss - loss < -eps * largest_loss:
             raise ValueError(
                 "The data to be forgotten are not among those that the estimator was fitted to: without them, the smallest "
-                f"eigenvalue of G would be {lowest:.3g} (the largest of G is {largest:.3g}), and the loss, a sum of positive "
+                f"eigenvalue of G would be {lowest:.3g} (the largest was {largest:.3g}), and the loss, a sum of positive "
                 f"terms, {float(self.loss - loss):.3g}. Pass inputs and targets as they were fitted, each once."
             )

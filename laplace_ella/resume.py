@@ -6,15 +6,18 @@ is made block by block), ``path.basis`` and ``path.curvature``. A file is replac
 
 from __future__ import annotations
 
+import glob
 import os
 import random
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from .accumulation import NOTHING, Part
@@ -43,8 +46,10 @@ class FitFiles:
     Raises
     ------
     ValueError
-        If the folder does not exist, a file is no checkpoint of a fit in this format or cannot be read, or
-        is one of another fit. Files stay as they are.
+        If the folder does not exist, a file is no checkpoint of a fit in this format, or is one of another fit.
+        Files stay as they are.
+    OSError
+        If files cannot be read, or the folder not be written to.
     """
 
     def __init__(
@@ -53,18 +58,25 @@ class FitFiles:
         self.every, self.arguments = every, arguments
         self.paths: dict[str, Path] = {}
         self._found: dict[str, Any] = {}
-        self._readable: set[str] = set()
         self._run = os.urandom(8).hex()
         if path is None:
             return
         if not isinstance(path, (str, PathLike)) or not os.fspath(path):
             raise ValueError(f"checkpoint must be a path or None; got {path!r}.")
         first = Path(path) if ranks.size == 1 else Path(f"{path}.{ranks.rank}-of-{ranks.size}")
-        if not first.absolute().parent.is_dir():
+        folder = first.absolute().parent
+        if not folder.is_dir() or first.is_dir():
             raise ValueError(
-                f"checkpoint must be a path in an existing folder; {first.absolute().parent} is none. Create it."
+                f"checkpoint must be the path of a file, in an existing folder; got {str(path)!r}. Create {folder}, or add a "
+                "name to the path."
             )
         self.paths = {s: Path(f"{first}{'' if s == 'scan' else '.' + s}") for s in STAGES}
+        _sweep(first)
+        self._temporary = Path(f"{first}.{os.getpid()}-{self._run}.tmp")
+        self._temporary.touch()  # before any long work, if that is not possible
+        self._temporary.unlink()
+        # As they were when this fit last saw them.
+        self._marks = {s: _mark(p) for s, p in self.paths.items()}
         self._found = {s: self._read(p) for s, p in self.paths.items() if p.exists()}
         if "scan" in self._found:
             self._run = self._found["scan"]["run"]
@@ -76,8 +88,8 @@ class FitFiles:
         """Return what a stage left, or None."""
         return self._found[stage]["state"] if stage in self._found else None
 
-    def forget(self, stage: str) -> None:
-        """Ignore what a stage left; it is done again."""
+    def ignore(self, stage: str) -> None:
+        """Let a stage be done again."""
         self._found.pop(stage, None)
 
     def is_due(self, step: int) -> bool:
@@ -89,8 +101,10 @@ class FitFiles:
 
         Raises
         ------
+        OSError
+            If the file cannot be written. The one before is as it was.
         ValueError
-            If the state holds objects that could not be read back.
+            If another fit has replaced it meanwhile.
         """
         if not self.paths:
             return
@@ -102,24 +116,34 @@ class FitFiles:
             "arguments": self.arguments,
             "state": state,
         }
-        temporary = _temporary(path)
-        with temporary.open("wb") as file:
-            torch.save(whole, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if stage not in self._readable:
-            _require_readable(temporary)
-        os.replace(temporary, path)
+        try:
+            self._write(whole)
+            if _mark(path) != self._marks[stage]:
+                raise ValueError(_unusable(path, "another fit has written to it meanwhile"))
+            os.replace(self._temporary, path)
+        except BaseException:
+            self._temporary.unlink(missing_ok=True)
+            raise
+        self._marks[stage] = _mark(path)
         _flush_folder(path.absolute().parent)
-        self._readable.add(stage)
+
+    def _write(self, whole: dict[str, Any]) -> None:
+        try:
+            # By its name: from a file of Python's, torch turns an interrupt into an error of its own.
+            torch.save(whole, os.fspath(self._temporary))
+        except RuntimeError as error:
+            raise OSError(
+                f"The checkpoint {self._temporary} could not be written: {error}. Is there space on the disk?"
+            ) from error
+        with self._temporary.open("rb+") as file:
+            os.fsync(file.fileno())
 
     def delete(self, stage: str) -> None:
-        """Delete the file of a stage, if there is one."""
-        if self.paths:
+        """Delete the file of a stage, if there is one and it is this fit's."""
+        if self.paths and _mark(self.paths[stage]) == self._marks[stage]:
             self.paths[stage].unlink(missing_ok=True)
-            _temporary(self.paths[stage]).unlink(missing_ok=True)
 
-    def remove(self) -> None:
+    def delete_all(self) -> None:
         """Delete the files: the fit has ended."""
         for stage in reversed(STAGES):
             self.delete(stage)
@@ -129,6 +153,8 @@ class FitFiles:
             with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
                 damaged = archive.testzip()
             found = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
         except Exception as error:
             reason = f"it is truncated, or no checkpoint of a fit ({type(error).__name__})"
             raise ValueError(_unusable(path, reason)) from error
@@ -150,23 +176,25 @@ class FitFiles:
         return found
 
 
-def _temporary(path: Path) -> Path:
-    return Path(f"{path}.tmp")
+def _sweep(first: Path) -> None:
+    """Delete what processes that died while they wrote have left."""
+    for path in first.absolute().parent.glob(f"{glob.escape(first.name)}.*-*.tmp"):
+        pid = path.name[len(first.name) + 1 :].split("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    """Return what tells a file from another that takes its place; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _unusable(path: Path, reason: str) -> str:
     return f"The checkpoint {path} cannot be used: {reason}. It was left as it is: delete it, or pass another path."
-
-
-def _require_readable(path: Path) -> None:
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        path.unlink()
-        raise ValueError(
-            "The inputs hold objects other than tensors and plain Python types, which a checkpoint cannot restore: "
-            f"{error}. Convert them in the data set, or fit without checkpoint."
-        ) from error
 
 
 def _flush_folder(folder: Path) -> None:
@@ -183,31 +211,61 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    places = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    places = (
+        loader,
+        getattr(loader, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    )
     found = [getattr(place, "generator", None) for place in places]
     return [g for g in found if isinstance(g, torch.Generator)]
 
 
 def random_state(loader: Any) -> dict[str, Any]:
     """Return the states of the generators a loader's order may come from: torch's, numpy's, Python's, its own."""
-    algorithm, words, *more = np.random.get_state(legacy=True)  # noqa: NPY002
     return {
         "torch": torch.get_rng_state(),
-        "numpy": (str(algorithm), torch.from_numpy(np.asarray(words, dtype=np.int64)), *more),
+        "numpy": _plain(np.random.get_state(legacy=False)),  # noqa: NPY002
         "python": random.getstate(),
         "loader": [g.get_state() for g in _generators(loader)],
     }
 
 
+def _plain(state: Any) -> Any:
+    """Return the state of a generator of numpy's as tensors and plain types."""
+    if isinstance(state, dict):
+        return {k: _plain(v) for k, v in state.items()}
+    if isinstance(state, np.ndarray):
+        return torch.from_numpy(state.astype(np.int64))
+    return state if isinstance(state, (str, float)) else int(state)
+
+
+def _of_numpy(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {k: _of_numpy(v) for k, v in state.items()}
+    return state.numpy().astype(np.uint64) if isinstance(state, torch.Tensor) else state
+
+
 def set_random_state(state: dict[str, Any], loader: Any) -> None:
     """Give the generators the states that :func:`random_state` returned."""
     torch.set_rng_state(state["torch"])
-    algorithm, words, *more = state["numpy"]
-    np.random.set_state((algorithm, words.numpy().astype(np.uint32), *more))  # noqa: NPY002
+    np.random.set_state(_of_numpy(state["numpy"]))  # noqa: NPY002
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     for generator, before in zip(_generators(loader), state["loader"]):
         generator.set_state(before)
+
+
+@contextmanager
+def random_state_kept_on_error(loader: Any) -> Iterator[None]:
+    """Give generators back the states they had, if what is done inside fails with a ValueError: data were refused."""
+    before = random_state(loader)
+    try:
+        yield
+    except ValueError:
+        set_random_state(before, loader)
+        raise
 
 
 def replay(batches: Iterator[Batch], before: dict[str, Any] | None, found: Scan) -> str:

@@ -18,7 +18,7 @@ from .gram import FRESH, Unfinished
 from .landmarks import Landmarks
 from .pooling import Dealt
 from .ranks import ALONE, Ranks
-from .resume import FitFiles, random_state, replay, set_random_state, skip
+from .resume import FitFiles, random_state, random_state_kept_on_error, replay, set_random_state, skip
 from .scan import Scan
 from .sharding import work_through
 from .stream import Batch, Stream
@@ -66,12 +66,13 @@ def read_data(job: Job, found: Scan, scan: Callable[..., None]) -> None:
     files, loader, engine = job.files, job.stream.loader, job.backend.engine
     before = files.found("scan")
     with job.ranks.together("the training data"):
-        if before is not None:
-            set_random_state(before["random"], loader)
-            engine.assume_free(before["free"])
-        start = {"random": random_state(loader) if files.paths else None, "free": engine.free()}
-        batches = job.stream.batches("Training data")
-        first = replay(batches, before, found)
+        with random_state_kept_on_error(loader):
+            if before is not None:
+                set_random_state(before["random"], loader)
+                engine.assume_free(before["free"])
+            start = {"random": random_state(loader), "free": engine.free()} if files.paths else {}
+            batches = job.stream.batches("Training data")
+            first = replay(batches, before, found)
         if before is not None and before["complete"]:
             set_random_state(before["after"], loader)
             return
@@ -96,7 +97,7 @@ def find_basis(job: Job, landmarks: Landmarks, rank: int | float, shard: bool) -
         with ranks.together("the basis of an interrupted fit"):
             return unpack_basis(files.found("basis"), job.backend.model, ranks if shard else ALONE)
     for stage in ("basis", "curvature"):
-        files.forget(stage)
+        files.ignore(stage)
     basis = job.backend.build_basis(landmarks, rank, job.progress, ranks, shard, _unfinished_gram(job))
     with ranks.together("the checkpoint of the basis"):
         files.save("basis", pack_basis(basis) if files.paths else {})
@@ -142,7 +143,7 @@ def accumulate(
     files, loader, ranks = job.files, job.stream.loader, job.ranks
     before = _unfinished_sum(job, basis)
     parts: Iterator[Part]
-    with ranks.together("the data read again"):
+    with ranks.together("the data read again"), random_state_kept_on_error(loader):
         if before is not None:
             set_random_state(before["random"], loader)
             total.restore(before["total"])

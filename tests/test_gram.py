@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from conftest import assert_close
@@ -141,3 +143,11 @@ def test_where_rows_cannot_be_spilled(spill):
         fitted(spill=spill)
     with pytest.raises(ValueError, match="spill_dtype must be one of"):
         fitted(spill="cpu", spill_dtype=torch.int8)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a mapped file has to keep its name")
+def test_spilled_rows_have_no_name(tmp_path):
+    rows, _ = Spill(str(tmp_path), torch.float32).empty(7, 11)
+    assert not list(tmp_path.iterdir())
+    rows.fill_(3.0)
+    assert rows.sum() == 3 * 7 * 11

@@ -10,14 +10,12 @@ import subprocess
 import sys
 import warnings
 from collections import UserDict
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
 from helpers import (
     DictModel,
     K,
@@ -30,10 +28,12 @@ from helpers import (
     targets,
 )
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import laplace_ella
-from laplace_ella.gram import SampleBlocks, WeightBlocks
+from laplace_ella import checkpoint
+from laplace_ella.gram import SampleBlocks, Unfinished, WeightBlocks
+from laplace_ella.resume import random_state, set_random_state
 
 SIZE, N_BATCHES = 5, 5  # of 23 inputs: 5, 5, 5, 5, 3
 N_DATA = 23
@@ -432,6 +432,54 @@ def test_a_loader_that_shuffles_replays_whatever_was_interrupted(own, size, tmp_
 
 
 @pytest.mark.parametrize("size", [None, 11])
+def test_a_sampler_in_a_batch_sampler_replays(size, tmp_path):
+    def make_loader(seed, left=None):
+        data = Breaking(left)
+        order = RandomSampler(data, generator=torch.Generator().manual_seed(seed))
+        return DataLoader(data, batch_sampler=BatchSampler(order, SIZE, drop_last=False))
+
+    expected = build(curvature_size=size)
+    expected.fit(make_loader(5))
+    for left in range(SIZE, N_DATA * (1 + (size is None)), 4):
+        interrupt(build(curvature_size=size), make_loader(5, left), tmp_path / "fit", Killed)
+        la = build(curvature_size=size)
+        la.fit(make_loader(6), checkpoint=tmp_path / "fit", checkpoint_every=1)
+        assert_equal_fits(la, expected, f"interrupted at input {left}")
+
+
+def test_another_generator_of_numpys(tmp_path):
+    get, set_ = np.random.get_bit_generator, np.random.set_bit_generator
+    before = get()
+    try:
+        for make in (np.random.PCG64, np.random.Philox, np.random.SFC64, np.random.MT19937):
+            set_(make(3))
+            state = random_state([])
+            drawn = np.random.random(5)  # noqa: NPY002
+            torch.save(state, tmp_path / "state")
+            set_random_state(torch.load(tmp_path / "state", weights_only=True), [])
+            assert (np.random.random(5) == drawn).all()  # noqa: NPY002
+    finally:
+        set_(before)
+
+
+def test_a_refusal_leaves_the_generators_as_they_were(tmp_path):
+    interrupt(build(), Ending(batches(), 3), tmp_path / "fit", OSError)
+    la, data = build(), batches(seed=77)
+    torch.manual_seed(4)
+    random.seed(4)
+    np.random.seed(4)  # noqa: NPY002
+    expected = torch.rand(3), random.random(), np.random.random()  # noqa: NPY002
+    torch.manual_seed(4)
+    random.seed(4)
+    np.random.seed(4)  # noqa: NPY002
+    with pytest.raises(ValueError, match="order"):
+        la.fit(data, checkpoint=tmp_path / "fit")
+    found = torch.rand(3), random.random(), np.random.random()  # noqa: NPY002
+    assert torch.equal(found[0], expected[0])
+    assert found[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("size", [None, 11])
 def test_a_loader_that_shuffles_by_other_generators_replays(size, tmp_path):
     class Shuffling:
         def __init__(self, at=None):
@@ -663,19 +711,15 @@ def test_blocks_of_the_gram_matrix_are_not_computed_again(kind, tmp_path, monkey
     assert seen == set(range(len(costs) + 1))
 
 
-def test_another_budget_makes_other_blocks(tmp_path):
-    whole = build(memory_budget=2 * ROWS_BUDGET // 3)
-    whole.fit(batches())
-    for at in range(40):
-        model = Watched(at=at)
-        with suppress(Killed):
-            build(model=model, memory_budget=ROWS_BUDGET).fit(batches(), checkpoint=tmp_path / "fit")
-        if (tmp_path / "fit.gram").exists():
-            break
-    la = build(model=Watched(), memory_budget=2 * ROWS_BUDGET // 3)
-    la.fit(batches(), checkpoint=tmp_path / "fit")
-    assert_close(la.H, whole.H)
-    assert_close(la.basis.eigenvalues, whole.basis.eigenvalues)
+def test_blocks_of_another_layout_are_of_no_use():
+    matrix = torch.ones(M, M, dtype=torch.float64)
+    unfinished = Unfinished(["rows", 0, 4], 1, matrix)
+    device = torch.device("cpu")
+    assert torch.equal(unfinished.start(["rows", 0, 4], M, device)[0], matrix)
+    assert unfinished.start(["rows", 0, 4], M, device)[1] == 1
+    found, done = unfinished.start(["rows", 0, 5], M, device)
+    assert done == 0
+    assert not found.any()
 
 
 # ---------------------------------------------------------------------------- wrong orders
@@ -917,6 +961,10 @@ OTHER_FITS = {
     "val_steps": ({}, {"val_steps": 1}, "val_steps"),
     "max_samples": ({}, {"max_samples": 20}, "max_samples"),
     "n_total": ({}, {"n_total": 200}, "n_total"),
+    "memory_budget": ({"memory_budget": 5000}, {}, "memory_budget"),
+    "chunk_size": ({"chunk_size": 1}, {}, "chunk_size"),
+    "autodiff": ({"autodiff": "reverse"}, {}, "autodiff"),
+    "spill": ({"spill": "cpu"}, {}, "spill"),
 }
 
 
@@ -1027,12 +1075,13 @@ def test_files_reach_the_disk_before_they_get_their_names(tmp_path, monkeypatch)
     replaced = [(i, *event[1:]) for i, event in enumerate(events) if event[0] == "replace"]
     assert {target for _, _, target in replaced} == {"fit", "fit.basis", "fit.curvature"}
     assert sum(target == "fit" for _, _, target in replaced) >= N_BATCHES
-    for i, source, target in replaced:
-        assert source == f"{target}.tmp"
+    for i, source, _ in replaced:
+        assert source.startswith("fit.")
+        assert source.endswith(".tmp")
         if os.path.isdir("/proc/self/fd"):
             assert ("sync", source) in events[:i]
             last = max(j for j in range(i) if events[j] == ("sync", source))
-            assert ("replace", source, target) not in events[last:i]
+            assert not any(event[:2] == ("replace", source) for event in events[last:i])
 
 
 @pytest.mark.parametrize("error", [OSError, Killed])
@@ -1073,17 +1122,74 @@ def test_a_file_that_cannot_be_renamed_leaves_the_old_one(error, tmp_path, monke
     assert at >= N_BATCHES
 
 
-def test_a_temporary_file_of_a_process_that_died_is_no_obstacle(tmp_path):
+def test_what_a_process_that_died_was_writing_is_deleted(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    left = tmp_path / f"fit.{process.pid}-0123456789abcdef.tmp"
+    others = [
+        tmp_path / name for name in (f"fit.{os.getpid()}-0123456789abcdef.tmp", "fit.tmp", "fit.x-y.tmp")
+    ]
+    for file in (left, *others):
+        file.write_bytes(b"half a fi")
+    build().fit(batches(), checkpoint=tmp_path / "fit", checkpoint_every=1)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+
+
+def test_a_full_disk_is_an_error_that_leaves_no_rubbish(tmp_path, monkeypatch):
+    save, writes = torch.save, []
+
+    def failing(whole, file):
+        writes.append(file)
+        if len(writes) == 3:
+            save(whole, file)
+            raise RuntimeError("unexpected pos 64 vs 0")
+        return save(whole, file)
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match=r"fit.*could not be written"):
+        build().fit(batches(), checkpoint=tmp_path / "fit", checkpoint_every=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["fit"]
+    monkeypatch.undo()
     expected = build()
     expected.fit(batches())
-    for name in ("fit.tmp", "fit.basis.tmp", "fit.curvature.tmp"):
-        (tmp_path / name).write_bytes(b"half a fi")
-    interrupt(build(), Ending(batches(), 3), tmp_path / "fit", OSError)
-    (tmp_path / "fit.tmp").write_bytes(b"half a fi")
     la = build()
     la.fit(batches(), checkpoint=tmp_path / "fit", checkpoint_every=1)
     assert_equal_fits(la, expected)
-    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_any_work(tmp_path, monkeypatch):
+    def refusing(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "touch", refusing)
+    with pytest.raises(PermissionError):
+        build().fit(Untouchable(), checkpoint=tmp_path / "fit")
+
+
+def test_two_fits_with_one_checkpoint(tmp_path):
+    """The one that comes second notices; the other's files stay."""
+    inner = []
+
+    class Nested:
+        def __init__(self, data):
+            self.data = data
+
+        def __iter__(self):
+            for i, batch in enumerate(self.data):
+                if i == 3:
+                    inner.append(True)
+                    with pytest.raises(OSError, match="interrupted"):
+                        build(seed=9).fit(
+                            Ending(batches(), 2), checkpoint=tmp_path / "other", checkpoint_every=1
+                        )
+                    os.replace(tmp_path / "other", tmp_path / "fit")
+                yield batch
+
+    with pytest.raises(ValueError, match="another fit"):
+        build().fit(Nested(batches()), checkpoint=tmp_path / "fit", checkpoint_every=1)
+    assert inner
+    assert [p.name for p in tmp_path.iterdir()] == ["fit"]
+    assert torch.load(tmp_path / "fit", weights_only=True)["arguments"]["seed"] == 9
 
 
 def test_files_stay_if_the_fit_fails_after_its_last_batch(tmp_path):
@@ -1184,6 +1290,70 @@ def test_ctrl_c_while_a_loader_is_read_again(tmp_path):
     first = build(curvature_size=None)
     first.fit(batches(), val_steps=1)
     assert torch.equal(la.H, dict(first.snapshots)[10])
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_ctrl_c_while_validation_data_are_read(checkpoint, tmp_path):
+    """G is complete then, and kept as a fit without validation data has it."""
+    expected = build(temperature=None)
+    expected.fit(batches(), val_steps=1)
+    la = build(temperature=None)
+    more = {"checkpoint": tmp_path / "fit", "checkpoint_every": 1} if checkpoint else {}
+    val = Ending(batches(seed=30, n=17), 1, KeyboardInterrupt)
+    with pytest.warns(UserWarning, match="interrupted after 23 of 23"), pytest.raises(KeyboardInterrupt):
+        la.fit(batches(), val_loader=val, **more)
+    assert_equal_fits(la, expected)
+    if checkpoint:
+        la.fit(batches(), val_loader=batches(seed=30, n=17), **more)
+        whole = build(temperature=None)
+        whole.fit(batches(), val_loader=batches(seed=30, n=17))
+        assert_equal_fits(la, whole)
+
+
+def test_ctrl_c_while_data_are_added_with_a_checkpoint(tmp_path):
+    """They are in its files alone, or they would be added twice by the fit that goes on."""
+    whole = build(curvature_size=None)
+    whole.fit(batches())
+    whole.fit(batches(seed=50), override=False)
+    la = build(curvature_size=None)
+    la.fit(batches())
+    untouched = Snapshot(la, X)
+    more = {"override": False, "checkpoint": tmp_path / "fit", "checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):  # and no warning
+        la.fit(Ending(batches(seed=50), N_BATCHES + 3, KeyboardInterrupt), **more)
+    untouched.check()
+    la.fit(batches(seed=50), **more)
+    assert_equal_fits(la, whole)
+
+
+@pytest.mark.parametrize("name", ["merge", "forget"])
+def test_ctrl_c_while_a_fit_is_put_in_place(name, monkeypatch):
+    """What merges and forgets is whole, or was never there."""
+    la, other = build(), build()
+    la.fit(batches())
+    other.fit(batches(seed=50), basis=la.basis)
+    action = {"merge": lambda: la.merge(other), "forget": lambda: la.forget(batches()[:2])}[name]
+    untouched = Snapshot(la, X)
+    fingerprint, left = checkpoint.fingerprint, [0]
+
+    def interrupting(model):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return fingerprint(model)
+
+    monkeypatch.setattr(checkpoint, "fingerprint", interrupting)
+    interruptions = 0
+    while True:
+        left[0] = interruptions + 1
+        try:
+            action()
+        except KeyboardInterrupt:
+            interruptions += 1
+            untouched.check()
+        else:
+            break
+    assert interruptions >= 2
 
 
 def test_ctrl_c_while_data_are_added():
@@ -1370,3 +1540,95 @@ def test_processes_that_are_killed_ten_times(tmp_path):
             assert n_batches <= scanned <= n_batches + interruptions
             derived = sum(done.count("d") for done, _ in fit)
             assert n_derived - n_derived % n_batches <= derived <= n_derived + interruptions * (per_batch + 1)
+
+
+MOMENTS = """
+import os, signal, sys, time, warnings
+
+import torch
+from test_resume import build, mlp
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from helpers import inputs, targets
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+signals, path = sys.argv[1], sys.argv[2]
+
+
+def fit(**more):
+    torch.manual_seed(3)
+    data = TensorDataset(inputs(400), targets("classification", 400))
+    la = build(model=mlp(), subsample_size=60, n_eigenvalues=9, curvature_size=None, memory_budget=2**14)
+    try:
+        la.fit(DataLoader(data, batch_size=8, shuffle=True), **more)
+    except KeyboardInterrupt:
+        os._exit(42 if la.H is None or la.H.isfinite().all() else 1)
+    return la
+
+
+def in_child(work):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+fit()  # what is loaded at the first use
+start = time.perf_counter()
+whole = fit(checkpoint=path, checkpoint_every=1)
+length = time.perf_counter() - start
+number = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[signals]
+ends = {"kill": -signal.SIGKILL, "interrupt": 42}[signals]
+n_stopped = 0
+generator = torch.Generator().manual_seed(0)
+result = path + ".result"
+while n_stopped < 10:
+    def work():
+        la = fit(checkpoint=path, checkpoint_every=1)
+        torch.save([la.H, la.loss, *la.basis.directions.values()], result)
+
+    pid = in_child(work)
+    time.sleep(0.6 * length * float(torch.rand((), generator=generator)))
+    os.kill(pid, number)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, ends), code
+    n_stopped += code == ends
+    if code:
+        continue
+    found = torch.load(result, weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, [whole.H, whole.loss, *whole.basis.directions.values()]))
+    os.remove(result)
+la = fit(checkpoint=path, checkpoint_every=1)
+assert torch.equal(la.H, whole.H) and torch.equal(la.loss, whole.loss)
+left = [name for name in os.listdir(os.path.dirname(path)) if not name.endswith(".result")]
+assert not left, left
+print("stopped", n_stopped)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("signals", ["kill", "interrupt"])
+def test_processes_that_are_stopped_at_any_moment(signals, tmp_path):
+    """Ten times at random moments, in the middle of what is written too."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "moments.py").write_text(MOMENTS)
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(here), str(Path(laplace_ella.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "moments.py", signals, str(tmp_path / "folder" / "fit")],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "stopped 10"
