@@ -1,4 +1,4 @@
-"""Write the tables of docs/scaling.md from the JSON that scaling.py and soak.py wrote.
+"""Write the tables of docs/scaling.md from the JSON that scaling.py, processes.py and soak.py wrote.
 
 python benchmarks/scaling_report.py
 """
@@ -29,7 +29,7 @@ from scaling_model import (
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "scaling.md"
-Model = dict[str, Any]  # {"measured": ..., "model": ..., "soak": ...}
+Model = dict[str, Any]  # of the JSON files, by what they are of
 MAIN = {"M": 2000, "K": 20}
 FIT_OF_MAIN = {"n_landmarks": 2000, "rank": 20}
 HEADS = [f"{world}" for world in WORLDS]
@@ -287,7 +287,36 @@ def soak_table(model: Model) -> str:
     )
 
 
+def processes_table(model: Model) -> str:
+    """Write what several processes of one machine gain."""
+    found = model["processes"]
+    about, world = found["environment"], found["world"]
+    lines = [
+        [
+            kind,
+            f"{found[kind]['seconds_of_one']:.1f}",
+            f"{found[kind]['seconds_of_several']:.1f}",
+            f"{found[kind]['times_as_fast']:.2f} times as fast",
+        ]
+        for kind in ("fit", "grid search")
+    ]
+    one, several = found["extra_gb"]
+    lines.append(
+        ["memory beyond the start, GB a process", f"{one:.2f}", f"{several:.2f}", f"{several / one:.2f}"]
+    )
+    differences = found["relative_difference"]
+    return (
+        f"ResNet-20 ({about['weights']} weights, {about['images']}), N = {found['N']}, M = {found['subsample_size']}, "
+        f"n = {found['curvature_size']}, K = {found['n_eigenvalues']}, {found['validation']} validation images, float32; "
+        f"{about['cpu']}, {about['cores']} cores, one thread a process, gloo; medians of {found['rounds']} rounds.\n\n"
+        + table(["seconds", "1 process", f"{world} processes", ""], lines)
+        + f"\nRelative difference of G: {differences['H']:.1g}, of eigenvalues: {differences['eigenvalues']:.1g}, of "
+        f"predictions: {differences['probabilities']:.1g}.\n"
+    )
+
+
 TABLES: dict[str, Callable[[Model], str]] = {
+    "processes": processes_table,
     "soak": soak_table,
     "measured": measured_table,
     "assumed": assumed_table,
@@ -302,7 +331,7 @@ TABLES: dict[str, Callable[[Model], str]] = {
 
 def read(folder: Path) -> Model:
     """Return what was measured, modelled and soaked."""
-    names = {"measured": "scaling_measured", "model": "scaling", "soak": "soak"}
+    names = {"measured": "scaling_measured", "model": "scaling", "soak": "soak", "processes": "processes"}
     return {key: json.loads((folder / f"{name}.json").read_text()) for key, name in names.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from . import checkpoint, validation
 from .accumulation import RunningSum
 from .autodiff import exclusively
-from .basis import NystromBasis
+from .basis import NystromBasis, Progress
 from .batches import Input, batch_size, rows
-from .candidates import progress_bars
 from .hashing import digest
 from .landmarks import BottomK, draw_outputs
 from .likelihoods import LIKELIHOODS
 from .plan import Plan, data_size, first_batch
 from .pooling import dealt
-from .ranks import ALONE
+from .ranks import ALONE, Ranks
 from .resume import FitFiles
 from .scan import Scan, over_all, scan
 from .search import Setting
@@ -79,6 +78,7 @@ class Fitting:
     _likelihood_name: str
     _scorer: Callable[..., Any]
     _require_same_search: Callable[..., None]
+    _progress: Callable[[bool], Progress]
     _predictor: Callable[..., Any]
     _link: Callable[..., Any]
     _setting: Callable[[], Setting]
@@ -170,9 +170,10 @@ class Fitting:
         input, however many n are scored. Memory: M x P numbers if the budget allows, K x P
         afterwards.
         """
-        ranks = self._ranks
+        ranks, fresh = self._ranks, override or self.H is None
         with ranks.together("the arguments of fit"):
             self._check_fit(train_loader, balanced)
+            self._check_basis(basis, landmarks, fresh)
             max_samples = validation.check_size("max_samples", max_samples)
             n_total = validation.check_size("n_total", n_total)
             val_steps = validation.check_size("val_steps", val_steps)
@@ -182,9 +183,6 @@ class Fitting:
                 validation.check_link(self.likelihood, link_approx)
             if landmarks is not None:
                 landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
-            fresh = override or self.H is None
-            self._check_basis(basis, landmarks, fresh)
-            progress = progress_bars(progress_bar and ranks.rank == 0)
             every = val_steps or (1 if val_loader is not None else None)
             arguments = self._arguments(
                 checkpoint is not None or ranks.size > 1,
@@ -198,14 +196,9 @@ class Fitting:
                 basis=None if basis is None else basis.fingerprint(),
             )
             files = FitFiles(checkpoint, checkpoint_every, {**arguments, **self._computing()}, ranks)
+            progress, seen = self._progress(progress_bar), 0 if fresh else self.n_data
             stream = Stream(
-                train_loader,
-                self.dict_key_x,
-                self.dict_key_y,
-                ranks,
-                progress,
-                0 if fresh else self.n_data,
-                max_samples,
+                train_loader, self.dict_key_x, self.dict_key_y, ranks, progress, seen, max_samples
             )
         ranks.require_equal({**arguments, "checkpoint": checkpoint is not None}, "fit()")
         job = Job(ranks, stream, files, progress, self.backend, every, self.seed, self._labels())
@@ -217,27 +210,38 @@ class Fitting:
         if basis is None:
             basis = self._new_basis(job, found, landmarks, balanced) if fresh else self.basis
         found = replace(found, landmarks=BottomK(0))
-        n_data = found.n_data if n_total is None else n_total
         total = RunningSum(basis.rank, self._device)
-        finish = partial(self._finish, basis, found, n_data, fresh)
-        try:
+        finish = partial(self._finish, basis, found, n_total or found.n_data, fresh)
+        # Data that are added are kept in the files alone: they would be added twice by the fit that goes on.
+        keep = ranks.size == 1 and (fresh or not files.paths)
+        wanted = n_read if sample is None else sample.size
+        with self._kept_on_interrupt(total, wanted, finish) if keep else nullcontext():
             accumulate(job, basis, sample, n_read, found.longest, total)
-            snapshots = total.snapshots(n_data, ranks)
-            self._warn_of_few_samples(snapshots[-1][0], basis.rank)
             with self._undone_on_error():
-                finish(snapshots)
+                finish(total, ranks)
                 if val_loader is not None:
                     free = fresh and not self._temperature_fixed
                     self._stop_early(val_loader, link_approx, free, progress)
                 with ranks.together("the last stage of fit"):
                     pass  # no rank deletes its files while another still needs its own
-        except KeyboardInterrupt:
-            # Data that are added are in the files alone: they would be added twice by the fit that goes on.
-            if total.seen and ranks.size == 1 and (fresh or not files.paths):
-                finish(total.snapshots(n_data, ranks, unfinished=True))
-                self._warn_of_interruption(total.seen, found.n_data if sample is None else sample.size)
-            raise
         files.delete_all()
+
+    @contextmanager
+    def _kept_on_interrupt(
+        self, total: RunningSum, wanted: int, finish: Callable[..., None]
+    ) -> Iterator[None]:
+        """Keep what there is of G when interrupted."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if total.seen:
+                finish(total, ALONE, unfinished=True)
+                warnings.warn(
+                    f"fit() was interrupted after {total.seen} of {wanted} curvature inputs. The estimator is fitted with G as "
+                    f"estimated from these, scaled to N = {self.n_data}.",
+                    stacklevel=6,  # user, three decorators of fit, fit, contextlib, here
+                )
+            raise
 
     def _finish(
         self,
@@ -245,9 +249,13 @@ class Fitting:
         found: Scan,
         n_data: int,
         fresh: bool,
-        snapshots: list[tuple[int, Tensor]],
+        total: RunningSum,
+        ranks: Ranks,
+        unfinished: bool = False,
     ) -> None:
         """Become what was fitted, added to what was fitted before unless that is replaced."""
+        snapshots = total.snapshots(n_data, ranks, unfinished)
+        self._warn_of_few_samples(snapshots[-1][0], basis.rank)
         share = n_data / found.n_data
         loss, n_predictions = found.loss * share, round(found.n_predictions * share)
         if not fresh:  # what was fitted before has no first n inputs any more
@@ -410,7 +418,7 @@ class Fitting:
             warnings.warn(
                 f"curvature='mc' estimates G (K = {rank}) from {n} inputs; under 20 K = {20 * rank} it is badly wrong. "
                 "Raise curvature_size, lower n_eigenvalues, or use curvature='exact'.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _report_reduction(self, name: str, reached: int, reason: str) -> None:
@@ -418,13 +426,6 @@ class Fitting:
             warnings.warn(
                 f"{name} was reduced from {getattr(self, name)} to {reached}: {reason}.", stacklevel=6
             )
-
-    def _warn_of_interruption(self, n: int, wanted: int) -> None:
-        warnings.warn(
-            f"fit() was interrupted after {n} of {wanted} curvature inputs. The estimator is fitted with G as estimated "
-            f"from these, scaled to N = {self.n_data}.",
-            stacklevel=5,
-        )
 
     def _stop_early(self, val_loader: Iterable[Any], link_approx: str, free: bool, progress: Any) -> None:
         r"""Score every snapshot of G; if free, keep the best, with T = N / n and :math:`\delta n / N`."""
