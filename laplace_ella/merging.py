@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .candidates import progress_bars
+from .gram import Progress
 from .hashing import digest
 from .posterior import positive_part
 from .ranks import Ranks
@@ -26,6 +26,7 @@ from .validation import check_some
 # Features of one input differ by rounding where batches do: eigenvalues of a difference of two G down to
 # minus so many eps of the largest there ever was are zero.
 ROUNDING = 100
+LARGEST_ROUNDING = 0.01  # of half precision
 HYPERPARAMETERS = ("sigma_noise", "temperature", "prior_precision", "prior_mean")
 
 
@@ -35,7 +36,7 @@ class Merging:
     A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here.
     """
 
-    model: Any  # torch.nn.Module
+    params: list[nn.Parameter]
     likelihood: str
     backend: Any
     basis: Any  # NystromBasis
@@ -53,7 +54,7 @@ class Merging:
     _labels_sampled: bool
     _largest_sums: list[float]
     _undone_on_error: Callable[[], AbstractContextManager[None]]
-    _dtype: Any
+    _progress: Callable[[bool], Progress]
     _set_fit: Callable[..., None]
     _check_H_init: Callable[[], None]
     _check_unchanged: Callable[[], None]
@@ -147,20 +148,13 @@ class Merging:
             self._check_H_init()
             self._check_unchanged()
             self._check_exact()
-            stream = Stream(
-                loader,
-                self.dict_key_x,
-                self.dict_key_y,
-                ranks,
-                progress_bars(progress_bar and ranks.rank == 0),
-            )
+            stream = Stream(loader, self.dict_key_x, self.dict_key_y, ranks, self._progress(progress_bar))
         G, loss, (n, n_predictions) = self._sums_over(stream, ranks)
         check_some(n, "loader of the data to forget")
-        self._check_count(n)
-        self._check_remaining(G, loss)
-        remaining, n_left = self.H - G, self.n_data - n
-        if torch.linalg.eigvalsh(remaining)[0] < 0:  # by rounding
-            remaining = ranks.of_first(positive_part(remaining))
+        with ranks.together("what remains"):
+            self._check_count(n)
+            remaining, n_left = self._remaining(G, loss), self.n_data - n
+        remaining = ranks.of_first(remaining)
         loss, counts = (self.loss - loss).clamp_min(0), (n_left, self.n_predictions - n_predictions)
         self._set_fit(self.basis, [(n_left, remaining)], loss, (*counts, self.n_outputs), self._largest_sums)
 
@@ -207,14 +201,16 @@ class Merging:
                 "Pass those to be forgotten; fit again to start anew."
             )
 
-    def _check_remaining(self, G: Tensor, loss: Tensor) -> None:
-        """Require that what remains is a sum over data: no negative curvature, and no negative loss."""
+    def _remaining(self, G: Tensor, loss: Tensor) -> Tensor:
+        """Return what remains of G, and require that it is a sum over data: no negative curvature, and no negative loss."""
         largest, largest_loss = self._largest_sums
-        lowest = float(torch.linalg.eigvalsh(self.H - G)[0])
-        eps = ROUNDING * torch.finfo(self._dtype).eps
+        remaining = self.H - G
+        lowest = float(torch.linalg.eigvalsh(remaining)[0])
+        eps = min(ROUNDING * torch.finfo(self.params[0].dtype).eps, LARGEST_ROUNDING)
         if lowest < -eps * largest or self.loss - loss < -eps * largest_loss:
             raise ValueError(
                 "The data to be forgotten are not among those that the estimator was fitted to: without them, the smallest "
                 f"eigenvalue of G would be {lowest:.3g} (the largest was {largest:.3g}), and the loss, a sum of positive "
                 f"terms, {float(self.loss - loss):.3g}. Pass inputs and targets as they were fitted, each once."
             )
+        return positive_part(remaining) if lowest < 0 else remaining

@@ -21,8 +21,6 @@ from .memory import OutOfMemory
 Item = TypeVar("Item")
 # Numbers of a sum up to which every rank adds up all ranks' terms itself, in the same order.
 GATHERED_SUM = 2**16
-
-
 # Bytes up to which an object is sent padded to the length of the longest, in one exchange.
 PADDED = 2**20
 

@@ -646,6 +646,22 @@ def test_rounding_of_what_was_forgotten_first_is_no_obstacle(seed):
         la.forget([(x[None], y[None]) for x, y in refused_later])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_forgetting_in_low_precision(dtype):
+    """In batches of other sizes, whose features round otherwise."""
+    model = mlp(dtype=dtype)
+    x, y = inputs(60, seed=5, dtype=dtype), targets("classification", 60)
+    la, kept = build(model=model, n_eigenvalues=3), build(model=model, n_eigenvalues=3)
+    la.fit(list(zip(x.split(20), y.split(20))))
+    la.forget(list(zip(x[3:].split(1), y[3:].split(1))))
+    kept.fit([(x[:3], y[:3])], basis=la.basis)
+    assert la.n_data == 3
+    tolerance = min(100 * torch.finfo(dtype).eps, 0.01)
+    assert (la.H - kept.H).norm() < tolerance * la._largest_sums[0]
+    assert torch.linalg.eigvalsh(la.H)[0] > -1e-12 * la._largest_sums[0]
+    assert la(x[:3]).isfinite().all()
+
+
 def test_bad_data_are_not_forgotten(kind):
     la = kind.build()
     la.fit(kind.data(1))
