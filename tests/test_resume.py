@@ -1547,7 +1547,6 @@ import os, signal, sys, time, warnings
 
 import torch
 from test_resume import build, mlp
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import inputs, targets
@@ -1555,59 +1554,57 @@ from helpers import inputs, targets
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 signals, path = sys.argv[1], sys.argv[2]
+result = path + ".result"
+# When a process has computed for so long, the system ends it at once, or an interrupt is raised.
+END = {"kill": -signal.SIGPROF, "interrupt": 42}[signals]
 
 
 def fit(**more):
     torch.manual_seed(3)
     data = TensorDataset(inputs(400), targets("classification", 400))
     la = build(model=mlp(), subsample_size=60, n_eigenvalues=9, curvature_size=None, memory_budget=2**14)
-    try:
-        la.fit(DataLoader(data, batch_size=8, shuffle=True), **more)
-    except KeyboardInterrupt:
-        os._exit(42 if la.H is None or la.H.isfinite().all() else 1)
+    la.fit(DataLoader(data, batch_size=8, shuffle=True), **more)
     return la
 
 
-def in_child(work):
+def outcome(la):
+    return [la.H, la.loss, *la.basis.directions.values()]
+
+
+def in_child(delay):
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            work()
+            signal.signal(signal.SIGPROF, signal.SIG_DFL if signals == "kill" else signal.default_int_handler)
+            signal.setitimer(signal.ITIMER_PROF, delay)
+            la = fit(checkpoint=path, checkpoint_every=1)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            torch.save(outcome(la), result)
             code = 0
+        except KeyboardInterrupt:
+            code = END
         finally:
             os._exit(code)
-    return pid
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 fit()  # what is loaded at the first use
-start = time.perf_counter()
-whole = fit(checkpoint=path, checkpoint_every=1)
-length = time.perf_counter() - start
-number = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT}[signals]
-ends = {"kill": -signal.SIGKILL, "interrupt": 42}[signals]
+start = time.process_time()
+whole = outcome(fit(checkpoint=path, checkpoint_every=1))
+length = time.process_time() - start
 n_stopped = 0
 generator = torch.Generator().manual_seed(0)
-result = path + ".result"
 while n_stopped < 10:
-    def work():
-        la = fit(checkpoint=path, checkpoint_every=1)
-        torch.save([la.H, la.loss, *la.basis.directions.values()], result)
-
-    pid = in_child(work)
-    time.sleep(0.6 * length * float(torch.rand((), generator=generator)))
-    os.kill(pid, number)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, ends), code
-    n_stopped += code == ends
-    if code:
-        continue
-    found = torch.load(result, weights_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(found, [whole.H, whole.loss, *whole.basis.directions.values()]))
-    os.remove(result)
-la = fit(checkpoint=path, checkpoint_every=1)
-assert torch.equal(la.H, whole.H) and torch.equal(la.loss, whole.loss)
-left = [name for name in os.listdir(os.path.dirname(path)) if not name.endswith(".result")]
+    code = in_child(1e-3 + 0.6 * length * float(torch.rand((), generator=generator)))
+    assert code in (0, END), code
+    n_stopped += code == END
+    if code == 0:
+        found = torch.load(result, weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, whole))
+        os.remove(result)
+assert all(torch.equal(a, b) for a, b in zip(outcome(fit(checkpoint=path, checkpoint_every=1)), whole))
+left = os.listdir(os.path.dirname(path))
 assert not left, left
 print("stopped", n_stopped)
 """
