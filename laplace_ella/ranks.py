@@ -118,7 +118,7 @@ class Ranks:
         """Tell the others how a piece of work has ended, and raise if it failed anywhere."""
         if error is not None and (isinstance(error, RankError) or error is _LOCAL.told):
             raise error  # all know of it
-        report = None if error is None else _report(error, isinstance(error, alike))
+        report = None if error is None else _report(error, alike)
         reports: list[Any] = []
         try:
             reports = self.gathered(report, what)
@@ -129,14 +129,14 @@ class Ranks:
             _LOCAL.told = error
             raise error
         for rank, found in enumerate(reports):
-            if found and not found["alike"]:
+            if found and found["alike"] is None:
                 raise RankError(
                     f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {found['error']}"
                 )
         if error is not None:
             raise error
         for found in filter(None, reports):
-            raise next(c for c in alike if c.__name__ == found["class"])(found["text"])
+            raise alike[found["alike"]](found["text"])
 
     @contextmanager
     def lockstep(self, what: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
@@ -407,13 +407,17 @@ def _unpacked(values: Tensor) -> Any:
     return torch.load(io.BytesIO(values.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
-def _report(error: BaseException, alike: bool) -> dict[str, Any]:
-    name = type(error).__name__
-    return {"class": name, "text": str(error), "error": f"{name}: {error}", "alike": alike}
+def _report(error: BaseException, alike: Sequence[type[Exception]]) -> dict[str, Any]:
+    which = [i for i, kind in enumerate(alike) if isinstance(error, kind)]
+    return {
+        "text": str(error),
+        "error": f"{type(error).__name__}: {error}",
+        "alike": which[0] if which else None,
+    }
 
 
 def _is_report(item: Any) -> bool:
-    return isinstance(item, dict) and item.keys() == {"class", "text", "error", "alike"}
+    return isinstance(item, dict) and item.keys() == {"text", "error", "alike"}
 
 
 def _shortened(values: Sequence[Any]) -> str:

@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import laplace_ella
 from laplace_ella import basis, gram, ranks, row_source
+from laplace_ella.posterior import NotPositiveDefiniteError
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="needs torch.distributed with gloo"),
@@ -281,6 +282,34 @@ def tune_by_noise() -> dict[str, Any]:
 
     tune(la, case, {"loss": loss})
     return posterior_of(la)
+
+
+class Worse(NotPositiveDefiniteError):
+    pass
+
+
+def test_settings_that_fail_on_one_rank_are_skipped_by_all(two):
+    for outcome in two(tune_with_failing_settings):
+        assert outcome.error == "ValueError", outcome.trace
+        assert "None of the" in outcome.text
+        assert "bad" in outcome.text
+
+
+def tune_with_failing_settings() -> Outcome:
+    la, rank = Case(options={"temperature": 50.0}).fitted(), dist.get_rank()
+
+    def loss(p: Tensor, y: Tensor) -> float:
+        raise Worse("bad")
+
+    def failing_link(*args: Any, **kwargs: Any) -> Any:
+        def predict(outputs: Any) -> Any:
+            raise Worse("bad")
+
+        return predict
+
+    if rank == 1:  # in the predictions, before the first rank evaluates the loss
+        la._link = failing_link
+    return outcome_of(lambda: tune(la, Case(), {"loss": loss}))
 
 
 # ---------------------------------------------------------------------------- what ranks pass
