@@ -130,7 +130,8 @@ class RunningSum:
         last = self.marks[-1] if self.marks else (0, self.total)
         marks = [*self.marks, *[last] * (n_marks - len(self.marks))]
         counts = ranks.total(torch.tensor([n for n, _ in marks])).tolist()
-        totals = ranks.total(torch.stack([t for _, t in marks]))
+        # One after the other: K x K numbers each, and there may be hundreds.
+        totals = (ranks.total(t) for _, t in marks)
         return [(n, t * (n_data / n)) for n, t in zip(counts, totals) if n]
 
     def state(self) -> dict[str, Any]:
