@@ -6,9 +6,10 @@ is made block by block), ``path.basis`` and ``path.curvature``. A file is replac
 
 from __future__ import annotations
 
-import glob
 import os
+import platform
 import random
+import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,10 @@ from .stream import Batch
 KIND, FORMAT = "laplace_ella: a fit in progress", 1
 STAGES = ("scan", "gram", "basis", "curvature")
 ENTRIES = {"kind", "format", "run", "arguments", "state"}
+
+
+# Whether a process lives can be told on its own machine only.
+_HOST = re.sub(r"[^\w-]", "_", platform.node()) or "localhost"
 
 
 class FitFiles:
@@ -72,7 +77,7 @@ class FitFiles:
             )
         self.paths = {s: Path(f"{first}{'' if s == 'scan' else '.' + s}") for s in STAGES}
         _sweep(first)
-        self._temporary = Path(f"{first}.{os.getpid()}-{self._run}.tmp")
+        self._temporary = Path(f"{first}.{_HOST}.{os.getpid()}-{self._run}.tmp")
         self._temporary.touch()  # before any long work, if that is not possible
         self._temporary.unlink()
         # As they were when this fit last saw them.
@@ -178,9 +183,11 @@ class FitFiles:
 
 def _sweep(first: Path) -> None:
     """Delete what processes that died while they wrote have left."""
-    for path in first.absolute().parent.glob(f"{glob.escape(first.name)}.*-*.tmp"):
-        pid = path.name[len(first.name) + 1 :].split("-")[0]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+    # Only names that _write gives: others are the user's, or another rank's.
+    ours = re.compile(re.escape(f"{first.name}.{_HOST}.") + r"([1-9]\d*)-[0-9a-f]{16}\.tmp")
+    for path in first.absolute().parent.iterdir():
+        found = ours.fullmatch(path.name)
+        if found and not psutil.pid_exists(int(found[1])):
             path.unlink(missing_ok=True)
 
 
