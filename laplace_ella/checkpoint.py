@@ -72,6 +72,20 @@ def check_directions(basis: NystromBasis, model: nn.Module, what: str) -> None:
         )
 
 
+def on_device_of(basis: NystromBasis, model: nn.Module) -> NystromBasis:
+    """Return a basis whose tensors are where the model is; the same object if they are already."""
+    device = next(model.parameters()).device
+    if all(v.device == device for v in basis.directions.values()):
+        return basis
+    return replace(
+        basis,
+        directions={k: v.to(device) for k, v in basis.directions.items()},
+        eigenvalues=basis.eigenvalues.to(device),
+        spectrum=basis.spectrum.to(device),
+        grams=None if basis.grams is None else basis.grams.to(device),
+    )
+
+
 def check_shard(shard: tuple[int, int], ranks: Ranks, what: str) -> None:
     """Require the directions of one rank of so many.
 

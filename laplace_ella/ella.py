@@ -345,6 +345,7 @@ class ELLALaplace(
             "mean": torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype),
             "_fingerprint": checkpoint.fingerprint(self.model),
             "_largest_sums": [max(pair) for pair in zip(sizes, largest_sums)],
+            "fit_history_": {"processed_examples": [float(n_curvature)], "val_nll": []},
             "_posterior_scale": None,
             "_tangents": None,
             "_novelty_reference": None,

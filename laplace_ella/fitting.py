@@ -18,6 +18,7 @@ from .accumulation import RunningSum
 from .autodiff import exclusively
 from .basis import NystromBasis, Progress
 from .batches import Input, batch_size, rows
+from .checkpoint import on_device_of
 from .hashing import digest
 from .landmarks import BottomK, draw_outputs
 from .likelihoods import LIKELIHOODS
@@ -79,6 +80,7 @@ class Fitting:
     _scorer: Callable[..., Any]
     _require_same_search: Callable[..., None]
     _progress: Callable[[bool], Progress]
+    _check_unchanged: Callable[[], None]
     _predictor: Callable[..., Any]
     _link: Callable[..., Any]
     _setting: Callable[[], Setting]
@@ -173,6 +175,8 @@ class Fitting:
         ranks, fresh = self._ranks, override or self.H is None
         with ranks.together("the arguments of fit"):
             self._check_fit(train_loader, balanced)
+            if not fresh:
+                self._check_unchanged()
             self._check_basis(basis, landmarks, fresh)
             max_samples = validation.check_size("max_samples", max_samples)
             n_total = validation.check_size("n_total", n_total)
@@ -186,7 +190,7 @@ class Fitting:
             every = val_steps or (1 if val_loader is not None else None)
             arguments = self._arguments(
                 checkpoint is not None or ranks.size > 1,
-                override=not fresh,
+                override=fresh,
                 balanced=bool(balanced),
                 val_loader=val_loader is not None,
                 val_steps=every,
@@ -209,6 +213,7 @@ class Fitting:
         del own  # and with it the inputs that went to other ranks
         if basis is None:
             basis = self._new_basis(job, found, landmarks, balanced) if fresh else self.basis
+        basis = on_device_of(basis, self.model)
         found = replace(found, landmarks=BottomK(0))
         total = RunningSum(basis.rank, self._device)
         finish = partial(self._finish, basis, found, n_total or found.n_data, fresh)
@@ -266,7 +271,6 @@ class Fitting:
         with self._undone_on_error():
             self._set_fit(basis, snapshots, loss, (n_data, n_predictions, found.n_outputs), largest)
             self._labels_sampled = self._labels() > 0 or (not fresh and self._labels_sampled)
-            self.fit_history_ = {"processed_examples": [float(self.n_curvature)], "val_nll": []}
 
     def _scan(self, job: Job, balanced: bool, landmarks: tuple[Input, Tensor] | None, draws: bool) -> Scan:
         """Read this rank's training data, and draw landmarks if they are neither given nor kept."""
@@ -367,7 +371,7 @@ class Fitting:
             *("seed", "subsample_size", "n_eigenvalues"),
             *("curvature_size", "curvature", "curvature_samples", "shard_directions"),
         ]
-        before = "nothing" if of_call["override"] is False else digest(self.H, self.basis.fingerprint())
+        before = "nothing" if of_call["override"] else digest(self.H, self.basis.fingerprint())
         return {
             "model": checkpoint.fingerprint(self.model),
             **{name: getattr(self, name) for name in names},

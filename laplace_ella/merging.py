@@ -59,6 +59,8 @@ class Merging:
     _check_H_init: Callable[[], None]
     _check_unchanged: Callable[[], None]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def merge(self, other: Any) -> None:
         r"""Add what another estimator was fitted to: G, loss and N of its data.
 

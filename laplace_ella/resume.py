@@ -26,7 +26,7 @@ from .ranks import Ranks
 from .scan import Scan
 from .stream import Batch
 
-KIND, FORMAT = "laplace_ella: a fit in progress", 1
+KIND, FORMAT = "laplace_ella: a fit in progress", 2
 STAGES = ("scan", "gram", "basis", "curvature")
 ENTRIES = {"kind", "format", "run", "arguments", "state"}
 

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import laplace_ella
-from laplace_ella import checkpoint
+from laplace_ella import checkpoint, resume
 from laplace_ella.gram import SampleBlocks, Unfinished, WeightBlocks
 from laplace_ella.resume import random_state, set_random_state
 
@@ -1125,10 +1125,16 @@ def test_a_file_that_cannot_be_renamed_leaves_the_old_one(error, tmp_path, monke
 def test_what_a_process_that_died_was_writing_is_deleted(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
-    left = tmp_path / f"fit.{process.pid}-0123456789abcdef.tmp"
-    others = [
-        tmp_path / name for name in (f"fit.{os.getpid()}-0123456789abcdef.tmp", "fit.tmp", "fit.x-y.tmp")
+    host, run = resume._HOST, "0123456789abcdef"
+    left = tmp_path / f"fit.{host}.{process.pid}-{run}.tmp"
+    names = [
+        *(f"fit.{host}.{os.getpid()}-{run}.tmp", "fit.tmp", "fit.x-y.tmp"),
+        *("fit.2019-results.tmp", f"fit.{host}.{process.pid}-results.tmp", f"fit.{host}.0-{run}.tmp"),
+        # Of a rank, of another fit, of another machine.
+        *(f"fit.0-of-2.{host}.{process.pid}-{run}.tmp", f"fit2.{host}.{process.pid}-{run}.tmp"),
+        f"fit.elsewhere.{process.pid}-{run}.tmp",
     ]
+    others = [tmp_path / name for name in names]
     for file in (left, *others):
         file.write_bytes(b"half a fi")
     build().fit(batches(), checkpoint=tmp_path / "fit", checkpoint_every=1)

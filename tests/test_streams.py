@@ -431,6 +431,38 @@ def test_merging_needs_two_fits():
         build().merge(la)
 
 
+def test_merging_in_inference_mode_leaves_tensors_that_a_graph_can_save():
+    la, other = two(KINDS[1])
+    with torch.inference_mode():
+        la.merge(other)
+    assert not la.H.is_inference()
+    assert not la.loss.is_inference()
+    prior, sigma = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 0.6))
+    la.log_marginal_likelihood(prior, sigma).backward()
+    assert sigma.grad.isfinite()
+
+
+def test_the_history_is_that_of_what_was_merged_and_forgotten():
+    la, other = two(KINDS[0])
+    la.merge(other)
+    assert la.fit_history_ == {"processed_examples": [float(la.n_curvature)], "val_nll": []}
+    la.forget(KINDS[0].data(2))
+    assert la.fit_history_ == {"processed_examples": [float(N)], "val_nll": []}
+
+
+def test_data_are_not_added_at_other_weights():
+    la = build()
+    la.fit(la_data())
+    H, n = la.H.clone(), la.n_data
+    with torch.no_grad():
+        la.model[0].bias.add_(0.1)
+    with pytest.raises(ValueError, match="changed since the fit"):
+        la.fit(Untouchable(), override=False)
+    assert torch.equal(la.H, H)
+    assert la.n_data == n
+    la.fit(la_data())  # anew is another matter
+
+
 def test_an_estimator_is_not_merged_with_itself():
     la = fitted()
     refused(la, lambda: la.merge(la), "itself")
