@@ -23,6 +23,8 @@ Item = TypeVar("Item")
 GATHERED_SUM = 2**16
 # Bytes up to which an object is sent padded to the length of the longest, in one exchange.
 PADDED = 2**20
+# Under which a rank says that it could not send what it should.
+UNSENT = "laplace_ella: not sent"
 
 
 class RankError(RuntimeError):
@@ -206,7 +208,12 @@ class Ranks:
         """
         if self.size == 1:
             return [item]
-        mine = self._wire(_packed((what, item)))
+        failure: Exception | None = None
+        try:
+            payload = _packed((what, item))
+        except Exception as error:  # which the others have to hear of, as they wait
+            failure, payload = error, _packed((what, {UNSENT: f"{type(error).__name__}: {error}"}))
+        mine = self._wire(payload)
         lengths = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(self.size)]
         with self._reached(what):
             dist.all_gather(lengths, torch.tensor([len(mine)], device=mine.device), group=self.group)
@@ -218,6 +225,13 @@ class Ranks:
                 f"The ranks are out of step: they are in {_shortened(steps)}. All have to make the same calls; pass "
                 f"process_group=None to work in one process alone.{''.join(failed)[:2000]}"
             )
+        if failure is not None:
+            raise failure
+        for rank, (_, theirs) in enumerate(received):
+            if isinstance(theirs, dict) and UNSENT in theirs:
+                raise RankError(
+                    f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {theirs[UNSENT]}"
+                )
         return [theirs for _, theirs in received]
 
     def _parts(self, mine: Tensor, lengths: list[int]) -> Iterator[Tensor]:
@@ -278,7 +292,8 @@ class Ranks:
             return values
         if values.numel() <= GATHERED_SUM:
             return torch.stack(self.gathered(values, "a sum")).sum(0).to(values.device)
-        summed = self._wire(values.contiguous().clone())
+        with self.together("a sum"):
+            summed = self._wire(values.contiguous().clone())
         with self._reached("a sum"):
             dist.all_reduce(summed, group=self.group)
         return summed.to(values.device)
@@ -287,7 +302,8 @@ class Ranks:
         """Return rank 0's tensor; all ranks have one of the same shape."""
         if self.size == 1:
             return values
-        sent = self._wire(values.contiguous().clone())
+        with self.together("a broadcast"):
+            sent = self._wire(values.contiguous().clone())
         with self._reached("a broadcast"):
             dist.broadcast(sent, dist.get_global_rank(self.group, 0), group=self.group)
         return sent.to(values.device)
@@ -320,7 +336,7 @@ class Ranks:
         ------
         Tensor (M, <= width)
             All rows, and some of the columns; together the ranks see each column once, or
-            as zeros beyond the last.
+            as zeros beyond the last. To be used before the next is asked for.
         """
         n_columns = rows.shape[1]
         if self.size == 1:
@@ -329,14 +345,17 @@ class Ranks:
             return
         width = max(1, min(width, -(-n_columns // self.size)))
         itemsize = rows.element_size()
-        for start in range(0, n_columns, width * self.size):
+        sizes = [n * width * itemsize for n in lengths]
+        with self.together("the exchange of gradient rows"):  # if there is no room for it, too
             outgoing = rows.new_zeros(self.size, len(rows), width)
+            place = self._wire(rows.new_empty(1, dtype=torch.uint8)).device
+            received = torch.empty(sum(sizes), dtype=torch.uint8, device=place)
+        for start in range(0, n_columns, width * self.size):
+            outgoing.zero_()
             for rank in range(self.size):
                 piece = rows[:, start + rank * width : start + (rank + 1) * width]
                 outgoing[rank, :, : piece.shape[1]] = piece
             sent = self._wire(outgoing.view(-1).view(torch.uint8))
-            sizes = [n * width * itemsize for n in lengths]
-            received = torch.empty(sum(sizes), dtype=torch.uint8, device=sent.device)
             with self._reached("the exchange of gradient rows"):
                 dist.all_to_all_single(
                     received, sent, sizes, [len(rows) * width * itemsize] * self.size, group=self.group

@@ -142,6 +142,65 @@ def restoring(patch: pytest.MonkeyPatch, total: Any, cat: Any) -> Any:
     return run
 
 
+@pytest.mark.parametrize("what", ["columns", "sum", "large sum", "broadcast"])
+def test_no_room_for_an_exchange_stops_all_ranks(two, what):
+    assert_stopped(two(run_out_of_room, what), "MemoryError", "no room")
+
+
+def run_out_of_room(what: str) -> Outcome:
+    case = Case(options={"curvature_size": 13})
+    p, la = case.problem, case.estimator()
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "large sum":
+            patch.setattr(ranks, "GATHERED_SUM", 0)
+        if dist.get_rank() == 1:
+            refuse_room(patch, what)
+        return outcome_of(la.fit, loader(p.x, p.y))
+
+
+def refuse_room(patch: pytest.MonkeyPatch, what: str) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("no room")
+
+    packed, inside = ranks._packed, {"large sum": "total", "broadcast": "of_first"}
+    if what == "columns":
+        new_zeros = torch.Tensor.new_zeros
+
+        def zeros(self: Tensor, *size: int, **options: Any) -> Tensor:
+            return refuse() if len(size) == 3 else new_zeros(self, *size, **options)
+
+        patch.setattr(torch.Tensor, "new_zeros", zeros)
+    elif what == "sum":
+
+        def pack(item: Any) -> Tensor:
+            is_sum = isinstance(item, tuple) and item[0] == "a sum" and isinstance(item[1], Tensor)
+            return refuse() if is_sum else packed(item)
+
+        patch.setattr(ranks, "_packed", pack)
+    else:
+        method = getattr(ranks.Ranks, inside[what])
+
+        def without_room(self: Any, values: Tensor) -> Tensor:
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(torch.Tensor, "clone", refuse)
+                return method(self, values)
+
+        patch.setattr(ranks.Ranks, inside[what], without_room)
+
+
+def test_an_error_that_is_known_is_not_told_twice(two):
+    """In a search with spread directions, where pieces of common work are nested."""
+    assert_stopped(two(fail_in_nested_work), "Full", "no space left")
+
+
+def fail_in_nested_work() -> Outcome:
+    case = Case(options={"temperature": None})
+    la = case.fitted(shard_directions=True)
+    if dist.get_rank() == 1:
+        la.backend.engine.features = failing
+    return outcome_of(lambda: tune(la, case, {}))
+
+
 def test_an_exception_that_a_loader_raises_again_is_reported_again(two):
     for round_ in zip(*two(fail_twice)):
         assert_stopped(list(round_), "ValueError", "disk on fire")
