@@ -188,16 +188,17 @@ class Fitting:
             if landmarks is not None:
                 landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
             every = val_steps or (1 if val_loader is not None else None)
+            needed = checkpoint is not None or ranks.size > 1  # hashing V takes seconds
             arguments = self._arguments(
-                checkpoint is not None or ranks.size > 1,
+                needed,
                 override=fresh,
                 balanced=bool(balanced),
                 val_loader=val_loader is not None,
                 val_steps=every,
                 max_samples=max_samples,
                 n_total=n_total,
-                landmarks=None if landmarks is None else digest(*landmarks),
-                basis=None if basis is None else basis.fingerprint(),
+                landmarks=digest(*landmarks) if needed and landmarks is not None else None,
+                basis=basis.fingerprint() if needed and basis is not None else None,
             )
             files = FitFiles(checkpoint, checkpoint_every, {**arguments, **self._computing()}, ranks)
             progress, seen = self._progress(progress_bar), 0 if fresh else self.n_data

@@ -33,6 +33,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 import laplace_ella
 from laplace_ella import checkpoint, resume
 from laplace_ella.gram import SampleBlocks, Unfinished, WeightBlocks
+from laplace_ella.ranks import ALONE
 from laplace_ella.resume import random_state, set_random_state
 
 SIZE, N_BATCHES = 5, 5  # of 23 inputs: 5, 5, 5, 5, 3
@@ -1170,6 +1171,26 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_before_any_work(tmp_path
     monkeypatch.setattr(Path, "touch", refusing)
     with pytest.raises(PermissionError):
         build().fit(Untouchable(), checkpoint=tmp_path / "fit")
+
+
+def test_files_of_two_runs_of_one_fit_do_not_go_together(tmp_path):
+    all_files(tmp_path / "fit")
+    others = contents(tmp_path)
+    for file in tmp_path.iterdir():
+        file.unlink()
+    all_files(tmp_path / "fit")
+    (tmp_path / "fit.curvature").write_bytes(others["fit.curvature"])
+    refused(build(model=Watched()), batches(), tmp_path / "fit", "does not belong")
+
+
+def test_the_files_of_another_fit_are_not_deleted(tmp_path):
+    files = resume.FitFiles(tmp_path / "fit", 1, {}, ALONE)
+    for stage in ("scan", "basis"):
+        files.save(stage, {})
+    (tmp_path / "other").write_bytes(b"of another fit")
+    os.replace(tmp_path / "other", tmp_path / "fit")
+    files.delete_all()
+    assert contents(tmp_path) == {"fit": b"of another fit"}
 
 
 def test_two_fits_with_one_checkpoint(tmp_path):

@@ -620,6 +620,24 @@ def test_data_that_were_never_added_are_not_forgotten(kind):
     refused(la, lambda: la.forget(others), r".")
 
 
+@pytest.mark.parametrize(("share", "refused"), [(1e-6, True), (1e-12, True), (1e-15, False)])
+def test_what_rounding_does_not_explain_is_refused(share, refused):
+    """In float64 a remainder may be negative by 100 eps of the largest eigenvalue, and no more."""
+    kind = KINDS[1]
+    la, part = kind.build(), kind.build()
+    la.fit(kind.data(1))
+    part.fit(kind.data(1)[:2], basis=la.basis)
+    values, vectors = torch.linalg.eigh(la.H)
+    values[0] = -share * values[-1]
+    la.H = part.H + vectors @ values.diag() @ vectors.T
+    if refused:
+        with pytest.raises(ValueError, match="not among those"):
+            la.forget(kind.data(1)[:2])
+    else:
+        la.forget(kind.data(1)[:2])
+        assert torch.linalg.eigvalsh(la.H)[0] > -1e-16 * values[-1]
+
+
 def test_forgetting_twice_is_refused():
     kind = KINDS[1]
     la = kind.build(n_eigenvalues=K)
