@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +41,27 @@ class Block(nn.Module):
         return self.relu(self.bn2(self.conv2(out)) + shortcut)
 
 
-class ResNet20(nn.Module):
-    """The CIFAR ResNet-20 of He et al. (2016), with 1x1 shortcuts: 272 474 parameters.
+def stage(n_blocks: int, channels_in: int, channels: int, stride: int) -> nn.Module:
+    """Return blocks of one width, of which the first changes it."""
+    following = (Block(channels, channels, 1) for _ in range(n_blocks - 1))
+    return nn.Sequential(Block(channels_in, channels, stride), *following)
 
-    Names match the weights of github.com/chenyaofo/pytorch-cifar-models (cifar10_resnet20).
+
+class CifarResNet(nn.Module):
+    """The CIFAR ResNet of He et al. (2016), with 1x1 shortcuts; with 20 layers, 272 474 parameters.
+
+    Names match the weights of github.com/chenyaofo/pytorch-cifar-models (cifar10_resnet20, 32, 44, 56).
     """
 
-    def __init__(self, n_outputs: int = 10) -> None:
+    def __init__(self, depth: int, n_outputs: int = 10) -> None:
         super().__init__()
+        n_blocks = (depth - 2) // 6  # of two layers each, in each of three stages
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = nn.Sequential(Block(16, 16, 1), Block(16, 16, 1), Block(16, 16, 1))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.layer1 = stage(n_blocks, 16, 16, 1)
+        self.layer2 = stage(n_blocks, 16, 32, 2)
+        self.layer3 = stage(n_blocks, 32, 64, 2)
         self.fc = nn.Linear(64, n_outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,7 +125,7 @@ class Problem:
 
 
 PROBLEMS = {
-    "resnet20": Problem(ResNet20, (3, 32, 32)),
+    **{f"resnet{depth}": Problem(partial(CifarResNet, depth), (3, 32, 32)) for depth in (20, 32, 44, 56)},
     "vit": Problem(ViT, (3, 32, 32)),
     "mlp": Problem(mlp, (784,)),
     "tiny": Problem(tiny, (64,)),
