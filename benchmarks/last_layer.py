@@ -1,4 +1,4 @@
-"""Last-layer Laplace of laplace-torch, tuned over a grid of prior precisions and temperatures.
+"""Last-layer Laplace of laplace-torch, tuned over the grid of grid_search.py.
 
 A last-layer posterior is that of the last layer alone, fed with what enters it. So the host's
 estimator for all weights is put on that layer, and the network runs once.
@@ -6,30 +6,23 @@ estimator for all weights is put on that layer, and the network runs once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from baselines import N_SAMPLES, Outputs, Tuned, mean_softmax
+from baselines import Outputs, Tuned
+from grid_search import best_pair, mean_probabilities, pairs_by_product, root
 from laplace import Laplace
 from measure import loader
 from torch import Tensor, nn
-
-from laplace_ella.links import quasi_normal
 
 STRUCTURES = {"last-layer full": "full", "last-layer KFAC": "kron", "last-layer diagonal": "diag"}
 BATCH = 500
 
 
 class LastLayer:
-    """The host's posterior over the last layer, and roots of the covariances of logits.
-
-    Only one number matters to the shape of a covariance: prior precision times temperature, since
-    the posterior precision is (H + T delta I) / T. So the host is asked once for each product on the
-    grid instead of once for each pair, and T scales what it says.
-    """
+    """The host's posterior over the last layer, and roots of the covariances of logits."""
 
     def __init__(self, structure: str, head: nn.Linear, train: Outputs, y: Tensor) -> None:
         self.head = copy_of(head)
@@ -43,17 +36,9 @@ class LastLayer:
 
     @torch.no_grad()
     def roots(self, jacobians: list[Tensor], product: float) -> Tensor:
-        """Return R (N, C, C) with R R^T the covariance at T = 1 and this prior precision.
-
-        What all logits have in common is taken out first: the softmax does not see it, and it is
-        by far the largest part where the prior precision is small.
-        """
+        """Return R (N, C, C) with R R^T the covariance at T = 1 and this prior precision."""
         self.la.prior_precision = product
-        covariance = torch.cat([self.la.functional_variance(js) for js in jacobians])
-        covariance = covariance - covariance.mean(1, keepdim=True)
-        covariance = covariance - covariance.mean(2, keepdim=True)
-        values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
-        return vectors * values.clamp_min(0).sqrt()[:, None]
+        return root(torch.cat([self.la.functional_variance(js) for js in jacobians]))
 
 
 @contextmanager
@@ -77,38 +62,14 @@ def copy_of(head: nn.Linear) -> nn.Linear:
 def tune(
     structure: str, head: nn.Linear, train: Outputs, y_train: Tensor, val: Outputs, y: Tensor, seed: int
 ) -> Tuned:
-    """Fit, and choose prior precision (one value a decade) and temperature (two a decade) by validation NLL."""
+    """Fit, and choose prior precision and temperature by validation NLL."""
     posterior = LastLayer(structure, head, train, y_train)
-    noise = quasi_normal(N_SAMPLES, val.f.shape[1], seed).to(val.f)
     jacobians = posterior.jacobians(val)
-    _, delta, temperature = min(
-        (label_nll(val.f, roots @ noise.T, y, t), d, t)
-        for product, pairs in pairs_by_product().items()
-        for roots in [posterior.roots(jacobians, product)]
-        for d, t in pairs
-    )
+    roots = ((product, posterior.roots(jacobians, product)) for product in pairs_by_product())
+    delta, temperature = best_pair(val.f, y, roots, seed)
 
     def probabilities(out: Outputs) -> Tensor:
-        roots = posterior.roots(posterior.jacobians(out), delta * temperature)
-        offsets = (math.sqrt(temperature) * (roots @ sample) for sample in noise)
-        return mean_softmax(out.f, offsets)
+        found = posterior.roots(posterior.jacobians(out), delta * temperature)
+        return mean_probabilities(out.f, found, temperature, seed)
 
     return Tuned(probabilities, {"prior_precision": delta, "temperature": temperature})
-
-
-def pairs_by_product() -> dict[float, list[tuple[float, float]]]:
-    """Return the grid's pairs of prior precision and temperature by their product."""
-    found: dict[float, list[tuple[float, float]]] = {}
-    for prior in range(-4, 7):
-        for halves in range(-6, 13):
-            product = 10 ** (prior + halves / 2)
-            found.setdefault(product, []).append((10.0**prior, 10 ** (halves / 2)))
-    return found
-
-
-def label_nll(f: Tensor, offsets: Tensor, y: Tensor, temperature: float) -> float:
-    """Return the mean NLL under the mean softmax of f plus scaled offsets (N, C, S); float32, as there are many."""
-    logits = f.float()[:, :, None] + math.sqrt(temperature) * offsets.float()
-    log_p = logits[torch.arange(len(y)), y] - logits.logsumexp(1)
-    value = float((math.log(log_p.shape[1]) - log_p.logsumexp(1)).mean())
-    return value if math.isfinite(value) else math.inf

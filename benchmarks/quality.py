@@ -1,7 +1,7 @@
 """Measure how good ELLA's probabilities are beside simpler methods, on real images, and write it as JSON.
 
-    python benchmarks/quality.py --case fashion-cnn|fashion-vit|cifar10-jpeg|all [--data PATH] [--fashion PATH]
-        [--seeds 3] [--quick] [--device cpu|cuda] [--threads 2] [--out FILE]
+    python benchmarks/quality.py --case fashion-cnn|fashion-vit|mnist-cnn|cifar10-jpeg|all [--data PATH]
+        [--fashion PATH] [--seeds 3] [--groups NAME,NAME [--add]] [--quick] [--device cpu|cuda] [--threads 2] [--out FILE]
 
 Every method is tuned on the same validation images, which the network was not fitted to, and scored on
 test images. The seed changes the split, ELLA's landmarks and curvature inputs, and the network where it
@@ -17,17 +17,17 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import baselines
 import ella_rows
-import last_layer
 import scores
 import torch
-from image_data import Counts, Data, cifar_data, fashion_data
+from image_data import Counts, Data, cifar_data, fashion_data, mnist_data
+from method_groups import GROUPS, Shared
 from problems import network
+from published import mnist_cnn
 from run import environment
 from torch import Tensor, nn
 from trained import SmallCNN, SmallViT, train
@@ -45,8 +45,8 @@ class Case:
     images: str
     data: Callable[[Counts, int, Path, Any], Data]
     counts: Counts
-    build: Callable[[], nn.Module] | None = None  # None: published weights
-    epochs: int = 0
+    build: Callable[[], nn.Module] | None = None  # None: the published ResNet-20, which --data holds
+    epochs: int = 0  # 0: the weights are published
     rate: float = 0.0
     size: ella_rows.Size = field(default_factory=ella_rows.Size)
 
@@ -56,6 +56,13 @@ CASES = {
     "fashion-cnn": Case("strided CNN", "Fashion-MNIST", fashion_data, FASHION, SmallCNN, 5, 4e-3),
     "fashion-vit": Case(
         "small ViT", "Fashion-MNIST", fashion_data, replace(FASHION, test=2000, ood=500), SmallViT, 4, 2e-3
+    ),
+    "mnist-cnn": Case(
+        "CNN, published weights",
+        "MNIST",
+        mnist_data,
+        Counts(train=2000, validation=1000, test=2000, ood=500),
+        mnist_cnn,
     ),
     "cifar10-jpeg": Case(
         "ResNet-20, published weights",
@@ -81,28 +88,20 @@ def run_seed(case: Case, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     model = prepared(case, on_device, seed, args)
     seconds = time.perf_counter() - start
-    sets = {"test": on_device.test[0], **on_device.ood}
-    inputs = {"train": on_device.train[0], "validation": on_device.validation[0], **sets}
-    outputs = {name: baselines.outputs(model, x) for name, x in inputs.items()}
-    rows = simple_rows(model, data, outputs, seed)
-
-    times = ella_rows.Times(model, sets["test"][: ella_rows.BATCH])
-    la = ella_rows.fitted(model, on_device, case.size, seed, times)
-    of_ella, kept = ella_rows.rows(la, on_device, sets, times)
-    rows |= of_ella
-
-    la.residual = "none"
-    ella_rows.apply(la, rows["ELLA (T, s)"].parameters)
-    own = {
-        "ELLA residual share": {name: ella_rows.shares(la, parts).cpu() for name, parts in kept.items()},
-        "ELLA novelty": ella_rows.novelty(la, on_device, kept, times),
-    }
+    inputs = {"train": on_device.train[0], "validation": on_device.validation[0], "test": on_device.test[0]}
+    outputs = {name: baselines.outputs(model, x) for name, x in (inputs | on_device.ood).items()}
+    times = ella_rows.Times(model, on_device.test[0][: ella_rows.BATCH])
+    residual = "isotropic" if "ella" in args.groups else "none"
+    shared = Shared(model, data, on_device, outputs, case.size, seed, times, residual)
+    rows: dict[str, baselines.Row] = {}
+    for group in args.groups:
+        rows |= GROUPS[group](shared)
     return {
         "seed": seed,
-        "training_seconds": seconds if case.build else None,
+        "training_seconds": seconds if case.epochs else None,
         "training_accuracy": float((outputs["train"].f.argmax(1) == data.train[1]).double().mean()),
         "methods": scored(rows, data),
-        "novelty": novelty_scored(simple_novelty(outputs, rows) | own, rows["MAP"], data),
+        "novelty": novelty_scored(simple_novelty(outputs, rows) | shared.novelty, rows["MAP"], data),
         "times": times.stages,
     }
 
@@ -111,23 +110,10 @@ def prepared(case: Case, data: Data, seed: int, args: argparse.Namespace) -> nn.
     """Return the network in evaluation mode, trained if its weights are not published."""
     if case.build is None:
         return network("resnet20", args.data, args.device)
+    if not case.epochs:
+        return case.build().to(args.device)
     torch.manual_seed(seed)
     return train(case.build().to(args.device), *data.train, case.epochs, seed, case.rate)
-
-
-def simple_rows(
-    model: nn.Module, data: Data, outputs: dict[str, baselines.Outputs], seed: int
-) -> dict[str, baselines.Row]:
-    """Tune all that needs no Jacobian of the whole network."""
-    val, y = outputs["validation"], data.validation[1]
-    tunings: dict[str, Callable[[], baselines.Tuned]] = {
-        name: partial(method, val, y, seed) for name, method in baselines.METHODS.items()
-    }
-    for name, structure in last_layer.STRUCTURES.items():
-        tunings[name] = partial(
-            last_layer.tune, structure, model.fc, outputs["train"], data.train[1], val, y, seed
-        )
-    return {name: baselines.row(tuning, outputs, y) for name, tuning in tunings.items()}
 
 
 def scored(rows: dict[str, baselines.Row], data: Data) -> dict[str, Any]:
@@ -137,7 +123,9 @@ def scored(rows: dict[str, baselines.Row], data: Data) -> dict[str, Any]:
     for name, row in rows.items():
         test = row.probabilities["test"]
         found[name] = {
-            **scores.of_probabilities(test, y, {of: row.probabilities[of] for of in data.ood}),
+            **scores.of_probabilities(
+                test, y, {of: p for of, p in row.probabilities.items() if of != "test"}
+            ),
             "nll_minus": {
                 other: scores.difference(test, rows[other].probabilities["test"], y) for other in REFERENCES
             },
@@ -169,7 +157,7 @@ def novelty_scored(found: dict[str, dict[str, Tensor]], row: baselines.Row, data
 
 def about(name: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """Return what was run, on what."""
-    weights = "trained here" if case.build else "cifar10_resnet20"
+    weights = "trained here" if case.epochs else "published"
     return {
         "case": name,
         "environment": {**environment(args), "weights": weights, "images": case.images},
@@ -191,17 +179,35 @@ def n_parameters(case: Case) -> int:
 def run_case(name: str, args: argparse.Namespace) -> None:
     """Run all seeds, and write after each."""
     case = quick(CASES[name]) if args.quick else CASES[name]
-    found = about(name, case, args)
     path = args.out or (None if args.quick else HERE / "results" / f"quality_{name}.json")
+    found = json.loads(path.read_text()) if args.add else about(name, case, args)
+    if args.add:
+        found.setdefault("added", []).append({"groups": args.groups, **environment(args)})
     start = time.perf_counter()
     for seed in range(args.seeds):
-        found["seeds"].append(run_seed(case, seed, args))
-        found["environment"]["seconds"] = round(time.perf_counter() - start)
+        one = run_seed(case, seed, args)
+        if args.add:
+            add(found["seeds"][seed], one)
+        else:
+            found["seeds"].append(one)
+            found["environment"]["seconds"] = round(time.perf_counter() - start)
         print(summary(found["seeds"][-1], f"{name}, seed {seed}"), flush=True)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=1) + "\n")
-            print(f"written: {os.path.relpath(path)}; {found['environment']['seconds']} s so far", flush=True)
+            print(f"written: {os.path.relpath(path)}; {time.perf_counter() - start:.0f} s so far", flush=True)
+
+
+def add(seed: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add methods to a seed's scores, if network and split are the same: then so is the NLL of MAP."""
+    before, now = (one["methods"]["MAP"]["nll"] for one in (seed, more))
+    if abs(before - now) > 1e-4:
+        raise SystemExit(
+            f"The NLL of MAP was {before:.5f} and is {now:.5f}: these are other networks or images. "
+            "Nothing was added; run the whole case again, without --add."
+        )
+    seed["methods"] |= {k: row for k, row in more["methods"].items() if k not in REFERENCES}
+    seed["times"] |= more["times"]
 
 
 def summary(found: dict[str, Any], title: str) -> str:
@@ -226,6 +232,14 @@ def _line(name: str, numbers: list[float]) -> str:
     return f"{name:36}" + "".join(f"{number:10.4g}" for number in numbers)
 
 
+def group_names(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in GROUPS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no group {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    return [name for name in GROUPS if name in {"simple", *names}]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
@@ -234,6 +248,10 @@ def parse() -> argparse.Namespace:
         "--fashion", type=Path, default=DEBIAN, help="Fashion-MNIST: IDX files, or torchvision's root"
     )
     parser.add_argument("--seeds", type=int, help="how many; default 3, or 1 with --quick")
+    parser.add_argument(
+        "--groups", type=group_names, default=list(GROUPS), help=f"of {','.join(GROUPS)}; 'simple' always"
+    )
+    parser.add_argument("--add", action="store_true", help="to the scores that the file holds")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
@@ -243,7 +261,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.out is not None and args.case == "all":
         parser.error("--out names the file of one case; with --case all, leave it out")
-    if args.data is None and args.case not in ("fashion-cnn", "fashion-vit"):
+    if args.data is None and args.case in ("cifar10-jpeg", "all"):
         parser.error("cifar10-jpeg needs --data; see README.md beside this file for what the folder holds")
     args.seeds = args.seeds or (1 if args.quick else 3)
     args.malloc = False  # read by run.environment

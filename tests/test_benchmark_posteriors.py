@@ -1,0 +1,90 @@
+"""The posteriors that benchmarks compare ELLA with are laplace-torch's."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_close
+from laplace import Laplace
+from laplace.curvature import GGNInterface
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+B, C, N = 3, 5, 11
+
+
+@pytest.fixture
+def module(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parent.parent / "benchmarks"), *sys.path])
+    return importlib.import_module("all_weights")
+
+
+@pytest.fixture
+def problem():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(2, 3, 3),
+            nn.BatchNorm2d(3),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(12, 7),
+            nn.Tanh(),
+            nn.Linear(7, C),
+        )
+        model = model.double().eval()
+        x, y = torch.randn(N, 2, 4, 4, dtype=torch.float64), torch.arange(N) % C
+        return model, x, y, torch.randn(B, 2, 4, 4, dtype=torch.float64)
+
+
+def test_jacobians(module, problem):
+    model, _, _, x = problem
+    f, js = module.jacobians(model, x)
+    assert_close(f, model(x), 1e-12)
+    for row, of_row in zip(x, js):
+        for c in range(C):
+            grads = torch.autograd.grad(model(row[None])[0, c], list(model.parameters()))
+            assert_close(of_row[c], torch.cat([g.flatten() for g in grads]), 1e-10)
+
+
+def test_diagonal(module, problem):
+    model, x, y, x_test = problem
+    host = Laplace(model, "classification", "all", "diag", prior_precision=0.7, backend=GGNInterface)
+    host.H = host.fit(DataLoader(TensorDataset(x, y), batch_size=4)) or host.H
+    ours = module.diagonal(model, x, y, 1.0)
+    js = module.jacobians(model, x_test)[1]
+    assert_close(ours.covariance(ours.rotated(x_test)[1], 0.7), host.functional_variance(js), 1e-8)
+
+
+def test_kron(module, problem):
+    model, x, y, x_test = problem
+    ours = module.kron(model, x, y, 1.0)
+    frozen = module.without_norms(model)
+    host = Laplace(frozen, "classification", "all", "kron", prior_precision=0.7)
+    host.fit(DataLoader(TensorDataset(x, y), batch_size=100))
+    js = module.jacobians(frozen, x_test)[1]
+    assert_close(ours.covariance(ours.rotated(x_test)[1], 0.7), host.functional_variance(js), 1e-8)
+    assert all(p.requires_grad for p in model.parameters()), "the user's network is not changed"
+
+
+def test_ella_of_laplace_torch(module, problem):
+    pytest.importorskip("laplace.baselaplace")
+    if not hasattr(importlib.import_module("laplace"), "ELLA"):
+        pytest.skip("laplace-torch 0.2.3 has no ELLA of its own")
+    model, x, y, x_test = problem
+    ours = module.host_ella(model, x, y, 1.0, {"subsample_size": 7, "n_eigenvalues": 3})
+    host = module.of_host(model, subsample_size=7, n_eigenvalues=3, prior_precision=0.7)
+    host.fit(DataLoader(TensorDataset(x, y), batch_size=8))
+    _, covariance = host._glm_predictive_distribution(x_test)
+    assert_close(ours.covariance(ours.rotated(x_test)[1], 0.7), covariance, 1e-8)
+
+
+def test_temperature_multiplies_the_covariance(module, problem):
+    """The covariance at (delta, T) is T times that at (delta T, 1), which the grid search relies on."""
+    model, x, y, x_test = problem
+    ours = module.diagonal(model, x, y, 1.0)
+    js = module.jacobians(model, x_test)[1]
+    tempered = js / (ours.eigenvalues / 3.0 + 0.7) @ js.mT
+    assert_close(3.0 * ours.covariance(js, 3.0 * 0.7), tempered, 1e-10)
