@@ -70,6 +70,9 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+ResNet20 = partial(CifarResNet, 20)
+
+
 class ViT(nn.Module):
     """A small vision transformer for 32 x 32 images, mean over 64 tokens: 5 362 378 parameters at 10 outputs."""
 
@@ -125,7 +128,8 @@ class Problem:
 
 
 PROBLEMS = {
-    **{f"resnet{depth}": Problem(partial(CifarResNet, depth), (3, 32, 32)) for depth in (20, 32, 44, 56)},
+    "resnet20": Problem(ResNet20, (3, 32, 32)),
+    **{f"resnet{depth}": Problem(partial(CifarResNet, depth), (3, 32, 32)) for depth in (32, 44, 56)},
     "vit": Problem(ViT, (3, 32, 32)),
     "mlp": Problem(mlp, (784,)),
     "tiny": Problem(tiny, (64,)),
