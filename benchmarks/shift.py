@@ -25,8 +25,10 @@ import scores
 import torch
 from corruptions import KINDS, N_SEVERITIES, corrupted
 from image_data import FASHION_MEAN, FASHION_STD, Counts, Data, fitted, grey, normaliser, parts
+from method_groups import Shared, last_layers, simple
 from problems import MEAN, STD
-from quality import CASES, DEBIAN, Case, about, prepared, quick, simple_rows
+from quality import CASES, DEBIAN, Case, about, prepared, quick
+from shift_summary import by_severity
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -70,10 +72,11 @@ def run_seed(case: Case, shift: Shift, seed: int, args: argparse.Namespace) -> d
     model = prepared(case, on_device, seed, args)
     sets = {"test": on_device.test[0], **on_device.ood}
     inputs = {"train": on_device.train[0], "validation": on_device.validation[0], **sets}
-    rows = simple_rows(model, data, {name: baselines.outputs(model, x) for name, x in inputs.items()}, seed)
+    outputs = {name: baselines.outputs(model, x) for name, x in inputs.items()}
     times = ella_rows.Times(model, sets["test"][: ella_rows.BATCH])
-    la = ella_rows.fitted(model, on_device, case.size, seed, times)
-    rows |= ella_rows.rows(la, on_device, sets, times)[0]
+    shared = Shared(model, data, on_device, outputs, case.size, seed, times, "isotropic")
+    rows = simple(shared) | last_layers(shared)
+    rows |= ella_rows.rows(shared.la, on_device, shared.kept, times)
     return {"seed": seed, "methods": {name: scored(rows[name], data) for name in METHODS}}
 
 
@@ -190,13 +193,6 @@ def summary(found: dict[str, Any], title: str) -> str:
             for name, row in found["methods"].items()
         ]
     return "\n".join(lines)
-
-
-def by_severity(row: dict[str, Any], score: str) -> list[float]:
-    """Return the means of a score over the kinds of corruption, at severities 0 (clean) to 5."""
-    kinds = row["corrupted"].values()
-    means = [sum(of[n][score] for of in kinds) / len(kinds) for n in range(N_SEVERITIES)]
-    return [row["clean"][score], *means]
 
 
 def parse() -> argparse.Namespace:

@@ -138,6 +138,32 @@ def test_accuracy_by_confidence_by_hand(benchmarks):
     assert at[0.95] == (0, None)
 
 
+def test_seeds_are_pooled(benchmarks):
+    """Two seeds, two kinds at two severities: means, differences to temperature scaling, and one curve."""
+    summary = benchmarks("shift_summary")
+
+    def row(nll, kept, accuracy):
+        scores = [[{"nll": nll + kind + severity} for severity in (1, 2)] for kind in (0, 10)]
+        mixed = {"MNIST": {"confidence": [0.5, 0.9], "kept": [kept, 0], "accuracy": [accuracy, None]}}
+        return {"clean": {"nll": nll}, "corrupted": dict(zip("ab", scores)), "mixed": mixed}
+
+    first = {"MAP": row(3, 0.2, 0.5), "temperature scaling": row(1, 1, 1)}
+    second = {"MAP": row(5, 0.6, 0.25), "temperature scaling": row(2, 1, 1)}
+    run = {
+        "seeds": [{"methods": first}, {"methods": second}],
+        "levels": {key: {"levels": [1, 2]} for key in "ab"},
+    }
+    assert summary.means(run, "MAP", "nll") == [4, 10, 11]
+    assert summary.per_kind(run, "MAP", "nll") == [[4], [5, 15], [6, 16]]
+    assert summary.gaps(run, "MAP") == [(2.5, 0.5)] * 3
+    assert summary.gaps_of_kind(run, "MAP", "b") == (2.5, 0.5)
+    assert summary.severities(run) == ["clean", "severity 1", "severity 2"]
+    confidence, accuracy, kept = summary.curve(run, "MAP", "MNIST")
+    assert confidence == [0.5, 0.9]
+    assert accuracy == [pytest.approx((0.2 * 0.5 + 0.6 * 0.25) / 0.8), None]
+    assert kept == pytest.approx([0.4, 0])
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)])
 @pytest.mark.parametrize("file", [True, False], ids=["file", "folder"])
 def test_svhn_is_read_as_torchvision_has_it(benchmarks, monkeypatch, tmp_path, shape, file):
