@@ -47,10 +47,13 @@ class NystromGGN(GGNInterface):
     Parameters
     ----------
     model : torch.nn.Module
-        DataParallel, DistributedDataParallel and torch.compile wrappers are taken off.
-    likelihood : {"classification", "regression", "bernoulli"}
-    dict_key_x, dict_key_y : str
-        Keys of inputs and targets in mapping batches.
+        The network. DataParallel, DistributedDataParallel and torch.compile wrappers are taken off.
+    likelihood : str
+        "classification", "regression" or "bernoulli".
+    dict_key_x : str
+        Key of the inputs in mapping batches.
+    dict_key_y : str
+        Key of their targets.
     chunk_size : int, optional
         Directions per forward-mode call. Default: as many as keep tensors in cache
         (CPU), or within the memory budget (GPU).
@@ -63,8 +66,8 @@ class NystromGGN(GGNInterface):
         the model does not support it, the next that works.
     compile : bool
         Run forward mode through :func:`torch.compile`.
-    spill : {"cpu"} or path, optional
-        Keep gradient rows that do not fit the budget in CPU memory, or in a temporary
+    spill : str or path, optional
+        Keep gradient rows that do not fit the budget in CPU memory ("cpu"), or in a temporary
         file in this folder, instead of computing them again.
     spill_dtype : torch.dtype
         In which precision; the relative error of an entry is half its eps.

@@ -50,11 +50,13 @@ def Laplace(
     Parameters
     ----------
     model : torch.nn.Module
+        The trained network.
     likelihood : {"classification", "regression", "reward_modeling", "bernoulli"}
         The last, for binary and multi-label targets, with "ella" only.
-    subset_of_weights : {"all", "last_layer", "subnetwork"}
-    hessian_structure : {"ella", "kron", "diag", "full", "lowrank", "gp"}
-        "ella" needs ``subset_of_weights="all"`` and returns an :class:`ELLALaplace`.
+    subset_of_weights : {"last_layer", "subnetwork", "all"}
+        "ella" needs "all".
+    hessian_structure : {"kron", "diag", "full", "lowrank", "gp", "ella"}
+        "ella" returns an :class:`ELLALaplace`.
     *args, **kwargs
         Passed to the estimator.
     """
@@ -77,20 +79,29 @@ class ELLALaplace(
 
     Parameters
     ----------
-    model, likelihood, sigma_noise, prior_precision, prior_mean
-        As in :class:`laplace.ParametricLaplace`; the likelihood may be "bernoulli" too, for
-        binary and multi-label targets. Outputs may be (B, ..., C): positions in a sequence or
-        an image are flattened into the batch. DataParallel, DistributedDataParallel
-        and torch.compile wrappers are taken off the model. The prior precision may be scalar, one
-        per weight tensor, or one per weight.
+    model : torch.nn.Module
+        The trained network. Outputs may be (B, ..., C): positions in a sequence or an image are
+        flattened into the batch. DataParallel, DistributedDataParallel and torch.compile wrappers
+        are taken off.
+    likelihood : str
+        "classification", "regression" or "reward_modeling", as in :class:`laplace.ParametricLaplace`;
+        or "bernoulli", for binary and multi-label targets.
+    sigma_noise : float or Tensor
+        Observation noise, a standard deviation (regression).
+    prior_precision : float or Tensor
+        Scalar, one per weight tensor, or one per weight.
+    prior_mean : float or Tensor
+        Scalar, or one per weight.
     temperature : float, optional
         T; a number stays fixed. None means 1 until ``optimize_prior_precision(
         method="gridsearch")`` tunes it together with the prior: at T = 1 ELLA's
         predictions are close to MAP's whatever the prior.
     enable_backprop : bool
         Let gradients reach the inputs through predictions (not the weights).
-    dict_key_x, dict_key_y : str
-        Keys of inputs and targets in mapping batches.
+    dict_key_x : str
+        Key of the inputs in mapping batches.
+    dict_key_y : str
+        Key of their targets.
     backend : type, optional
         Where landmark gradients come from: CurvlinopsGGN (torch.func, default),
         BackPackGGN, AsdlGGN, or a :class:`NystromGGN`.
@@ -119,8 +130,8 @@ class ELLALaplace(
     compile : bool
         Run forward mode through :func:`torch.compile`: minutes of compiling for each
         shape of batch, then faster.
-    spill : {"cpu"} or path, optional
-        Where gradient rows go that do not fit, instead of being computed again.
+    spill : str or path, optional
+        Where gradient rows go that do not fit, instead of being computed again: "cpu", or a folder.
     spill_dtype : torch.dtype
         In which precision; see :class:`NystromGGN`.
     curvature : {"exact", "mc"}

@@ -119,6 +119,7 @@ class Fitting:
         override : bool
             False keeps the basis and adds data to loss, N and G.
         progress_bar : bool
+            Show the progress of each stage.
         landmarks : tuple, optional
             (inputs, outputs): M inputs in one batch, and a LongTensor (M,) of output
             coordinates, instead of a random draw.

@@ -56,8 +56,10 @@ class JointTuning(Candidates):
             default. Default: ("temperature", "logit_scale"); for regression ("temperature",
             "sigma_noise"); with a residual, "residual_scale" too. A temperature fixed by the user is
             left out. A parameter on which the loss does not depend keeps its value.
-        link_approx, n_samples
-            As in the predictions that the setting is for.
+        link_approx : str
+            The link of the predictions that the setting is for.
+        n_samples : int
+            How many samples "mc" takes.
         loss : torchmetrics.Metric or callable, optional
             Of (probabilities, targets), or (means, covariances, targets) for regression; lower is better.
             Default: the mean NLL an input (or position), which is refined by L-BFGS; any
@@ -65,6 +67,7 @@ class JointTuning(Candidates):
         apply : bool
             Give the estimator the best setting. Directions beyond K' are dropped until the next fit.
         progress_bar : bool
+            Show the progress.
 
         Returns
         -------

@@ -129,6 +129,7 @@ class Merging:
         loader : iterable
             Batches of those data, as in :meth:`fit`; read once.
         progress_bar : bool
+            Show the progress.
 
         Raises
         ------

@@ -197,7 +197,8 @@ class Novelty:
 
         Parameters
         ----------
-        x : input of B rows
+        x : Tensor or mapping
+            B inputs.
         train_loader : iterable, optional
             The training data: compares with exact linearised Laplace too, for networks of up to 5 000 weights.
             In a process group all ranks have to pass it, each with its part of the data.

@@ -319,8 +319,16 @@ class Predictive:
 
         Parameters
         ----------
+        x : Tensor or mapping
+            B inputs.
+        pred_type : {"glm", "nn"}
+            Of the linearised network, or of networks with sampled weights.
+        n_samples : int
+            S.
         diagonal_output : bool
             Draw outputs and inputs independently instead (glm).
+        generator : torch.Generator, optional
+            Default: torch's own.
 
         Raises
         ------
