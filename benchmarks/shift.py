@@ -45,6 +45,7 @@ METHODS = (
     "ELLA + residual (T, s, rho)",
 )
 CONFIDENCES = (*(round(0.05 * step, 2) for step in range(20)), 0.99)
+N_DRAWS = 20  # of labels
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,15 @@ def of_set(p: Tensor, y: Tensor) -> dict[str, float]:
     """Return the scores of probabilities on one set of images."""
     found = scores.of_probabilities(p, y, {})
     del found["auroc"]
-    return {**found, "entropy": float(scores.entropy(p).mean())}
+    return {**found, "ece_of_calibrated": ece_of_calibrated(p), "entropy": float(scores.entropy(p).mean())}
+
+
+def ece_of_calibrated(p: Tensor) -> float:
+    """Return the mean ECE over labels drawn from the probabilities themselves: not 0, as the images are few."""
+    labels = torch.multinomial(
+        p.double(), N_DRAWS, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
+    return sum(scores.calibration_error(p, y) for y in labels.mT) / N_DRAWS
 
 
 def by_confidence(p: Tensor, y: Tensor, outside: Tensor) -> dict[str, list[Any]]:

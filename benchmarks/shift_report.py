@@ -50,12 +50,21 @@ COLORS = {
 GAP_TICKS = (-2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2)
 AT = (0.0, 0.5, 0.7, 0.9, 0.99)
 
-SCORES = {"NLL": "nll", "ECE": "ece", "accuracy": "accuracy", "Brier": "brier", "entropy": "entropy"}
+SCORES = {"NLL": "nll", "accuracy": "accuracy", "Brier": "brier", "entropy": "entropy"}
 
 
 def score_table(score: str, run: Run) -> str:
     """Write a score by severity."""
     lines = [[name, *(f"{value:.3f}" for value in means(run, name, score))] for name in methods(run)]
+    return table(["method", *severities(run)], lines)
+
+
+def ece_table(run: Run) -> str:
+    """Write ECE by severity, with that of calibrated probabilities."""
+    lines = []
+    for name in methods(run):
+        pairs = zip(means(run, name, "ece"), means(run, name, "ece_of_calibrated"))
+        lines.append([name, *(f"{found:.3f} ({floor:.3f})" for found, floor in pairs)])
     return table(["method", *severities(run)], lines)
 
 
@@ -159,6 +168,7 @@ def where(runs: Runs) -> str:
 
 OF_CASE: dict[str, Callable[[Run], str]] = {
     **{name: partial(score_table, score) for name, score in SCORES.items()},
+    "ECE": ece_table,
     "gaps": gap_table,
     "kinds": kind_table,
     "every": every_table,

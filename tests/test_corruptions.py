@@ -138,6 +138,14 @@ def test_accuracy_by_confidence_by_hand(benchmarks):
     assert at[0.95] == (0, None)
 
 
+def test_the_calibration_error_of_calibrated_probabilities(benchmarks):
+    """Nothing for certain predictions; with more images, less."""
+    shift = benchmarks("shift")
+    p = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0)).softmax(1)
+    assert shift.ece_of_calibrated(torch.eye(5)) == 0
+    assert 0 < 2 * shift.ece_of_calibrated(p) < shift.ece_of_calibrated(p[:100])
+
+
 def test_seeds_are_pooled(benchmarks):
     """Two seeds, two kinds at two severities: means, differences to temperature scaling, and one curve."""
     summary = benchmarks("shift_summary")
@@ -181,3 +189,7 @@ def test_svhn_is_read_as_torchvision_has_it(benchmarks, monkeypatch, tmp_path, s
     assert 0 <= found.min() < found.max() <= 1
     if shape[0] == 3:
         torch.testing.assert_close(found[4, 1], torch.from_numpy(x[:, :, 1, 4]) / 255)
+    images, y = torch.zeros(3, *shape), torch.tensor([0, 1, 2])
+    data = shift.Data((images, y), (images, y), (images, y), {})
+    case = "fashion-cnn" if shape[0] == 1 else "cifar10-jpeg"
+    assert shift.shifted(data, shift.SHIFTS[case], seed=0, svhn=path).ood["SVHN"].shape == images.shape
