@@ -7,6 +7,7 @@ then checks them.
 from __future__ import annotations
 
 import posixpath
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ PAGES = {
 }
 _PATHS = {uri: path for path, uri in PAGES.items()}
 _LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yml": "yaml", ".cfg": "ini"}
+
+# Cells with as many characters stay on one line, so that numbers stand beside their errors; wide tables scroll.
+_SHORT = 30
+_CELL = re.compile(r"<td([^>]*)>(.*?)</td>", re.S)
+_TAG = re.compile(r"<[^>]*>")
+_COMMIT = re.compile(r"\b([0-9a-f]{10})[0-9a-f]{30}\b")
 
 
 def uri_of(path: str) -> str:
@@ -77,3 +84,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{relative}#{anchor}" if anchor else relative
 
     return rewritten(markdown, on_site)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep short cells of tables on one line, and show commits by their first digits."""
+
+    def kept(match: re.Match[str]) -> str:
+        short = len(_TAG.sub("", match[2])) <= _SHORT
+        text = _COMMIT.sub(r'<span title="\g<0>">\1</span>', match[2])
+        return f"<td{match[1]}{' class=short' if short else ''}>{text}</td>"
+
+    return _CELL.sub(kept, html)
