@@ -6,6 +6,7 @@ then checks them.
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -28,7 +29,11 @@ _LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yml": "yaml",
 _SHORT = 30
 _CELL = re.compile(r"<td([^>]*)>(.*?)</td>", re.S)
 _TAG = re.compile(r"<[^>]*>")
+# Scripts, styles, fonts and images of other sites, which would be fetched when a page is read.
+_FETCHED = re.compile(r"""<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]*\"""")
 _COMMIT = re.compile(r"\b([0-9a-f]{10})[0-9a-f]{30}\b")
+
+_log = logging.getLogger("mkdocs.hooks.pages")
 
 
 def uri_of(path: str) -> str:
@@ -95,3 +100,10 @@ def on_page_content(html: str, **_: Any) -> str:
         return f"<td{match[1]}{' class=short' if short else ''}>{text}</td>"
 
     return _CELL.sub(kept, html)
+
+
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Complain of anything that would be fetched from elsewhere; links may lead there."""
+    for tag in _FETCHED.findall(output):
+        _log.warning("%s would fetch %s", page.file.src_uri, tag)
+    return output

@@ -19,15 +19,12 @@ _COMMANDS = {
 
 
 def html(tex: str) -> str:
-    r"""Return the little TeX that docstrings use as HTML.
-
-    >>> html(r"V^T \Delta V")
-    '<span class="maths">V<sup>T</sup> Δ V</span>'
+    r"""Return the little TeX that docstrings use as HTML: "V^T" has a raised T, "\Delta" is a letter.
 
     Raises
     ------
     ValueError
-        On a command that is not known here.
+        On what is not known here.
     """
     found = re.sub(r"\\operatorname{(\w+)}", r"\1", tex)
     found = re.sub(r"\\sqrt{([^}]*)}", r"√(\1)", found)
