@@ -129,6 +129,7 @@ def tuned(la: Any, network: Network, val: DataLoader, on: str, times: ella_rows.
         with warnings.catch_warnings(record=True) as caught, times.stage(stage, len(val.dataset)):
             warnings.simplefilter("always", UserWarning)
             more = way(la, val)
+        more.pop("notes_of_result", None)  # the warnings say the same
         notes = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
         seconds = times.stages[stage]["seconds"]
         found[name] = Chosen(la.n_curvature, ella_rows.setting(la), seconds, notes, more)

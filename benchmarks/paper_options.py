@@ -48,7 +48,7 @@ KINDS = {
         "--data",
         {"resnet20": CIFAR["resnet20"]},
         lambda folder, _: cifar10_jpeg(folder),
-        Counts(8000, 2000, 2000, 4500, 8000, 1000),
+        Counts(8000, 2000, 2000, 4500, 8000, 100),
         "paper_cifar10-jpeg",
     ),
 }

@@ -1,0 +1,184 @@
+"""Write the tables of docs/paper.md: the paper's numbers, and those that paper.py wrote beside them.
+
+    python benchmarks/paper_report.py [FOLDER]
+
+FOLDER (default: results/ here) holds paper_*.json of the networks that were run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from paper import HELD_OUT, STOPPED, TEST
+from quality_report import SCORES, note_table, over_seeds, score_table, setting_table, shown
+from report import NOTHING, table, with_tables
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "paper.md"
+JPEG = "cifar10-jpeg"
+NOT_RUN = "not run: needs the data"
+
+Run = dict[str, Any]
+Runs = dict[str, Run]  # the JSON of each network; what was not run is missing
+
+# NLL and ECE as printed in the tables of Deng, Zhou, Zhu (NeurIPS 2022).
+CIFAR = {
+    "": "MAP, MFVI-BF, LLA*, LLA*-KFAC, LLA-Diag, LLA-KFAC, ELLA",
+    "resnet20": ".2815 .0390, .2323 .0171, .2687 .0336, .2703 .0343, .7294 .4058, .8525 .4685, .2331 .0092",
+    "resnet32": ".2921 .0408, .2215 .0202, .2588 .0327, .2596 .0329, .7549 .4315, 1.0271 .5477, .2161 .0082",
+    "resnet44": ".2753 .0385, .2021 .0167, .2361 .0278, .2315 .0277, .7798 .4456, 1.0935 .5659, .2022 .0073",
+    "resnet56": ".2523 .0374, .1868 .0160, .2131 .0216, .2014 .0245, .8414 .4807, 1.1732 .5776, .1866 .0065",
+}
+IMAGENET = {  # of MAP, only the first is quoted here
+    "": "MAP, ELLA",
+    "resnet18": "1.2469 .0263, 1.2431 .0163",
+    "resnet34": ", 1.0709 .0141",
+    "resnet50": ", .9479 .0179",
+    "vit_base_patch16_224": ", .6953 .0224",
+}
+SHOWN = (100, 200, 500, 1000, 2000, 5000)  # of the n of early stopping
+OURS = ("MAP", STOPPED, "temperature scaling", "vector scaling", "ELLA (T)", "ELLA (T, s)")
+
+
+def of_paper(numbers: dict[str, str], runs: Runs) -> str:
+    """Write the paper's table, NLL / ECE, with nothing of ours in it."""
+    head, *lines = ([name, *cells.split(", ")] for name, cells in numbers.items())
+    return table(["network", *head[1:]], [[cell.replace(" ", " / ") for cell in line] for line in lines])
+
+
+def beside(numbers: dict[str, str], data: str, option: str, runs: Runs) -> str:
+    """Write the paper's MAP and ELLA beside what was found here, with the command of each row."""
+    lines = []
+    for name, cells in list(numbers.items())[1:]:
+        first, *_, last = (cell.replace(" ", " / ") for cell in cells.split(", "))
+        command = f"`python benchmarks/paper.py {option} PATH --network {name} --download --device cuda`"
+        found = [here(runs.get(f"{data}_{name}"), method) for method in OURS]
+        lines.append([name, first, found[0], last, *found[1:], command])
+    head = ["network", "MAP, paper", "MAP", "ELLA, paper", *OURS[1:], "command"]
+    return table(head, lines)
+
+
+def here(run: Run | None, method: str) -> str:
+    """Return NLL / ECE of a method tuned on cropped training images, as the paper does, on all test images."""
+    if run is None:
+        return NOT_RUN
+    view = tuned_on(run, HELD_OUT)
+    return " / ".join(
+        shown(over_seeds(view, "methods", method, SCORES[score][0]), ".4f") for score in ("NLL", "ECE")
+    )
+
+
+def tuned_on(run: Run, data: str) -> Run:
+    """Return a run in the form of quality.py's: the methods tuned on one kind of validation data."""
+    return {"seeds": [{"seed": seed["seed"], **seed["tuned_on"][data]} for seed in run["seeds"]]}
+
+
+def fair(runs: Runs) -> str:
+    """Write, for the original data, the scores of all methods tuned on a part of the test images."""
+    texts = [
+        f"**{name}**\n\n{score_table(tuned_on(run, TEST))}" for name, run in runs.items() if name != JPEG
+    ]
+    return "\n".join(texts) if texts else f"N{NOT_RUN[1:]}.\n"
+
+
+def of_jpeg(write: Callable[[Run], str], data: str, runs: Runs) -> str:
+    return write(tuned_on(runs[JPEG], data)) if JPEG in runs else NOTHING
+
+
+def stopping(runs: Runs) -> str:
+    """Write the validation NLL of some of the n that early stopping looked at, first seed, the best in bold."""
+    if JPEG not in runs:
+        return NOTHING
+    first, total = runs[JPEG]["seeds"][0]["tuned_on"], runs[JPEG]["n_total"]
+    rows = [first[data]["methods"][STOPPED] for data in (HELD_OUT, TEST)]
+    scores = [dict(zip(*(row["history"][key] for key in ("processed_examples", "val_nll")))) for row in rows]
+    best = [row["n_curvature"] for row in rows]
+    lines = [
+        [f"{n:.0f}", f"{total / n:.3g}", *(_bold(f"{of[n]:.4f}", n == b) for of, b in zip(scores, best))]
+        for n in scores[0]
+        if n in SHOWN or n in best or n == max(scores[0])
+    ]
+    return table(["n", "T = N / n", *(f"NLL on {data}" for data in (HELD_OUT, TEST))], lines)
+
+
+def _bold(text: str, yes: bool) -> str:
+    return f"**{text}**" if yes else text
+
+
+def where(runs: Runs) -> str:
+    """Say what was run, with which versions and sizes."""
+    if not runs:
+        return NOTHING
+    lines = [[name, *(_cell(get(run)) for run in runs.values())] for name, get in FACTS.items()]
+    return table(["", *runs], lines)
+
+
+def _cell(found: Any) -> str:
+    return "" if found is None else str(found)
+
+
+def _environment(key: str) -> Callable[[Run], Any]:
+    return lambda run: run["environment"][key]
+
+
+def _stage(name: str) -> Callable[[Run], Any]:
+    return lambda run: f"{run['seeds'][0]['times'][name]['forwards_an_input']:.3g}"
+
+
+FACTS: dict[str, Callable[[Run], Any]] = {
+    "network": lambda run: run["network"],
+    "parameters": lambda run: run["parameters"],
+    "images": _environment("images"),
+    "weights": _environment("weights"),
+    "training images, of N": lambda run: f"{run['counts']['train']} of {run['n_total']}",
+    "training images held out": lambda run: run["counts"]["held_out"],
+    "test images": lambda run: run["counts"]["test"],
+    "of these to tune on": lambda run: run["counts"]["validation"],
+    "M, K": lambda run: f"{run['ella']['M']}, {run['ella']['K']}",
+    "prior precision": lambda run: run["ella"]["prior_precision"],
+    "curvature inputs n, every": lambda run: f"{run['counts']['curvature']}, {run['counts']['every']}",
+    "samples of the Monte-Carlo link": lambda run: run["samples"],
+    "seeds": lambda run: len(run["seeds"]),
+    "fit, forwards a training image": _stage("fit"),
+    "test images, forwards an image": _stage("features and predictions"),
+    "seconds": _environment("seconds"),
+    "commit": _environment("commit"),
+    "CPU": _environment("cpu"),
+    "GPU": lambda run: run["environment"]["gpu"] or "not used",
+    "threads": _environment("threads"),
+    "torch": _environment("torch"),
+    "laplace-torch": _environment("laplace-torch"),
+}
+TABLES: dict[str, Callable[[Runs], str]] = {
+    "cifar10 of the paper": partial(of_paper, CIFAR),
+    "cifar10": partial(beside, CIFAR, "cifar10", "--cifar-root"),
+    "imagenet": partial(beside, IMAGENET, "imagenet", "--imagenet-root"),
+    "fair": fair,
+    "jpeg training": partial(of_jpeg, score_table, HELD_OUT),
+    "jpeg test": partial(of_jpeg, score_table, TEST),
+    "jpeg settings training": partial(of_jpeg, setting_table, HELD_OUT),
+    "jpeg settings test": partial(of_jpeg, setting_table, TEST),
+    "jpeg stopping": stopping,
+    "jpeg notes": partial(of_jpeg, note_table, TEST),
+    "where": where,
+}
+
+
+def read(folder: Path) -> Runs:
+    paths = {path.stem.removeprefix("paper_"): path for path in sorted(folder.glob("paper_*.json"))}
+    return {name: json.loads(path.read_text()) for name, path in paths.items()}
+
+
+def main() -> None:
+    runs = read(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results")
+    PAGE.write_text(with_tables(PAGE.read_text(), runs, TABLES, "paper_report.py"))
+    print(f"{PAGE.name}: tables of {', '.join(runs) or 'nothing'} written")
+
+
+if __name__ == "__main__":
+    main()
