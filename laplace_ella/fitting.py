@@ -144,7 +144,7 @@ class Fitting:
             Read so many inputs (on all ranks together), and ask the loader for no batch after them.
         n_total : int, optional
             N, where the loader shows a sample of the data only: loss and G are scaled to it.
-        checkpoint : path-like, optional
+        checkpoint : str or path, optional
             Where to keep what each stage has found, so that a fit that was interrupted, called again with the
             same arguments, goes on. The loader has to replay the same order; the states of torch's, numpy's
             and Python's generators, and of the loader's own, are restored for it. The files ``checkpoint``,

@@ -12,6 +12,7 @@ from griffe import Extension, Function, NameResolutionError, Object
 
 _MATH = re.compile(r":math:`([^`]+)`")
 _NAME = re.compile(r":(?:class|func|meth|data|attr|mod):`([^`]+)`")
+_PAGE = re.compile(r"\bdocs/(\w+)\.md\b")
 _COMMANDS = {
     **dict(zip(["alpha", "delta", "epsilon", "theta", "lambda", "rho", "sigma", "phi", "psi"], "αδεθλρσφψ")),
     **dict(zip(["Delta", "Lambda", "Phi", "sum", "sim", "mapsto", "langle", "rangle"], "ΔΛΦΣ~↦⟨⟩")),
@@ -58,4 +59,5 @@ class Roles(Extension):
         if obj.docstring is None:
             return
         text = _MATH.sub(lambda m: html(m[1]), obj.docstring.value)
-        obj.docstring.value = _NAME.sub(lambda m: _link(m[1], obj), text)
+        text = _NAME.sub(lambda m: _link(m[1], obj), text)
+        obj.docstring.value = _PAGE.sub(r"[\1](\1.md)", text)  # checked by MkDocs, as any link
