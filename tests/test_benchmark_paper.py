@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import pickle
 import sys
@@ -81,6 +82,23 @@ def imagenet_root(tmp_path) -> Path:
 
 
 @pytest.fixture
+def jpeg_folder(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    (tmp_path / "jpeg").mkdir()
+    for part, n in (("train10k", 120), ("test", N_TEST)):
+        files = []
+        for _ in range(n):
+            files.append(io.BytesIO())
+            pixels = rng.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(files[-1], "JPEG")
+        offset = np.cumsum([0, *(len(file.getvalue()) for file in files)])
+        jpeg = np.frombuffer(b"".join(file.getvalue() for file in files), np.uint8)
+        label = np.arange(n) % 10
+        np.savez(tmp_path / "jpeg" / f"cifar10_jpeg_{part}.npz", jpeg=jpeg, offset=offset, label=label)
+    return tmp_path / "jpeg"
+
+
+@pytest.fixture
 def use_tiny(modules, monkeypatch):
     """Let a kind of data have one tiny network, with weights in a file."""
     networks, options = modules("paper_networks"), modules("paper_options")
@@ -96,16 +114,18 @@ def use_tiny(modules, monkeypatch):
     return use
 
 
-def run(paper, capsys, *arguments: str | Path) -> dict:
+def run(paper, capsys, *arguments: str | Path, n_seeds: int = 1) -> dict:
     out = Path(arguments[-1])
     threads = str(torch.get_num_threads())
     paper.main(["--threads", threads, *map(str, arguments[:-1]), "--out", str(out)])
     assert "ELLA (T, s)" in capsys.readouterr().out
-    return json.loads(out.read_text())
+    found = json.loads(out.read_text())
+    assert [seed["seed"] for seed in found["seeds"]] == list(range(n_seeds))
+    return found
 
 
 def check(found: dict, paper, n_tuned_on: int) -> None:
-    (seed,) = found["seeds"]
+    seed = found["seeds"][0]
     assert set(seed["tuned_on"]) == {paper.HELD_OUT, paper.TEST}
     for on, part in seed["tuned_on"].items():
         rows = part["methods"]
@@ -137,6 +157,26 @@ def test_cifar10_end_to_end(paper, use_tiny, cifar_root, tmp_path, capsys):
     assert found["n_total"] == 150
     of_t = found["seeds"][0]["tuned_on"][paper.TEST]["methods"]["ELLA (T)"]
     assert of_t["parameters"]["prior_precision"] == 25
+
+
+def test_jpeg_end_to_end_and_on_the_page(modules, paper, use_tiny, jpeg_folder, tmp_path, capsys):
+    """Weights lie beside the images; the tables take what was found, and say what was not run."""
+    use_tiny("data", "resnet20", 10, jpeg_folder / "cifar10_resnet20.pt")
+    (tmp_path / "results").mkdir()
+    options = ["--data", jpeg_folder, "--subsample", SUBSAMPLE, "--seeds", "2", "--batch-size", "10"]
+    found = run(paper, capsys, *options, tmp_path / "results" / "paper_cifar10-jpeg.json", n_seeds=2)
+    check(found, paper, SUBSAMPLE // 2)
+    assert found["n_total"] == 50_000
+    (tmp_path / "results" / "paper_cifar10_resnet32.json").write_text(json.dumps(found))
+    report = modules("paper_report")
+    runs = report.read(tmp_path / "results")
+    tables = {name: write(runs) for name, write in report.TABLES.items()}
+    assert "±" in tables["jpeg test"]
+    assert tables["cifar10"].count(report.NOT_RUN) == 3 * len(report.OURS)
+    assert tables["imagenet"].count(report.NOT_RUN) == 4 * len(report.OURS)
+    assert "cifar10_resnet32" in tables["fair"]
+    assert "**" in tables["jpeg stopping"]
+    assert report.with_tables(report.PAGE.read_text(), {}, report.TABLES, "paper_report.py")
 
 
 def test_imagenet_end_to_end(modules, paper, use_tiny, imagenet_root, tmp_path, capsys):
