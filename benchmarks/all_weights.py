@@ -7,6 +7,7 @@ The curvature is that of ``curvature_size`` training inputs, scaled up, as for E
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -143,22 +144,30 @@ def row(
 
 def tune(posterior: Posterior, x: Tensor, y: Tensor, seed: int) -> tuple[float, float, float]:
     """Return the prior precision, the temperature and the validation NLL."""
-    logits, kept = [], {product: [] for product in pairs_by_product()}
-    for part in x.split(BATCH):
-        f, js = posterior.rotated(part)
-        logits.append(f.double().cpu())
-        for product, covariances in kept.items():
-            covariances.append(posterior.covariance(js, product).float())
-    f = torch.cat(logits)
-    roots = ((product, root(torch.cat(parts).double())) for product, parts in kept.items())
+    products = list(pairs_by_product())
+    f, covariances = covariances_at(posterior, x, products)
+    roots = ((product, root(found.double())) for product, found in zip(products, covariances))
     delta, temperature = best_pair(f, y.cpu(), roots, seed)
-    at_best = root(torch.cat(kept[_nearest(kept, delta * temperature)]).double())
-    probabilities = mean_probabilities(f, at_best, temperature, seed)
+    best = min(range(len(products)), key=lambda i: abs(math.log(products[i] / (delta * temperature))))
+    probabilities = mean_probabilities(f, root(covariances[best].double()), temperature, seed)
     return delta, temperature, float(nll(probabilities, y.cpu()).mean())
 
 
-def _nearest(values: Any, to: float) -> float:
-    return min(values, key=lambda value: abs(value / to - 1))
+def covariances_at(posterior: Posterior, x: Tensor, precisions: list[float]) -> tuple[Tensor, Tensor]:
+    """Return logits (N, C), and covariances at T = 1 and each prior precision (S, N, C, C), in float32.
+
+    Written into one tensor: small ones that stay between large ones that go would fragment the heap by gigabytes.
+    """
+    logits: list[Tensor] = []
+    found = torch.empty(0)
+    for start in range(0, len(x), BATCH):
+        f, js = posterior.rotated(x[start : start + BATCH])
+        if not start:
+            found = torch.empty(len(precisions), len(x), f.shape[1], f.shape[1])
+        logits.append(f.double().cpu())
+        for of, precision in zip(found, precisions):
+            of[start : start + len(f)] = posterior.covariance(js, precision)
+    return torch.cat(logits), found
 
 
 def predict(posterior: Posterior, x: Tensor, delta: float, temperature: float, seed: int) -> Tensor:
