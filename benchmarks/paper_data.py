@@ -119,7 +119,6 @@ def cifar10(root: Path) -> Source:
     """Read torchvision's CIFAR-10 under a root."""
     from torchvision.datasets import CIFAR10
 
-    existing(root, "--cifar-root")
     if not (root / CIFAR10.base_folder).is_dir():
         raise ValueError(
             f"--cifar-root {root} must hold the folder {CIFAR10.base_folder} (the python version of CIFAR-10); it holds "
@@ -142,7 +141,6 @@ def imagenet(root: Path, network: Network) -> Source:
     """Read ImageNet's train and val folders, a folder a class."""
     from torchvision.datasets import ImageFolder
 
-    existing(root, "--imagenet-root")
     found = []
     for name in ("train", "val"):
         folder = root / name
@@ -169,7 +167,6 @@ def imagenet(root: Path, network: Network) -> Source:
 
 def cifar10_jpeg(folder: Path) -> Source:
     """Read CIFAR-10 (JPEG): 10 000 of the 50 000 training images that the network was fitted to, and the test images."""
-    existing(folder, "--data")
     files = [folder / f"cifar10_jpeg_{name}.npz" for name in ("train10k", "test")]
     missing = [path.name for path in files if not path.is_file()]
     if missing:
@@ -179,11 +176,6 @@ def cifar10_jpeg(folder: Path) -> Source:
         )
     train, test = (Pictures(*decoded(path)) for path in files)
     return Source("CIFAR-10 (JPEG)", train, test, 50_000)
-
-
-def existing(folder: Path, option: str) -> None:
-    if not folder.is_dir():
-        raise ValueError(f"{option} {folder}: no such folder. Pass the folder that holds the data.")
 
 
 def listing(folder: Path) -> str:

@@ -109,6 +109,8 @@ def chosen(args: argparse.Namespace) -> tuple[Kind, Path, list[Network]]:
         raise ValueError(
             "--device cuda: torch sees no CUDA device. Use --device cpu, or install torch for CUDA."
         )
+    if not root.is_dir():
+        raise ValueError(f"{kind.option} {root}: no such folder. Pass the folder that holds the data.")
     require("torchvision", *(["timm"] if kind.networks is IMAGENET else []))
     return kind, root, list(kind.networks.values()) if name == "all" else [kind.networks[name]]
 
