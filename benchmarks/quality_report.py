@@ -1,8 +1,8 @@
-"""Write the tables and plots of docs/tuning.md from the JSON of quality.py.
+"""Write the tables and plots of docs/evidence.md from the JSON of quality.py, and of the costs of run.py.
 
     python benchmarks/quality_report.py [FOLDER]
 
-FOLDER (default: results/ here) holds quality_CASE.json of the cases that were run.
+FOLDER (default: results/ here) holds quality_CASE.json of the cases that were run, and quick_costs.json.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,47 @@ from report import NOTHING, table, with_tables
 from scores import mean_and_error
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "tuning.md"
+PAGE = HERE.parent / "docs" / "evidence.md"
 IMAGES = HERE.parent / "docs" / "images"
-NAMES = ("fashion-cnn", "fashion-vit", "cifar10-jpeg")
+TITLES = {
+    "cifar10-jpeg": "ResNet-20, CIFAR-10 (JPEG)",
+    "fashion-cnn": "CNN, Fashion-MNIST",
+    "fashion-vit": "ViT, Fashion-MNIST",
+    "mnist-cnn": "CNN, MNIST",
+}
+COSTS = {**TITLES, "efficientnet-lite0": "EfficientNet-Lite0, ImageNet"}
+ORDER = (
+    "MAP",
+    "temperature scaling",
+    "vector scaling",
+    "constant variance (T)",
+    "last-layer variance (T)",
+    "last-layer full",
+    "last-layer KFAC",
+    "last-layer diagonal",
+    "all-weights diagonal",
+    "all-weights KFAC",
+    "laplace-torch's ELLA (T)",
+    "ELLA, T = 1",
+    "ELLA (T)",
+    "ELLA (T, s)",
+    "ELLA + residual (T, s, rho)",
+    "ELLA, sampled G (T, s)",
+)
 ELLA_COLOR, OTHER_COLOR = "#c44e52", "#4c72b0"
 
 Run = dict[str, Any]
 Runs = dict[str, Run]  # the JSON of each case; what was not run is missing
 Get = Callable[[dict[str, Any]], float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What benchmarks wrote: quality of each case, and costs of each method."""
+
+    runs: Runs
+    costs: Run | None
+
 
 SCORES: dict[str, tuple[Get, str]] = {
     "NLL": (lambda row: row["nll"], ".4f"),
@@ -38,7 +72,12 @@ SCORES: dict[str, tuple[Get, str]] = {
 
 def over_seeds(run: Run, kind: str, name: str, get: Get) -> tuple[float, float | None]:
     """Return the mean of a score over seeds, with its standard error."""
-    return mean_and_error([get(seed[kind][name]) for seed in run["seeds"]])
+    return mean_and_error([get(row) for row in rows_of(run, kind, name)])
+
+
+def rows_of(run: Run, kind: str, name: str) -> list[dict[str, Any]]:
+    """Return what is known of a method, for each seed that it was run with."""
+    return [seed[kind][name] for seed in run["seeds"] if name in seed[kind]]
 
 
 def shown(found: tuple[float, float | None], form: str) -> str:
@@ -47,7 +86,14 @@ def shown(found: tuple[float, float | None], form: str) -> str:
 
 
 def names(run: Run, kind: str) -> list[str]:
-    return list(run["seeds"][0][kind])
+    found = list(run["seeds"][0][kind])
+    return sorted(found, key=ORDER.index) if kind == "methods" else found
+
+
+def title(run: Run, name: str) -> str:
+    """Name a method, and say with how many seeds if not all."""
+    n = len(rows_of(run, "methods", name))
+    return name if n == len(run["seeds"]) else f"{name} ({n} seed{'s' * (n > 1)})"
 
 
 def sets(run: Run) -> list[str]:
@@ -56,7 +102,7 @@ def sets(run: Run) -> list[str]:
 
 def gap(run: Run, name: str, other: str) -> tuple[float, float]:
     """Return how much larger a method's NLL is, as means over seeds: the difference, its paired standard error."""
-    found = [seed["methods"][name]["nll_minus"][other] for seed in run["seeds"]]
+    found = [row["nll_minus"][other] for row in rows_of(run, "methods", name)]
     mean, error = (statistics.fmean(row[key] for row in found) for key in ("mean", "standard_error"))
     return mean, error
 
@@ -74,7 +120,9 @@ def score_table(run: Run) -> str:
     lines = []
     for name in names(run, "methods"):
         cells = [shown(over_seeds(run, "methods", name, get), form) for get, form in SCORES.values()]
-        lines.append([name, cells[0], *(difference(run, name, other) for other in references), *cells[1:]])
+        lines.append(
+            [title(run, name), cells[0], *(difference(run, name, other) for other in references), *cells[1:]]
+        )
     head = ["method", "NLL", *(f"NLL minus that of {other}" for other in references), *list(SCORES)[1:]]
     return table(head, lines)
 
@@ -96,8 +144,10 @@ def novelty_table(run: Run) -> str:
 
 
 def aurocs(run: Run, kind: str, name: str) -> list[str]:
+    rows = rows_of(run, kind, name)
     return [
-        shown(over_seeds(run, kind, name, lambda row, of=of: row["auroc"][of]), ".3f") for of in sets(run)
+        shown(mean_and_error([row["auroc"][of] for row in rows]), ".3f") if of in rows[0]["auroc"] else ""
+        for of in sets(run)
     ]
 
 
@@ -105,7 +155,7 @@ def setting_table(run: Run) -> str:
     """Write what tuning found, seed by seed, and what it took."""
     lines = []
     for name in names(run, "methods"):
-        rows = [seed["methods"][name] for seed in run["seeds"]]
+        rows = rows_of(run, "methods", name)
         scores = [row["validation_nll"] for row in rows if row.get("validation_nll") is not None]
         lines.append(
             [
@@ -142,7 +192,7 @@ def cost_table(run: Run) -> str:
     """Write what each stage of ELLA took."""
     lines = []
     for name in names(run, "times"):
-        stages = [seed["times"][name] for seed in run["seeds"]]
+        stages = rows_of(run, "times", name)
         means = {key: statistics.fmean(stage[key] for stage in stages) for key in stages[0]}
         lines.append(
             [
@@ -156,12 +206,78 @@ def cost_table(run: Run) -> str:
     return table(["stage", "inputs", "seconds", "forwards", "forwards an input"], lines)
 
 
+def summary(write: Callable[[Run, str], str], runs: Runs) -> str:
+    """Write one number of each method, a column a network."""
+    if not runs:
+        return NOTHING
+    lines = [
+        [
+            name,
+            *(write(run, name) if name in names(run, "methods") else "does not run" for run in runs.values()),
+        ]
+        for name in ORDER
+        if any(name in names(run, "methods") for run in runs.values())
+    ]
+    return table(["method", *(TITLES[name] for name in runs)], lines)
+
+
+def _nll(run: Run, name: str) -> str:
+    return shown(over_seeds(run, "methods", name, SCORES["NLL"][0]), ".4f")
+
+
+def _ece(run: Run, name: str) -> str:
+    return shown(over_seeds(run, "methods", name, SCORES["ECE"][0]), ".4f")
+
+
+def _ood(run: Run, name: str) -> str:
+    chosen = sets(run)[:2]
+    return " / ".join(
+        f"{over_seeds(run, 'methods', name, lambda row, of=of: row['auroc'][of])[0]:.3f}" for of in chosen
+    )
+
+
+def costs_of_methods(name: str, costs: dict[str, Any] | None) -> str:
+    """Write what each method costs by its own calls: fit, 100 settings tried, prediction, memory."""
+    rows = [row for row in (costs or {}).get("results", []) if row["group"] == f"costs-{name}"]
+    if not rows:
+        return NOTHING
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(row.get("method") or row["part"], {})[row.get("stage", "fit")] = row
+    lines = [
+        [method, *(_stage(stages, stage) for stage in STAGES), _peak(stages)]
+        for method, stages in found.items()
+    ]
+    return table(["method", *STAGES.values(), "peak memory, GB"], lines)
+
+
+STAGES = {
+    "fit": "fit, forwards an input",
+    "tune": "100 settings, forwards a validation input",
+    "predict": "prediction, forwards an input",
+}
+
+
+def _stage(stages: dict[str, Any], stage: str) -> str:
+    row = stages.get(stage)
+    if row is None:
+        return ""
+    if row["value"] is None:
+        return row["failure"]
+    return f"{row['value'] * (100 / row['candidates'] if row.get('candidates') else 1):.3g}"
+
+
+def _peak(stages: dict[str, Any]) -> str:
+    peaks = [row["peak_gb"] for row in stages.values() if row.get("peak_gb") is not None]
+    return f"{max(peaks):.2f}" if peaks else ""
+
+
 def where(runs: Runs) -> str:
     """Say what was run, with which versions and sizes."""
     if not runs:
         return NOTHING
     lines = [[name, *(_cell(get, run) for run in runs.values())] for name, get in FACTS.items()]
-    return table(["", *runs], lines)
+    return table(["", *(TITLES[name] for name in runs)], lines)
 
 
 def _cell(get: Callable[[Run], Any], run: Run) -> str:
@@ -180,6 +296,11 @@ def _training_accuracy(run: Run) -> str:
 def _training_seconds(run: Run) -> str | None:
     seconds = [seed["training_seconds"] for seed in run["seeds"]]
     return None if seconds[0] is None else f"{statistics.fmean(seconds):.0f}"
+
+
+def _addition(one: dict[str, Any]) -> str:
+    groups = ", ".join(name for name in one["groups"] if name != "simple")
+    return f"{groups}: commit {one['commit'][:8]}, torch {one['torch']}, {one['cpu']}"
 
 
 FACTS: dict[str, Callable[[Run], Any]] = {
@@ -202,6 +323,7 @@ FACTS: dict[str, Callable[[Run], Any]] = {
     "threads": _environment("threads"),
     "torch": _environment("torch"),
     "laplace-torch": _environment("laplace-torch"),
+    "added later": lambda run: "; ".join(_addition(one) for one in run.get("added", [])),
     "tiny sizes": lambda run: "yes" if run["environment"]["quick"] else "no",
 }
 OF_CASE = {
@@ -218,9 +340,25 @@ def _of_case(name: str, write: Callable[[Run], str], runs: Runs) -> str:
     return write(runs[name]) if name in runs else NOTHING
 
 
-TABLES: dict[str, Callable[[Runs], str]] = {
-    "where": where,
-    **{f"{name} {kind}": partial(_of_case, name, write) for name in NAMES for kind, write in OF_CASE.items()},
+def _of_qualities(write: Callable[[Runs], str], found: Found) -> str:
+    return write(found.runs)
+
+
+def _of_costs(name: str, found: Found) -> str:
+    return costs_of_methods(name, found.costs)
+
+
+TABLES: dict[str, Callable[[Found], str]] = {
+    "where": partial(_of_qualities, where),
+    "NLL": partial(_of_qualities, partial(summary, _nll)),
+    "ECE": partial(_of_qualities, partial(summary, _ece)),
+    "AUROC": partial(_of_qualities, partial(summary, _ood)),
+    **{
+        f"{name} {kind}": partial(_of_qualities, partial(_of_case, name, write))
+        for name in TITLES
+        for kind, write in OF_CASE.items()
+    },
+    **{f"costs {name}": partial(_of_costs, name) for name in COSTS},
 }
 
 
@@ -249,8 +387,10 @@ def plot(run: Run, path: Path) -> None:
     axes[1].set_xscale("symlog", linthresh=0.01)
     axes[1].axvline(0, color="black", lw=0.8)
     for ax, of in zip(axes[2:], others):
-        found = [over_seeds(run, "methods", name, lambda row, of=of: row["auroc"][of]) for name in methods]
-        for place, color, (value, error) in zip(places, colors, found):
+        for place, color, name in zip(places, colors, methods):
+            if of not in rows_of(run, "methods", name)[0]["auroc"]:
+                continue
+            value, error = over_seeds(run, "methods", name, lambda row, of=of: row["auroc"][of])
             ax.errorbar(value, place, xerr=error, fmt="o", color=color, capsize=2)
         ax.set_title(f"AUROC,\n{of}")
     axes[0].invert_yaxis()
@@ -258,16 +398,18 @@ def plot(run: Run, path: Path) -> None:
     plt.close(fig)
 
 
-def read(folder: Path) -> Runs:
-    paths = {name: folder / f"quality_{name}.json" for name in NAMES}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+def read(folder: Path) -> Found:
+    paths = {name: folder / f"quality_{name}.json" for name in TITLES}
+    runs = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    costs = folder / "quick_costs.json"
+    return Found(runs, json.loads(costs.read_text()) if costs.exists() else None)
 
 
 def main() -> None:
-    runs = read(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results")
-    PAGE.write_text(with_tables(PAGE.read_text(), runs, TABLES, "quality_report.py"))
-    print(f"{PAGE.name}: tables of {', '.join(runs) or 'nothing'} written")
-    for name, run in runs.items():
+    found = read(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results")
+    PAGE.write_text(with_tables(PAGE.read_text(), found, TABLES, "quality_report.py"))
+    print(f"{PAGE.name}: tables of {', '.join(found.runs) or 'nothing'} written")
+    for name, run in found.runs.items():
         plot(run, IMAGES / f"quality_{name}.png")
         print(f"quality_{name}.png drawn")
 

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from cases import CASES, COMBINE, CUDA_CASES, TUNING_CASES
 from measure import failure
+from method_costs import COST_CASES
 
 import laplace_ella
 
 HERE = Path(__file__).resolve().parent
-ALL_CASES = {**CASES, **TUNING_CASES, **CUDA_CASES}
+ALL_CASES = {**CASES, **TUNING_CASES, **COST_CASES, **CUDA_CASES}
 
 
 def in_fresh_process(case: str, part: str, args: argparse.Namespace) -> list[dict[str, Any]]:

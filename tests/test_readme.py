@@ -39,20 +39,22 @@ def test_the_tables_on_performance_are_the_benchmarks(report):
     assert report.with_tables(page, report.read(ROOT / "benchmarks/results")) == page
 
 
-def test_the_tables_on_tuning_are_the_benchmarks(report):
-    module = importlib.import_module("quality_report")
-    page = (ROOT / "docs/tuning.md").read_text()
-    assert (
-        report.with_tables(page, module.read(ROOT / "benchmarks/results"), module.TABLES, "quality_report.py")
-        == page
-    )
-
-
-def test_the_tables_on_scaling_are_the_benchmarks(report):
-    module = importlib.import_module("scaling_report")
-    page = (ROOT / "docs/scaling.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "script"),
+    [
+        ("evidence", "quality_report"),
+        ("regression", "regression_report"),
+        ("ablations", "ablation_report"),
+        ("robustness", "shift_report"),
+        ("paper", "paper_report"),
+        ("scaling", "scaling_report"),
+    ],
+)
+def test_the_tables_are_the_benchmarks(report, page, script):
+    module = importlib.import_module(script)
+    text = (ROOT / f"docs/{page}.md").read_text()
     found = module.read(ROOT / "benchmarks/results")
-    assert report.with_tables(page, found, module.TABLES, "scaling_report.py") == page
+    assert report.with_tables(text, found, module.TABLES, f"{script}.py") == text
 
 
 def test_the_model_of_scaling_is_that_of_the_measurement(report):

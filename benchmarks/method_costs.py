@@ -1,0 +1,164 @@
+"""What each method of quality.py costs by its own calls, on each network: fit, tuning, prediction, peak memory.
+
+Sizes are a fraction of those of quality.py, in the same proportions, so that costs an input are the same.
+Every method has a process of its own, with limits of memory and processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from measure import GIGABYTE, PeakMemory, failure, interleaved, loader, once, plain, result
+from methods import ALL, LAST, does_not_fit, flavour, of_host, ours
+from problems import ResNet20, noise
+from published import MNISTCNN, efficientnet_lite0, imagenet_images
+from torch import Tensor, nn
+from trained import SmallCNN, SmallViT
+
+Rows = list[dict[str, Any]]
+N_SAMPLES = 128
+LIMIT_GB, LIMIT_SECONDS = 12, 300
+# Of this process: what others do on the machine meanwhile matters little. Run with --threads 1.
+CLOCK = time.process_time
+# Of the prior precision, in searches of laplace-torch: each costs as much as any other.
+CANDIDATES = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A network with inputs and the sizes of a fit; costs do not depend on weights and images."""
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    n: int  # training inputs
+    landmarks: int
+    curvature: int
+    batch: int = 20
+    few: int = 40  # inputs to tune with, and to predict
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        return noise(self.n, self.shape, seed=0)
+
+
+@dataclass(frozen=True)
+class Pictures(Problem):
+    """ImageNet's twenty pictures."""
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        return imagenet_images()
+
+
+GREY = (1, 28, 28)
+PROBLEMS = {
+    "fashion-cnn": Problem(SmallCNN, GREY, 1200, 20, 80),
+    "fashion-vit": Problem(SmallViT, GREY, 1200, 20, 80),
+    "mnist-cnn": Problem(MNISTCNN, GREY, 80, 20, 80),
+    "cifar10-jpeg": Problem(ResNet20, (3, 32, 32), 400, 20, 80),
+    "efficientnet-lite0": Pictures(efficientnet_lite0, (3, 224, 224), 20, 20, 20, batch=1, few=4),
+}
+
+
+def ella(problem: Problem, **options: Any) -> Callable[[nn.Module], Any]:
+    sizes = {"subsample_size": problem.landmarks, "n_eigenvalues": 20, "curvature_size": problem.curvature}
+    return partial(ours, **sizes, **options)
+
+
+def host_ella(problem: Problem, model: nn.Module) -> Any:
+    return of_host(model, subsample_size=problem.landmarks, n_eigenvalues=20)
+
+
+METHODS: dict[str, Callable[[Problem], Callable[[nn.Module], Any]]] = {
+    "last-layer full": lambda _: flavour(LAST, "full"),
+    "last-layer KFAC": lambda _: flavour(LAST, "kron"),
+    "last-layer diagonal": lambda _: flavour(LAST, "diag"),
+    "all-weights full": lambda _: flavour(ALL, "full"),
+    "all-weights KFAC": lambda _: flavour(ALL, "kron"),
+    "all-weights diagonal": lambda _: flavour(ALL, "diag"),
+    "laplace-torch's ELLA": lambda problem: partial(host_ella, problem),
+    "ELLA": ella,
+    "ELLA, sampled G": lambda problem: ella(problem, curvature="mc"),
+}
+
+
+def costs(args: argparse.Namespace, name: str, method: str) -> Rows:
+    """Fit, tune and predict by the library's own calls; stages after one that fails are not tried."""
+    set_limits()
+    torch.manual_seed(0)
+    problem = PROBLEMS[name]
+    model = problem.build().eval()
+    reason = does_not_fit(method.replace("-weights", " weights,"), model)
+    x, y = problem.inputs()
+    about = {"problem": name, "method": method, "parameters": sum(p.numel() for p in model.parameters())}
+    if reason:
+        return [failure(f"fit, {method}, {name}", "", reason, stage="fit", **about)]
+    la, forward = METHODS[method](problem)(model), forward_seconds(model, x, problem.batch)
+    few = loader(x[: problem.few], y[: problem.few], problem.batch)
+    stages: dict[str, tuple[Callable[[], Any], int]] = {
+        "fit": (lambda: la.fit(loader(x, y, problem.batch)), len(x)),
+        "tune": (lambda: tune(la, few), min(problem.few, len(x))),
+        "predict": (lambda: predictions(la, few), min(problem.few, len(x))),
+    }
+    rows: Rows = []
+    for stage, (run, n_inputs) in stages.items():
+        title, unit = f"{stage}, {method}, {name}", "forwards an input"
+        try:
+            with PeakMemory(args.device) as peak:
+                seconds, _ = once(run, args.device, CLOCK)
+        except Exception as error:
+            return [*rows, failure(title, unit, error, stage=stage, **about)]
+        value = seconds / n_inputs / forward
+        tried = {"candidates": CANDIDATES} if stage == "tune" and not hasattr(la, "logit_scale") else {}
+        numbers = {"stage": stage, "seconds": seconds, "peak_gb": peak.extra / GIGABYTE, **tried}
+        rows.append(result(title, unit, value, **numbers, **about))
+    return rows
+
+
+def set_limits() -> None:
+    """Make this process fail with an error, not die, beyond its memory and its processor time."""
+    resource.setrlimit(resource.RLIMIT_DATA, (int(LIMIT_GB * GIGABYTE),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_SECONDS, 2 * LIMIT_SECONDS))
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"stopped after {LIMIT_SECONDS} s")
+
+    signal.signal(signal.SIGXCPU, stop)
+
+
+def forward_seconds(model: nn.Module, x: Tensor, batch: int) -> float:
+    """Return the seconds that a plain forward pass takes an input."""
+    few = x[: 4 * batch]
+    passes = [plain(model, part) for part in few.split(batch)]
+    device = torch.device("cpu")
+    return interleaved({"forward": lambda: [run() for run in passes]}, 5, device)["forward"].median() / len(
+        few
+    )
+
+
+def tune(la: Any, few: Iterable[Any]) -> None:
+    """Search T and s where the class can, else two values of the prior precision."""
+    if hasattr(la, "logit_scale"):
+        la.optimize_hyperparameters(few, ["temperature", "logit_scale"], n_samples=N_SAMPLES)
+        return
+    options = {} if hasattr(la, "dual_directions") else {"link_approx": "mc", "n_samples": N_SAMPLES}
+    la.optimize_prior_precision(method="gridsearch", val_loader=few, grid_size=CANDIDATES, **options)
+
+
+@torch.no_grad()
+def predictions(la: Any, few: Iterable[Any]) -> Tensor:
+    options = {} if hasattr(la, "dual_directions") else {"link_approx": "mc", "n_samples": N_SAMPLES}
+    return torch.cat([la(x, **options).detach() for x, _ in few])
+
+
+Part = Callable[[argparse.Namespace], Rows]
+COST_CASES: dict[str, dict[str, Part]] = {
+    f"costs-{name}": {method: partial(costs, name=name, method=method) for method in METHODS}
+    for name in PROBLEMS
+}
