@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from paper import HELD_OUT, STOPPED, TEST
-from quality_report import SCORES, note_table, over_seeds, score_table, setting_table, shown
+from paper import HELD_OUT, REFERENCES, STOPPED, TEST
+from quality_report import SCORES, difference, note_table, over_seeds, shown
 from report import NOTHING, table, with_tables
 
 HERE = Path(__file__).resolve().parent
@@ -42,7 +42,7 @@ IMAGENET = {  # of MAP, only the first is quoted here
     "vit_base_patch16_224": ", .6953 .0224",
 }
 SHOWN = (100, 200, 500, 1000, 2000, 5000)  # of the n of early stopping
-OURS = ("MAP", STOPPED, "temperature scaling", "vector scaling", "ELLA (T)", "ELLA (T, s)")
+OURS = ("MAP", "temperature scaling", "vector scaling", STOPPED, "ELLA (T)", "ELLA (T, s)")
 
 
 def of_paper(numbers: dict[str, str], runs: Runs) -> str:
@@ -76,6 +76,38 @@ def here(run: Run | None, method: str) -> str:
 def tuned_on(run: Run, data: str) -> Run:
     """Return a run in the form of quality.py's: the methods tuned on one kind of validation data."""
     return {"seeds": [{"seed": seed["seed"], **seed["tuned_on"][data]} for seed in run["seeds"]]}
+
+
+def score_table(run: Run) -> str:
+    """Write the scores of each method, and how its NLL differs from those of the two references."""
+    lines = []
+    for name in OURS:
+        nll, *others = (shown(over_seeds(run, "methods", name, get), form) for get, form in SCORES.values())
+        lines.append([name, nll, *(difference(run, name, other) for other in REFERENCES), *others])
+    gaps = [f"NLL minus that of {other}" for other in REFERENCES]
+    return table(["method", "NLL", *gaps, *list(SCORES)[1:]], lines)
+
+
+def setting_table(run: Run) -> str:
+    """Write what tuning found, seed by seed, and what it took."""
+    lines = []
+    for name in OURS[1:]:
+        rows = [seed["methods"][name] for seed in run["seeds"]]
+        found = [{"n": row["n_curvature"]} if name == STOPPED else {} for row in rows]
+        settings = ["; ".join(_numbers({**n, **row["parameters"]})) for n, row in zip(found, rows)]
+        scores = " / ".join(f"{row['validation_nll']:.4f}" for row in rows)
+        seconds = " / ".join(f"{row['seconds']:.2g}" for row in rows)
+        lines.append([name, " / ".join(settings), scores, seconds])
+    return table(["method", "setting", "validation NLL", "seconds"], lines)
+
+
+def _numbers(parameters: dict[str, Any]) -> list[str]:
+    return [
+        f"{key.replace('_', ' ')} "
+        + (f"{value:.3g}" if isinstance(value, float | int) else f"({len(value)} numbers)")
+        for key, value in parameters.items()
+        if (key, value) != ("logit_scale", 1.0)
+    ]
 
 
 def fair(runs: Runs) -> str:
