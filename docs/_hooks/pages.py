@@ -25,8 +25,9 @@ PAGES = {
 _PATHS = {uri: path for path, uri in PAGES.items()}
 _LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".yml": "yaml", ".cfg": "ini"}
 
-# Cells with as many characters stay on one line, so that numbers stand beside their errors; wide tables scroll.
-_SHORT = 30
+# Cells of up to so many characters stay on one line, so that numbers stand beside their errors, and cells of more than
+# so many get room; wide tables scroll.
+_SHORT, _LONG = 30, 70
 _CELL = re.compile(r"<td([^>]*)>(.*?)</td>", re.S)
 _TAG = re.compile(r"<[^>]*>")
 # Scripts, styles, fonts and images of other sites, which would be fetched when a page is read.
@@ -92,12 +93,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Keep short cells of tables on one line, and show commits by their first digits."""
+    """Say of cells of tables how long they are, for the style sheet, and show commits by their first digits."""
 
     def kept(match: re.Match[str]) -> str:
-        short = len(_TAG.sub("", match[2])) <= _SHORT
+        length = len(_TAG.sub("", match[2]))
+        kind = "short" if length <= _SHORT else "long" if length > _LONG else "middling"
         text = _COMMIT.sub(r'<span title="\g<0>">\1</span>', match[2])
-        return f"<td{match[1]}{' class=short' if short else ''}>{text}</td>"
+        return f'<td{match[1]} class="{kind}">{text}</td>'
 
     return _CELL.sub(kept, html)
 
