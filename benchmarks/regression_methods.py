@@ -29,8 +29,6 @@ PRODUCTS = tuple(10 ** (e / 2) for e in range(-18, 25))
 # Mean variance of the outputs, and noise variance, as multiples of the mean squared error.
 SHARES = tuple(10 ** (e / 2) for e in range(-8, 5))
 NOISES = (1e-3, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
-# For how many of the best q the two other numbers are refined.
-REFINED = 3
 
 Head = Callable[[Tensor], Tensor]
 
@@ -47,24 +45,24 @@ class Found:
 
 
 def search(errors: Tensor, shapes: Tensor) -> Found:
-    r"""Find q among ``shapes`` (A, N), c and the noise variance by the mean NLL: a grid, then L-BFGS for the best q.
+    r"""Find q among ``shapes`` (A, N), c and the noise variance by the mean NLL: a grid for each q, then L-BFGS.
 
     ``errors`` (N,) are targets minus predicted means. All methods are searched in this way.
     """
     mse = errors.square().mean()
-    starts = [_best_on_grid(errors, shape, mse) for shape in shapes]
-    best = sorted(range(len(starts)), key=lambda i: starts[i][0])[:REFINED]
-    found = [_refined(errors, shapes[i], starts[i][1], i) for i in best]
-    return min(found, key=lambda setting: setting.score)
+    found = [_refined(errors, shape, _best_on_grid(errors, shape, mse), i) for i, shape in enumerate(shapes)]
+    return min(
+        (setting for setting in found if math.isfinite(setting.score)), key=lambda setting: setting.score
+    )
 
 
-def _best_on_grid(errors: Tensor, shape: Tensor, mse: Tensor) -> tuple[float, Tensor]:
-    """Return the score and the logarithms of c and of the noise variance."""
+def _best_on_grid(errors: Tensor, shape: Tensor, mse: Tensor) -> Tensor:
+    """Return the logarithms of c and of the noise variance."""
     factors = torch.tensor(SHARES, dtype=errors.dtype) * mse / shape.mean()
     noises = torch.tensor(NOISES, dtype=errors.dtype) * mse
     scores = torch.stack([nll(0.0, f * shape + noises[:, None], errors).mean(1) for f in factors])
     i, j = divmod(int(scores.argmin()), len(noises))
-    return float(scores[i, j]), torch.stack([factors[i], noises[j]]).log()
+    return torch.stack([factors[i], noises[j]]).log()
 
 
 def _refined(errors: Tensor, shape: Tensor, start: Tensor, index: int) -> Found:
@@ -81,8 +79,7 @@ def _refined(errors: Tensor, shape: Tensor, start: Tensor, index: int) -> Found:
     optimizer.step(closure)
     factor, noise = logs.detach().exp()
     score = float(nll(0.0, factor * shape + noise, errors).mean())
-    tried = len(PRODUCTS) * len(SHARES) * len(NOISES)
-    return Found(index, float(factor), float(noise), score, tried)
+    return Found(index, float(factor), float(noise), score, len(PRODUCTS) * len(SHARES) * len(NOISES))
 
 
 def setting(product: float, factor: float, noise: float) -> dict[str, float]:
