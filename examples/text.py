@@ -222,6 +222,7 @@ def plot(found: dict[str, dict[str, Tensor]], y: Tensor) -> plt.Figure:
     left.set(title="calibration", xlabel="confidence", ylabel="accuracy")
     middle.set(title="entropy of ELLA", xlabel="entropy, nats", ylabel="density")
     right.set(title="refusing the least certain", xlabel="share refused", ylabel="accuracy on the others")
+    right.set_xlim(0, 0.9)
     for ax in (left, middle, right):
         ax.legend(frameon=False, fontsize="small")
     return figure
