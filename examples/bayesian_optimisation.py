@@ -2,13 +2,13 @@
 
 The function to maximise is Hartmann's in six dimensions, a standard test, of which a few dozen evaluations are allowed. A small
 network is fitted to those made so far; ELLA gives it error bars, with ``enable_backprop=True`` as
-differentiable functions of the input, so that BoTorch's expected improvement is climbed by L-BFGS. Where to evaluate next is
-the best point found. Noise and prior precision come from the evidence, as nothing is left over for validation.
+differentiable functions of the input, so that BoTorch climbs its expected improvement by L-BFGS, and evaluates the function
+at the best point found. Noise and prior precision come from the evidence, as nothing is left over for validation.
 
 What to look for: after the same number of evaluations the search is well ahead of random search. ELLA's variance is
 that along K directions, as many as there are evaluations. ``residual="isotropic"`` adds what exact linearised Laplace has in all others;
-the error bars then hardly narrow between the evaluations, the search goes from corner to corner of the cube, and finds less
-in the few dozen evaluations allowed. In fewer dimensions, or with more evaluations, that exploration may be what you want.
+the error bars then hardly narrow between the evaluations, the search goes from corner to corner of the cube, and finds no more
+than random search does in the few dozen evaluations allowed. In fewer dimensions, or with more evaluations, that may differ.
 
 BoTorch comes with the extra ``examples``.
 

@@ -13,7 +13,7 @@ What to look for: the table of AUROCs, foreign against test images. Entropies co
 features for ELLA. Novelty joins what the predictive does not know (entropy) and what the training images do not
 explain (residual share). Images of another kind it finds better than entropy does; digits of another hand or class it
 finds no better, or worse: their gradients look like those of digits. The residual share needs a basis that
-explains the images it knows: 100 directions and 16 random tangents here; with 20 and 4, the defaults, it is close to chance
+explains the images it knows: 100 directions and 16 random tangents here; with 20 and 4, the defaults, it is near chance
 on all but the photographs. The rejection curves say what a score is worth: refuse the most foreign part of a mixed
 stream, and see how many of the remaining answers are right.
 
@@ -142,12 +142,12 @@ def plot(
     figure, ((first, second), (third, fourth)) = plt.subplots(2, 2, figsize=(9.6, 7.2), layout="constrained")
     first.plot([0, 1], [0, 1], color="black", ls=":", lw=1)
     for name, p in test.items():
-        bins = [(c, a) for n, c, a in calibration(p, y) if n >= 5]
+        bins = [(c, a) for n, c, a in calibration(p, y) if n >= 10]
         label = f"{name}, ECE {expected_calibration_error(p, y):.3f}"
         first.plot(*zip(*bins), "o-", ms=4, color=COLORS[name], label=label)
     first.set(
         title="calibration on test images",
-        xlabel="confidence (bins of 5 images and more)",
+        xlabel="confidence (bins of 10 images and more)",
         ylabel="accuracy",
     )
     first.legend(frameon=False, fontsize="small")
@@ -272,7 +272,7 @@ def main() -> None:
         print(f"half of a stream refused by {name}: accuracy {accuracy[-1]:.3f} before, {half:.3f} after")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    plot(test, y, scores, kept).savefig(args.out / "ood.png", dpi=110)
+    plot(test, y, scores, kept).savefig(args.out / "ood.png", dpi=100)
     print(f"\nfigure: {os.path.relpath(args.out / 'ood.png')}")
     check(result, scores, kept)
     print(f"done in {time.perf_counter() - start:.0f} s")
