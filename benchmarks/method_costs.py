@@ -75,6 +75,8 @@ def host_ella(problem: Problem, model: nn.Module) -> Any:
     return of_host(model, subsample_size=problem.landmarks, n_eigenvalues=20)
 
 
+# These hold Jacobians of a whole batch: in larger ones they do not end.
+IN_SMALL_BATCHES = {"all-weights diagonal", "all-weights KFAC", "laplace-torch's ELLA"}
 METHODS: dict[str, Callable[[Problem], Callable[[nn.Module], Any]]] = {
     "last-layer full": lambda _: flavour(LAST, "full"),
     "last-layer KFAC": lambda _: flavour(LAST, "kron"),
@@ -100,9 +102,10 @@ def costs(args: argparse.Namespace, name: str, method: str) -> Rows:
     if reason:
         return [failure(f"fit, {method}, {name}", "", reason, stage="fit", **about)]
     la, forward = METHODS[method](problem)(model), forward_seconds(model, x, problem.batch)
-    few = loader(x[: problem.few], y[: problem.few], problem.batch)
+    batch = min(problem.batch, 8) if method in IN_SMALL_BATCHES else problem.batch
+    few = loader(x[: problem.few], y[: problem.few], batch)
     stages: dict[str, tuple[Callable[[], Any], int]] = {
-        "fit": (lambda: la.fit(loader(x, y, problem.batch)), len(x)),
+        "fit": (lambda: la.fit(loader(x, y, batch)), len(x)),
         "tune": (lambda: tune(la, few), min(problem.few, len(x))),
         "predict": (lambda: predictions(la, few), min(problem.few, len(x))),
     }
@@ -137,9 +140,8 @@ def forward_seconds(model: nn.Module, x: Tensor, batch: int) -> float:
     few = x[: 4 * batch]
     passes = [plain(model, part) for part in few.split(batch)]
     device = torch.device("cpu")
-    return interleaved({"forward": lambda: [run() for run in passes]}, 5, device)["forward"].median() / len(
-        few
-    )
+    calls = interleaved({"forward": lambda: [run() for run in passes]}, 5, device, CLOCK)
+    return calls["forward"].median() / len(few)
 
 
 def tune(la: Any, few: Iterable[Any]) -> None:
