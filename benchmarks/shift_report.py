@@ -7,6 +7,7 @@ FOLDER (default: results/ here) holds shift_CASE.json of the cases that were run
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,9 +22,11 @@ from shift_summary import (
     Run,
     Runs,
     curve,
+    gap_over_all,
     gaps,
     gaps_of_kind,
     kinds,
+    lower,
     means,
     methods,
     others,
@@ -51,6 +54,34 @@ GAP_TICKS = (-2, -1, -0.5, -0.2, -0.1, -0.05, 0, 0.05, 0.1, 0.2, 0.5, 1, 2)
 AT = (0.0, 0.5, 0.7, 0.9, 0.99)
 
 SCORES = {"NLL": "nll", "accuracy": "accuracy", "Brier": "brier", "entropy": "entropy"}
+
+
+def figure(suffix: str, text: str, run: Run) -> str:
+    """Write the link of an image, which is there if the case was run."""
+    return f"![{text}](images/shift_{run['case']}{suffix}.png)\n"
+
+
+def summary_table(run: Run) -> str:
+    """Write what comes out over all corruptions and severities."""
+    lines = []
+    for name in methods(run):
+        nll, ece = (f"{statistics.fmean(means(run, name, score)[1:]):.3f}" for score in ("nll", "ece"))
+        beside = ["", "", ""] if name == REFERENCE else _beside(run, name)
+        lines.append([name, nll, *beside[:2], ece, beside[2]])
+    head = [
+        "method",
+        "NLL",
+        f"NLL minus that of {REFERENCE}",
+        "NLL is lower, times",
+        "ECE",
+        "ECE is lower, times",
+    ]
+    return table(head, lines)
+
+
+def _beside(run: Run, name: str) -> list[str]:
+    counts = ("{} of {}".format(*lower(run, name, score)) for score in ("nll", "ece"))
+    return [signed(*gap_over_all(run, name)), *counts]
 
 
 def score_table(score: str, run: Run) -> str:
@@ -167,6 +198,9 @@ def where(runs: Runs) -> str:
 
 
 OF_CASE: dict[str, Callable[[Run], str]] = {
+    "summary": summary_table,
+    "boxes": partial(figure, "", "NLL and ECE by severity"),
+    "confidence": partial(figure, "_confidence", "accuracy and share of images above a confidence"),
     **{name: partial(score_table, score) for name, score in SCORES.items()},
     "ECE": ece_table,
     "gaps": gap_table,

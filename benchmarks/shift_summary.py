@@ -85,6 +85,21 @@ def gaps_of_kind(run: Run, name: str, kind: str) -> tuple[float, float | None]:
     )
 
 
+def gap_over_all(run: Run, name: str) -> tuple[float, float | None]:
+    """Return the same over all kinds and severities, clean images left out."""
+    pairs = zip(of_method(run, name), of_method(run, REFERENCE))
+    found = [[statistics.fmean(by_severity(row, "nll")[1:]) for row in pair] for pair in pairs]
+    return mean_and_error([one - other for one, other in found])
+
+
+def lower(run: Run, name: str, score: str) -> tuple[int, int]:
+    """Return at how many pairs of kind and severity the mean score over seeds is below the reference's, and of how many."""
+    found, reference = (
+        [value for column in per_kind(run, of, score)[1:] for value in column] for of in (name, REFERENCE)
+    )
+    return sum(a < b for a, b in zip(found, reference)), len(found)
+
+
 def others(run: Run) -> list[str]:
     return list(run["seeds"][0]["methods"]["MAP"]["mixed"])
 

@@ -165,6 +165,8 @@ def test_seeds_are_pooled(benchmarks):
     assert summary.per_kind(run, "MAP", "nll") == [[4], [5, 15], [6, 16]]
     assert summary.gaps(run, "MAP") == [(2.5, 0.5)] * 3
     assert summary.gaps_of_kind(run, "MAP", "b") == (2.5, 0.5)
+    assert summary.gap_over_all(run, "MAP") == (2.5, 0.5)
+    assert summary.lower(run, "MAP", "nll") == (0, 4)
     assert summary.severities(run) == ["clean", "severity 1", "severity 2"]
     confidence, accuracy, kept = summary.curve(run, "MAP", "MNIST")
     assert confidence == [0.5, 0.9]
