@@ -33,13 +33,13 @@ BATCH, CURVATURE = 50, 100
 MOST_PULLED = 100  # outputs, for reverse mode to be measured
 SHAPE = (3, 16, 16)
 AXES: dict[str, tuple[int, ...]] = {
-    "width": (8, 16, 32, 64, 96, 128),  # P goes with its square
+    "width": (8, 16, 32, 48, 64, 96),  # P goes with its square
     "C": (2, 10, 30, 100, 300, 1000),
     "K": (5, 10, 20, 40, 80, 160),
-    "M": (50, 100, 200, 400, 800, 1600),
+    "M": (25, 50, 100, 200, 400, 800),
     "N": (500, 1000, 2000, 4000, 8000, 16000),
 }
-QUICK = {"width": (8, 16, 32), "K": (2, 4, 8)}
+QUICK = {"width": (8, 16, 32), "C": (2, 5, 10), "K": (2, 4, 8), "M": (10, 20, 40), "N": (50, 100, 200)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Cell:
     K: int = 20
     M: int = 200
     N: int = 1000
-    rounds: int = 3
+    rounds: int = 2
 
 
 def convolutional(width: int, n_outputs: int) -> nn.Module:
