@@ -46,7 +46,7 @@ from vit import load
 import laplace_ella  # noqa: F401 (makes hessian_structure="ella" known)
 
 SIZES = Sizes(train=800, validation=400, test=597, epochs=40, landmarks=200)
-QUICK = Sizes(train=300, validation=200, test=200, epochs=25, landmarks=60)
+QUICK = Sizes(train=300, validation=200, test=100, epochs=20, landmarks=50)
 RANK, SEED, BATCH = 20, 1234, 50
 N_PRIORS = 11
 

@@ -58,7 +58,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import laplace_ella  # noqa: F401 (makes hessian_structure="ella" known)
 
 SIZES = Sizes(train=1000, validation=500, test=600, unseen=300, landmarks=500)
-QUICK = Sizes(train=300, validation=200, test=150, unseen=50, epochs=15, landmarks=200)
+QUICK = Sizes(train=300, validation=200, test=150, unseen=50, epochs=15, landmarks=150)
 LINK = {"link_approx": "mc", "n_samples": 128}  # what is tuned is what is predicted with
 COLORS = {"MAP": "#4c72b0", "temperature scaling": "#55a868", "ELLA": "#c44e52", "novelty": "#8172b3"}
 SETS = {"8 and 9": "#dd8452", "letters": "#937860", "other digits": "#64b5cd", "photographs": "#8172b3"}

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import laplace_ella  # noqa: F401 (makes hessian_structure="ella" known)
 
 SIZES = Sizes(train=1000, validation=400, test=397, epochs=60, landmarks=400)
-QUICK = Sizes(train=500, validation=250, test=250, epochs=25, landmarks=150)
+QUICK = Sizes(train=500, validation=200, test=150, epochs=25, landmarks=80)
 N_PATCHES = 16
 HIDDEN = (0, 2, 4, 6, 8)
 
