@@ -5,9 +5,9 @@ digits as 16 patches of 2 x 2. Raw parameters and attention are what backends wi
 KFAC is tried first, and what it says is printed. ELLA asks for derivatives only, so that nothing in the
 model has to change. One pass over the validation images then tunes temperature and logit scale.
 
-What to look for: the more patches are hidden, the less accurate the network is, and the more over-confident. It was
-trained and tuned on whole images only, and what helps there helps, to a degree, here. In NLL temperature scaling, the
-simpler cure, is as good; ELLA's confidence stays closer to the accuracy, because its variance differs from input to input.
+What to look for: the more patches are hidden, the less accurate the network is, and the more over-confident. Temperature
+scaling and ELLA, tuned on whole images, repair a part of that, and about the same part: neither knows what was
+never seen. What ELLA buys here is that it runs at all, over all weights; use temperature scaling if that is all you need.
 
 Data: digits (scikit-learn). Nothing is downloaded.
 
