@@ -1,12 +1,14 @@
 # make demo   the main job on real data       make test   all tests
 # make check  what CI runs                    make help   every target
 PYTHON ?= python3
-VENV := .venv
+# Another version of laplace-torch, in an environment of its own: make test LAPLACE=0.2.3
+LAPLACE ?=
+VENV := .venv$(addprefix -,$(LAPLACE))
 RUN := $(VENV)/bin
 # A warning of torch about a dependency's import, of no use to readers of an example.
 QUIET := -W 'ignore:`torch.jit:FutureWarning'
 
-.PHONY: help demo test test-oldest test-zoo check format lint types examples bench clean
+.PHONY: help demo test test-oldest test-zoo check format lint types docs examples bench release clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -14,7 +16,7 @@ help:
 # One stamp for each set of extras: a second run of any target installs nothing.
 $(VENV)/.installed-%: setup.cfg pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --editable ".[$*]"
+	$(RUN)/python -m pip install --quiet $(addprefix laplace-torch==,$(LAPLACE)) --editable ".[$*]"
 	touch $@
 
 demo: $(VENV)/.installed-examples  ## train, swap one string, tune, show the result
@@ -26,7 +28,7 @@ test: $(VENV)/.installed-test  ## all tests
 test-zoo: $(VENV)/.installed-zoo  ## published architectures (torchvision, timm, transformers, peft)
 	$(RUN)/python -m pytest -m zoo
 
-check: format lint types test examples  ## everything CI runs
+check: format lint types docs test examples  ## everything CI runs
 
 format: $(VENV)/.installed-dev
 	$(RUN)/ruff format --check .
@@ -37,10 +39,24 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	$(RUN)/mypy
 
+# The site's tools read the sources, and need none of the package's own requirements.
+.venv-docs/.installed: Makefile
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet "mkdocs<2" "mkdocs-material>=9.6" "mkdocstrings-python>=2" ruff
+	touch $@
+
+docs: .venv-docs/.installed  ## the documentation as a site, in build/site; warnings are errors
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet -f .mkdocs.yml --strict
+
 examples: $(VENV)/.installed-examples  ## run the examples, with their assertions
 	$(RUN)/python $(QUIET) examples/quickstart.py --quick
 	$(RUN)/python $(QUIET) examples/regression.py
 	$(RUN)/python $(QUIET) examples/tuning.py --quick
+	$(RUN)/python $(QUIET) examples/ood.py --quick
+	$(RUN)/python $(QUIET) examples/vit.py --quick
+	$(RUN)/python $(QUIET) examples/text.py --quick
+	$(RUN)/python $(QUIET) examples/bayesian_optimisation.py --quick
+	$(RUN)/python $(QUIET) examples/migrating.py --quick
 	PYTHONWARNINGS=ignore $(RUN)/torchrun --nproc-per-node 2 examples/distributed.py --quick
 
 bench: $(VENV)/.installed-bench  ## costs on this machine, as JSON
@@ -55,5 +71,8 @@ bench: $(VENV)/.installed-bench  ## costs on this machine, as JSON
 test-oldest: .venv-oldest/.installed  ## all tests with laplace-torch 0.2.3 and torch 2.4
 	.venv-oldest/bin/python -m pytest
 
+release:  ## build sdist and wheel, check them, test the installed wheel
+	PYTHON=$(PYTHON) .ci/release
+
 clean:  ## remove environments and caches
-	rm -rf .venv .venv-oldest .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist

@@ -6,6 +6,7 @@ number here is a measurement of several processes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -258,7 +259,7 @@ def modelled(measured: dict[str, Any], links: Links) -> dict[str, Any]:
                                 "K": fit.rank,
                                 "world": world,
                                 "shard_directions": sharded,
-                                "fit_seconds": sum(s.seconds for s in found[:-1]),
+                                "fit_seconds": math.fsum(s.seconds for s in found[:-1]),
                                 "stages": [
                                     rounded(asdict(s) | {"seconds": s.seconds, "limit": s.limit})
                                     for s in found
