@@ -236,16 +236,22 @@ def _ood(run: Run, name: str) -> str:
     )
 
 
+def by_stage(name: str, costs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the rows of each method's stages."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in costs["results"]:
+        if row["group"] == f"costs-{name}":
+            found.setdefault(row.get("method") or row["part"], {})[row.get("stage", "fit")] = row
+    return found
+
+
 def costs_of_methods(name: str, costs: dict[str, Any] | None) -> str:
     """Write what each method costs by its own calls: fit, 100 settings tried, prediction, memory."""
-    rows = [row for row in (costs or {}).get("results", []) if row["group"] == f"costs-{name}"]
-    if not rows:
+    found = by_stage(name, costs) if costs else {}
+    if not found:
         return NOTHING
-    found: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        found.setdefault(row.get("method") or row["part"], {})[row.get("stage", "fit")] = row
     lines = [
-        [method, *(_stage(stages, stage) for stage in STAGES), _peak(stages)]
+        [method, *(stage_cell(stages, stage) for stage in STAGES), _peak(stages)]
         for method, stages in found.items()
     ]
     return table(["method", *STAGES.values(), "peak memory, GB"], lines)
@@ -258,7 +264,8 @@ STAGES = {
 }
 
 
-def _stage(stages: dict[str, Any], stage: str) -> str:
+def stage_cell(stages: dict[str, Any], stage: str) -> str:
+    """Return the forwards an input of one stage, or why there is no number."""
     row = stages.get(stage)
     if row is None:
         return ""
@@ -384,7 +391,11 @@ def plot(run: Run, path: Path) -> None:
         axes[1].errorbar(difference_[0], place, xerr=difference_[1], fmt="o", color=color, capsize=2)
     axes[0].set(title="NLL", yticks=places, yticklabels=methods)
     axes[1].set_title("NLL minus that of\ntemperature scaling")
-    axes[1].set_xscale("symlog", linthresh=0.01)
+    if max(abs(mean) for mean, _ in gaps) > 0.05:
+        axes[1].set_xscale("symlog", linthresh=0.01)
+    for ax in axes:
+        if ax.get_xscale() == "linear":
+            ax.locator_params(axis="x", nbins=3)
     axes[1].axvline(0, color="black", lw=0.8)
     for ax, of in zip(axes[2:], others):
         for place, color, name in zip(places, colors, methods):

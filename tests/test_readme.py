@@ -48,6 +48,7 @@ def test_the_tables_on_performance_are_the_benchmarks(report):
         ("robustness", "shift_report"),
         ("paper", "paper_report"),
         ("scaling", "scaling_report"),
+        ("../README", "readme_report"),
     ],
 )
 def test_the_tables_are_the_benchmarks(report, page, script):

@@ -1,0 +1,155 @@
+"""Draw the figure of the project's README, and write its comparison, from the JSON of quality.py and run.py.
+
+    python benchmarks/readme_report.py [FOLDER]
+
+FOLDER (default: results/ here) holds what quality_report.py reads, quick.json and quick_tuning.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from quality_report import (
+    COSTS,
+    IMAGES,
+    SCORES,
+    STAGES,
+    Found,
+    Run,
+    by_stage,
+    over_seeds,
+    read,
+    sets,
+    stage_cell,
+)
+from report import NOTHING, table, with_tables
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+CASE = "cifar10-jpeg"
+METHODS = {
+    "MAP": "network as trained",
+    "temperature scaling": "temperature scaling",
+    "vector scaling": "vector scaling",
+    "last-layer full": "last layer, full",
+    "last-layer KFAC": "last layer, KFAC",
+    "all-weights diagonal": "all weights, diagonal",
+    "all-weights KFAC": "all weights, KFAC",
+    "ELLA (T, s)": "ELLA",
+}
+NOVELTY = {
+    "entropy of MAP": "entropy, network as trained",
+    "entropy after temperature scaling": "entropy, temperature scaling",
+    "energy": "energy",
+    "ELLA novelty": "ELLA, novelty",
+}
+SPEED = {
+    "prediction against laplace-torch's own ELLA": "prediction",
+    "fit against laplace-torch's own ELLA": "fit, small",
+    "fit to 50 000 inputs against laplace-torch's own ELLA (composed)": "fit, 50 000 inputs",
+    "grid search of 100 priors against laplace-torch's own ELLA": "search of 100 priors",
+}
+# Columns of the comparison: heading, its costs, its scores.
+COMPARED = {
+    "this package": ("ELLA", "ELLA (T, s)"),
+    "laplace-torch 0.3's ELLA": ("laplace-torch's ELLA", "laplace-torch's ELLA (T)"),
+    "KFAC": ("all-weights KFAC", "all-weights KFAC"),
+    "last layer, full": ("last-layer full", "last-layer full"),
+    "temperature scaling": (None, "temperature scaling"),
+}
+OURS, OTHERS = "#b2182b", "#4d4d4d"
+
+
+def comparison(found: Found) -> str:
+    """Write costs and scores of each way to a posterior, on the ResNet."""
+    if CASE not in found.runs or found.costs is None:
+        return NOTHING
+    run, stages = found.runs[CASE], by_stage(CASE, found.costs)
+    lines = [
+        [words, *("" if name is None else stage_cell(stages[name], stage) for name, _ in COMPARED.values())]
+        for stage, words in STAGES.items()
+    ]
+    lines += [["NLL", *(_score(run, name, lambda row: row["nll"], ".3f") for _, name in COMPARED.values())]]
+    lines += [["ECE", *(_score(run, name, lambda row: row["ece"], ".3f") for _, name in COMPARED.values())]]
+    lines += [
+        [
+            f"AUROC of the entropy, {of}",
+            *(_score(run, name, lambda row, of=of: row["auroc"][of], ".3f") for _, name in COMPARED.values()),
+        ]
+        for of in sets(run)[:2]
+    ]
+    return f"{COSTS[CASE]}.\n\n" + table(["", *COMPARED], lines)
+
+
+def _score(run: Run, name: str, get: Any, form: str) -> str:
+    if name not in run["seeds"][0]["methods"]:
+        return "not measured"
+    return f"{over_seeds(run, 'methods', name, get)[0]:{form}}"
+
+
+TABLES = {"comparison": comparison}
+
+
+def speeds(*runs: dict[str, Any]) -> dict[str, float]:
+    """Return how many times as fast each step is as with laplace-torch's own ELLA."""
+    rows = {row["case"]: row["value"] for run in runs for row in run["results"]}
+    return {label: rows[case] for case, label in SPEED.items() if rows.get(case)}
+
+
+def draw(quality: Run, *costs: dict[str, Any], path: Path) -> None:
+    """Draw calibration, novelty and speed, a panel each."""
+    import matplotlib.pyplot as plt
+
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.3), layout="constrained")
+    found = {
+        label: over_seeds(quality, "methods", name, SCORES["NLL"][0])
+        for name, label in METHODS.items()
+        if name in quality["seeds"][0]["methods"]
+    }
+    for place, (label, (value, error)) in enumerate(found.items()):
+        left.errorbar(value, place, xerr=error, fmt="o", color=OURS if label == "ELLA" else OTHERS, capsize=3)
+    left.set(yticks=range(len(found)), yticklabels=list(found), xlabel="NLL on test images (lower is better)")
+    left.set_title("Calibration")
+    left.invert_yaxis()
+
+    others = sets(quality)
+    for offset, (name, label) in enumerate(NOVELTY.items()):
+        values = [
+            over_seeds(quality, "novelty", name, lambda row, of=of: row["auroc"][of])[0] for of in others
+        ]
+        places = [place + 0.18 * (offset - 1.5) for place in range(len(others))]
+        color = OURS if name.startswith("ELLA") else str(0.2 + 0.25 * offset)
+        middle.barh(places, [value - 0.5 for value in values], 0.16, left=0.5, color=color, label=label)
+    middle.set(
+        yticks=range(len(others)), yticklabels=others, xlim=(0.5, 1), xlabel="AUROC against test images"
+    )
+    middle.set_title("Other data")
+    middle.invert_yaxis()
+    fig.legend(
+        *middle.get_legend_handles_labels(), loc="outside lower center", ncol=4, frameon=False, fontsize=9
+    )
+
+    bars = speeds(*costs)
+    drawn = right.barh(list(bars), list(bars.values()), 0.6, color=OURS)
+    right.bar_label(drawn, [f"{value:.0f}x" for value in bars.values()], padding=3)
+    right.set(xscale="log", xlim=(1, 3000), xlabel="times as fast as laplace-torch's ELLA")
+    right.set_title("Speed")
+    right.invert_yaxis()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
+    found = read(folder)
+    README.write_text(with_tables(README.read_text(), found, TABLES, "readme_report.py"))
+    costs = [json.loads((folder / f"{name}.json").read_text()) for name in ("quick", "quick_tuning")]
+    draw(found.runs[CASE], *costs, path=IMAGES / "readme.png")
+    print("README.md: comparison written; readme.png drawn")
+
+
+if __name__ == "__main__":
+    main()
