@@ -30,7 +30,7 @@ PRODUCTS = tuple(10 ** (e / 2) for e in range(-18, 25))
 SHARES = tuple(10 ** (e / 2) for e in range(-8, 5))
 NOISES = (1e-3, 0.01, 0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 
-Head = Callable[[Tensor], Tensor]
+Map = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,10 @@ class Flavour:
     """
 
     la: Any
-    embed: Head
+    embed: Map
 
     @cached_property
-    def eigen(self) -> tuple[Head, Tensor]:
+    def eigen(self) -> tuple[Map, Tensor]:
         """What turns Jacobians (B, P) into coordinates in the eigenvectors (B, R), and the eigenvalues (R,)."""
         return _eigen(self.la)
 
@@ -168,7 +168,7 @@ def host_ella(model: nn.Module, data: Data, n_landmarks: int, rank: int, seed: i
     return Flavour(la, lambda x: x)
 
 
-def _eigen(la: Any) -> tuple[Head, Tensor]:
+def _eigen(la: Any) -> tuple[Map, Tensor]:
     if hasattr(la, "feature_gram"):  # laplace-torch's ELLA
         values, vectors = torch.linalg.eigh(la.feature_gram.double())
         directions = (la.dual_directions.double() @ vectors).to(la.dual_directions.dtype)

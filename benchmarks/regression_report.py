@@ -239,7 +239,7 @@ def plot(run: Run, path: Path) -> None:
             ax.errorbar(value, place, xerr=error, fmt="o", color=color, capsize=2, ms=4)
         ax.set_title(title, fontsize="small")
         if title.startswith("AUROC"):
-            ax.set_xlim(0.3, 1.05)
+            ax.set_xlim(0.2, 1.05)
         ax.grid(axis="y", color="0.92")
     axes[0].set(yticks=range(len(methods)), yticklabels=methods)
     axes[0].invert_yaxis()
