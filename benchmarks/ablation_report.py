@@ -227,13 +227,27 @@ def of_part(part: str, write: Callable[[Run], str], runs: Runs) -> str:
     return write(runs[part]) if part in runs else NOTHING
 
 
+def figure(name: str, caption: str, part: str, runs: Runs) -> str:
+    """Show a figure, if what it is drawn from was measured."""
+    return f"![{caption}](images/ablation_{name}.png)\n" if part in runs else NOTHING
+
+
 OF_CASE: dict[str, Callable[[Run], str]] = {
     "setting": setting,
     **{sweep: partial(scores, sweep) for sweep in SWEEPS},
     "settings found": settings_found,
     "small": small,
 }
+FIGURES = {
+    "error": ("Error of the kernel and of the covariance over M and K", "error"),
+    "products": ("Error of the covariance against T times the prior precision", "error"),
+    **{f"quality_{case}": ("NLL and ECE against K, n, M and the draw", f"quality_{case}") for case in CASES},
+    "prior": ("Validation NLL over temperature and prior precision", "quality_fashion-cnn"),
+    "small": ("Test NLL against the number of validation images", "quality_fashion-cnn"),
+    "cost": ("Time and memory against P, C, K, M and N", "cost"),
+}
 TABLES: dict[str, Callable[[Runs], str]] = {
+    **{f"figure {name}": partial(figure, name, *about) for name, about in FIGURES.items()},
     "error setting": partial(of_part, "error", error_setting),
     "error K": partial(of_part, "error", partial(errors, "K")),
     "error M": partial(of_part, "error", partial(errors, "M")),
