@@ -38,8 +38,8 @@ def decades(low: int, high: int) -> list[float]:
 
 
 def noises(sigma: float) -> list[float]:
-    """Return two values a decade, three decades either way."""
-    return [sigma * 10 ** (e / 2) for e in range(-6, 7)]
+    """Return ten values a decade, three decades either way: the NLL is steep in sigma, and cheap."""
+    return [sigma * 10 ** (e / 10) for e in range(-30, 31)]
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,11 @@ from helpers import (
     train_loader,
     val_loader,
 )
+from sklearn.datasets import load_diabetes
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_ella import ELLALaplace
 from laplace_ella.accumulation import parts_of_sample
 from laplace_ella.landmarks import BottomK
 from laplace_ella.pooling import dealt
@@ -422,3 +425,24 @@ def test_the_basis_is_that_of_its_landmarks_whatever_the_history():
     assert la.basis.spectrum.shape == (M,)
     la.fit(loader(inputs(), targets("classification")))
     assert la.basis.rank == rank
+
+
+def test_noise_is_searched_finely_enough_that_no_wide_variance_stands_in_for_it():
+    """With half-decade steps of sigma, a huge temperature with hardly any noise won the grid, and was refined."""
+    x, y = (torch.tensor(a).float() for a in load_diabetes(return_X_y=True))
+    x, y = x / x.std(0), ((y - y.mean()) / y.std())[:, None]
+    torch.manual_seed(0)
+    order = torch.randperm(len(x))
+    train, val = (TensorDataset(x[i], y[i]) for i in (order[:200], order[200:]))
+    model = nn.Sequential(nn.Linear(10, 50), nn.Tanh(), nn.Linear(50, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(train.tensors[0]), train.tensors[1]).backward()
+        optimizer.step()
+    la = ELLALaplace(model, "regression", curvature_size=None)
+    la.fit(DataLoader(train, batch_size=50))
+    val = DataLoader(val, batch_size=50)
+    found = la.optimize_hyperparameters(val, apply=False)
+    fine = {"temperature": [1e-3, 1.0, 1e3, 1e6], "sigma_noise": torch.logspace(-1, 0.5, 60).tolist()}
+    assert found.score <= la.optimize_hyperparameters(val, fine, apply=False).score + 1e-3
