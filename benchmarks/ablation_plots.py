@@ -165,12 +165,11 @@ def _lines(
 
 
 def _limits(run: Run, score: str) -> tuple[float, float]:
-    """Return the range of what matters: all simpler methods, and what was tuned; single inputs go off scale."""
+    """Return the range of what matters: all simpler methods, and what was tuned; the rest may go off scale."""
     values = [run["simple"][name][score] for name in SIMPLE]
     values += [
         row["methods"][name][score] for row in run["rows"] for name in ("T", "T, s") if row["sweep"] != "n"
     ]
-    values += [row["methods"]["stopped"][score] for row in run["rows"] if row["sweep"] in ("K", "M")]
     low, high = min(values), max(values)
     return max(0.0, low - 0.08 * (high - low)), high + 0.12 * (high - low)
 
