@@ -158,6 +158,7 @@ def covariances_at(posterior: Posterior, x: Tensor, precisions: list[float]) -> 
 
     Written into one tensor: small ones that stay between large ones that go would fragment the heap by gigabytes.
     """
+    weights = 1 / (posterior.eigenvalues[:, None] + torch.tensor(precisions).to(posterior.eigenvalues))
     logits: list[Tensor] = []
     found = torch.empty(0)
     for start in range(0, len(x), BATCH):
@@ -165,9 +166,22 @@ def covariances_at(posterior: Posterior, x: Tensor, precisions: list[float]) -> 
         if not start:
             found = torch.empty(len(precisions), len(x), f.shape[1], f.shape[1])
         logits.append(f.double().cpu())
-        for of, precision in zip(found, precisions):
-            of[start : start + len(f)] = posterior.covariance(js, precision)
+        for i, of_input in enumerate(js, start):
+            found[:, i] = weighted_squares(of_input, weights).cpu()
     return torch.cat(logits), found
+
+
+def weighted_squares(js: Tensor, weights: Tensor) -> Tensor:
+    """Return J diag(w) J^T for each column w of the weights (D, S): (S, C, C), from one product.
+
+    Products of rows are formed once, those below the diagonal not at all, instead of scaled rows for each w.
+    """
+    rows, columns = torch.tril_indices(len(js), len(js), device=js.device)
+    lower = ((js[rows] * js[columns]) @ weights).mT
+    found = lower.new_empty(len(lower), len(js), len(js))
+    found[:, rows, columns] = lower
+    found[:, columns, rows] = lower
+    return found
 
 
 def predict(posterior: Posterior, x: Tensor, delta: float, temperature: float, seed: int) -> Tensor:

@@ -88,3 +88,12 @@ def test_temperature_multiplies_the_covariance(module, problem):
     js = module.jacobians(model, x_test)[1]
     tempered = js / (ours.eigenvalues / 3.0 + 0.7) @ js.mT
     assert_close(3.0 * ours.covariance(js, 3.0 * 0.7), tempered, 1e-10)
+
+
+def test_covariances_of_a_whole_grid(module, problem):
+    model, x, y, x_test = problem
+    ours = module.diagonal(model, x, y, 1.0)
+    f, found = module.covariances_at(ours, x_test, [0.3, 0.7])
+    assert_close(f, model(x_test), 1e-10)
+    for precision, covariance in zip((0.3, 0.7), found):
+        assert_close(covariance.double(), ours.covariance(ours.rotated(x_test)[1], precision), 1e-5)
