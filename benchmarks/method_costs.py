@@ -25,7 +25,7 @@ from trained import SmallCNN, SmallViT
 
 Rows = list[dict[str, Any]]
 N_SAMPLES = 128
-LIMIT_GB, LIMIT_SECONDS = 12, 300
+LIMIT_GB, LIMIT_SECONDS = 12, 120
 # Of this process: what others do on the machine meanwhile matters little. Run with --threads 1.
 CLOCK = time.process_time
 # Of the prior precision, in searches of laplace-torch: each costs as much as any other.

@@ -61,7 +61,7 @@ CASES = {
         "CNN, published weights",
         "MNIST",
         mnist_data,
-        Counts(train=2000, validation=1000, test=2000, ood=500),
+        Counts(train=2000, validation=1000, test=1000, ood=250),
         mnist_cnn,
     ),
     "cifar10-jpeg": Case(
