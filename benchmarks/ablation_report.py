@@ -63,6 +63,7 @@ ERRORS = {
     "covariance, T = 1": "evidence",
     "covariance, T tuned": "tuned",
     "covariance, T = 1, with the residual": "evidence, residual",
+    "covariance, T tuned, with the residual": "tuned, residual",
     "share of trace captured at test inputs": "captured",
     "share of the Gram matrix's trace retained": "retained",
 }

@@ -60,6 +60,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+# What environment() cannot know, since it speaks of run.py's data. The parts say which images they used.
+OWN = {"weights": "see network", "images": "see data"}
+ABOUT = {
+    "error": {**OWN, "dtype": "float64"},
+    "quality": OWN,
+    "cost": {"weights": "random", "images": "noise"},
+}
+
+
 def main() -> None:
     args = parse()
     args.device, args.malloc = torch.device("cpu"), False  # what environment() says of run.py's options
@@ -68,9 +77,9 @@ def main() -> None:
     folder = args.out or (None if args.quick else HERE / "results")
     for name, run in parts_of(args):
         start, about = time.perf_counter(), environment(args)
-        found = {"environment": about, **run(args)}
-        about["seconds"] = round(time.perf_counter() - start)
-        print(f"{name}: {about['seconds']} s", flush=True)
+        found = {"environment": about | ABOUT[name.split("_")[0]], **run(args)}
+        found["environment"]["seconds"] = round(time.perf_counter() - start)
+        print(f"{name}: {found['environment']['seconds']} s", flush=True)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"ablation_{name}.json"

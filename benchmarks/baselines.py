@@ -160,7 +160,9 @@ METHODS: dict[str, Callable[[Outputs, Tensor, int], Tuned]] = {
 
 
 def novelty_scores(train: Outputs, scaling: float) -> dict[str, Callable[[Outputs], Tensor]]:
-    """Return scores (N,) that are larger where an input is less like the training data, one forward pass each.
+    """Return scores (N,) of one forward pass each, larger where an input is less like the training data.
+
+    But for the squared norm, which is smaller there: reports show its negative.
 
     Parameters
     ----------

@@ -38,12 +38,14 @@ METHODS = {
     "last-layer KFAC": "last layer, KFAC",
     "all-weights diagonal": "all weights, diagonal",
     "all-weights KFAC": "all weights, KFAC",
-    "ELLA (T, s)": "ELLA",
+    "ELLA (T)": "ELLA, T tuned",
+    "ELLA (T, s)": "ELLA, T and s tuned",
 }
 NOVELTY = {
     "entropy of MAP": "entropy, network as trained",
     "entropy after temperature scaling": "entropy, temperature scaling",
     "energy": "energy",
+    "last-layer squared norm": "small norm in the last layer",
     "ELLA novelty": "ELLA, novelty",
 }
 SPEED = {
@@ -54,7 +56,8 @@ SPEED = {
 }
 # Columns of the comparison: heading, its costs, its scores.
 COMPARED = {
-    "this package": ("ELLA", "ELLA (T, s)"),
+    "this package (T, s)": ("ELLA", "ELLA (T, s)"),
+    "this package (T)": ("ELLA", "ELLA (T)"),
     "laplace-torch 0.3's ELLA": ("laplace-torch's ELLA", "laplace-torch's ELLA (T)"),
     "KFAC": ("all-weights KFAC", "all-weights KFAC"),
     "last layer, full": ("last-layer full", "last-layer full"),
@@ -99,6 +102,11 @@ def speeds(*runs: dict[str, Any]) -> dict[str, float]:
     return {label: rows[case] for case, label in SPEED.items() if rows.get(case)}
 
 
+def _auroc(run: Run, name: str, of: str) -> float:
+    value = over_seeds(run, "novelty", name, lambda row: row["auroc"][of])[0]
+    return 1 - value if name == "last-layer squared norm" else value
+
+
 def draw(quality: Run, *costs: dict[str, Any], path: Path) -> None:
     """Draw calibration, novelty and speed, a panel each."""
     import matplotlib.pyplot as plt
@@ -110,26 +118,26 @@ def draw(quality: Run, *costs: dict[str, Any], path: Path) -> None:
         if name in quality["seeds"][0]["methods"]
     }
     for place, (label, (value, error)) in enumerate(found.items()):
-        left.errorbar(value, place, xerr=error, fmt="o", color=OURS if label == "ELLA" else OTHERS, capsize=3)
+        left.errorbar(
+            value, place, xerr=error, fmt="o", color=OURS if label.startswith("ELLA") else OTHERS, capsize=3
+        )
     left.set(yticks=range(len(found)), yticklabels=list(found), xlabel="NLL on test images (lower is better)")
     left.set_title("Calibration")
     left.invert_yaxis()
 
     others = sets(quality)
     for offset, (name, label) in enumerate(NOVELTY.items()):
-        values = [
-            over_seeds(quality, "novelty", name, lambda row, of=of: row["auroc"][of])[0] for of in others
-        ]
-        places = [place + 0.18 * (offset - 1.5) for place in range(len(others))]
-        color = OURS if name.startswith("ELLA") else str(0.2 + 0.25 * offset)
-        middle.barh(places, [value - 0.5 for value in values], 0.16, left=0.5, color=color, label=label)
+        values = [_auroc(quality, name, of) for of in others]
+        places = [place + 0.16 * (offset - 2) for place in range(len(others))]
+        color = OURS if name.startswith("ELLA") else str(0.15 + 0.2 * offset)
+        middle.barh(places, [value - 0.5 for value in values], 0.14, left=0.5, color=color, label=label)
     middle.set(
         yticks=range(len(others)), yticklabels=others, xlim=(0.5, 1), xlabel="AUROC against test images"
     )
     middle.set_title("Other data")
     middle.invert_yaxis()
     fig.legend(
-        *middle.get_legend_handles_labels(), loc="outside lower center", ncol=4, frameon=False, fontsize=9
+        *middle.get_legend_handles_labels(), loc="outside lower center", ncol=5, frameon=False, fontsize=9
     )
 
     bars = speeds(*costs)

@@ -185,7 +185,7 @@ FACTS: dict[str, Callable[[Run], Any]] = {
     "seeds": lambda run: len(run["seeds"]),
     "M, K, n of each ELLA": _sizes,
     "commit": _environment("commit"),
-    "changed since": lambda run: "yes" if run["environment"]["package_changed_since"] else "no",
+    "with uncommitted changes": lambda run: "yes" if run["environment"]["package_changed_since"] else "no",
     "CPU": _environment("cpu"),
     "threads": _environment("threads"),
     "torch": _environment("torch"),

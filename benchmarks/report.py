@@ -122,7 +122,7 @@ def where(runs: Runs) -> str:
         return NOTHING
     keys = {
         "commit": "commit",
-        "package_changed_since": "changed since",
+        "package_changed_since": "with uncommitted changes",
         "cpu": "CPU",
         "gpu": "GPU",
         "threads": "threads",

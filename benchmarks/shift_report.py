@@ -178,7 +178,7 @@ FACTS_HERE = (
     "M, K, n",
     "samples of the Monte-Carlo link",
     "commit",
-    "changed since",
+    "with uncommitted changes",
     "CPU",
     "GPU",
     "threads",

@@ -7,10 +7,13 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 
+import laplace_ella
+
 mpl.use("Agg")
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/swap.md"
+PACKAGE = Path(laplace_ella.__file__).parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
 
 
@@ -24,7 +27,7 @@ def run(text):
             above = "\n" * text.count("\n", 0, block.start(1))
             exec(compile(above + block[1], str(PAGE), "exec"), names)
     return {w.lineno for w in seen if w.filename == str(PAGE)} | {
-        f"{w.filename}:{w.lineno} {w.message}" for w in seen if "/laplace_ella/" in w.filename
+        f"{w.filename}:{w.lineno} {w.message}" for w in seen if Path(w.filename).is_relative_to(PACKAGE)
     }
 
 
