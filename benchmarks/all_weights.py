@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import kron_basis
 import torch
 from baselines import Row
 from grid_search import best_pair, mean_probabilities, pairs_by_product, root
@@ -78,14 +79,12 @@ def kron(model: nn.Module, x: Tensor, y: Tensor, scale: float) -> Posterior:
     model = without_norms(model)
     la: Any = Laplace(model, "classification", "all", "kron")
     la.fit(loader(x, y, 100))
-    blocks = list(zip(la.H.eigenvalues, la.H.eigenvectors))
 
     def rotated(x: Tensor) -> Pair:
         f, js = jacobians(model, x)
-        parts = js.split([_numel(values) for values, _ in blocks], 2)
-        return f, torch.cat([_rotate(part, vectors) for part, (_, vectors) in zip(parts, blocks)], 2)
+        return f, kron_basis.rotated(la.H, js)
 
-    return Posterior(rotated, scale * torch.cat([_outer(values) for values, _ in blocks]).clamp_min(0))
+    return Posterior(rotated, scale * kron_basis.eigenvalues(la.H).clamp_min(0))
 
 
 def without_norms(model: nn.Module) -> nn.Module:
@@ -95,21 +94,6 @@ def without_norms(model: nn.Module) -> nn.Module:
         if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
             module.requires_grad_(False)
     return model
-
-
-def _numel(values: list[Tensor]) -> int:
-    return len(_outer(values))
-
-
-def _outer(values: list[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.outer(*values).flatten()
-
-
-def _rotate(js: Tensor, vectors: list[Tensor]) -> Tensor:
-    if len(vectors) == 1:
-        return js @ vectors[0]
-    left, right = vectors
-    return (left.mT @ js.unflatten(2, (len(left), len(right))) @ right).flatten(2)
 
 
 def host_ella(model: nn.Module, x: Tensor, y: Tensor, scale: float, size: dict[str, int]) -> Posterior:

@@ -39,15 +39,17 @@ class Times:
 
     model: nn.Module
     x: Tensor
+    clock: Callable[[], float] = time.perf_counter
+    repeats: int = 5
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str, n_inputs: int) -> Iterator[None]:
         before = self._forwards()
-        start = time.perf_counter()
+        start = self.clock()
         yield
         synchronize(self.x.device)
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         forwards = seconds / statistics.median(before + self._forwards())
         self.stages[name] = {
             "seconds": seconds,
@@ -57,7 +59,8 @@ class Times:
         }
 
     def _forwards(self) -> list[float]:
-        calls = [once(plain(self.model, self.x), self.x.device)[0] for _ in range(6)]
+        forward = plain(self.model, self.x)
+        calls = [once(forward, self.x.device, self.clock)[0] for _ in range(1 + self.repeats)]
         return [seconds / len(self.x) for seconds in calls[1:]]
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import kron_basis
 import torch
 from laplace import Laplace
 from last_layer import copy_of, double_precision
@@ -174,27 +175,11 @@ def _eigen(la: Any) -> tuple[Map, Tensor]:
         directions = (la.dual_directions.double() @ vectors).to(la.dual_directions.dtype)
         return lambda J: J @ directions, values.clamp_min(0).to(directions.dtype)
     if hasattr(la.H, "eigenvectors"):  # KFAC
-        return partial(_rotate, la.H.eigenvectors), torch.cat([_outer(ls) for ls in la.H.eigenvalues])
+        return partial(kron_basis.rotated, la.H), kron_basis.eigenvalues(la.H)
     if la.H.ndim == 1:
         return lambda J: J, la.H
     values, vectors = torch.linalg.eigh(la.H)
     return lambda J: J @ vectors, values.clamp_min(0)
-
-
-def _outer(values: Any) -> Tensor:
-    """Return the eigenvalues of a block: of one matrix, or of a Kronecker product of two."""
-    return values[0] if len(values) == 1 else torch.outer(*values).flatten()
-
-
-def _rotate(vectors: Any, jacobians: Tensor) -> Tensor:
-    sizes = [math.prod(len(Q) for Q in Qs) for Qs in vectors]
-    found = []
-    for part, Qs in zip(jacobians.split(sizes, 1), vectors):
-        if len(Qs) == 1:
-            found.append(part @ Qs[0])
-        else:
-            found.append((Qs[0].T @ part.reshape(-1, len(Qs[0]), len(Qs[1])) @ Qs[1]).flatten(1))
-    return torch.cat(found, 1)
 
 
 @torch.no_grad()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -17,7 +15,6 @@ import regression_methods as others
 import regression_scores as scores
 import torch
 from ella_rows import Size, Times
-from measure import once, plain
 from regression_data import Counts, Data, Table, split
 from regression_training import MLP, fit_network
 from torch import Tensor, nn
@@ -70,28 +67,6 @@ def n_weights(case: Case) -> int:
     return sum((a + 1) * b for a, b in pairwise(widths))
 
 
-class ProcessorTimes(Times):
-    """Times of this process alone, whatever else the machine does."""
-
-    @contextmanager
-    def stage(self, name: str, n_inputs: int) -> Iterator[None]:
-        before, start = self._forwards(), time.process_time()
-        yield
-        seconds = time.process_time() - start
-        forwards = seconds / statistics.median(before + self._forwards())
-        self.stages[name] = {
-            "seconds": seconds,
-            "forwards": forwards,
-            "inputs": n_inputs,
-            "forwards_an_input": forwards / n_inputs,
-        }
-
-    def _forwards(self) -> list[float]:
-        forward = plain(self.model, self.x)
-        calls = [once(forward, self.x.device, time.process_time)[0] for _ in range(21)]
-        return [seconds / len(self.x) for seconds in calls[1:]]
-
-
 @dataclass(frozen=True)
 class Row:
     """A method's predictive variance (N,) of each set of inputs, noise included, and how it was tuned."""
@@ -115,7 +90,7 @@ class Seed:
         labelled = {"validation": self.data.validation, "test": self.data.test, **self.data.shifted}
         self.targets = {name: y[:, 0].double() for name, (_, y) in labelled.items()}
         self.errors = {name: y - self.means[name] for name, y in self.targets.items()}
-        self.times = ProcessorTimes(self.model, self.data.test[0][:1000])
+        self.times = Times(self.model, self.data.test[0][:1000], time.process_time, 20)
         self.rows: dict[str, Row] = {}
         self.novelty: dict[str, dict[str, Tensor]] = {}
         few = replace(self.data, train=tuple(part[:20] for part in self.data.train))
