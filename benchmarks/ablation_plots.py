@@ -270,6 +270,7 @@ STAGES = {
 def plot_cost(run: Run, path: Path) -> None:
     """Draw seconds of each stage, and the peak memory of fits and predictions, along each axis."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     fig, axes = plt.subplots(2, len(AXES), figsize=(15, 7), sharey="row", layout="constrained")
     for column, (axis, letter) in enumerate(AXES.items()):
@@ -284,6 +285,7 @@ def plot_cost(run: Run, path: Path) -> None:
             axes[1, column].plot(at, values, style, color=color, marker=marker, ms=4, label=f"a {kind}")
         for ax in axes[:, column]:
             ax.set(xscale="log", yscale="log")
+            ax.xaxis.set_minor_formatter(NullFormatter())  # labels between decades overlap
             ax.grid(alpha=0.25)
         axes[1, column].set_xlabel("P, weights" if letter == "P" else letter)
     axes[0, 0].set_ylabel("processor time, s")
