@@ -268,6 +268,8 @@ def costs_of_methods(name: str, costs: dict[str, Any] | None) -> str:
     return table(["method", *STAGES.values(), "peak memory, GB"], lines)
 
 
+# What a process says that was stopped at a limit.
+FAILURES = {"exit code -24": "out of processor time", "exit code -9": "killed"}
 STAGES = {
     "fit": "fit, forwards an input",
     "tune": "100 settings, forwards a validation input",
@@ -281,7 +283,7 @@ def stage_cell(stages: dict[str, Any], stage: str) -> str:
     if row is None:
         return ""
     if row["value"] is None:
-        return row["failure"]
+        return FAILURES.get(row["failure"], row["failure"])
     return f"{row['value'] * (100 / row['candidates'] if row.get('candidates') else 1):.3g}"
 
 
