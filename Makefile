@@ -46,7 +46,7 @@ types: $(VENV)/.installed-dev
 	touch $@
 
 docs: .venv-docs/.installed  ## the documentation as a site, in build/site; warnings are errors
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet -f .mkdocs.yml --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -f .mkdocs.yml --strict
 
 examples: $(VENV)/.installed-examples  ## run the examples, with their assertions
 	$(RUN)/python $(QUIET) examples/quickstart.py --quick

@@ -114,6 +114,11 @@ def difference(run: Run, name: str, other: str) -> str:
     return f"{mean:+.4f} ± {error:.4f}"
 
 
+def figure(run: Run) -> str:
+    """Write the link to what ``plot`` draws."""
+    return f"![NLL and AUROC of each method](images/quality_{run['case']}.png)\n"
+
+
 def score_table(run: Run) -> str:
     """Write the scores on test data."""
     references = ("MAP", "temperature scaling")
@@ -347,6 +352,7 @@ FACTS: dict[str, Callable[[Run], Any]] = {
     "tiny sizes": lambda run: "yes" if run["environment"]["quick"] else "no",
 }
 OF_CASE = {
+    "figure": figure,
     "scores": score_table,
     "ood": ood_table,
     "novelty": novelty_table,
