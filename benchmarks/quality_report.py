@@ -274,7 +274,11 @@ def costs_of_methods(name: str, costs: dict[str, Any] | None) -> str:
 
 
 # What a process says that was stopped at a limit.
-FAILURES = {"exit code -24": "out of processor time", "exit code -9": "killed"}
+FAILURES = {
+    "exit code -24": "out of processor time",
+    "exit code -9": "killed",
+    "NotImplementedError: Found parameters in un-supported layers.": "refuses its layers",
+}
 STAGES = {
     "fit": "fit, forwards an input",
     "tune": "100 settings, forwards a validation input",
