@@ -20,15 +20,17 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from .accumulation import NOTHING, Part
+from .hashing import digest
 from .ranks import Ranks
 from .scan import Scan
 from .stream import Batch
 
-KIND, FORMAT = "laplace_ella: a fit in progress", 2
+KIND, FORMAT = "laplace_ella: a fit in progress", 3
 STAGES = ("scan", "gram", "basis", "curvature")
-ENTRIES = {"kind", "format", "run", "arguments", "state"}
+ENTRIES = {"kind", "format", "run", "arguments", "state", "digest"}
 
 
 # Whether a process lives can be told on its own machine only.
@@ -120,6 +122,7 @@ class FitFiles:
             "run": self._run,
             "arguments": self.arguments,
             "state": state,
+            "digest": _digest(state),
         }
         try:
             self._write(whole)
@@ -178,7 +181,19 @@ class FitFiles:
         if differ:
             was = ", ".join(f"{k} was {theirs.get(k)!r} and is {self.arguments[k]!r}" for k in differ)
             raise ValueError(_unusable(path, f"it belongs to another fit: {was}"))
+        # A damaged directory of the archive can lead torch elsewhere than the checksums were compared.
+        if found["digest"] != _digest(found["state"]):
+            raise ValueError(_unusable(path, "it is damaged: what was read is not what was written"))
         return found
+
+
+def _digest(value: Any) -> str:
+    """Return a hash of tensors and plain values in mappings and sequences of any depth."""
+    if isinstance(value, dict):
+        return digest(*(part for k, v in value.items() for part in (repr(k), _digest(v))))
+    if isinstance(value, (list, tuple)):
+        return digest(*map(_digest, value))
+    return digest(value if isinstance(value, Tensor) else repr(value))
 
 
 def _sweep(first: Path) -> None:
