@@ -240,31 +240,37 @@ def group_names(text: str) -> list[str]:
     return [name for name in GROUPS if name in {"simple", *names}]
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+def parsed(parser: argparse.ArgumentParser, kind: str) -> argparse.Namespace:
+    """Add the options that all benchmarks of these cases have, and read and check them."""
     parser.add_argument("--data", type=Path, help="folder with cifar10_resnet20.pt, cifar10_jpeg_*.npz")
     parser.add_argument(
         "--fashion", type=Path, default=DEBIAN, help="Fashion-MNIST: IDX files, or torchvision's root"
     )
-    parser.add_argument("--seeds", type=int, help="how many; default 3, or 1 with --quick")
-    parser.add_argument(
-        "--groups", type=group_names, default=list(GROUPS), help=f"of {','.join(GROUPS)}; 'simple' always"
-    )
-    parser.add_argument("--add", action="store_true", help="to the scores that the file holds")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument(
-        "--out", type=Path, help="of one case; default: results/quality_CASE.json, or nothing with --quick"
+        "--out", type=Path, help=f"of one case; default: results/{kind}_CASE.json, or nothing with --quick"
     )
     args = parser.parse_args()
     if args.out is not None and args.case == "all":
         parser.error("--out names the file of one case; with --case all, leave it out")
     if args.data is None and args.case in ("cifar10-jpeg", "all"):
         parser.error("cifar10-jpeg needs --data; see README.md beside this file for what the folder holds")
-    args.seeds = args.seeds or (1 if args.quick else 3)
     args.malloc = False  # read by run.environment
+    return args
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=[*CASES, "all"], default="all")
+    parser.add_argument("--seeds", type=int, help="how many; default 3, or 1 with --quick")
+    parser.add_argument(
+        "--groups", type=group_names, default=list(GROUPS), help=f"of {','.join(GROUPS)}; 'simple' always"
+    )
+    parser.add_argument("--add", action="store_true", help="to the scores that the file holds")
+    args = parsed(parser, "quality")
+    args.seeds = args.seeds or (1 if args.quick else 3)
     return args
 
 

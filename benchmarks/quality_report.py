@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from report import NOTHING, table, with_tables
+from report import NOTHING, of_run, table, with_tables
 from scores import mean_and_error
 
 HERE = Path(__file__).resolve().parent
@@ -366,10 +366,6 @@ OF_CASE = {
 }
 
 
-def _of_case(name: str, write: Callable[[Run], str], runs: Runs) -> str:
-    return write(runs[name]) if name in runs else NOTHING
-
-
 def _of_qualities(write: Callable[[Runs], str], found: Found) -> str:
     return write(found.runs)
 
@@ -384,7 +380,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
     "ECE": partial(_of_qualities, partial(summary, _ece)),
     "AUROC": partial(_of_qualities, partial(summary, _ood)),
     **{
-        f"{name} {kind}": partial(_of_qualities, partial(_of_case, name, write))
+        f"{name} {kind}": partial(_of_qualities, partial(of_run, name, write))
         for name in TITLES
         for kind, write in OF_CASE.items()
     },

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quality_report import ELLA_COLOR, OTHER_COLOR, difference, gap, note_table, over_seeds, shown
-from report import NOTHING, table, with_tables
+from report import NOTHING, of_run, table, with_tables
 from scores import mean_and_error
 
 HERE = Path(__file__).resolve().parent
@@ -202,13 +202,9 @@ OF_TASK: dict[str, Callable[[Run], str]] = {
 }
 
 
-def _of_task(name: str, write: Callable[[Run], str], runs: Runs) -> str:
-    return write(runs[name]) if name in runs else NOTHING
-
-
 TABLES: dict[str, Callable[[Runs], str]] = {
     "where": where,
-    **{f"{name} {kind}": partial(_of_task, name, write) for name in NAMES for kind, write in OF_TASK.items()},
+    **{f"{name} {kind}": partial(of_run, name, write) for name in NAMES for kind, write in OF_TASK.items()},
 }
 
 

@@ -251,6 +251,11 @@ TABLES: dict[str, Callable[[Runs], str]] = {
 }
 
 
+def of_run(name: str, write: Callable[[Any], str], runs: dict[str, Any]) -> str:
+    """Write a table of one run, if there was one."""
+    return write(runs[name]) if name in runs else NOTHING
+
+
 def with_tables(
     text: str, runs: Runs, tables: dict[str, Callable[[Runs], str]] = TABLES, script: str = "report.py"
 ) -> str:

@@ -27,7 +27,7 @@ from corruptions import KINDS, N_SEVERITIES, corrupted
 from image_data import FASHION_MEAN, FASHION_STD, Counts, Data, fitted, grey, normaliser, parts
 from method_groups import Shared, last_layers, simple
 from problems import MEAN, STD
-from quality import CASES, DEBIAN, Case, about, prepared, quick
+from quality import CASES, Case, about, parsed, prepared, quick
 from shift_summary import by_severity
 from torch import Tensor
 
@@ -207,25 +207,9 @@ def summary(found: dict[str, Any], title: str) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=[*SHIFTS, "all"], default="all")
-    parser.add_argument("--data", type=Path, help="folder with cifar10_resnet20.pt, cifar10_jpeg_*.npz")
-    parser.add_argument(
-        "--fashion", type=Path, default=DEBIAN, help="Fashion-MNIST: IDX files, or torchvision's root"
-    )
     parser.add_argument("--svhn", type=Path, help="SVHN: test_32x32.mat or its folder, torchvision's root")
     parser.add_argument("--seeds", type=int, help="how many; default 3 or 2, or 1 with --quick")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch")
-    parser.add_argument(
-        "--out", type=Path, help="of one case; default: results/shift_CASE.json, or nothing with --quick"
-    )
-    args = parser.parse_args()
-    if args.out is not None and args.case == "all":
-        parser.error("--out names the file of one case; with --case all, leave it out")
-    if args.data is None and args.case != "fashion-cnn":
-        parser.error("cifar10-jpeg needs --data; see README.md beside this file for what the folder holds")
-    args.malloc = False  # read by run.environment
-    return args
+    return parsed(parser, "shift")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quality_report import FACTS
-from report import NOTHING, table, with_tables
+from report import NOTHING, of_run, table, with_tables
 from shift_summary import (
     NAMES,
     REFERENCE,
@@ -210,14 +210,10 @@ OF_CASE: dict[str, Callable[[Run], str]] = {
 }
 
 
-def _of_case(name: str, write: Callable[[Run], str], runs: Runs) -> str:
-    return write(runs[name]) if name in runs else NOTHING
-
-
 TABLES: dict[str, Callable[[Runs], str]] = {
     "where": where,
     "levels": level_table,
-    **{f"{name} {what}": partial(_of_case, name, write) for name in NAMES for what, write in OF_CASE.items()},
+    **{f"{name} {what}": partial(of_run, name, write) for name in NAMES for what, write in OF_CASE.items()},
 }
 
 
