@@ -26,8 +26,9 @@ from trained import SmallCNN, SmallViT
 Rows = list[dict[str, Any]]
 N_SAMPLES = 128
 LIMIT_GB, LIMIT_SECONDS = 12, 120
-# Of this process: what others do on the machine meanwhile matters little. Run with --threads 1.
-CLOCK = time.process_time
+# Processor time: what others do on the machine meanwhile matters little. Run with --threads 1. A limit of
+# processor time makes the kernel count that of a whole process in ticks of milliseconds, not that of a thread.
+CLOCK = time.thread_time
 # Of the prior precision, in searches of laplace-torch: each costs as much as any other.
 CANDIDATES = 2
 
