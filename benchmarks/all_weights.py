@@ -11,13 +11,13 @@ import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import kron_basis
 import torch
 from baselines import Row
-from grid_search import best_pair, mean_probabilities, pairs_by_product, root
+from grid_search import Setting, best_setting, mean_probabilities, pairs_by_product, root, searches
 from laplace import Laplace
 from measure import loader
 from methods import of_host
@@ -113,28 +113,45 @@ def host_ella(model: nn.Module, x: Tensor, y: Tensor, scale: float, size: dict[s
 Fit = Callable[[nn.Module, Tensor, Tensor, float], Posterior]
 
 
-def row(
-    fit: Fit, model: nn.Module, curvature: Pair, scale: float, val: Pair, sets: dict[str, Tensor], seed: int
-) -> Row:
-    """Fit, tune on validation data, and let it predict all sets."""
+def rows(
+    name: str,
+    fit: Fit,
+    model: nn.Module,
+    curvature: Pair,
+    scale: float,
+    val: Pair,
+    sets: dict[str, Tensor],
+    seed: int,
+) -> dict[str, Row]:
+    """Fit, tune on validation data with and without a logit scale, and let both predict all sets."""
     start = time.perf_counter()
     posterior = fit(model, *curvature, scale)
-    delta, temperature, score = tune(posterior, *val, seed)
-    seconds = time.perf_counter() - start
-    found = {name: predict(posterior, x, delta, temperature, seed) for name, x in sets.items()}
-    setting = {"prior_precision": delta, "temperature": temperature}
-    return Row(found, setting, seconds, more={"validation_nll": score})
+    f, covariances = covariances_at(posterior, val[0], list(pairs_by_product()))
+    roots = {product: root(found.double()) for product, found in zip(pairs_by_product(), covariances)}
+    shared, y = time.perf_counter() - start, val[1].cpu()
+    best: dict[str, Setting] = {}
+    seconds: dict[str, float] = {}
+    for title, scales in searches(name):
+        start = time.perf_counter()
+        best[title] = best_setting(f, y, roots.items(), seed, scales)
+        seconds[title] = shared + time.perf_counter() - start
+    of_validation = {title: validation_nll(f, y, roots, at, seed) for title, at in best.items()}
+    del roots, covariances
+    found = {of: predict(posterior, x, list(best.values()), seed) for of, x in sets.items()}
+    return {
+        title: Row(
+            {of: predictions[i] for of, predictions in found.items()},
+            asdict(at),
+            seconds[title],
+            more={"validation_nll": of_validation[title]},
+        )
+        for i, (title, at) in enumerate(best.items())
+    }
 
 
-def tune(posterior: Posterior, x: Tensor, y: Tensor, seed: int) -> tuple[float, float, float]:
-    """Return the prior precision, the temperature and the validation NLL."""
-    products = list(pairs_by_product())
-    f, covariances = covariances_at(posterior, x, products)
-    roots = ((product, root(found.double())) for product, found in zip(products, covariances))
-    delta, temperature = best_pair(f, y.cpu(), roots, seed)
-    best = min(range(len(products)), key=lambda i: abs(math.log(products[i] / (delta * temperature))))
-    probabilities = mean_probabilities(f, root(covariances[best].double()), temperature, seed)
-    return delta, temperature, float(nll(probabilities, y.cpu()).mean())
+def validation_nll(f: Tensor, y: Tensor, roots: dict[float, Tensor], at: Setting, seed: int) -> float:
+    nearest = min(roots, key=lambda product: abs(math.log(product / at.product)))
+    return float(nll(mean_probabilities(f, roots[nearest], at, seed), y).mean())
 
 
 def covariances_at(posterior: Posterior, x: Tensor, precisions: list[float]) -> tuple[Tensor, Tensor]:
@@ -168,11 +185,13 @@ def weighted_squares(js: Tensor, weights: Tensor) -> Tensor:
     return found
 
 
-def predict(posterior: Posterior, x: Tensor, delta: float, temperature: float, seed: int) -> Tensor:
-    """Return class probabilities (N, C)."""
-    found = []
+def predict(posterior: Posterior, x: Tensor, settings: list[Setting], seed: int) -> list[Tensor]:
+    """Return class probabilities (N, C) at each setting."""
+    found: list[list[Tensor]] = [[] for _ in settings]
     for part in x.split(BATCH):
         f, js = posterior.rotated(part)
-        roots = root(posterior.covariance(js, delta * temperature))
-        found.append(mean_probabilities(f.double().cpu(), roots, temperature, seed))
-    return torch.cat(found)
+        logits = f.double().cpu()
+        for at, kept in zip(settings, found):
+            roots = root(posterior.covariance(js, at.product))
+            kept.append(mean_probabilities(logits, roots, at, seed))
+    return [torch.cat(kept) for kept in found]

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch.nn.functional import cross_entropy
 from laplace_ella.links import quasi_normal
 
 N_SAMPLES = 128
+# Of the logits, on the grids of all methods that search one.
+SCALES = (0.4, 0.5, 0.63, 0.79, 1.0, 1.26)
 
 
 @dataclass(frozen=True)
@@ -92,25 +95,45 @@ def vector_scaling(val: Outputs, y: Tensor, seed: int) -> Tuned:
     return Tuned(lambda out: (w * out.f + b).softmax(1), {"scale": w.tolist(), "shift": b.tolist()})
 
 
-def constant_variance(val: Outputs, y: Tensor, seed: int) -> Tuned:
-    """Give every logit of every input the same variance."""
-    return _isotropic(val, y, seed, lambda out: torch.ones_like(out.z[:, 0]))
+def of_ones(out: Outputs) -> Tensor:
+    """Give every logit of every input the same variance (N,)."""
+    return torch.ones_like(out.z[:, 0])
 
 
-def last_layer_variance(val: Outputs, y: Tensor, seed: int) -> Tuned:
-    """Give every logit a variance in proportion to the squared norm of the last layer's input plus 1."""
-    return _isotropic(val, y, seed, lambda out: out.z.square().sum(1) + 1)
+def of_last_layer(out: Outputs) -> Tensor:
+    """Give every logit a variance in proportion to the squared norm of the last layer's input plus 1 (N,)."""
+    return out.z.square().sum(1) + 1
 
 
-def _isotropic(val: Outputs, y: Tensor, seed: int, shape: Callable[[Outputs], Tensor]) -> Tuned:
+def variance(
+    val: Outputs,
+    y: Tensor,
+    seed: int,
+    shape: Callable[[Outputs], Tensor],
+    scales: tuple[float, ...] = (1.0,),
+) -> Tuned:
+    """Scale a variance, and the logits too if several scales are given to start from."""
     noise = quasi_normal(N_SAMPLES, val.f.shape[1], seed).to(val.f)
 
-    def probabilities(out: Outputs, variance: float) -> Tensor:
-        scale = (variance * shape(out)).sqrt()[:, None]
-        return mean_softmax(out.f, (scale * sample for sample in noise))
+    def probabilities(out: Outputs, size: float, scale: float) -> Tensor:
+        width = (size * shape(out)).sqrt()[:, None]
+        return mean_softmax(scale * out.f, (width * sample for sample in noise))
 
-    best = minimum_on_line(lambda v: float(nll(probabilities(val, v), y).mean()), -6, 4)
-    return Tuned(lambda out: probabilities(out, best), {"variance": best})
+    def loss(size: float, scale: float) -> float:
+        return float(nll(probabilities(val, size, scale), y).mean())
+
+    def of_size(scale: float) -> tuple[float, float, float]:
+        size = minimum_on_line(lambda v: loss(v, scale), -6, 4)
+        return loss(size, scale), size, scale
+
+    best = min(of_size(scale) for scale in scales)
+    for _ in range(3 if len(scales) > 1 else 0):
+        _, size, scale = best
+        middle = math.log10(scale)
+        best = of_size(minimum_on_line(partial(loss, size), middle - 0.25, middle + 0.25))
+    _, size, scale = best
+    found = {"variance": size} | ({"logit_scale": scale} if len(scales) > 1 else {})
+    return Tuned(lambda out: probabilities(out, size, scale), found)
 
 
 def mean_softmax(f: Tensor, offsets: Iterable[Tensor]) -> Tensor:
@@ -154,8 +177,10 @@ METHODS: dict[str, Callable[[Outputs, Tensor, int], Tuned]] = {
     "MAP": plain,
     "temperature scaling": temperature_scaling,
     "vector scaling": vector_scaling,
-    "constant variance (T)": constant_variance,
-    "last-layer variance (T)": last_layer_variance,
+    "constant variance (T)": partial(variance, shape=of_ones),
+    "constant variance (T, s)": partial(variance, shape=of_ones, scales=SCALES),
+    "last-layer variance (T)": partial(variance, shape=of_last_layer),
+    "last-layer variance (T, s)": partial(variance, shape=of_last_layer, scales=SCALES),
 }
 
 

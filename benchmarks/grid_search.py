@@ -1,17 +1,19 @@
-"""The grid of prior precisions and temperatures over which posteriors of laplace-torch are tuned.
+"""The grid of prior precisions, temperatures and logit scales over which posteriors of laplace-torch are tuned.
 
 Only one number matters to the shape of a covariance: prior precision times temperature, since
 the posterior precision is (H + T delta I) / T. So a posterior is asked once for each product on the
-grid instead of once for each pair, and T scales what it says.
+grid instead of once for each pair, and T scales what it says. The logit scale s multiplies the logits and not
+their covariance, as ELLA's does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
-from baselines import N_SAMPLES, mean_softmax, minimum_on_line
+from baselines import N_SAMPLES, SCALES, mean_softmax, minimum_on_line
 from torch import Tensor
 
 from laplace_ella.links import quasi_normal
@@ -20,16 +22,35 @@ from laplace_ella.links import quasi_normal
 N_REFINED = 3
 
 
-def pairs_by_product() -> dict[float, list[tuple[float, float]]]:
+@dataclass(frozen=True)
+class Setting:
+    """What is tuned."""
+
+    prior_precision: float
+    temperature: float
+    logit_scale: float = 1.0
+
+    @property
+    def product(self) -> float:
+        return self.prior_precision * self.temperature
+
+
+def searches(name: str) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Yield the names of a posterior's rows, and the logit scales on the grid of each."""
+    yield name, (1.0,)
+    yield name.removesuffix(" (T)") + " (T, s)", SCALES
+
+
+def pairs_by_product() -> dict[float, list[Setting]]:
     """Return the grid's pairs of prior precision and temperature by their product.
 
     One prior precision a decade, two temperatures a decade: 209 pairs, 39 products.
     """
-    found: dict[float, list[tuple[float, float]]] = {}
+    found: dict[float, list[Setting]] = {}
     for prior in range(-4, 7):
         for halves in range(-6, 13):
             product = 10 ** (prior + halves / 2)
-            found.setdefault(product, []).append((10.0**prior, 10 ** (halves / 2)))
+            found.setdefault(product, []).append(Setting(10.0**prior, 10 ** (halves / 2)))
     return found
 
 
@@ -44,11 +65,14 @@ def root(covariance: Tensor) -> Tensor:
     return vectors * values.clamp_min(0).sqrt()[:, None]
 
 
-def best_pair(f: Tensor, y: Tensor, roots: Iterable[tuple[float, Tensor]], seed: int) -> tuple[float, float]:
-    """Return the prior precision and the temperature with the smallest validation NLL.
+def best_setting(
+    f: Tensor, y: Tensor, roots: Iterable[tuple[float, Tensor]], seed: int, scales: tuple[float, ...] = (1.0,)
+) -> Setting:
+    """Return the setting with the smallest validation NLL.
 
-    The grid first; then the temperature is refined, as finely as those of other methods, for the products that
-    did best: with a product given, the prior precision follows from the temperature.
+    The grid first; then temperature and, if there are several, logit scale are refined in turn, as finely as those
+    of other methods, for the products that did best: with a product given, the prior precision follows from the
+    temperature.
 
     Parameters
     ----------
@@ -57,39 +81,56 @@ def best_pair(f: Tensor, y: Tensor, roots: Iterable[tuple[float, Tensor]], seed:
     y : LongTensor (N,)
     roots : iterable of (product, Tensor (N, C, C))
         Of the covariances at T = 1 and a prior precision of each product on the grid.
+    scales : tuple of float
+        Logit scales on the grid; with one, it stays.
     """
     noise, pairs = quasi_normal(N_SAMPLES, f.shape[1], seed).to(f), pairs_by_product()
     kept = dict(roots)
     coarse = []
     for product, root_ in kept.items():
-        offsets = root_ @ noise.T
-        coarse += [(label_nll(f, offsets, y, t), t, product) for _, t in pairs[product]]
+        offsets = (root_ @ noise.T).float()
+        coarse += [
+            (label_nll(s * f, offsets, y, at.temperature), product, replace(at, logit_scale=s))
+            for at in pairs[product]
+            for s in scales
+        ]
     fine = []
-    for _, start, product in best_of_each(coarse)[:N_REFINED]:
+    for product, start in best_of_each(coarse)[:N_REFINED]:
         offsets = (kept[product] @ noise.T).float()
-
-        def loss(t: float, offsets: Tensor = offsets) -> float:
-            return label_nll(f, offsets, y, t)
-
-        middle = math.log10(start)
-        temperature = minimum_on_line(loss, middle - 1, middle + 1)
-        fine.append((loss(temperature), temperature, product))
-    _, temperature, product = min(fine)
-    return product / temperature, temperature
+        fine.append(refined(f, y, offsets, start, free_scale=len(scales) > 1))
+    return min(fine, key=lambda one: one[0])[1]
 
 
-def best_of_each(found: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
-    """Return the best (NLL, temperature, product) of each product, the best first."""
-    best: dict[float, tuple[float, float, float]] = {}
-    for one in sorted(found):
-        best.setdefault(one[2], one)
-    return list(best.values())
+def refined(f: Tensor, y: Tensor, offsets: Tensor, start: Setting, free_scale: bool) -> tuple[float, Setting]:
+    """Return the NLL and the setting that minimises it with the product given, near a start."""
+    t, s = start.temperature, start.logit_scale
+
+    def of_temperature(value: float) -> float:
+        return label_nll(s * f, offsets, y, value)
+
+    def of_scale(value: float) -> float:
+        return label_nll(value * f, offsets, y, t)
+
+    for _ in range(3 if free_scale else 1):
+        t = minimum_on_line(of_temperature, math.log10(t) - 1, math.log10(t) + 1)
+        if free_scale:
+            s = minimum_on_line(of_scale, math.log10(s) - 0.25, math.log10(s) + 0.25)
+    return of_temperature(t), Setting(start.product / t, t, s)
 
 
-def mean_probabilities(f: Tensor, roots: Tensor, temperature: float, seed: int) -> Tensor:
+def best_of_each(found: list[tuple[float, float, Setting]]) -> list[tuple[float, Setting]]:
+    """Return each product with its best setting, the best first, from NLLs, products and settings."""
+    best: dict[float, Setting] = {}
+    for _, product, setting in sorted(found, key=lambda one: one[0]):
+        best.setdefault(product, setting)
+    return list(best.items())
+
+
+def mean_probabilities(f: Tensor, roots: Tensor, at: Setting, seed: int) -> Tensor:
     """Average the softmax over the logits' posterior (N, C)."""
     noise = quasi_normal(N_SAMPLES, f.shape[1], seed).to(f)
-    return mean_softmax(f, (math.sqrt(temperature) * (roots @ sample) for sample in noise))
+    width = math.sqrt(at.temperature)
+    return mean_softmax(at.logit_scale * f, (width * (roots @ sample) for sample in noise))
 
 
 def label_nll(f: Tensor, offsets: Tensor, y: Tensor, temperature: float) -> float:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from baselines import Outputs, Tuned
-from grid_search import best_pair, mean_probabilities, pairs_by_product, root
+from grid_search import best_setting, mean_probabilities, pairs_by_product, root
 from laplace import Laplace
 from measure import loader
 from torch import Tensor, nn
@@ -59,17 +60,25 @@ def copy_of(head: nn.Linear) -> nn.Linear:
     return copied
 
 
-def tune(
-    structure: str, head: nn.Linear, train: Outputs, y_train: Tensor, val: Outputs, y: Tensor, seed: int
-) -> Tuned:
-    """Fit, and choose prior precision and temperature by validation NLL."""
-    posterior = LastLayer(structure, head, train, y_train)
+def validation_roots(posterior: LastLayer, val: Outputs) -> dict[float, Tensor]:
+    """Return the roots (N, C, C) of each product on the grid."""
     jacobians = posterior.jacobians(val)
-    roots = ((product, posterior.roots(jacobians, product)) for product in pairs_by_product())
-    delta, temperature = best_pair(val.f, y, roots, seed)
+    return {product: posterior.roots(jacobians, product) for product in pairs_by_product()}
+
+
+def tune(
+    posterior: LastLayer,
+    roots: dict[float, Tensor],
+    val: Outputs,
+    y: Tensor,
+    seed: int,
+    scales: tuple[float, ...],
+) -> Tuned:
+    """Choose prior precision, temperature and, of several, the logit scale by validation NLL."""
+    best = best_setting(val.f, y, roots.items(), seed, scales)
 
     def probabilities(out: Outputs) -> Tensor:
-        found = posterior.roots(posterior.jacobians(out), delta * temperature)
-        return mean_probabilities(out.f, found, temperature, seed)
+        found = posterior.roots(posterior.jacobians(out), best.product)
+        return mean_probabilities(out.f, found, best, seed)
 
-    return Tuned(probabilities, {"prior_precision": delta, "temperature": temperature})
+    return Tuned(probabilities, asdict(best))

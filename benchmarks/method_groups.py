@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import baselines
 import ella_rows
 import last_layer
 from baselines import Row
+from grid_search import searches
 from image_data import Data
 from torch import Tensor, nn
 
@@ -60,17 +62,20 @@ def simple(shared: Shared) -> Rows:
 
 
 def last_layers(shared: Shared) -> Rows:
-    """Tune laplace-torch's posteriors over the last layer."""
+    """Tune laplace-torch's posteriors over the last layer, with and without a logit scale."""
     train, val = shared.outputs["train"], shared.outputs["validation"]
     labels, y = shared.data.train[1], shared.data.validation[1]
-    return {
-        name: baselines.row(
-            partial(last_layer.tune, structure, shared.model.fc, train, labels, val, y, shared.seed),
-            shared.outputs,
-            y,
-        )
-        for name, structure in last_layer.STRUCTURES.items()
-    }
+    rows: Rows = {}
+    for structure, flavour in last_layer.STRUCTURES.items():
+        start = time.perf_counter()
+        posterior = last_layer.LastLayer(flavour, shared.model.fc, train, labels)
+        roots = last_layer.validation_roots(posterior, val)
+        seconds = time.perf_counter() - start
+        for name, scales in searches(structure):
+            tune = partial(last_layer.tune, posterior, roots, val, y, shared.seed, scales)
+            row = baselines.row(tune, shared.outputs, y)
+            rows[name] = replace(row, seconds=seconds + row.seconds)
+    return rows
 
 
 def ella(shared: Shared) -> Rows:
@@ -91,30 +96,27 @@ def sampled(shared: Shared) -> Rows:
     return ella_rows.sampled_row(shared.la, shared.size, shared.on_device, shared.kept, shared.times)
 
 
-def others(fits: dict[str, all_weights.Fit], shared: Shared) -> Rows:
-    """Tune other posteriors over all weights, with the curvature of as many inputs."""
+def others(name: str, fit: all_weights.Fit, shared: Shared) -> Rows:
+    """Tune another posterior over all weights, with the curvature of as many inputs."""
     x, y = (t[: shared.size.curvature_size] for t in shared.on_device.train)
     sets = dict(list(shared.sets.items())[: 1 + N_OTHER_SETS])
     scale = len(shared.on_device.train[1]) / len(y)
-    return {
-        name: all_weights.row(
-            fit, shared.model, (x, y), scale, shared.on_device.validation, sets, shared.seed
-        )
-        for name, fit in fits.items()
-    }
+    return all_weights.rows(
+        name, fit, shared.model, (x, y), scale, shared.on_device.validation, sets, shared.seed
+    )
 
 
 def of_all_weights(shared: Shared) -> Rows:
-    return others({"all-weights diagonal": all_weights.diagonal}, shared)
+    return others("all-weights diagonal", all_weights.diagonal, shared)
 
 
 def of_kfac(shared: Shared) -> Rows:
-    return others({"all-weights KFAC": all_weights.kron}, shared)
+    return others("all-weights KFAC", all_weights.kron, shared)
 
 
 def of_host(shared: Shared) -> Rows:
     size = {key: value for key, value in asdict(shared.size).items() if key != "curvature_size"}
-    return others({"laplace-torch's ELLA (T)": partial(all_weights.host_ella, size=size)}, shared)
+    return others("laplace-torch's ELLA (T)", partial(all_weights.host_ella, size=size), shared)
 
 
 GROUPS: dict[str, Callable[[Shared], Rows]] = {

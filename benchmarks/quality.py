@@ -1,7 +1,7 @@
 """Measure how good ELLA's probabilities are beside simpler methods, on real images, and write it as JSON.
 
     python benchmarks/quality.py --case fashion-cnn|fashion-vit|mnist-cnn|cifar10-jpeg|all [--data PATH]
-        [--fashion PATH] [--seeds 3] [--groups NAME,NAME [--add]] [--quick] [--device cpu|cuda] [--threads 2] [--out FILE]
+        [--fashion PATH] [--seeds 3 | --only-seeds N,N --add] [--groups NAME,NAME [--add]] [--quick] [--device cpu|cuda] [--threads 2] [--out FILE]
 
 Every method is tuned on the same validation images, which the network was not fitted to, and scored on
 test images. The seed changes the split, ELLA's landmarks and curvature inputs, and the network where it
@@ -182,9 +182,10 @@ def run_case(name: str, args: argparse.Namespace) -> None:
     path = args.out or (None if args.quick else HERE / "results" / f"quality_{name}.json")
     found = json.loads(path.read_text()) if args.add else about(name, case, args)
     if args.add:
-        found.setdefault("added", []).append({"groups": args.groups, **environment(args)})
+        about_seeds = {"seeds": args.only_seeds} if args.only_seeds else {}
+        found.setdefault("added", []).append({"groups": args.groups, **about_seeds, **environment(args)})
     start = time.perf_counter()
-    for seed in range(args.seeds):
+    for seed in args.only_seeds or range(args.seeds):
         one = run_seed(case, seed, args)
         if args.add:
             add(found["seeds"][seed], one)
@@ -240,6 +241,10 @@ def group_names(text: str) -> list[str]:
     return [name for name in GROUPS if name in {"simple", *names}]
 
 
+def seed_numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
 def parsed(parser: argparse.ArgumentParser, kind: str) -> argparse.Namespace:
     """Add the options that all benchmarks of these cases have, and read and check them."""
     parser.add_argument("--data", type=Path, help="folder with cifar10_resnet20.pt, cifar10_jpeg_*.npz")
@@ -269,7 +274,12 @@ def parse() -> argparse.Namespace:
         "--groups", type=group_names, default=list(GROUPS), help=f"of {','.join(GROUPS)}; 'simple' always"
     )
     parser.add_argument("--add", action="store_true", help="to the scores that the file holds")
+    parser.add_argument(
+        "--only-seeds", type=seed_numbers, help="with --add: these seeds instead of all, such as 1,2"
+    )
     args = parsed(parser, "quality")
+    if args.only_seeds and not args.add:
+        parser.error("--only-seeds needs --add: a new file starts with seed 0")
     args.seeds = args.seeds or (1 if args.quick else 3)
     return args
 

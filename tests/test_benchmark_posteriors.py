@@ -97,3 +97,56 @@ def test_covariances_of_a_whole_grid(module, problem):
     assert_close(f, model(x_test), 1e-10)
     for precision, covariance in zip((0.3, 0.7), found):
         assert_close(covariance.double(), ours.covariance(ours.rotated(x_test)[1], precision), 1e-5)
+
+
+@pytest.fixture
+def search(module):
+    return importlib.import_module("grid_search")
+
+
+@pytest.fixture
+def labelled(search):
+    """Over-confident logits (N, C), labels, and roots of a covariance that falls with the prior precision."""
+    torch.manual_seed(5)
+    f = torch.randn(400, 3)
+    y = torch.distributions.Categorical(logits=f).sample()
+    j = torch.randn(400, 3, 4)
+    eigenvalues = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    roots = {
+        product: search.root((j / (eigenvalues + product)) @ j.mT) for product in search.pairs_by_product()
+    }
+    return 3 * f, y, roots
+
+
+def test_a_logit_scale_can_only_help(search, labelled):
+    f, y, roots = labelled
+    (_, alone), (_, scales) = search.searches("any")
+    assert alone == (1.0,)
+
+    def nll(at):
+        root = roots[min(roots, key=lambda product: abs(product - at.product))]
+        p = search.mean_probabilities(f, root, at, 0)
+        return -float(p[range(len(y)), y].log().mean())
+
+    plain, scaled = (search.best_setting(f, y, roots.items(), 0, s) for s in (alone, scales))
+    assert plain.logit_scale == 1
+    assert 0.25 < scaled.logit_scale < 0.55, "the logits are three times too large"
+    assert nll(scaled) < nll(plain) - 1e-3
+    assert nll(scaled) < min(
+        nll(search.Setting(1.0, t, s)) for t in (0.001, 0.1, 1.0, 10.0) for s in (0.3, 0.5, 0.7, 1.0)
+    )
+
+
+def test_names_of_searches(search):
+    assert [name for name, _ in search.searches("ELLA (T)")] == ["ELLA (T)", "ELLA (T, s)"]
+    assert [name for name, _ in search.searches("diagonal")] == ["diagonal", "diagonal (T, s)"]
+
+
+def test_rows_have_both_searches(module, problem):
+    model, x, y, x_test = problem
+    rows = module.rows("diagonal", module.diagonal, model, (x, y), 1.0, (x, y), {"test": x_test}, 0)
+    assert list(rows) == ["diagonal", "diagonal (T, s)"]
+    for row in rows.values():
+        p = row.probabilities["test"]
+        assert_close(p.sum(1), torch.ones(len(x_test)), 1e-6)
+    assert rows["diagonal (T, s)"].more["validation_nll"] <= rows["diagonal"].more["validation_nll"] + 1e-3
