@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Input, detached, rows
+from .interrupts import raised_as_such, restore_count
 from .memory import OutOfMemory
 from .norms import ElementaryNorms
 
@@ -249,8 +250,9 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
     enable_backprop : bool
         Record a graph, so that gradients can reach the inputs.
     """
-    with ExitStack() as stack:
+    with raised_as_such(), ExitStack() as stack:
         stack.enter_context(_LOCK)
+        restore_count()
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(enable_backprop))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -16,6 +16,8 @@ from typing import TypeVar
 import psutil
 import torch
 
+from .interrupts import raised_as_such
+
 # Share of the free memory that is planned with, when the user names no budget.
 DEFAULT_SHARE = 0.25
 # Tensors of this many bytes are large enough to keep cores busy, and below the size at
@@ -173,7 +175,8 @@ def let_malloc_adapt() -> None:
 def attempt(compute: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
     """Return (result, None), or (None, what was raised); running out of memory says nothing of a model."""
     try:
-        return compute(), None
+        with raised_as_such():
+            return compute(), None
     except OutOfMemory:
         raise
     except Exception as error:

@@ -1,0 +1,102 @@
+"""An interrupt is an interrupt, also where torch would tell of it by an error of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+
+import pytest
+import torch
+from helpers import build, inputs, mlp, targets
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from laplace_ella.interrupts import raised_as_such
+from laplace_ella.memory import attempt
+
+
+def fit(model: nn.Module):
+    torch.manual_seed(3)
+    data = TensorDataset(inputs(24), targets("classification", 24))
+    la = build(model=model, subsample_size=12, n_eigenvalues=4, curvature_size=None)
+    la.fit(DataLoader(data, batch_size=8, shuffle=True))
+    return la
+
+
+class Entering:
+    """Interrupts just after the n-th context was entered, before its ``with`` knows."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left, self.name = 0, ""
+        enter = contextlib._GeneratorContextManager.__enter__
+
+        def entered(manager):
+            value = enter(manager)
+            self.left -= 1
+            if self.left == 0:
+                self.name = manager.gen.__qualname__
+                raise KeyboardInterrupt
+            return value
+
+        monkeypatch.setattr(contextlib._GeneratorContextManager, "__enter__", entered)
+
+    def interrupt(self, n: int) -> str:
+        """Fit until then, and return the context's name, or nothing if the fit ended before."""
+        self.left, self.name = n, ""
+        try:
+            fit(mlp())
+        except KeyboardInterrupt:
+            assert self.name, "the interrupt is this one"
+        else:
+            assert not self.name, "it is not lost"
+        finally:
+            self.left = 0
+        gc.collect()  # the traceback, before another fit
+        return self.name
+
+
+@pytest.fixture
+def _late_errors(monkeypatch):
+    """The context that was entered is left when the traceback goes, too late for torch, which says so on stderr."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+    gc.freeze()  # what is there already need not be looked at in each collection
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("_late_errors")
+@pytest.mark.filterwarnings("ignore:fit.. was interrupted")
+def test_interrupts_at_every_context(monkeypatch):
+    whole = fit(mlp())
+    entering, names, n = Entering(monkeypatch), set(), 0
+    while name := entering.interrupt(n := n + 1):
+        names.add(name)
+        assert torch._C._functorch.peek_interpreter_stack() is None, name
+    assert {"vmap_increment_nesting", "grad_increment_nesting", "jvp_increment_nesting"} <= names
+    after = fit(mlp())
+    assert torch.equal(after.H, whole.H), "transforms work as before"
+
+
+def failing(error: Exception, interrupt: BaseException | None):
+    try:
+        if interrupt is not None:
+            raise interrupt
+    finally:
+        raise error
+
+
+def test_errors_that_follow_an_interrupt():
+    with pytest.raises(KeyboardInterrupt) as raised, raised_as_such():
+        failing(RuntimeError("INTERNAL ASSERT FAILED"), KeyboardInterrupt())
+    assert "INTERNAL ASSERT" in str(raised.value.__cause__), "what torch said is not lost"
+    with pytest.raises(RuntimeError, match="of the model"), raised_as_such():
+        failing(RuntimeError("of the model"), ValueError("another"))
+
+
+def test_attempts_do_not_take_an_interrupt_for_a_failure():
+    with pytest.raises(KeyboardInterrupt):
+        attempt(lambda: failing(RuntimeError("torch"), KeyboardInterrupt()))
+    found, error = attempt(lambda: failing(RuntimeError("torch"), None))
+    assert found is None
+    assert str(error) == "torch"
