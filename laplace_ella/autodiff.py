@@ -7,9 +7,10 @@ whatever it switches, exceptions included.
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from itertools import chain
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Input, detached, rows
-from .interrupts import raised_as_such, restore_count
+from .interrupts import contained
 from .memory import OutOfMemory
 from .norms import ElementaryNorms
 
@@ -235,8 +236,7 @@ def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
-@contextmanager
-def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[None]:
+def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> AbstractContextManager[None]:
     """Make a module's forward pass differentiable in both modes, and change nothing for good.
 
     Inside: evaluation mode, mathematical attention and no fused fast path (neither
@@ -250,30 +250,48 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
     enable_backprop : bool
         Record a graph, so that gradients can reach the inputs.
     """
-    with raised_as_such(), ExitStack() as stack:
-        stack.enter_context(_LOCK)
-        restore_count()
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.set_grad_enabled(enable_backprop))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        mha = torch.backends.mha
-        stack.enter_context(switched(mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
-        # Under the user's autocast, every copy of the weights would stay until its end.
-        stack.enter_context(
-            switched(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False)
-        )
-        stack.enter_context(_without_batching_warnings())
-        if _has_compiled_parts(module):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        # oneDNN's and cuDNN's recurrent kernels have no forward-mode rule; both
-        # also run convolutions, so they stay on for every other model.
-        if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-            stack.enter_context(_disabled(torch.backends.mkldnn))
-            stack.enter_context(_disabled(torch.backends.cudnn))
-        stack.enter_context(_evaluation_mode(module))
-        if enable_backprop:
-            stack.enter_context(ElementaryNorms())
-        yield
+    return _Safe(module, enable_backprop)
+
+
+class _Safe:
+    """What :func:`safe_autodiff` returns: no generator, as an interrupt can leave those entered for too long."""
+
+    def __init__(self, module: nn.Module, enable_backprop: bool) -> None:
+        self.module, self.enable_backprop = module, enable_backprop
+
+    def __enter__(self) -> None:
+        self._stack = ExitStack()
+        try:
+            self._stack.enter_context(contained())
+            _switch_all(self._stack, self.module, self.enable_backprop)
+        except BaseException:
+            self._stack.__exit__(*sys.exc_info())
+            raise
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+
+def _switch_all(stack: ExitStack, module: nn.Module, enable_backprop: bool) -> None:
+    stack.enter_context(_LOCK)
+    stack.enter_context(torch.inference_mode(False))
+    stack.enter_context(torch.set_grad_enabled(enable_backprop))
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    mha = torch.backends.mha
+    stack.enter_context(switched(mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
+    # Under the user's autocast, every copy of the weights would stay until its end.
+    stack.enter_context(switched(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False))
+    stack.enter_context(_without_batching_warnings())
+    if _has_compiled_parts(module):
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    # oneDNN's and cuDNN's recurrent kernels have no forward-mode rule; both
+    # also run convolutions, so they stay on for every other model.
+    if any(isinstance(m, nn.RNNBase) for m in module.modules()):
+        stack.enter_context(_disabled(torch.backends.mkldnn))
+        stack.enter_context(_disabled(torch.backends.cudnn))
+    stack.enter_context(_evaluation_mode(module))
+    if enable_backprop:
+        stack.enter_context(ElementaryNorms())
 
 
 @contextmanager

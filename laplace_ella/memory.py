@@ -16,7 +16,7 @@ from typing import TypeVar
 import psutil
 import torch
 
-from .interrupts import raised_as_such
+from .interrupts import contained
 
 # Share of the free memory that is planned with, when the user names no budget.
 DEFAULT_SHARE = 0.25
@@ -175,7 +175,7 @@ def let_malloc_adapt() -> None:
 def attempt(compute: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
     """Return (result, None), or (None, what was raised); running out of memory says nothing of a model."""
     try:
-        with raised_as_such():
+        with contained():
             return compute(), None
     except OutOfMemory:
         raise

@@ -12,7 +12,7 @@ from helpers import build, inputs, mlp, targets
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_ella.interrupts import raised_as_such
+from laplace_ella.interrupts import contained
 from laplace_ella.memory import attempt
 
 
@@ -52,27 +52,29 @@ class Entering:
             assert not self.name, "it is not lost"
         finally:
             self.left = 0
-        gc.collect()  # the traceback, before another fit
+        gc.collect()  # the traceback, which holds contexts of Python's that were entered like that
         return self.name
 
 
 @pytest.fixture
-def _late_errors(monkeypatch):
-    """The context that was entered is left when the traceback goes, too late for torch, which says so on stderr."""
-    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
-    gc.freeze()  # what is there already need not be looked at in each collection
+def _short_collections():
+    gc.freeze()  # what is there already
     yield
     gc.unfreeze()
 
 
-@pytest.mark.usefixtures("_late_errors")
+@pytest.mark.usefixtures("_short_collections")
 @pytest.mark.filterwarnings("ignore:fit.. was interrupted")
 def test_interrupts_at_every_context(monkeypatch):
     whole = fit(mlp())
+    # Python says on stderr what torch does not like about contexts that are left late.
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     entering, names, n = Entering(monkeypatch), set(), 0
     while name := entering.interrupt(n := n + 1):
         names.add(name)
         assert torch._C._functorch.peek_interpreter_stack() is None, name
+        assert torch._C._len_torch_function_stack() == torch._C._len_torch_dispatch_stack() == 0, name
+        assert torch.is_grad_enabled(), name
     assert {"vmap_increment_nesting", "grad_increment_nesting", "jvp_increment_nesting"} <= names
     after = fit(mlp())
     assert torch.equal(after.H, whole.H), "transforms work as before"
@@ -87,10 +89,10 @@ def failing(error: Exception, interrupt: BaseException | None):
 
 
 def test_errors_that_follow_an_interrupt():
-    with pytest.raises(KeyboardInterrupt) as raised, raised_as_such():
+    with pytest.raises(KeyboardInterrupt) as raised, contained():
         failing(RuntimeError("INTERNAL ASSERT FAILED"), KeyboardInterrupt())
     assert "INTERNAL ASSERT" in str(raised.value.__cause__), "what torch said is not lost"
-    with pytest.raises(RuntimeError, match="of the model"), raised_as_such():
+    with pytest.raises(RuntimeError, match="of the model"), contained():
         failing(RuntimeError("of the model"), ValueError("another"))
 
 
