@@ -281,10 +281,12 @@ def costs_of_methods(name: str, costs: dict[str, Any] | None) -> str:
     return table(["method", *STAGES.values(), "peak memory, GB"], lines)
 
 
-# What a process says that was stopped at a limit.
+# What a process says that was stopped at a limit, in part.
 FAILURES = {
     "exit code -24": "out of processor time",
-    "exit code -9": "killed",
+    "exit code -9": "out of processor time",  # memory has a limit that is told by an error
+    "TimeoutError: stopped after": "out of processor time",
+    "can't allocate memory": "out of memory",
     "NotImplementedError: Found parameters in un-supported layers.": "refuses its layers",
 }
 STAGES = {
@@ -300,7 +302,7 @@ def stage_cell(stages: dict[str, Any], stage: str) -> str:
     if row is None:
         return ""
     if row["value"] is None:
-        return FAILURES.get(row["failure"], row["failure"])
+        return next((words for said, words in FAILURES.items() if said in row["failure"]), row["failure"])
     return f"{row['value'] * (100 / row['candidates'] if row.get('candidates') else 1):.3g}"
 
 

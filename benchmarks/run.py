@@ -41,6 +41,8 @@ def in_fresh_process(case: str, part: str, args: argparse.Namespace) -> list[dic
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.limit)
     except subprocess.TimeoutExpired:
         return [failure(f"{case}, {part}", "", f"stopped after {args.limit} s", part=part)]
+    if done.returncode < 0:  # by a signal, whatever was said before
+        return [failure(f"{case}, {part}", "", f"exit code {done.returncode}", part=part)]
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         return [failure(f"{case}, {part}", "", last, part=part)]
@@ -110,12 +112,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with cifar10_resnet20.pt, cifar10_jpeg_test.npz")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--only", type=case_names, metavar="CASE,CASE", help=f"of {', '.join(ALL_CASES)}")
+    parser.add_argument("--add", action="store_true", help="to --out: of what it holds, --only is replaced")
     parser.add_argument("--malloc", action="store_true", help="call laplace_ella.raise_malloc_thresholds()")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--limit", type=int, help="seconds a part may take; default: 180 with --quick on CPU")
     parser.add_argument("--out", type=Path, help="default: results/ here; with --only, nothing is written")
     parser.add_argument("--part", nargs=2, metavar=("CASE", "PART"), help="in this process, printed as JSON")
     args = parser.parse_args()
+    if args.add and (args.out is None or args.only is None):
+        parser.error("--add needs --out, the file, and --only, what to replace in it")
     if args.out is None and args.only is None:
         args.out = HERE / "results" / f"{default_name(args)}.json"
     if args.limit is None and args.quick and args.device.type == "cpu":
@@ -146,8 +151,14 @@ def main() -> None:
         case, part = args.part
         print(json.dumps(ALL_CASES[case][part](args)))
         return
-    found: dict[str, Any] = {"environment": environment(args), "results": []}
-    print("  ".join(f"{k} {v}" for k, v in found["environment"].items()))
+    about = environment(args)
+    print("  ".join(f"{k} {v}" for k, v in about.items()))
+    found: dict[str, Any] = {"environment": about, "results": []}
+    if args.add:
+        found = json.loads(args.out.read_text())
+        found["results"] = [row for row in found["results"] if row["group"] not in args.only]
+        found.setdefault("added", []).append(about | {"only": args.only})
+        about = found["added"][-1]
     start = time.perf_counter()
     for case in args.only:
         rows = run_case(case, args)
@@ -155,7 +166,7 @@ def main() -> None:
         for row in rows:
             print(report(row), flush=True)
         print(f"{case}: {time.perf_counter() - start:.0f} s since the start", flush=True)
-    found["environment"]["seconds"] = round(time.perf_counter() - start)
+    about["seconds"] = round(time.perf_counter() - start)
     if args.out is None:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
