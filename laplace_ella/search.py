@@ -233,8 +233,9 @@ def joint_search(
     """Search all pairs of parameters over their grids, until no pair improves (three rounds at most).
 
     One or two parameters are searched completely. With more, every pair is, the others
-    staying at the best found so far; at first, widths are at their smallest, as wide ones have
-    optima of their own with large logits. So the result is no worse than scaled logits alone.
+    staying at the best found so far. At first, they stay at their smallest width, as wide ones have
+    optima of their own with large logits, and at their values in ``start``. So the result is no worse than scaled
+    logits alone, or than a search of any pair.
 
     Parameters
     ----------
@@ -244,14 +245,17 @@ def joint_search(
     first = {
         k: NARROWEST[k](v) if k in NARROWEST else _closest(v, getattr(start, k)) for k, v in grids.items()
     }
+    present = {k: getattr(start, k) for k in grids}
+    own = start.at(**{k: first[k] if v is None else _closest(grids[k], v) for k, v in present.items()})
     best = start.at(**first)
     groups: list[tuple[str, ...]] = [*combinations(grids, 2)] or [tuple(grids)]
-    for _ in range(3 if len(groups) > 1 else 1):
+    for round_ in range(3 if len(groups) > 1 else 1):
         before = best
         for group in groups:
             cells = product(*(grids[k] for k in group))
             for values in progress(list(cells), " x ".join(group)):
-                search(best.at(**dict(zip(group, values))))
+                for origin in (best,) if round_ else (best, own):
+                    search(origin.at(**dict(zip(group, values))))
             best = search.best
         if best == before:
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from laplace_ella.accumulation import parts_of_sample
 from laplace_ella.landmarks import BottomK
 from laplace_ella.pooling import dealt
 from laplace_ella.ranks import ALONE
+from laplace_ella.search import Search, Setting, decades, joint_search
 
 F64 = torch.float64
 X = inputs(7, seed=7)
@@ -376,6 +378,27 @@ def test_a_search_of_many_parameters_is_no_worse_than_scaled_logits(seed, prior)
     la = free(model=model, residual="isotropic", seed=seed, prior_precision=prior)
     result = la.optimize_hyperparameters(loader(x, labels[:, 0], 100), SEARCH, n_samples=32)
     assert result.score <= result.baselines["temperature scaling"].score + 1e-4
+
+
+def test_a_search_of_three_parameters_is_no_worse_than_one_of_two():
+    """From the smallest width alone it missed what needs a temperature and less noise at once, at a usual prior."""
+
+    def loss(setting):
+        if setting.prior_precision >= 100:  # too narrow to be of use
+            return 5 + abs(math.log10(setting.sigma_noise))
+        return 10 * abs(math.log10(setting.temperature) - 2) + 10 * abs(math.log10(setting.sigma_noise) + 1)
+
+    grids = {
+        "prior_precision": decades(-4, 4)[::-1],
+        "temperature": decades(-3, 6),
+        "sigma_noise": decades(-4, 2),
+    }
+    start = Setting(1.0, 1.0, 1.0, 1.0, 20, 100, 1.0)
+    two, three = Search(loss), Search(loss)
+    joint_search(two, start, {k: grids[k] for k in ("temperature", "sigma_noise")}, lambda x, _: x)
+    joint_search(three, start, grids, lambda x, _: x)
+    assert two.table[two.best] == 0
+    assert three.table[three.best] == 0
 
 
 def test_what_is_better_is_called_better():
