@@ -192,7 +192,7 @@ def run_case(name: str, args: argparse.Namespace) -> None:
         else:
             found["seeds"].append(one)
             found["environment"]["seconds"] = round(time.perf_counter() - start)
-        print(summary(found["seeds"][-1], f"{name}, seed {seed}"), flush=True)
+        print(summary(found["seeds"][seed], f"{name}, seed {seed}"), flush=True)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=1) + "\n")
