@@ -39,6 +39,7 @@ METHODS = (
     "last-layer variance (T)",
     "last-layer full",
     "last-layer KFAC",
+    "last-layer KFAC (T, s)",
     "ELLA, T = 1",
     "ELLA (T)",
     "ELLA (T, s)",

@@ -45,6 +45,7 @@ COLORS = {
     "last-layer variance (T)": "#2ca02c",
     "last-layer full": "#98df8a",
     "last-layer KFAC": "#bcbd22",
+    "last-layer KFAC (T, s)": "#8c564b",
     "ELLA, T = 1": "#aaaaaa",
     "ELLA (T)": "#ff9e4a",
     "ELLA (T, s)": "#d62728",
@@ -228,7 +229,7 @@ def plot_boxes(run: Run, path: Path) -> None:
         nll = per_kind(run, name, "nll")
         gap = [[a - b for a, b in zip(*columns)] for columns in zip(nll, base)]
         for ax, found in zip(axes, (nll, gap, per_kind(run, name, "ece"))):
-            _boxes(ax, found, (place - (len(names) - 1) / 2) * 0.085, COLORS[name])
+            _boxes(ax, found, (place - (len(names) - 1) / 2) * 0.8 / len(names), COLORS[name])
     accuracy = means(run, "MAP", "accuracy")
     labels = [f"{name}\naccuracy {value:.2f}" for name, value in zip(severities(run), accuracy)]
     axes[0].set(ylabel="NLL", title=f"{run['network']} on {run['environment']['images']}")
@@ -254,7 +255,7 @@ def _boxes(ax: Any, found: list[list[float]], offset: float, color: str) -> None
     ax.boxplot(
         found,
         positions=[place + offset for place in range(len(found))],
-        widths=0.07,
+        widths=0.066,
         whis=(0, 100),
         patch_artist=True,
         manage_ticks=False,
