@@ -187,12 +187,14 @@ def run_case(name: str, args: argparse.Namespace) -> None:
     start = time.perf_counter()
     for seed in args.only_seeds or range(args.seeds):
         one = run_seed(case, seed, args)
-        if args.add:
-            add(found["seeds"][seed], one)
-        else:
+        before = next((known for known in found["seeds"] if known["seed"] == seed), None)
+        if before is None:
             found["seeds"].append(one)
+        else:
+            add(before, one)
+        if not args.add:
             found["environment"]["seconds"] = round(time.perf_counter() - start)
-        print(summary(found["seeds"][seed], f"{name}, seed {seed}"), flush=True)
+        print(summary(before or one, f"{name}, seed {seed}"), flush=True)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=1) + "\n")
@@ -273,7 +275,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--groups", type=group_names, default=list(GROUPS), help=f"of {','.join(GROUPS)}; 'simple' always"
     )
-    parser.add_argument("--add", action="store_true", help="to the scores that the file holds")
+    parser.add_argument("--add", action="store_true", help="to the scores, or seeds, that the file holds")
     parser.add_argument(
         "--only-seeds", type=seed_numbers, help="with --add: these seeds instead of all, such as 1,2"
     )
