@@ -34,12 +34,11 @@ METHODS = {
     "MAP": "network as trained",
     "temperature scaling": "temperature scaling",
     "vector scaling": "vector scaling",
-    "last-layer full": "last layer, full",
-    "last-layer KFAC": "last layer, KFAC",
-    "all-weights diagonal": "all weights, diagonal",
-    "all-weights KFAC": "all weights, KFAC",
-    "ELLA (T)": "ELLA, T tuned",
-    "ELLA (T, s)": "ELLA, T and s tuned",
+    "last-layer full (T, s)": "last layer, full",
+    "last-layer KFAC (T, s)": "last layer, KFAC",
+    "all-weights diagonal (T, s)": "all weights, diagonal",
+    "all-weights KFAC (T, s)": "all weights, KFAC",
+    "ELLA (T, s)": "ELLA",
 }
 NOVELTY = {
     "entropy of MAP": "entropy, network as trained",
@@ -58,9 +57,9 @@ SPEED = {
 COMPARED = {
     "this package (T, s)": ("ELLA", "ELLA (T, s)"),
     "this package (T)": ("ELLA", "ELLA (T)"),
-    "laplace-torch 0.3's ELLA": ("laplace-torch's ELLA", "laplace-torch's ELLA (T)"),
-    "KFAC": ("all-weights KFAC", "all-weights KFAC"),
-    "last layer, full": ("last-layer full", "last-layer full"),
+    "laplace-torch 0.3's ELLA (T)": ("laplace-torch's ELLA", "laplace-torch's ELLA (T)"),
+    "KFAC (T, s)": ("all-weights KFAC", "all-weights KFAC (T, s)"),
+    "last layer, full (T, s)": ("last-layer full", "last-layer full (T, s)"),
     "temperature scaling": (None, "temperature scaling"),
 }
 OURS, OTHERS = "#b2182b", "#4d4d4d"
@@ -122,7 +121,7 @@ def draw(quality: Run, *costs: dict[str, Any], path: Path) -> None:
             value, place, xerr=error, fmt="o", color=OURS if label.startswith("ELLA") else OTHERS, capsize=3
         )
     left.set(yticks=range(len(found)), yticklabels=list(found), xlabel="NLL on test images (lower is better)")
-    left.set_title("Calibration")
+    left.set_title("Calibration; posteriors: T and s tuned")
     left.invert_yaxis()
 
     others = sets(quality)
