@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from laplace_ella.links import quasi_normal
 
 N_SAMPLES = 128
-# Of the logits, on the grids of all methods that search one.
+# Of the logits, on the grids of methods that are not ELLA's; refined, so that it can leave their range.
 SCALES = (0.4, 0.5, 0.63, 0.79, 1.0, 1.26)
 
 

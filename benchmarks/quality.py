@@ -182,12 +182,15 @@ def run_case(name: str, args: argparse.Namespace) -> None:
     path = args.out or (None if args.quick else HERE / "results" / f"quality_{name}.json")
     found = json.loads(path.read_text()) if args.add else about(name, case, args)
     if args.add:
+        require_same_sizes(found, case)
         about_seeds = {"seeds": args.only_seeds} if args.only_seeds else {}
         found.setdefault("added", []).append({"groups": args.groups, **about_seeds, **environment(args)})
     start = time.perf_counter()
     for seed in args.only_seeds or range(args.seeds):
         one = run_seed(case, seed, args)
         before = next((known for known in found["seeds"] if known["seed"] == seed), None)
+        if before is None and args.add and not args.only_seeds:
+            raise SystemExit(f"{path} has no seed {seed}. Name it with --only-seeds to add it whole.")
         if before is None:
             found["seeds"].append(one)
         else:
@@ -199,6 +202,14 @@ def run_case(name: str, args: argparse.Namespace) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=1) + "\n")
             print(f"written: {os.path.relpath(path)}; {time.perf_counter() - start:.0f} s so far", flush=True)
+
+
+def require_same_sizes(found: dict[str, Any], case: Case) -> None:
+    """Refuse to add to what was run with other sizes."""
+    if (found["counts"], found["ella"]) != (asdict(case.counts), asdict(case.size)):
+        raise SystemExit(
+            "The file holds a run of other sizes. Nothing was added; run the whole case again, without --add."
+        )
 
 
 def add(seed: dict[str, Any], more: dict[str, Any]) -> None:

@@ -284,7 +284,7 @@ def costs_of_methods(name: str, costs: dict[str, Any] | None) -> str:
 # What a process says that was stopped at a limit, in part.
 FAILURES = {
     "exit code -24": "out of processor time",
-    "exit code -9": "out of processor time",  # memory has a limit that is told by an error
+    "exit code -9": "killed at a limit",
     "TimeoutError: stopped after": "out of processor time",
     "can't allocate memory": "out of memory",
     "NotImplementedError: Found parameters in un-supported layers.": "refuses its layers",

@@ -125,6 +125,8 @@ def parse() -> argparse.Namespace:
         args.out = HERE / "results" / f"{default_name(args)}.json"
     if args.limit is None and args.quick and args.device.type == "cpu":
         args.limit = 180
+    if args.threads != 1 and any(case in COST_CASES for case in args.only or []):
+        parser.error("costs-... are processor times of one thread: pass --threads 1")
     args.only = args.only or list(CASES if args.device.type == "cpu" else CUDA_CASES)
     return args
 

@@ -258,10 +258,11 @@ class _Safe:
 
     def __init__(self, module: nn.Module, enable_backprop: bool) -> None:
         self.module, self.enable_backprop = module, enable_backprop
+        self._stack = ExitStack()
 
     def __enter__(self) -> None:
-        self._stack = ExitStack()
         try:
+            self._stack.enter_context(_LOCK)
             self._stack.enter_context(contained())
             _switch_all(self._stack, self.module, self.enable_backprop)
         except BaseException:
@@ -271,9 +272,11 @@ class _Safe:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
+    def __del__(self) -> None:
+        self._stack.close()  # if an interrupt came at the first instruction of leaving
+
 
 def _switch_all(stack: ExitStack, module: nn.Module, enable_backprop: bool) -> None:
-    stack.enter_context(_LOCK)
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.set_grad_enabled(enable_backprop))
     stack.enter_context(sdpa_kernel(SDPBackend.MATH))

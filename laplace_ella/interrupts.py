@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 _torch: Any = torch._C
 
@@ -22,36 +25,50 @@ def contained() -> Iterator[None]:
     hide the interrupt, and what was entered is left too late: without gradients, or with a count of forward-mode
     transforms that makes the next one fail.
     """
-    gradients, n_modes = torch.is_grad_enabled(), _torch._len_torch_function_stack()
+    handled = sys.exc_info()[1]  # by the caller, who may be dealing with an interrupt
+    before = _State()
     try:
         yield
     except BaseException as error:
-        if not _follows_interrupt(error):
+        chain = _chain(error, handled)
+        if not any(isinstance(one, KeyboardInterrupt) for one in chain):
             raise
-        _leave_all(error)
-        torch.set_grad_enabled(gradients)
-        while _torch._len_torch_function_stack() > n_modes:
-            _torch._pop_torch_function_stack()
-        if _torch._functorch.peek_interpreter_stack() is None:
-            eager_transforms.JVP_NESTING = 0
+        for one in chain:  # the frames of a traceback hold contexts that were entered and not left
+            traceback.clear_frames(one.__traceback__)
+        before.restore()
         if isinstance(error, KeyboardInterrupt):
             raise
         raise KeyboardInterrupt from error
 
 
-def _follows_interrupt(error: BaseException) -> bool:
-    return any(isinstance(one, KeyboardInterrupt) for one in _chain(error))
+class _State:
+    """What torch's transforms and modes have entered."""
+
+    def __init__(self) -> None:
+        self.gradients = torch.is_grad_enabled()
+        self.functions = _torch._len_torch_function_stack()
+        self.dispatch = _torch._len_torch_dispatch_stack()
+        self.level = forward_ad._current_level
+        self.jvps = eager_transforms.JVP_NESTING
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.gradients)
+        while _torch._len_torch_function_stack() > self.functions:
+            _torch._pop_torch_function_stack()
+        while _torch._len_torch_dispatch_stack() > self.dispatch:
+            _python_dispatch._pop_mode()
+        while forward_ad._current_level > self.level:
+            forward_ad.exit_dual_level()
+        eager_transforms.JVP_NESTING = min(eager_transforms.JVP_NESTING, self.jvps)
 
 
-def _leave_all(error: BaseException) -> None:
-    """Leave contexts that were entered and not left yet: the frames of a traceback hold them."""
-    for one in _chain(error):
-        traceback.clear_frames(one.__traceback__)
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, and those that it followed."""
-    before: BaseException | None = error
-    while before is not None:
-        yield before
-        before = before.__cause__ or before.__context__
+def _chain(error: BaseException, handled: BaseException | None) -> list[BaseException]:
+    """Return an error and those that it came from or followed, up to what was handled before."""
+    found: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and one is not handled and all(one is not known for known in found):
+            found.append(one)
+            waiting += [one.__cause__, one.__context__]
+    return found

@@ -234,8 +234,8 @@ def joint_search(
 
     One or two parameters are searched completely. With more, every pair is, the others
     staying at the best found so far. At first, they stay at their smallest width, as wide ones have
-    optima of their own with large logits, and at their values in ``start``. So the result is no worse than scaled
-    logits alone, or than a search of any pair.
+    optima of their own with large logits, and at the values of their grids nearest to those in ``start``. So the
+    result is no worse than scaled logits alone, or than a search of any pair beside these values.
 
     Parameters
     ----------
@@ -252,10 +252,11 @@ def joint_search(
     for round_ in range(3 if len(groups) > 1 else 1):
         before = best
         for group in groups:
-            cells = product(*(grids[k] for k in group))
-            for values in progress(list(cells), " x ".join(group)):
-                for origin in (best,) if round_ else (best, own):
-                    search(origin.at(**dict(zip(group, values))))
+            cells = [dict(zip(group, values)) for values in product(*(grids[k] for k in group))]
+            origins = [best] if round_ else [best, own]
+            tried = [origin.at(**cell) for origin in origins for cell in cells]
+            for setting in progress(tried, " x ".join(group)):
+                search(setting)
             best = search.best
         if best == before:
             break

@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import sys
+import threading
 
 import pytest
 import torch
 from helpers import build, inputs, mlp, targets
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _push_mode
 from torch.utils.data import DataLoader, TensorDataset
 
+from laplace_ella.autodiff import _LOCK, safe_autodiff
 from laplace_ella.interrupts import contained
-from laplace_ella.memory import attempt
+from laplace_ella.memory import OutOfMemory, attempt
+from laplace_ella.norms import ElementaryNorms
 
 
 def fit(model: nn.Module):
@@ -78,6 +83,7 @@ def test_interrupts_at_every_context(monkeypatch):
     assert {"vmap_increment_nesting", "grad_increment_nesting", "jvp_increment_nesting"} <= names
     after = fit(mlp())
     assert torch.equal(after.H, whole.H), "transforms work as before"
+    assert free()
 
 
 def failing(error: Exception, interrupt: BaseException | None):
@@ -94,6 +100,73 @@ def test_errors_that_follow_an_interrupt():
     assert "INTERNAL ASSERT" in str(raised.value.__cause__), "what torch said is not lost"
     with pytest.raises(RuntimeError, match="of the model"), contained():
         failing(RuntimeError("of the model"), ValueError("another"))
+
+
+@pytest.mark.parametrize("wrong", [RuntimeError("of the model"), OutOfMemory("of the model")])
+def test_errors_while_an_interrupt_is_handled_are_errors(wrong):
+    """Whoever trains until Ctrl-C may fit a posterior where they handle it."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(type(wrong), match="of the model"), contained():
+            failing(wrong, None)
+
+
+def test_an_error_that_is_its_own_cause():
+    error = ValueError("of the model")
+    with pytest.raises(ValueError, match="of the model"), contained():
+        raise error from error
+
+
+def hiding():
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        raise RuntimeError("torch") from ValueError("another")
+
+
+def test_an_interrupt_hides_behind_a_cause():
+    with pytest.raises(KeyboardInterrupt), contained():
+        hiding()
+
+
+def entering():
+    forward_ad.enter_dual_level()
+    _push_mode(ElementaryNorms())
+    torch.set_grad_enabled(False)
+    raise KeyboardInterrupt
+
+
+def test_dual_levels_and_modes_are_left():
+    with pytest.raises(KeyboardInterrupt), contained():
+        entering()
+    assert forward_ad._current_level == -1
+    assert torch._C._len_torch_dispatch_stack() == 0
+    assert torch.is_grad_enabled()
+
+
+def test_no_lock_is_left():
+    """An interrupt at the first instruction of leaving skips it."""
+    context = safe_autodiff(mlp())
+    context.__enter__()
+    assert not free()
+    del context
+    assert free()
+
+
+def free() -> bool:
+    """Say whether another thread may take its turn."""
+    found = []
+
+    def try_to() -> None:
+        found.append(_LOCK.acquire(blocking=False))
+        if found[0]:
+            _LOCK.release()
+
+    thread = threading.Thread(target=try_to)
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 def test_attempts_do_not_take_an_interrupt_for_a_failure():
