@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
-from torch.utils import _python_dispatch
 
 _torch: Any = torch._C
 
@@ -42,12 +41,11 @@ def contained() -> Iterator[None]:
 
 
 class _State:
-    """What torch's transforms and modes have entered."""
+    """What torch's transforms, and what overrides its functions, have entered."""
 
     def __init__(self) -> None:
         self.gradients = torch.is_grad_enabled()
         self.functions = _torch._len_torch_function_stack()
-        self.dispatch = _torch._len_torch_dispatch_stack()
         self.level = forward_ad._current_level
         self.jvps = eager_transforms.JVP_NESTING
 
@@ -55,8 +53,6 @@ class _State:
         torch.set_grad_enabled(self.gradients)
         while _torch._len_torch_function_stack() > self.functions:
             _torch._pop_torch_function_stack()
-        while _torch._len_torch_dispatch_stack() > self.dispatch:
-            _python_dispatch._pop_mode()
         while forward_ad._current_level > self.level:
             forward_ad.exit_dual_level()
         eager_transforms.JVP_NESTING = min(eager_transforms.JVP_NESTING, self.jvps)
