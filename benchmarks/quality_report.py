@@ -285,7 +285,6 @@ def costs_of_methods(name: str, costs: dict[str, Any] | None) -> str:
 FAILURES = {
     "exit code -24": "out of processor time",
     "exit code -9": "killed at a limit",
-    "warnings.warn(": "killed at a limit",  # the last that it said, before run.py told of signals
     "TimeoutError: stopped after": "out of processor time",
     "can't allocate memory": "out of memory",
     "NotImplementedError: Found parameters in un-supported layers.": "refuses its layers",
