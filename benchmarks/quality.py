@@ -1,7 +1,7 @@
 """Measure how good ELLA's probabilities are beside simpler methods, on real images, and write it as JSON.
 
     python benchmarks/quality.py --case fashion-cnn|fashion-vit|mnist-cnn|cifar10-jpeg|all [--data PATH]
-        [--fashion PATH] [--seeds 3 | --only-seeds N,N --add] [--groups NAME,NAME [--add]] [--quick] [--device cpu|cuda] [--threads 2] [--out FILE]
+        [--fashion PATH] [--seeds 3] [--groups NAME,NAME] [--add [--only-seeds N,N]] [--quick] [--device cpu|cuda] [--threads 2] [--out FILE]
 
 Every method is tuned on the same validation images, which the network was not fitted to, and scored on
 test images. The seed changes the split, ELLA's landmarks and curvature inputs, and the network where it
@@ -181,16 +181,15 @@ def run_case(name: str, args: argparse.Namespace) -> None:
     case = quick(CASES[name]) if args.quick else CASES[name]
     path = args.out or (None if args.quick else HERE / "results" / f"quality_{name}.json")
     found = json.loads(path.read_text()) if args.add else about(name, case, args)
+    seeds = args.only_seeds or list(range(args.seeds))
     if args.add:
-        require_same_sizes(found, case)
+        require_fitting(found, case, [] if args.only_seeds else seeds)
         about_seeds = {"seeds": args.only_seeds} if args.only_seeds else {}
         found.setdefault("added", []).append({"groups": args.groups, **about_seeds, **environment(args)})
     start = time.perf_counter()
-    for seed in args.only_seeds or range(args.seeds):
+    for seed in seeds:
         one = run_seed(case, seed, args)
         before = next((known for known in found["seeds"] if known["seed"] == seed), None)
-        if before is None and args.add and not args.only_seeds:
-            raise SystemExit(f"{path} has no seed {seed}. Name it with --only-seeds to add it whole.")
         if before is None:
             found["seeds"].append(one)
         else:
@@ -204,11 +203,16 @@ def run_case(name: str, args: argparse.Namespace) -> None:
             print(f"written: {os.path.relpath(path)}; {time.perf_counter() - start:.0f} s so far", flush=True)
 
 
-def require_same_sizes(found: dict[str, Any], case: Case) -> None:
-    """Refuse to add to what was run with other sizes."""
+def require_fitting(found: dict[str, Any], case: Case, seeds: list[int]) -> None:
+    """Refuse to add to what was run with other sizes, or without these seeds."""
     if (found["counts"], found["ella"]) != (asdict(case.counts), asdict(case.size)):
         raise SystemExit(
             "The file holds a run of other sizes. Nothing was added; run the whole case again, without --add."
+        )
+    missing = set(seeds) - {one["seed"] for one in found["seeds"]}
+    if missing:
+        raise SystemExit(
+            f"The file has no seed {sorted(missing)}. Name it with --only-seeds to add it whole."
         )
 
 

@@ -28,7 +28,7 @@ def contained() -> Iterator[None]:
     before = _State()
     try:
         yield
-    except BaseException as error:
+    except (Exception, KeyboardInterrupt) as error:
         chain = _chain(error, handled)
         if not any(isinstance(one, KeyboardInterrupt) for one in chain):
             raise

@@ -242,20 +242,18 @@ def joint_search(
     grids : mapping
         Name of a parameter -> its values, from small to large variance.
     """
-    first = {
-        k: NARROWEST[k](v) if k in NARROWEST else _closest(v, getattr(start, k)) for k, v in grids.items()
-    }
     present = {k: getattr(start, k) for k in grids}
-    own = start.at(**{k: first[k] if v is None else _closest(grids[k], v) for k, v in present.items()})
-    best = start.at(**first)
+    nearest = {k: _closest(v, present[k]) for k, v in grids.items() if present[k] is not None}
+    narrowest = {k: NARROWEST[k](v) for k, v in grids.items() if k in NARROWEST}
+    best, own = start.at(**nearest | narrowest), start.at(**narrowest | nearest)
     groups: list[tuple[str, ...]] = [*combinations(grids, 2)] or [tuple(grids)]
     for round_ in range(3 if len(groups) > 1 else 1):
         before = best
         for group in groups:
             cells = [dict(zip(group, values)) for values in product(*(grids[k] for k in group))]
             origins = [best] if round_ else [best, own]
-            tried = [origin.at(**cell) for origin in origins for cell in cells]
-            for setting in progress(tried, " x ".join(group)):
+            tried = dict.fromkeys(origin.at(**cell) for origin in origins for cell in cells)
+            for setting in progress(list(tried), " x ".join(group)):
                 search(setting)
             best = search.best
         if best == before:
