@@ -137,6 +137,43 @@ def test_a_logit_scale_can_only_help(search, labelled):
     )
 
 
+def test_a_logit_scale_far_from_one_is_found_on_the_grid(search, labelled):
+    """Refinement goes 0.75 of a decade at most."""
+    f, y, roots = labelled
+    few = {product: roots[product] for product in list(roots)[::6]}
+    assert 0.02 < search.best_setting(10 * f, y, few.items(), 0, (1.0, 0.03)).logit_scale < 0.06
+
+
+@pytest.mark.parametrize("free_scale", [False, True])
+def test_refinement_reaches_the_minimum(search, labelled, free_scale):
+    f, y, roots = labelled
+    start = search.Setting(10.0, 0.1, 0.6)
+    offsets = roots[1.0] @ search.quasi_normal(search.N_SAMPLES, 3, 0).float().T
+    least, at = search.refined(f, y, offsets, start, free_scale)
+    assert at.product == pytest.approx(start.product)
+    assert least == pytest.approx(search.label_nll(at.logit_scale * f, offsets, y, at.temperature))
+    scales = [0.15, 0.25, 0.3, 0.35, 0.4, 0.5] if free_scale else [0.6]
+    assert (at.logit_scale == 0.6) is not free_scale
+    for t in (0.01, 0.03, 0.1, 0.3, 1.0):
+        for s in scales:
+            assert least <= search.label_nll(s * f, offsets, y, t) + 1e-6
+
+
+def test_each_product_keeps_its_best_setting(search):
+    at = [search.Setting(float(k), 1.0) for k in range(4)]
+    found = [(0.3, 10.0, at[0]), (0.2, 20.0, at[1]), (0.1, 10.0, at[2]), (0.4, 20.0, at[3])]
+    assert search.best_of_each(found) == [(10.0, at[2]), (20.0, at[1])]
+
+
+def test_roots_leave_out_what_logits_have_in_common(search):
+    torch.manual_seed(1)
+    a = torch.randn(7, 5, 5, dtype=torch.float64)
+    covariance = a @ a.mT
+    contrast = torch.eye(5, dtype=torch.float64) - 1 / 5
+    roots = search.root(covariance + 100.0)
+    assert_close(roots @ roots.mT, contrast @ covariance @ contrast, 1e-9)
+
+
 def test_names_of_searches(search):
     assert [name for name, _ in search.searches("ELLA (T)")] == ["ELLA (T)", "ELLA (T, s)"]
     assert [name for name, _ in search.searches("diagonal")] == ["diagonal", "diagonal (T, s)"]
