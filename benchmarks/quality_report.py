@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cost_tables
 from report import NOTHING, of_run, table, with_tables
 from scores import mean_and_error
 
@@ -260,57 +261,6 @@ def _ood(run: Run, name: str) -> str:
     )
 
 
-def by_stage(name: str, costs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the rows of each method's stages."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in costs["results"]:
-        if row["group"] == f"costs-{name}":
-            found.setdefault(row.get("method") or row["part"], {})[row.get("stage", "fit")] = row
-    return found
-
-
-def costs_of_methods(name: str, costs: dict[str, Any] | None) -> str:
-    """Write what each method costs by its own calls: fit, 100 settings tried, prediction, memory."""
-    found = by_stage(name, costs) if costs else {}
-    if not found:
-        return NOTHING
-    lines = [
-        [method, *(stage_cell(stages, stage) for stage in STAGES), _peak(stages)]
-        for method, stages in found.items()
-    ]
-    return table(["method", *STAGES.values(), "peak memory, GB"], lines)
-
-
-# What a process says that was stopped at a limit, in part.
-FAILURES = {
-    "exit code -24": "out of processor time",
-    "exit code -9": "killed at a limit",
-    "TimeoutError: stopped after": "out of processor time",
-    "can't allocate memory": "out of memory",
-    "NotImplementedError: Found parameters in un-supported layers.": "refuses its layers",
-}
-STAGES = {
-    "fit": "fit, forwards an input",
-    "tune": "100 settings, forwards a validation input",
-    "predict": "prediction, forwards an input",
-}
-
-
-def stage_cell(stages: dict[str, Any], stage: str) -> str:
-    """Return the forwards an input of one stage, or why there is no number."""
-    row = stages.get(stage)
-    if row is None:
-        return ""
-    if row["value"] is None:
-        return next((words for said, words in FAILURES.items() if said in row["failure"]), row["failure"])
-    return f"{row['value'] * (100 / row['candidates'] if row.get('candidates') else 1):.3g}"
-
-
-def _peak(stages: dict[str, Any]) -> str:
-    peaks = [row["peak_gb"] for row in stages.values() if row.get("peak_gb") is not None]
-    return f"{max(peaks):.2f}" if peaks else ""
-
-
 def where(runs: Runs) -> str:
     """Say what was run, with which versions and sizes."""
     if not runs:
@@ -362,7 +312,7 @@ FACTS: dict[str, Callable[[Run], Any]] = {
     "threads": _environment("threads"),
     "torch": _environment("torch"),
     "laplace-torch": _environment("laplace-torch"),
-    "added later": lambda run: "; ".join(_addition(one) for one in run.get("added", [])),
+    "added later": lambda run: "; ".join(dict.fromkeys(map(_addition, run.get("added", [])))),
     "tiny sizes": lambda run: "yes" if run["environment"]["quick"] else "no",
 }
 OF_CASE = {
@@ -381,7 +331,11 @@ def _of_qualities(write: Callable[[Runs], str], found: Found) -> str:
 
 
 def _of_costs(name: str, found: Found) -> str:
-    return costs_of_methods(name, found.costs)
+    return cost_tables.costs_of_methods(name, found.costs)
+
+
+def _where_costs(found: Found) -> str:
+    return cost_tables.where(found.costs)
 
 
 TABLES: dict[str, Callable[[Found], str]] = {
@@ -395,6 +349,7 @@ TABLES: dict[str, Callable[[Found], str]] = {
         for kind, write in OF_CASE.items()
     },
     **{f"costs {name}": partial(_of_costs, name) for name in COSTS},
+    "costs where": _where_costs,
 }
 
 

@@ -12,19 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quality_report import (
-    COSTS,
-    IMAGES,
-    SCORES,
-    STAGES,
-    Found,
-    Run,
-    by_stage,
-    over_seeds,
-    read,
-    sets,
-    stage_cell,
-)
+from cost_tables import STAGES, by_stage, stage_cell
+from quality_report import COSTS, IMAGES, SCORES, Found, Run, over_seeds, read, sets
 from report import NOTHING, table, with_tables
 
 HERE = Path(__file__).resolve().parent

@@ -137,12 +137,13 @@ def where(runs: Runs) -> str:
         "quick": "few repeats",
     }
     lines = [
-        [name, *(_plain(run["environment"].get(key)) for run in runs.values())] for key, name in keys.items()
+        [name, *(plain(run["environment"].get(key)) for run in runs.values())] for key, name in keys.items()
     ]
     return table(["", *(f"{name}.json" for name in runs)], lines)
 
 
-def _plain(entry: Any) -> str:
+def plain(entry: Any) -> str:
+    """Write one entry of an environment."""
     words = {None: "not set", True: "yes", False: "no"}
     return words[entry] if entry is None or isinstance(entry, bool) else str(entry)[:60]
 

@@ -27,6 +27,8 @@ from method_costs import COST_CASES
 import laplace_ella
 
 HERE = Path(__file__).resolve().parent
+# Of the environment: numbers of one file are measured alike, on whatever machine.
+SAME_IN_A_FILE = ("threads", "malloc", "gpu", "weights", "images", "dtype", "quick")
 ALL_CASES = {**CASES, **TUNING_CASES, **COST_CASES, **CUDA_CASES}
 
 
@@ -143,6 +145,17 @@ def run_case(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**row, "group": case} for row in (combine(rows) if combine else rows)]
 
 
+def require_same_settings(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to add to a file whose numbers were measured otherwise."""
+    differ = [key for key in SAME_IN_A_FILE if before[key] != now[key]]
+    if differ:
+        was, is_ = (", ".join(f"{key} {about[key]}" for key in differ) for about in (before, now))
+        raise SystemExit(
+            f"The file's numbers were measured with {was}; this run has {is_}. Nothing was added; "
+            "run it alike, or write another file."
+        )
+
+
 def main() -> None:
     args = parse()
     if args.part:
@@ -158,6 +171,7 @@ def main() -> None:
     found: dict[str, Any] = {"environment": about, "results": []}
     if args.add:
         found = json.loads(args.out.read_text())
+        require_same_settings(found["environment"], about)
         found["results"] = [row for row in found["results"] if row["group"] not in args.only]
         found.setdefault("added", []).append(about | {"only": args.only})
         about = found["added"][-1]
