@@ -211,6 +211,57 @@ def check(result: Any, scores: dict[str, dict[str, Tensor]], kept: dict[str, np.
     assert kept["novelty"][half] > kept["MAP, entropy"][half] - 0.1, "about as much as refusing by entropy"
 
 
+def fitted(model: nn.Module, sizes: Sizes, train_loader: DataLoader) -> Any:
+    """Make the network Bayesian: ELLA over all its weights."""
+    la = Laplace(
+        model,
+        "classification",
+        "all",
+        "ella",
+        subsample_size=sizes.landmarks,
+        n_eigenvalues=sizes.landmarks // 5,
+        residual_samples=16,
+    )
+    la.fit(train_loader)
+    return la
+
+
+def predict_all(la: Any, result: Any, inputs: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return class probabilities (n, classes) by method and set of inputs."""
+    scale = result.baselines["temperature scaling"].parameters["logit_scale"]
+    methods = {
+        "MAP": lambda x: la.model(x).softmax(1),
+        "temperature scaling": lambda x: (la.model(x) * scale).softmax(1),
+        "ELLA": lambda x: la(x, **LINK),
+    }
+    return {name: {k: in_batches(predict, x) for k, x in inputs.items()} for name, predict in methods.items()}
+
+
+def score_all(
+    la: Any, found: dict[str, dict[str, Tensor]], inputs: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Return scores (n,), larger where an input looks foreign, by what they come from and set of inputs."""
+    scores = {f"{method}, entropy": {k: entropy(p) for k, p in of.items()} for method, of in found.items()}
+    scores["ELLA, residual share"] = {k: in_batches(la.residual_share, x) for k, x in inputs.items()}
+    scores["ELLA, novelty"] = {k: in_batches(la.novelty, x) for k, x in inputs.items()}
+    return scores
+
+
+def print_shift(found: dict[str, dict[str, Tensor]], y: Tensor) -> None:
+    """Print how good answers are on the digits of another source."""
+    print(f"\n{'':30}{'NLL':>8}{'accuracy':>10}   on the digits of the other source")
+    for name, of in found.items():
+        p = of["other digits"]
+        print(f"{name:30}{nll(p, y).mean():8.3f}{(p.argmax(1) == y).double().mean():10.3f}")
+
+
+def print_refusals(kept: dict[str, np.ndarray]) -> None:
+    """Print what refusing half of a mixed stream does."""
+    for name, accuracy in kept.items():
+        half = accuracy[len(accuracy) // 2 - 1]
+        print(f"half of a stream refused by {name}: accuracy {accuracy[-1]:.3f} before, {half:.3f} after")
+
+
 def main() -> None:
     """Train, fit, tune, calibrate the novelty score, meet other images, draw, check."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -226,50 +277,27 @@ def main() -> None:
     train_loader, val_loader = (
         DataLoader(TensorDataset(*data[k]), batch_size=100) for k in ("train", "validation")
     )
-    la = Laplace(
-        model,
-        "classification",
-        "all",
-        "ella",
-        subsample_size=sizes.landmarks,
-        n_eigenvalues=sizes.landmarks // 5,
-        residual_samples=16,
-    )
-    la.fit(train_loader)
+    la = fitted(model, sizes, train_loader)
     print(f"trained and fitted: {time.perf_counter() - start:.0f} s\n")
     result = tune(la, val_loader, ["temperature", "logit_scale"])
     la.calibrate_novelty(val_loader)  # last: the score belongs to the setting just found
 
     x, y = data["test"]
+    others, y_others = other_digits(sizes.unseen)
     inputs = {
         "test": x,
         "8 and 9": data["unseen"][0],
         "letters": letters(sizes.unseen),
-        "other digits": other_digits(sizes.unseen)[0],
+        "other digits": others,
         "photographs": photographs(sizes.unseen),
     }
-    scale = result.baselines["temperature scaling"].parameters["logit_scale"]
-    methods = {
-        "MAP": lambda x: model(x).softmax(1),
-        "temperature scaling": lambda x: (model(x) * scale).softmax(1),
-        "ELLA": lambda x: la(x, **LINK),
-    }
-    found = {m: {k: in_batches(predict, v) for k, v in inputs.items()} for m, predict in methods.items()}
-    scores = {f"{m}, entropy": {k: entropy(p) for k, p in found[m].items()} for m in methods}
-    scores["ELLA, residual share"] = {k: in_batches(la.residual_share, v) for k, v in inputs.items()}
-    scores["ELLA, novelty"] = {k: in_batches(la.novelty, v) for k, v in inputs.items()}
-
-    print(f"\n{'':30}{'NLL':>8}{'accuracy':>10}   on the digits of the other source")
-    y_other = other_digits(sizes.unseen)[1]
-    for name in methods:
-        p = found[name]["other digits"]
-        print(f"{name:30}{nll(p, y_other).mean():8.3f}{(p.argmax(1) == y_other).double().mean():10.3f}")
+    found = predict_all(la, result, inputs)
+    scores = score_all(la, found, inputs)
+    print_shift(found, y_others)
     print_aurocs(scores)
     test = {name: p["test"] for name, p in found.items()}
     kept = refuse(scores, test["ELLA"].argmax(1) == y)
-    for name, accuracy in kept.items():
-        half = accuracy[len(accuracy) // 2 - 1]
-        print(f"half of a stream refused by {name}: accuracy {accuracy[-1]:.3f} before, {half:.3f} after")
+    print_refusals(kept)
 
     args.out.mkdir(parents=True, exist_ok=True)
     plot(test, y, scores, kept).savefig(args.out / "ood.png", dpi=100)
