@@ -25,7 +25,7 @@ from scores import nll
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from laplace_ella.autodiff import safe_autodiff
+from laplace_ella.safety import safe_autodiff
 
 BATCH = 16  # inputs whose Jacobians are held at once
 Pair = tuple[Tensor, Tensor]

@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader
 
 import laplace_ella
 from laplace_ella import accumulation
-from laplace_ella.autodiff import FunctionalModel, safe_autodiff
+from laplace_ella.autodiff import FunctionalModel
 from laplace_ella.gradients import asdl_rows, backpack_rows, gradient_rows
+from laplace_ella.safety import safe_autodiff
 
 Rows = list[dict[str, Any]]
 Part = Callable[[argparse.Namespace], Rows]

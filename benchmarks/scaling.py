@@ -117,7 +117,7 @@ def measure_network(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows_of(backend: Any, source: Any, n: int) -> torch.Tensor:
-    from laplace_ella.autodiff import safe_autodiff
+    from laplace_ella.safety import safe_autodiff
 
     with safe_autodiff(backend.model):
         return source(list(range(n)))

@@ -17,7 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import posterior
-from .autodiff import Weights
 from .baselines import Predictor, Scorer
 from .basis import Progress
 from .hashing import digest
@@ -25,6 +24,7 @@ from .hyperparameters import curvature_factor
 from .likelihoods import LIKELIHOODS, Prediction, checked_targets
 from .posterior import Linearised, Outputs
 from .predictive import predict
+from .sampling import Sampling
 from .scoring import Block, Loss, ValidationData
 from .search import Setting
 from .sharding import work_through
@@ -38,23 +38,17 @@ def progress_bars(enabled: bool) -> Progress:
     return lambda iterable, name: tqdm(iterable, desc=name) if enabled else iterable
 
 
-class Candidates:
+class Candidates(Sampling):
     """Settings of an estimator, and what they predict.
 
     A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here.
     """
 
-    likelihood: str
-    backend: Any
-    basis: Any  # NystromBasis
-    seed: int
     dict_key_x: str
     dict_key_y: str
     prior_precision: Any  # Tensor (1,), (L,) or (P,)
     sigma_noise: Any  # Tensor ()
     temperature: Any  # float
-    logit_scale: Any  # float
-    residual: str
     residual_scale: Any  # float
     snapshots: list[tuple[int, Tensor]]
     n_curvature: int
@@ -63,16 +57,8 @@ class Candidates:
     _temperature: float
     _temperature_fixed: bool
     _posterior_scale: Tensor | None
-    _device: Any
-    _dtype: Any
     _undone_on_error: Callable[[], AbstractContextManager[None]]
-    _check_H_init: Callable[[], None]
     _ranks: Any  # Ranks
-    _linearised: Callable[..., Linearised]
-    _weight_offsets: Callable[..., Weights]
-    _nn_prediction: Callable[..., Prediction]
-    _attend: Callable[[str], None]
-    _residual_tangents: Callable[[], tuple[Any, Tensor]]
     _keep_leading: Callable[[int], None]
     _keep_snapshot: Callable[[int], None]
 

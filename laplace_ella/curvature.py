@@ -16,7 +16,7 @@ from laplace.curvature import AsdlGGN, BackPackGGN, CurvlinopsGGN, EFInterface, 
 from torch import Tensor, nn
 
 from .accumulation import Part
-from .autodiff import Weights, last_layer_norms, safe_autodiff, unwrap
+from .autodiff import Weights, last_layer_norms, unwrap
 from .basis import NystromBasis, build_basis
 from .batches import Input, batch_size, key_first, like, packed, rows, to_model, unpacked
 from .engine import AUTODIFF, Engine
@@ -30,6 +30,7 @@ from .probing import Support
 from .ranks import ALONE, Ranks
 from .residual import joint_gram, output_grams
 from .row_source import RowSource
+from .safety import safe_autodiff
 from .sharding import for_everyone
 from .validation import (
     check_budget,

@@ -16,7 +16,7 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from . import checkpoint, posterior, validation
-from .autodiff import Weights, exclusively, unwrap
+from .autodiff import Weights, unwrap
 from .basis import NystromBasis
 from .curvature import nystrom_backend
 from .fitting import Fitting
@@ -28,6 +28,7 @@ from .novelty import Novelty
 from .predictive import Predictive
 from .ranks import ALONE, Ranks, ranks_of
 from .residual import RESIDUALS
+from .safety import exclusively
 from .tuning import PriorTuning
 
 DEFAULT_SUBSAMPLE_SIZE = 500

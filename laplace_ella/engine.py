@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autodiff import FunctionalModel, Weights, activation_bytes, safe_autodiff
+from .autodiff import FunctionalModel, Weights, activation_bytes
 from .batches import Input, batch_size, collate, detached, rows
 from .features import FEATURES, Features, forward_features, pulled_cotangents
 from .memory import (
@@ -25,6 +25,7 @@ from .memory import (
 )
 from .probing import Support, probe
 from .rewriting import rewritten
+from .safety import safe_autodiff
 
 AUTODIFF = ("auto", "forward", "double", "reverse")
 # Reverse mode is chosen if this many times C is at most K ...

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from . import checkpoint, validation
 from .accumulation import RunningSum
-from .autodiff import exclusively
 from .basis import NystromBasis, Progress
 from .batches import Input, batch_size, rows
 from .checkpoint import on_device_of
@@ -26,6 +25,7 @@ from .plan import Plan, data_size, first_batch
 from .pooling import dealt
 from .ranks import ALONE, Ranks
 from .resume import FitFiles
+from .safety import exclusively
 from .scan import Scan, over_all, scan
 from .search import Setting
 from .stages import Job, accumulate, find_basis, read_data

@@ -14,6 +14,7 @@ from . import posterior
 from .basis import identity_basis
 from .batches import Input
 from .likelihoods import LIKELIHOODS
+from .linearisation import Linearisation
 from .posterior import Linearised, Outputs
 from .residual import residual_share, traces
 from .sharding import work_through
@@ -42,37 +43,23 @@ class ApproximationError:
     covariance_error: float | None
 
 
-class Novelty:
+class Novelty(Linearisation):
     """Scores of inputs apart from the predictive.
 
     A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here.
     """
 
-    likelihood: str
-    backend: Any
-    basis: Any  # NystromBasis
-    residual: str
     prior_precision: Any
     dict_key_x: str
     dict_key_y: str
     _H_factor: Any
-    _device: Any
-    _dtype: Any
     _novelty_reference: Tensor | None
     _novelty_setting: list[Any]
-    residual_samples: int
-    seed: int
     n_outputs: int
-    posterior_scale: Any  # Tensor (K, K)
     _ranks: Any  # Ranks
-    _attend: Callable[[str], None]
     _setting: Callable[[], Any]
     _width: Callable[[], int]
-    _check_H_init: Callable[[], None]
-    _linearised: Callable[..., Linearised]
-    _outputs: Callable[[Linearised], Outputs]
     _link: Callable[..., Callable[[Outputs], Any]]
-    _residual_tangents: Callable[[], tuple[Any, Tensor]]
 
     @torch.no_grad()
     def residual_share(self, x: Input) -> Tensor:

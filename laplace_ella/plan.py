@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from .autodiff import safe_autodiff
 from .batches import Input, batch_size, named_batches, rows, single_row
 from .engine import Engine
 from .gram import RowSource, Spill, choose_rows
 from .landmarks import Landmarks
 from .memory import Chunks, gigabytes
+from .safety import safe_autodiff
 
 # Forward passes a gradient row takes with torch.func; the arithmetic demands 3.
 GRADIENT_COST = 5.0

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .autodiff import FunctionalModel, Weights, backward_passes, flat, switched
+from .autodiff import FunctionalModel, Weights, backward_passes, flat
 from .batches import Input
 from .features import FEATURES
 from .gradients import RowEngine, gradient_rows, looped_rows
 from .memory import Chunks, attempt
+from .safety import switched
 
 _LADDER = ("forward", "forward loop", "double", "reverse")
 _COST = {

@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 import laplace_ella
 from laplace_ella import NystromGGN, ReverseNystromGGN, gram
-from laplace_ella.autodiff import FunctionalModel, safe_autodiff
+from laplace_ella.autodiff import FunctionalModel
 from laplace_ella.engine import reverse_is_cheaper
 from laplace_ella.features import FEATURES
 from laplace_ella.gradients import gradient_rows
 from laplace_ella.memory import Chunks, OutOfMemory, with_smaller_chunks
 from laplace_ella.rewriting import RewrittenModel, find_rewrites
+from laplace_ella.safety import safe_autodiff
 
 X = inputs(7, seed=7)
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.data import DataLoader, TensorDataset
 
-from laplace_ella.autodiff import _LOCK, safe_autodiff
 from laplace_ella.interrupts import contained
 from laplace_ella.memory import OutOfMemory, attempt
+from laplace_ella.safety import LOCK, safe_autodiff
 
 
 def fit(model: nn.Module):
@@ -155,9 +155,9 @@ def free() -> bool:
     found = []
 
     def try_to() -> None:
-        found.append(_LOCK.acquire(blocking=False))
+        found.append(LOCK.acquire(blocking=False))
         if found[0]:
-            _LOCK.release()
+            LOCK.release()
 
     thread = threading.Thread(target=try_to)
     thread.start()

@@ -11,9 +11,10 @@ from conftest import LIKELIHOODS, MODELS, B, C, K, M, N, Problem, assert_close, 
 from laplace.curvature import AsdlGGN, BackPackGGN, CurvlinopsGGN
 
 from laplace_ella import ELLALaplace, ReverseNystromGGN
-from laplace_ella.autodiff import FunctionalModel, safe_autodiff
+from laplace_ella.autodiff import FunctionalModel
 from laplace_ella.features import Chunks, forward_features, reverse_features
 from laplace_ella.gradients import asdl_rows, backpack_rows, gradient_rows
+from laplace_ella.safety import safe_autodiff
 
 PRIOR_MEAN = 0.2
 
