@@ -102,15 +102,17 @@ def costs(args: argparse.Namespace, name: str, method: str) -> Rows:
     about = {"problem": name, "method": method, "parameters": sum(p.numel() for p in model.parameters())}
     if reason:
         return [failure(f"fit, {method}, {name}", "", reason, stage="fit", **about)]
-    la, forward = METHODS[method](problem)(model), forward_seconds(model, x, problem.batch)
+    la = METHODS[method](problem)(model)
     batch = min(problem.batch, 8) if method in IN_SMALL_BATCHES else problem.batch
     few = loader(x[: problem.few], y[: problem.few], batch)
+    n_few = min(problem.few, len(x))
     stages: dict[str, tuple[Callable[[], Any], int]] = {
         "fit": (lambda: la.fit(loader(x, y, batch)), len(x)),
-        "tune": (lambda: tune(la, few), min(problem.few, len(x))),
-        "predict": (lambda: predictions(la, few), min(problem.few, len(x))),
+        **{name: (partial(search, la, few), n_few) for name, search in searches(la).items()},
+        "predict": (lambda: predictions(la, few), n_few),
     }
     rows: Rows = []
+    before = forward_seconds(model, x, problem.batch)
     for stage, (run, n_inputs) in stages.items():
         title, unit = f"{stage}, {method}, {name}", "forwards an input"
         try:
@@ -118,10 +120,11 @@ def costs(args: argparse.Namespace, name: str, method: str) -> Rows:
                 seconds, _ = once(run, args.device, CLOCK)
         except Exception as error:
             return [*rows, failure(title, unit, error, stage=stage, **about)]
-        value = seconds / n_inputs / forward
+        after = forward_seconds(model, x, problem.batch)
+        forward, before = (before + after) / 2, after  # the machine's speed changes
         tried = {"candidates": CANDIDATES} if stage == "tune" and not hasattr(la, "logit_scale") else {}
-        numbers = {"stage": stage, "seconds": seconds, "peak_gb": peak.extra / GIGABYTE, **tried}
-        rows.append(result(title, unit, value, **numbers, **about))
+        numbers = {"seconds": seconds, "forward_seconds": forward, "peak_gb": peak.extra / GIGABYTE, **tried}
+        rows.append(result(title, unit, seconds / n_inputs / forward, stage=stage, **numbers, **about))
     return rows
 
 
@@ -145,11 +148,18 @@ def forward_seconds(model: nn.Module, x: Tensor, batch: int) -> float:
     return calls["forward"].median() / len(few)
 
 
-def tune(la: Any, few: Iterable[Any]) -> None:
-    """Search T and s where the class can, else two values of the prior precision."""
+def searches(la: Any) -> dict[str, Callable[[Any, Iterable[Any]], Any]]:
+    """Return how the class is tuned: T alone and with s where it can, else two values of the prior precision."""
     if hasattr(la, "logit_scale"):
-        la.optimize_hyperparameters(few, ["temperature", "logit_scale"], n_samples=N_SAMPLES)
-        return
+        return {"tune T": partial(search, names=["temperature"]), "tune": search}
+    return {"tune": grid_search}
+
+
+def search(la: Any, few: Iterable[Any], names: Iterable[str] = ("temperature", "logit_scale")) -> None:
+    la.optimize_hyperparameters(few, list(names), n_samples=N_SAMPLES)
+
+
+def grid_search(la: Any, few: Iterable[Any]) -> None:
     options = {} if hasattr(la, "dual_directions") else {"link_approx": "mc", "n_samples": N_SAMPLES}
     la.optimize_prior_precision(method="gridsearch", val_loader=few, grid_size=CANDIDATES, **options)
 
