@@ -1,7 +1,7 @@
 """Know what you do not know: a calibrated classifier of images that also says which inputs are foreign.
 
 The CNN of quickstart.py is trained on the digits 0 to 7. ELLA makes it Bayesian over all its weights; one pass
-over 1 000 validation images tunes temperature and logit scale, with simpler methods beside it, and a second one tells
+over 500 validation images tunes temperature and logit scale, with simpler methods beside it, and a second one tells
 ``la.novelty`` what is usual. Then the classifier meets four kinds of images that it was not made for:
 
 - the digits 8 and 9, written by the same people (the hardest to tell);
