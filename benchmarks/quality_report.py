@@ -199,10 +199,16 @@ def note_table(run: Run) -> str:
     found: dict[tuple[str, str], list[str]] = {}
     for seed in run["seeds"]:
         for name, row in seed["methods"].items():
-            for note in dict.fromkeys([*row["notes"], *row.get("notes_of_result", [])]):
+            for note in _single(row["notes"] + row.get("notes_of_result", [])):
                 found.setdefault((name, note), []).append(str(seed["seed"]))
-    lines = [[name, ", ".join(seeds), " ".join(note.split())] for (name, note), seeds in found.items()]
+    lines = [[name, ", ".join(seeds), note] for (name, note), seeds in found.items()]
     return table(["method", "seeds", "warning or note"], lines) if lines else "None.\n"
+
+
+def _single(notes: list[str]) -> list[str]:
+    """Leave out repetitions, and warnings that say several notes at once."""
+    notes = list(dict.fromkeys(" ".join(note.split()) for note in notes))
+    return [note for note in notes if not any(part != note and part in note for part in notes)]
 
 
 def cost_table(run: Run) -> str:
