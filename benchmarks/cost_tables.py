@@ -18,7 +18,8 @@ FAILURES = {
 }
 STAGES = {
     "fit": "fit, forwards an input",
-    "tune": "100 settings, forwards a validation input",
+    "grid search": "search of 100 priors, forwards a validation input",
+    "joint search": "search of T and s, forwards a validation input",
     "predict": "prediction, forwards an input",
 }
 
@@ -71,14 +72,15 @@ FACTS = {
 }
 
 
-def where(costs: Run | None) -> str:
-    """Say with which versions, and on what, the costs of each network were measured."""
-    if not costs:
+def where(titles: dict[str, str], costs: Run | None) -> str:
+    """Say with which versions, and on what, the costs of the networks with these titles were measured."""
+    measured = {row["group"] for row in costs["results"]} if costs else set()
+    groups = {f"costs-{name}": title for name, title in titles.items() if f"costs-{name}" in measured}
+    if not costs or not groups:
         return NOTHING
-    measured = dict.fromkeys(row["group"] for row in costs["results"])
-    run = {group: environment_of(group, costs) for group in measured if group.startswith("costs-")}
-    lines = [[name, *(plain(about[key]) for about in run.values())] for key, name in FACTS.items()]
-    return table(["", *(group.removeprefix("costs-") for group in run)], lines)
+    run = [environment_of(group, costs) for group in groups]
+    lines = [[words, *(plain(about.get(key)) for about in run)] for key, words in FACTS.items()]
+    return table(["", *groups.values()], lines)
 
 
 def environment_of(group: str, costs: Run) -> Run:

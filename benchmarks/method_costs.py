@@ -108,7 +108,7 @@ def costs(args: argparse.Namespace, name: str, method: str) -> Rows:
     n_few = min(problem.few, len(x))
     stages: dict[str, tuple[Callable[[], Any], int]] = {
         "fit": (lambda: la.fit(loader(x, y, batch)), len(x)),
-        **{name: (partial(search, la, few), n_few) for name, search in searches(la).items()},
+        **{stage: (partial(tune, la, few), n_few) for stage, tune in searches(la).items()},
         "predict": (lambda: predictions(la, few), n_few),
     }
     rows: Rows = []
@@ -118,11 +118,11 @@ def costs(args: argparse.Namespace, name: str, method: str) -> Rows:
         try:
             with PeakMemory(args.device) as peak:
                 seconds, _ = once(run, args.device, CLOCK)
+            after = forward_seconds(model, x, problem.batch)
         except Exception as error:
             return [*rows, failure(title, unit, error, stage=stage, **about)]
-        after = forward_seconds(model, x, problem.batch)
         forward, before = (before + after) / 2, after  # the machine's speed changes
-        tried = {"candidates": CANDIDATES} if stage == "tune" and not hasattr(la, "logit_scale") else {}
+        tried = {"candidates": CANDIDATES} if stage == "grid search" and not is_ours(la) else {}
         numbers = {"seconds": seconds, "forward_seconds": forward, "peak_gb": peak.extra / GIGABYTE, **tried}
         rows.append(result(title, unit, seconds / n_inputs / forward, stage=stage, **numbers, **about))
     return rows
@@ -148,20 +148,24 @@ def forward_seconds(model: nn.Module, x: Tensor, batch: int) -> float:
     return calls["forward"].median() / len(few)
 
 
+def is_ours(la: Any) -> bool:
+    return hasattr(la, "logit_scale")
+
+
 def searches(la: Any) -> dict[str, Callable[[Any, Iterable[Any]], Any]]:
-    """Return how the class is tuned: T alone and with s where it can, else two values of the prior precision."""
-    if hasattr(la, "logit_scale"):
-        return {"tune T": partial(search, names=["temperature"]), "tune": search}
-    return {"tune": grid_search}
-
-
-def search(la: Any, few: Iterable[Any], names: Iterable[str] = ("temperature", "logit_scale")) -> None:
-    la.optimize_hyperparameters(few, list(names), n_samples=N_SAMPLES)
+    """Return how the class is tuned: each library's grid search of the prior, and ours of T and s."""
+    return {"grid search": grid_search, **({"joint search": joint_search} if is_ours(la) else {})}
 
 
 def grid_search(la: Any, few: Iterable[Any]) -> None:
+    """Search the prior precision: 100 values, with T, in one pass; or some values, each a pass."""
+    size = {} if is_ours(la) else {"grid_size": CANDIDATES}
     options = {} if hasattr(la, "dual_directions") else {"link_approx": "mc", "n_samples": N_SAMPLES}
-    la.optimize_prior_precision(method="gridsearch", val_loader=few, grid_size=CANDIDATES, **options)
+    la.optimize_prior_precision(method="gridsearch", val_loader=few, **size, **options)
+
+
+def joint_search(la: Any, few: Iterable[Any]) -> None:
+    la.optimize_hyperparameters(few, ["temperature", "logit_scale"], n_samples=N_SAMPLES)
 
 
 @torch.no_grad()

@@ -225,7 +225,7 @@ def add(seed: dict[str, Any], more: dict[str, Any]) -> None:
             "Nothing was added; run the whole case again, without --add."
         )
     seed["methods"] |= {k: row for k, row in more["methods"].items() if k not in REFERENCES}
-    seed["novelty"] |= more["novelty"]
+    seed["novelty"] |= {k: row for k, row in more["novelty"].items() if k.startswith("ELLA")}
     seed["times"] |= more["times"]
 
 

@@ -206,9 +206,15 @@ def note_table(run: Run) -> str:
 
 
 def _single(notes: list[str]) -> list[str]:
-    """Leave out repetitions, and warnings that say several notes at once."""
+    """Leave out repetitions, and warnings that say several other notes at once."""
     notes = list(dict.fromkeys(" ".join(note.split()) for note in notes))
-    return [note for note in notes if not any(part != note and part in note for part in notes)]
+    return [note for note in notes if _rest(note, notes)]
+
+
+def _rest(note: str, notes: list[str]) -> str:
+    for part in notes:
+        note = note if part == note else note.replace(part, "")
+    return note.strip()
 
 
 def cost_table(run: Run) -> str:
@@ -341,7 +347,7 @@ def _of_costs(name: str, found: Found) -> str:
 
 
 def _where_costs(found: Found) -> str:
-    return cost_tables.where(found.costs)
+    return cost_tables.where(COSTS, found.costs)
 
 
 TABLES: dict[str, Callable[[Found], str]] = {

@@ -42,14 +42,14 @@ SPEED = {
     "fit to 50 000 inputs against laplace-torch's own ELLA (composed)": "fit, 50 000 inputs",
     "grid search of 100 priors against laplace-torch's own ELLA": "search of 100 priors",
 }
-# Columns of the comparison: heading, its costs, its scores. Searches of T alone have a stage of their own.
+# Columns of the comparison: heading, its costs, its scores.
 COMPARED = {
     "this package (T, s)": ("ELLA", "ELLA (T, s)"),
     "this package (T)": ("ELLA", "ELLA (T)"),
     "laplace-torch 0.3's ELLA (T)": ("laplace-torch's ELLA", "laplace-torch's ELLA (T)"),
     "KFAC (T, s)": ("all-weights KFAC", "all-weights KFAC (T, s)"),
     "last layer, full (T, s)": ("last-layer full", "last-layer full (T, s)"),
-    "temperature scaling": ("", "temperature scaling"),
+    "temperature scaling": (None, "temperature scaling"),
 }
 OURS, OTHERS = "#b2182b", "#4d4d4d"
 
@@ -60,7 +60,7 @@ def comparison(found: Found) -> str:
         return NOTHING
     run, stages = found.runs[CASE], by_stage(CASE, found.costs)
     lines = [
-        [words, *(_cost(stages.get(costs, {}), scores, stage) for costs, scores in COMPARED.values())]
+        [words, *("" if name is None else stage_cell(stages[name], stage) for name, _ in COMPARED.values())]
         for stage, words in STAGES.items()
     ]
     lines += [["NLL", *(_score(run, name, lambda row: row["nll"], ".3f") for _, name in COMPARED.values())]]
@@ -73,11 +73,6 @@ def comparison(found: Found) -> str:
         for of in sets(run)[:2]
     ]
     return f"{COSTS[CASE]}.\n\n" + table(["", *COMPARED], lines)
-
-
-def _cost(stages: dict[str, Any], scores: str, stage: str) -> str:
-    of_t = f"{stage} T"
-    return stage_cell(stages, of_t if scores.endswith("ELLA (T)") and of_t in stages else stage)
 
 
 def _score(run: Run, name: str, get: Any, form: str) -> str:

@@ -27,8 +27,11 @@ from method_costs import COST_CASES
 import laplace_ella
 
 HERE = Path(__file__).resolve().parent
-# Of the environment: numbers of one file are measured alike, on whatever machine.
-SAME_IN_A_FILE = ("threads", "malloc", "gpu", "weights", "images", "dtype", "quick")
+# Of the environment: numbers of one file are measured alike.
+SAME_IN_A_FILE = (
+    *("cpu", "gpu", "torch", "laplace-torch", "threads", "malloc", "OMP_WAIT_POLICY"),
+    *("weights", "images", "dtype", "quick"),
+)
 ALL_CASES = {**CASES, **TUNING_CASES, **COST_CASES, **CUDA_CASES}
 
 
@@ -147,9 +150,9 @@ def run_case(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def require_same_settings(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Refuse to add to a file whose numbers were measured otherwise."""
-    differ = [key for key in SAME_IN_A_FILE if before[key] != now[key]]
+    differ = [key for key in SAME_IN_A_FILE if before.get(key) != now.get(key)]
     if differ:
-        was, is_ = (", ".join(f"{key} {about[key]}" for key in differ) for about in (before, now))
+        was, is_ = (", ".join(f"{key} {about.get(key)}" for key in differ) for about in (before, now))
         raise SystemExit(
             f"The file's numbers were measured with {was}; this run has {is_}. Nothing was added; "
             "run it alike, or write another file."

@@ -136,7 +136,7 @@ def last_layer_norms(model: FunctionalModel, x: Input) -> Tensor | None:
     r"""Return :math:`|z|^2` (B,) of the inputs z of the layer whose output are the model's outputs.
 
     None if no layer with weights of its own returns them, row by row. Cost: a forward pass.
-    Inside :func:`~laplace_ella.safety.safe_autodiff`.
+    Inside :func:`laplace_ella.safety.safe_autodiff`.
     """
     calls: list[tuple[nn.Module, Any, Any]] = []
     leaves = [m for m in model.module.modules() if any(True for _ in m.parameters(recurse=False))]
@@ -239,7 +239,7 @@ def activation_bytes(model: FunctionalModel, pair: Input) -> tuple[int, int]:
     Notes
     -----
     Cost: a forward pass of one row and one of two. Their difference leaves out what
-    does not grow with the batch (weights, masks). Call it inside :func:`~laplace_ella.safety.safe_autodiff`.
+    does not grow with the batch (weights, masks). Call it inside :func:`laplace_ella.safety.safe_autodiff`.
     """
     sizes = []
     for batch in (rows(pair, 0, 1), pair):

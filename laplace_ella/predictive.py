@@ -57,7 +57,7 @@ def moments(outputs: Outputs, joint: bool = False, diagonal_output: bool = False
 
 
 class Predictive(Sampling):
-    """What an estimator offers once it has features, a basis and a posterior; a mixin."""
+    """Calls of an estimator, and the moments of its outputs; a mixin."""
 
     def __call__(
         self,

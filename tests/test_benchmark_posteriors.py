@@ -153,7 +153,7 @@ def test_refinement_reaches_the_minimum(search, labelled, free_scale):
     assert at.product == pytest.approx(start.product)
     assert least == pytest.approx(search.label_nll(at.logit_scale * f, offsets, y, at.temperature))
     scales = [0.15, 0.25, 0.3, 0.35, 0.4, 0.5] if free_scale else [0.6]
-    assert (at.logit_scale == 0.6) is not free_scale
+    assert (at.logit_scale != 0.6) == free_scale
     for t in (0.01, 0.03, 0.1, 0.3, 1.0):
         for s in scales:
             assert least <= search.label_nll(s * f, offsets, y, t) + 1e-6
