@@ -34,7 +34,7 @@ def by_stage(name: str, costs: Run) -> dict[str, dict[str, Any]]:
 
 
 def costs_of_methods(name: str, costs: Run | None) -> str:
-    """Write what each method costs by its own calls: fit, 100 settings tried, prediction, memory."""
+    """Write what each method costs by its own calls: fit, searches, prediction, memory."""
     found = by_stage(name, costs) if costs else {}
     if not found:
         return NOTHING

@@ -270,6 +270,7 @@ def parsed(parser: argparse.ArgumentParser, kind: str) -> argparse.Namespace:
         "--fashion", type=Path, default=DEBIAN, help="Fashion-MNIST: IDX files, or torchvision's root"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--seeds", type=int, help="how many; default 3, or 1 with --quick")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument(
@@ -280,6 +281,7 @@ def parsed(parser: argparse.ArgumentParser, kind: str) -> argparse.Namespace:
         parser.error("--out names the file of one case; with --case all, leave it out")
     if args.data is None and args.case in ("cifar10-jpeg", "all"):
         parser.error("cifar10-jpeg needs --data; see README.md beside this file for what the folder holds")
+    args.seeds = args.seeds or (1 if args.quick else 3)
     args.malloc = False  # read by run.environment
     return args
 
@@ -287,7 +289,6 @@ def parsed(parser: argparse.ArgumentParser, kind: str) -> argparse.Namespace:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
-    parser.add_argument("--seeds", type=int, help="how many; default 3, or 1 with --quick")
     parser.add_argument(
         "--groups", type=group_names, default=list(GROUPS), help=f"of {','.join(GROUPS)}; 'simple' always"
     )
@@ -298,7 +299,6 @@ def parse() -> argparse.Namespace:
     args = parsed(parser, "quality")
     if args.only_seeds and not args.add:
         parser.error("--only-seeds needs --add: a new file starts with seed 0")
-    args.seeds = args.seeds or (1 if args.quick else 3)
     return args
 
 

@@ -182,7 +182,7 @@ def run_case(name: str, args: argparse.Namespace) -> None:
     }
     path = args.out or (None if args.quick else HERE / "results" / f"shift_{name}.json")
     start = time.perf_counter()
-    for seed in range(args.seeds or (1 if args.quick else 3)):
+    for seed in range(args.seeds):
         found["seeds"].append(run_seed(case, shift, seed, args))
         found["environment"]["seconds"] = round(time.perf_counter() - start)
         print(summary(found["seeds"][-1], f"{name}, seed {seed}"), flush=True)
@@ -208,7 +208,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", choices=[*SHIFTS, "all"], default="all")
     parser.add_argument("--svhn", type=Path, help="SVHN: test_32x32.mat or its folder, torchvision's root")
-    parser.add_argument("--seeds", type=int, help="how many; default 3, or 1 with --quick")
     return parsed(parser, "shift")
 
 

@@ -25,7 +25,6 @@ class Linearisation:
 
     likelihood: str
     backend: Any
-    mean: Tensor
     seed: int
     enable_backprop: bool
     logit_scale: Any  # float

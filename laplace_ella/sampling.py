@@ -17,6 +17,8 @@ from .linearisation import Linearisation
 class Sampling(Linearisation):
     """Draws of functions, of weights, and of networks at sampled weights; a mixin."""
 
+    mean: Tensor  # (P,)
+
     def _noise(self, *shape: int, generator: torch.Generator | None) -> Tensor:
         validation.check_size("n_samples", shape[0], optional=False)
         device = self._device if generator is None else generator.device
