@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .batches import Input, detached, rows
+from .batches import Input, Nested, batch_size, detached, doubled, rows
 from .memory import OutOfMemory
 from .safety import LOCK
 
@@ -60,6 +60,7 @@ class FunctionalModel:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._within = _Within(module)
+        self.in_pairs = False  # whether single rows are doubled, for a model that squeezes
         self.knows_backward_only = False  # a re-entrant checkpoint does; found out at the first gradient
 
     def weights(self) -> Weights:
@@ -101,7 +102,7 @@ class FunctionalModel:
             If the outputs are not a tensor of two axes or more.
         """
         return self.within(
-            {**self.buffers(), **weights}, lambda module: outputs_of(module, x, **model_kwargs)
+            {**self.buffers(), **weights}, lambda module: self.outputs_of(module, x, **model_kwargs)
         )
 
     def own_outputs(self, x: Input, **model_kwargs: Any) -> Tensor:
@@ -110,7 +111,18 @@ class FunctionalModel:
         :meth:`outputs` takes longer where layers multiply sequences: by tensors that require no gradient,
         PyTorch multiplies them one by one.
         """
-        return self.within(self.buffers(), lambda module: outputs_of(module, x, **model_kwargs))
+        return self.within(self.buffers(), lambda module: self.outputs_of(module, x, **model_kwargs))
+
+    def outputs_of(self, module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
+        """Return the outputs (B, ..., C) of the module, with what takes the places of its tensors now."""
+        if self.in_pairs and batch_size(x) == 1:
+            return outputs_of(module, doubled(x), **model_kwargs)[:1]
+        return outputs_of(module, x, **model_kwargs)
+
+
+def called(module: nn.Module, x: Input, **model_kwargs: Any) -> Any:
+    """Call a module as its user does; a container is made anew for every call."""
+    return module(x.container() if isinstance(x, Nested) else x, **model_kwargs)
 
 
 def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
@@ -121,13 +133,19 @@ def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
     ValueError
         If the outputs are not a tensor of two axes or more.
     """
-    out = module(x, **model_kwargs)
+    out = called(module, x, **model_kwargs)
     f = getattr(out, "logits", out)
     if not isinstance(f, Tensor) or f.ndim < 2:
         got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
         raise ValueError(
             "The model must return a tensor of shape (batch, outputs) or (batch, ..., outputs), or an object "
-            f"with such `.logits`; got {got}. Wrap the model so that its forward returns one."
+            f"with such `.logits`; got {got}. Wrap the model so that its forward returns one; a squeeze() without an "
+            "axis drops the batch axis of a single input."
+        )
+    if not f.is_floating_point():
+        raise ValueError(
+            f"The model's outputs must be floating-point numbers that its weights change; got {f.dtype}. Return logits "
+            "or means instead of what is made of them (argmax, rounding)."
         )
     return f
 
@@ -191,7 +209,8 @@ def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, 
 
     def run(module: nn.Module) -> Any:
         with torch.enable_grad():
-            return action(outputs_of(module, x if record else detached(x)).flatten(1), leaves, pull)
+            f = model.outputs_of(module, x if record else detached(x))
+            return action(f.flatten(1), leaves, pull)
 
     return model.within({**model.buffers(), **leaves}, run)
 
@@ -241,11 +260,11 @@ def activation_bytes(model: FunctionalModel, pair: Input) -> tuple[int, int]:
     Cost: a forward pass of one row and one of two. Their difference leaves out what
     does not grow with the batch (weights, masks). Call it inside :func:`laplace_ella.safety.safe_autodiff`.
     """
-    sizes = []
-    for batch in (rows(pair, 0, 1), pair):
+    sizes, n_rows = [], 2 if model.in_pairs else 1
+    for batch in (pair, doubled(pair)) if model.in_pairs else (rows(pair, 0, 1), pair):
         with torch.no_grad(), _TensorSizes() as record:
             model(model.weights(), batch)
         sizes.append(record.nbytes)
     one, two = sizes
     grown = [b - a for a, b in zip(one, two)] if len(one) == len(two) else [b // 2 for b in two]
-    return max(1, *grown), max(1, sum(grown))
+    return max(1, *grown) // n_rows, max(1, sum(grown)) // n_rows

@@ -1,73 +1,127 @@
-r"""Batches of model inputs: taking them apart, moving them, putting rows together.
+r"""Inputs of the model: taking them apart, moving them, putting rows together.
 
-An *input* is what the model takes: a tensor whose first axis is the batch, or a
-mapping (a Hugging Face batch, say) some of whose entries are such tensors.
+What users pass is *raw*: a tensor whose first axis is the batch, or a mapping (a Hugging Face
+batch, say) of tensors, other objects, and lists, tuples and mappings of them. An *input* is a
+tensor, or a :class:`Nested`, which says which of a container's tensors are cut into rows;
+:mod:`laplace_ella.cutting` finds that out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from copy import copy
-from itertools import chain
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-Input = Tensor | Mapping[str, Any]
+from .hashing import digest
+
+Raw = Tensor | Mapping[str, Any]
+# The keys and indices that lead to an entry of nested containers.
+Path = tuple[Any, ...]
 
 
-def split_batch(batch: Any, dict_key_x: str, dict_key_y: str) -> tuple[Input, Tensor]:
-    """Separate the model's input from the targets of one batch of a loader.
+@dataclass(frozen=True)
+class _Slot:
+    """Takes the place of the i-th tensor that is cut into rows."""
 
-    A mapping batch is passed to the model whole, as laplace-torch does.
+    index: int
 
-    Raises
-    ------
-    KeyError
-        If a mapping batch has no entry ``dict_key_y``.
-    ValueError
-        If the batch is neither a mapping nor a pair ``(inputs, targets)`` of an
-        input and a tensor.
+
+@dataclass(frozen=True)
+class Nested:
+    """A container whose tensors are partly cut into rows, and partly shared by all rows.
+
+    Attributes
+    ----------
+    rows : tuple of Tensor (B, ...)
+        Those that are cut.
+    paths : tuple of Path
+        Where they stand in the container.
+    template : container
+        The container, with slots in their places.
     """
-    if isinstance(batch, Mapping):
-        if dict_key_y not in batch:
-            raise KeyError(
-                f"The batch has no targets under {dict_key_y!r}; its keys are {sorted(map(str, batch))}. "
-                "Pass dict_key_y=... to the constructor."
-            )
-        x, y = batch, batch[dict_key_y]
-    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
-        x, y = batch
-    else:
-        raise ValueError(
-            "A batch must be a pair (inputs, targets) or a mapping that holds both; "
-            f"got {_describe(batch)}. Wrap the loader so that it yields one of the two."
+
+    rows: tuple[Tensor, ...]
+    paths: tuple[Path, ...]
+    template: Any
+
+    def container(self) -> Any:
+        """Return a container as the user's, made anew at every level: a model may write into it."""
+        return _rebuilt(self.template, lambda path, leaf: self._filled(leaf))
+
+    def _filled(self, leaf: Any) -> Any:
+        return self.rows[leaf.index] if isinstance(leaf, _Slot) else leaf
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> Nested:
+        """Apply a function to the tensors that are cut into rows."""
+        return replace(self, rows=tuple(map(function, self.rows)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Nested:
+        """Apply a function to all tensors."""
+        template = _rebuilt(
+            self.template, lambda path, leaf: function(leaf) if isinstance(leaf, Tensor) else leaf
         )
-    if not isinstance(x, (Tensor, Mapping)) or not isinstance(y, Tensor):
-        raise ValueError(
-            "Inputs must be a tensor or a mapping, and targets a tensor; got "
-            f"{type(x).__name__} and {type(y).__name__}. Convert them in the data set or the collate function."
-        )
-    inputs = key_first(x, dict_key_x)
-    if y.ndim == 0 or batch_size(inputs) != y.shape[0]:
-        raise ValueError(
-            f"Inputs and targets of a batch must have the same length; got {batch_size(inputs)} inputs "
-            f"and targets of shape {tuple(y.shape)}."
-        )
-    return inputs, y
+        return replace(self.map_rows(function), template=template)
+
+    def shared(self) -> list[tuple[Path, Any]]:
+        """Return the entries that all rows share, with their paths."""
+        return [(path, leaf) for path, leaf in leaves(self.template) if not isinstance(leaf, _Slot)]
 
 
-def _describe(batch: Any) -> str:
-    size = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
-    return f"{type(batch).__name__}{size}"
+Input = Tensor | Nested
 
 
-def key_first(x: Input, dict_key_x: str) -> Input:
-    """Put the entry that decides the batch axis first, if a mapping has it."""
-    if not isinstance(x, Mapping) or dict_key_x not in x:
-        return x
-    return like(x, {dict_key_x: x[dict_key_x], **x})
+def nested(x: Any, paths: Sequence[Path]) -> Nested:
+    """Say which tensors of a container are cut into rows; its containers are copied."""
+    found: dict[Path, Tensor] = {}
+
+    def slot(path: Path, leaf: Any) -> Any:
+        if path not in paths:
+            return leaf
+        found[path] = leaf
+        return _Slot(len(found) - 1)
+
+    template = _rebuilt(x, slot)
+    return Nested(tuple(found.values()), tuple(found), template)
+
+
+def leaves(x: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield the entries of nested containers that are none themselves, with their paths."""
+    for key, value in _items(x):
+        if _is_container(value):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _items(x: Any) -> Iterable[tuple[Any, Any]]:
+    return x.items() if isinstance(x, Mapping) else enumerate(x)
+
+
+def _is_container(value: Any) -> bool:
+    # Rows of a packed sequence lie across its tensors.
+    return isinstance(value, (Mapping, list, tuple)) and not isinstance(value, PackedSequence)
+
+
+def _rebuilt(x: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """Copy nested containers, with what a function of (path, entry) returns in place of each entry."""
+    new = {
+        key: _rebuilt(value, function, (*path, key))
+        if _is_container(value)
+        else function((*path, key), value)
+        for key, value in _items(x)
+    }
+    return like(x, new) if isinstance(x, Mapping) else _sequence_like(x, list(new.values()))
+
+
+def _sequence_like(x: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
+    if isinstance(x, list):
+        return values
+    return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
 
 
 def like(x: Mapping[str, Any], entries: dict[str, Any]) -> Mapping[str, Any]:
@@ -80,56 +134,121 @@ def like(x: Mapping[str, Any], entries: dict[str, Any]) -> Mapping[str, Any]:
     return new
 
 
-def batch_size(x: Input) -> int:
-    """Return the length of the batch axis; of a mapping, that of its first tensor."""
+def name_of(path: Path) -> str:
+    """Write a path as it is indexed: ``'in'[0]``."""
+    return repr(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+
+
+def tensors(x: Raw | Input) -> list[Tensor]:
+    """Return all tensors of an input, raw or not."""
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, Nested):
+        return [*x.rows, *(leaf for _, leaf in x.shared() if isinstance(leaf, Tensor))]
+    return [leaf for _, leaf in leaves(x) if isinstance(leaf, Tensor)]
+
+
+def raw_size(x: Raw, dict_key_x: str, expected: int | None = None) -> int:
+    """Return how many inputs there are, as far as lengths tell.
+
+    Of a mapping: the length of the first tensor under ``dict_key_x``; without such an entry
+    ``expected`` where a tensor has that length, or else the length of the first tensor.
+
+    Raises
+    ------
+    ValueError
+        If a mapping holds no tensor with an axis.
+    """
     if isinstance(x, Tensor):
         return x.shape[0] if x.ndim else 0
-    for value in x.values():
-        if isinstance(value, Tensor) and value.ndim:
-            return value.shape[0]
-    raise ValueError(
-        "A mapping input must hold a tensor whose first axis is the batch; "
-        f"got the keys {sorted(map(str, x))} without one."
-    )
+    entries = {dict_key_x: x[dict_key_x]} if dict_key_x in x else x
+    lengths = [len(t) for t in tensors(entries) if t.ndim] or [len(t) for t in tensors(x) if t.ndim]
+    if not lengths:
+        raise ValueError(
+            "A mapping input must hold a tensor whose first axis is the batch; "
+            f"got the keys {sorted(map(str, x))} without one."
+        )
+    return expected if dict_key_x not in x and expected in lengths else lengths[0]
 
 
-def to_model(x: Input, device: torch.device, dtype: torch.dtype) -> Input:
-    """Move an input to the model's device; floating point goes to the model's dtype.
+def check_tensors(x: Raw, what: str) -> None:
+    """Require tensors that can be cut along their first axis.
+
+    Raises
+    ------
+    ValueError
+        Naming the entry that is sparse, nested or a packed sequence.
+    """
+    entries = [((), x)] if isinstance(x, Tensor) else leaves(x)
+    for path, leaf in entries:
+        where = f" under {name_of(path)}" if path else ""
+        if isinstance(leaf, PackedSequence):
+            raise ValueError(
+                f"{what} hold a packed sequence{where}, which cannot be cut into rows. Pass the padded tensor and "
+                "a tensor of lengths, and pack them inside the model."
+            )
+        if isinstance(leaf, Tensor) and (leaf.layout != torch.strided or leaf.is_nested):
+            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+            raise ValueError(
+                f"{what} must be dense tensors; got a {kind} tensor of shape {_shape(leaf)}{where}. Convert it in the "
+                "collate function, with to_dense() or to_padded_tensor()."
+            )
+
+
+def _shape(x: Tensor) -> str:
+    return f"({x.size(0)}, ...)" if x.is_nested else str(tuple(x.shape))
+
+
+def batch_size(x: Input) -> int:
+    """Return the length of the batch axis."""
+    if isinstance(x, Nested):
+        return x.rows[0].shape[0]
+    return x.shape[0] if x.ndim else 0
+
+
+def each(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
+    """Apply a function to all tensors of an input."""
+    return x.map(function) if isinstance(x, Nested) else function(x)
+
+
+def each_row(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
+    """Apply a function to the tensors of an input that are cut into rows."""
+    return x.map_rows(function) if isinstance(x, Nested) else function(x)
+
+
+def moved(x: Input, device: torch.device, dtype: torch.dtype | None = None) -> Input:
+    """Move an input to a device; floating point to ``dtype``, if one is given.
 
     Tensors made under ``torch.inference_mode`` are cloned, as forward-mode AD
     cannot use them.
     """
-    if isinstance(x, Mapping):
-        moved = {k: to_model(v, device, dtype) if isinstance(v, Tensor) else v for k, v in x.items()}
-        return like(x, moved)
-    if not isinstance(x, Tensor):
-        raise ValueError(
-            f"The model's input must be a tensor or a mapping of tensors; got {type(x).__name__}."
-        )
-    # Not waiting for a copy is safe towards the GPU only.
-    x = x.to(device, dtype if x.is_floating_point() else None, non_blocking=device.type == "cuda")
-    return x.clone() if x.is_inference() else x
+
+    def move(t: Tensor) -> Tensor:
+        # Waits for the copy: a loader may fill its buffer again at once.
+        t = t.to(device, dtype if t.is_floating_point() else None)
+        return t.clone() if t.is_inference() else t
+
+    return each(x, move)
 
 
 def detached(x: Input) -> Input:
     """Cut an input from the graph that led to it."""
-    if isinstance(x, Tensor):
-        return x.detach()
-    return like(x, {k: v.detach() if isinstance(v, Tensor) else v for k, v in x.items()})
+    return each(x, Tensor.detach)
 
 
-def is_finite(x: Input) -> bool:
+def is_finite(x: Raw | Input) -> bool:
     """Tell whether no floating-point entry of an input is NaN or infinite."""
-    values = x.values() if isinstance(x, Mapping) else [x]
-    return all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor) and v.is_floating_point())
+    return all(bool(t.isfinite().all()) for t in tensors(x) if t.is_floating_point() or t.is_complex())
 
 
 def rows(x: Input, start: int, stop: int) -> Input:
-    """Slice the batch axis; entries of a mapping without that axis are kept whole."""
-    if isinstance(x, Tensor):
-        return x[start:stop]
-    size = batch_size(x)
-    return like(x, {k: v[start:stop] if _has_batch_axis(v, size) else v for k, v in x.items()})
+    """Slice the batch axis."""
+    return each_row(x, lambda t: t[start:stop])
+
+
+def doubled(x: Input) -> Input:
+    """Repeat all rows once."""
+    return each_row(x, lambda t: torch.cat([t, t]))
 
 
 def in_slices(x: Input, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[tuple[slice, Input]]:
@@ -141,62 +260,37 @@ def in_slices(x: Input, bounded: Callable[[Input], Iterable[Input]]) -> Iterator
         start = stop
 
 
+def copied(x: Input) -> Input:
+    """Copy all tensors, so that what they are copied from can be freed, or filled again by its loader."""
+    return each(x, lambda t: t.detach().clone())
+
+
 def single_row(x: Input, index: int) -> Input:
-    """Copy one row out of a batch, so that the batch itself can be freed."""
-    row = rows(x, index, index + 1)
-    if isinstance(row, Tensor):
-        return row.detach().clone()
-    return like(row, {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in row.items()})
+    """Copy one row out of a batch."""
+    return copied(rows(x, index, index + 1))
 
 
-def packed(x: Input) -> Any:
-    """Return an input as tensors and plain types, on the CPU, cut from graphs and larger storages.
+def n_bytes(x: Input) -> int:
+    """Return the bytes of all tensors of an input."""
+    return sum(t.numel() * t.element_size() for t in tensors(x))
 
-    Raises
-    ------
-    ValueError
-        If a mapping holds anything else.
-    """
+
+def digest_of(x: Input) -> str:
+    """Return a hash of all tensors and plain values of an input."""
     if isinstance(x, Tensor):
-        return _own(x)
-    foreign = [k for k, v in x.items() if not _is_plain(v)]
-    if foreign:
-        raise ValueError(
-            f"The inputs hold objects other than tensors and plain Python types under {foreign}, which can neither be sent "
-            "to other processes nor kept in a checkpoint. Convert them in the data set."
-        )
-    return {k: _own(v) if isinstance(v, Tensor) else v for k, v in x.items()}
+        return digest(x)
+    return digest(*(part for path, leaf in leaves(x.container()) for part in (name_of(path), leaf)))
 
 
-def _own(tensor: Tensor) -> Tensor:
-    moved = tensor.detach().cpu()
-    return (
-        moved if moved.untyped_storage().nbytes() == moved.numel() * moved.element_size() else moved.clone()
-    )
+def signature(x: Input) -> Any:
+    """Tell inputs apart whose rows have other shapes or dtypes, or stand in other places."""
+    if isinstance(x, Tensor):
+        return (x.shape[1:], x.dtype)
+    of_rows = tuple((path, t.shape[1:], t.dtype) for path, t in zip(x.paths, x.rows))
+    return of_rows, tuple((path, t.shape, t.dtype) for path, t in x.shared() if isinstance(t, Tensor))
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return type(value) is dict and all(map(_is_plain, chain(value.keys(), value.values())))
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, Tensor) or type(value) in (str, bytes, bool, int, float, type(None))
-
-
-def unpacked(entries: Any, example: Input | None) -> Input:
-    """Give back to packed entries the type of mapping, and the devices, that an example has."""
-    if isinstance(example, Mapping) and isinstance(entries, dict):
-        return like(example, {k: _beside(v, example.get(k)) for k, v in entries.items()})
-    return _beside(entries, example)
-
-
-def _beside(value: Any, example: Any) -> Any:
-    both = isinstance(value, Tensor) and isinstance(example, Tensor)
-    return value.to(example.device) if both else value
-
-
-def _has_batch_axis(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
+# ---------------------------------------------------------------------- rows of several batches
 
 
 def collate(inputs: Sequence[Input], batch: int) -> Iterator[tuple[list[int], Input]]:
@@ -210,80 +304,101 @@ def collate(inputs: Sequence[Input], batch: int) -> Iterator[tuple[list[int], In
     """
     groups: dict[Any, list[int]] = {}
     for i, x in enumerate(inputs):
-        groups.setdefault(_signature(x), []).append(i)
+        groups.setdefault((signature(x), _shared_values(x)), []).append(i)
     for indices in groups.values():
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
             yield part, _join([inputs[i] for i in part])
 
 
-def _signature(x: Input) -> Any:
-    if isinstance(x, Tensor):
-        return (x.shape[1:], x.dtype)
-    return tuple((k, _entry_signature(v)) for k, v in x.items())
+def _shared_values(x: Input) -> Any:
+    # Rows may only meet where what their batches share is the same.
+    return () if isinstance(x, Tensor) else tuple((path, _value(leaf)) for path, leaf in x.shared())
 
 
-def _entry_signature(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return id(value)
-    if _has_batch_axis(value, 1):
-        return (value.shape[1:], value.dtype)
-    # Shared by its whole batch: rows may only meet where it is the same.
-    return (value.shape, value.dtype, hash(tuple(value.flatten().tolist())))
+def _value(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return digest(leaf)
+    return leaf if _is_plain(leaf) else id(leaf)
 
 
 def _join(inputs: Sequence[Input]) -> Input:
     first = inputs[0]
     if isinstance(first, Tensor):
         return torch.cat(list(inputs))  # type: ignore[arg-type]
-    joined = {
-        k: torch.cat([x[k] for x in inputs]) if _has_batch_axis(v, 1) else v  # type: ignore[index]
-        for k, v in first.items()
-    }
-    return like(first, joined)
+    columns = zip(*(x.rows for x in inputs))  # type: ignore[union-attr]
+    return replace(first, rows=tuple(torch.cat(column) for column in columns))
 
 
-def named_batches(
-    loader: Iterable[Any], dict_key_x: str, dict_key_y: str
-) -> Iterator[tuple[str, Input, Tensor]]:
-    """Yield ``(name, inputs, targets)`` of each batch, with finite inputs.
+# ---------------------------------------------------------------------- inputs as plain types
 
-    The name ("batch 3") is for error messages.
+
+def packed(x: Input) -> Any:
+    """Return an input as tensors and plain types, on the CPU, cut from graphs and larger storages.
 
     Raises
     ------
     ValueError
-        If a batch has the wrong structure, or its inputs are not finite.
+        If a container holds anything else.
     """
-    for i, batch in enumerate(loader):
-        x, y = split_batch(batch, dict_key_x, dict_key_y)
-        if batch_size(x) == 0:
-            continue
-        if not is_finite(x):
-            raise ValueError(
-                f"The inputs of batch {i} hold NaN or infinite values; every input must be finite. "
-                "Clean or drop them before fitting."
-            )
-        yield f"batch {i}", x, y
+    if isinstance(x, Tensor):
+        return _own(x)
+    foreign = [name_of(path) for path, leaf in x.shared() if not _is_plain(leaf)]
+    foreign += [name_of(path) for path in x.paths if not all(map(_is_plain, path))]
+    if foreign:
+        raise ValueError(
+            f"The inputs hold objects other than tensors and plain Python types under {foreign}, which can neither be sent "
+            "to other processes nor kept in a checkpoint. Convert them in the data set."
+        )
+    return {"rows": [_own(t) for t in x.rows], "template": _plain(x.template)}
 
 
-def named_inputs(loader: Iterable[Any], dict_key_x: str) -> Iterator[tuple[str, Input]]:
-    """Yield ``(name, inputs)`` of each batch, which may be inputs alone, a sequence that starts with them, or a mapping.
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) or type(value) in (str, bytes, bool, int, float, type(None))
 
-    Raises
-    ------
-    ValueError
-        If a batch holds no inputs, or they are not finite.
-    """
-    for i, batch in enumerate(loader):
-        x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(x, (Tensor, Mapping)):
-            raise ValueError(
-                f"Batch {i} must be inputs, a pair (inputs, targets) or a mapping; got {_describe(batch)}."
-            )
-        if not is_finite(x):
-            raise ValueError(
-                f"The inputs of batch {i} hold NaN or infinite values; every input must be finite."
-            )
-        if batch_size(x):
-            yield f"batch {i}", key_first(x, dict_key_x)
+
+def _own(tensor: Tensor) -> Tensor:
+    moved = tensor.detach().cpu()
+    return (
+        moved if moved.untyped_storage().nbytes() == moved.numel() * moved.element_size() else moved.clone()
+    )
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """Write a template as plain types."""
+    if isinstance(value, _Slot):
+        return {"slot": value.index}
+    if not _is_container(value):
+        return {"leaf": _own(value) if isinstance(value, Tensor) else value}
+    kind = "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, list) else "tuple"
+    return {kind: [(key, _plain(entry)) for key, entry in _items(value)]}
+
+
+def unpacked(found: Any, example: Input | None) -> Input:
+    """Give back to a packed input the types of containers, and the devices, that an example has."""
+    if isinstance(found, Tensor):
+        return _beside(found, example)
+    template = _of_plain(found["template"], example.template if isinstance(example, Nested) else None)
+    paths = {leaf.index: path for path, leaf in leaves(template) if isinstance(leaf, _Slot)}
+    device = example.rows[0].device if isinstance(example, Nested) else torch.device("cpu")
+    rows = tuple(t.to(device) for t in found["rows"])
+    return Nested(rows, tuple(paths[i] for i in range(len(rows))), template)
+
+
+def _of_plain(found: dict[str, Any], example: Any) -> Any:
+    ((kind, value),) = found.items()
+    if kind == "slot":
+        return _Slot(value)
+    if kind == "leaf":
+        return _beside(value, example)
+    known = dict(_items(example)) if _is_container(example) else {}
+    entries = {key: _of_plain(entry, known.get(key)) for key, entry in value}
+    if kind == "mapping":
+        return like(example, entries) if isinstance(example, Mapping) else entries
+    alike = isinstance(example, list if kind == "list" else tuple)
+    return _sequence_like(example if alike else ([] if kind == "list" else ()), list(entries.values()))
+
+
+def _beside(value: Any, example: Any) -> Any:
+    both = isinstance(value, Tensor) and isinstance(example, Tensor)
+    return value.to(example.device) if both else value

@@ -156,7 +156,7 @@ class Candidates(Sampling):
             data.append(len(part.y), Block(seen, targets, norms))
 
         with ranks.together("the validation data"):
-            stream = Stream(loader, self.dict_key_x, self.dict_key_y, ranks, progress)
+            stream = Stream(loader, self.dict_key_x, self.dict_key_y, backend.inputs, ranks, progress)
         parts = stream.parts("Validation data", partial(backend.bounded, width=self._width()))
         work_through(parts, keep, ranks, self.basis.ranks, "the validation data")
         return Scorer(data, loss, self._device, ranks)

@@ -6,7 +6,7 @@ Laplace with the weights confined to :math:`\theta^* + \operatorname{span}(V)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from os import PathLike
 from time import perf_counter
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .accumulation import Part
 from .autodiff import Weights, last_layer_norms, unwrap
 from .basis import NystromBasis, build_basis
-from .batches import Input, batch_size, key_first, like, packed, rows, to_model, unpacked
+from .batches import Input, Nested, Raw, batch_size, n_bytes, packed, rows, unpacked
 from .engine import AUTODIFF, Engine
 from .gradients import RowEngine, asdl_rows, backpack_rows
 from .gram import FRESH, Progress, Spill, Unfinished
@@ -105,23 +105,47 @@ class NystromGGN(GGNInterface):
         folder = check_spill(spill, spill_dtype)
         self.spill = None if spill is None else Spill(folder, spill_dtype)
         self.basis: NystromBasis | None = None
-        self._example: Input | None = None  # an empty mapping, of the type that inputs had
+        self._example: Input | None = None  # an input, for the types of its containers
         self.engine = Engine(
-            self.model, autodiff, check_size("chunk_size", chunk_size), check_budget(memory_budget), compile
+            self.model,
+            autodiff,
+            check_size("chunk_size", chunk_size),
+            check_budget(memory_budget),
+            compile,
+            dict_key_x,
         )
 
     @property
     def _reference(self) -> Tensor:
         return next(self.model.parameters())
 
-    def to_model(self, x: Input) -> Input:
-        """Move an input to the model's device and dtype."""
-        return to_model(key_first(x, self.dict_key_x), self._reference.device, self._reference.dtype)
+    def inputs(self, x: Raw | Input, size: int | None = None) -> Input:
+        """Say which tensors of an input are cut into rows; see :class:`laplace_ella.cutting.Cutting`.
 
-    def forward(self, x: Input, **model_kwargs: Any) -> Tensor:
+        Parameters
+        ----------
+        x : Tensor or mapping
+        size : int, optional
+            How many inputs there are, if that is known.
+
+        Raises
+        ------
+        Exception
+            Whatever the model raises.
+        ValueError
+            If the model does not treat the rows of the input one by one.
+        """
+        x = self.engine.cutting(x, size)
+        if isinstance(x, Nested) and self._example is None:
+            self._example = rows(x, 0, 1)
+        return x
+
+    def to_model(self, x: Raw | Input) -> Input:
+        """Cut an input into rows and move it to the model's device; convert it where the model needs that."""
+        return self.engine.to_model(x)
+
+    def forward(self, x: Raw | Input, **model_kwargs: Any) -> Tensor:
         """Return the model's outputs (B, ..., C), in evaluation mode and without a graph."""
-        if isinstance(x, Mapping):
-            self._example = like(x, {})
         with safe_autodiff(self.model):
             return self.engine.function.own_outputs(self.to_model(x), **model_kwargs)
 
@@ -165,7 +189,7 @@ class NystromGGN(GGNInterface):
 
     def row_source(self, landmarks: Landmarks, ranks: Ranks = ALONE, sharded: bool = False) -> RowSource:
         """Prepare the gradient rows of landmarks; see :class:`laplace_ella.row_source.RowSource`."""
-        longest = self.to_model(max(landmarks.inputs, key=_numel))
+        longest = self.to_model(max(landmarks.inputs, key=n_bytes))
         support = self.engine.support(longest)
         rows_by: RowEngine = self.row_engine or support.engine
         return RowSource(
@@ -210,7 +234,7 @@ class NystromGGN(GGNInterface):
         sampled: int = 0,
     ) -> Plan:
         """Work out what a fit costs, from one batch; see :func:`laplace_ella.plan.make_plan`."""
-        seconds = []
+        x, seconds = self.inputs(x), []
         for _ in range(3):
             start = perf_counter()
             self.forward(x).sum().item()  # waits for the device
@@ -244,30 +268,33 @@ class NystromGGN(GGNInterface):
     def _shared_features(self, x: Input | None, basis: NystromBasis) -> tuple[Tensor | None, Tensor | None]:
         def answer(theirs: Any) -> Tensor:
             with safe_autodiff(self.model):
-                return self.engine.features(self._unpacked(theirs, x), basis.directions)[0]
+                return self.engine.features(self._unpacked(theirs), basis.directions)[0]
 
-        question = None if x is None else packed(x)
+        question = None if x is None else packed(self.inputs(x))
         phi = for_everyone(basis.ranks, question, answer, basis.rank, "the features")
         if x is None or phi is None:
             return None, None
         f = self.forward(x).flatten(0, -2)
         return phi.to(f), f
 
-    def _unpacked(self, theirs: Any, mine: Input | None) -> Input:
-        """Return another rank's input, a mapping of the type that inputs here have or had."""
-        return self.to_model(unpacked(theirs, self._example if mine is None else mine))
+    def _unpacked(self, theirs: Any) -> Input:
+        """Return another rank's input, in containers of the types that inputs here have or had."""
+        return self.to_model(unpacked(theirs, self._example))
 
     def pull(self, x: Input | None, basis: NystromBasis, cotangents: Tensor | None) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C)."""
 
         def answer(question: Any) -> Tensor:
             with safe_autodiff(self.model):
-                theirs, us = self._unpacked(question[0], x), question[1].to(self._reference.device)
+                theirs, us = self._unpacked(question[0]), question[1].to(self._reference.device)
                 return self.engine.pull(theirs, basis.directions, us)
 
         if not basis.sharded:
-            return answer((x, cotangents))
-        question = None if x is None or cotangents is None else (packed(x), cotangents)
+            assert x is not None
+            assert cotangents is not None
+            with safe_autodiff(self.model):
+                return self.engine.pull(self.to_model(x), basis.directions, cotangents)
+        question = None if x is None or cotangents is None else (packed(self.inputs(x)), cotangents)
         pulled = for_everyone(basis.ranks, question, answer, basis.rank, "the sampled curvature")
         return self._reference.new_zeros(0, 0, basis.rank) if pulled is None else pulled.to(self._reference)
 
@@ -278,7 +305,7 @@ class NystromGGN(GGNInterface):
 
     def output_grams(self, x: Input) -> Tensor:
         """Compute :math:`J J^T` (B, C, C) of each input; see :func:`laplace_ella.residual.output_grams`."""
-        x = key_first(x, self.dict_key_x)
+        x = self.inputs(x)
         facts = self.engine.facts(self.to_model(x))
         with safe_autodiff(self.model):
             return output_grams(
@@ -287,14 +314,14 @@ class NystromGGN(GGNInterface):
 
     def joint_gram(self, x: Input) -> Tensor:
         """Compute :math:`J J^T` (BC, BC) of all inputs' outputs."""
-        x = key_first(x, self.dict_key_x)
+        x = self.inputs(x)
         n_coordinates = self.engine.facts(self.to_model(x)).n_coordinates
         with safe_autodiff(self.model):
             return joint_gram(x, n_coordinates, self.row_source, self.engine.budget())
 
     def bounded(self, x: Input, width: int) -> Iterator[Input]:
         """Cut a batch into parts with ``width`` float64 numbers an output in a quarter of the memory budget."""
-        x = key_first(x, self.dict_key_x)
+        x = self.inputs(x)
         size = batch_size(x)
         per_row = 8 * width * self.engine.facts(self.to_model(x)).n_coordinates
         step = max(1, self.engine.budget() // 4 // per_row)
@@ -391,11 +418,6 @@ class NystromGGN(GGNInterface):
             self.pull(None, basis, None)
         else:
             self._shared_features(None, basis)
-
-
-def _numel(x: Input) -> int:
-    values = [x] if isinstance(x, Tensor) else x.values()
-    return sum(v.numel() for v in values if isinstance(v, Tensor))
 
 
 class ReverseNystromGGN(NystromGGN):

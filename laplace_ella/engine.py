@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .autodiff import FunctionalModel, Weights, activation_bytes
-from .batches import Input, batch_size, collate, detached, rows
+from .batches import Input, Raw, batch_size, detached, doubled, rows, signature
+from .cutting import Cutting
 from .features import FEATURES, Features, forward_features, pulled_cotangents
 from .memory import (
     CPU_GRADIENT_SET,
@@ -77,7 +78,7 @@ class Engine:
     ----------
     module : torch.nn.Module
     autodiff : {"auto", "forward", "double", "reverse"}
-    chunk_size, memory_budget, compiled
+    chunk_size, memory_budget, compiled, dict_key_x
         As in :class:`laplace_ella.NystromGGN`.
     """
 
@@ -88,10 +89,12 @@ class Engine:
         chunk_size: int | None = None,
         memory_budget: int | float | None = None,
         compiled: bool = False,
+        dict_key_x: str = "input_ids",
     ) -> None:
         self.module, self.autodiff = module, autodiff
         self.chunk_size, self.memory_budget, self.compiled = chunk_size, memory_budget, compiled
         self.function = FunctionalModel(module)
+        self.cutting = Cutting(self.function, dict_key_x)
         self.forward_features: Features = torch.compile(forward_features) if compiled else forward_features
         let_malloc_adapt()
         self._support: dict[Any, Support] = {}
@@ -108,6 +111,11 @@ class Engine:
         """Find everything out again at the next use, the model having changed."""
         for found in (self._support, self._facts, self._smaller, self._free):
             found.clear()
+        self.cutting.forget()
+
+    def to_model(self, x: Raw | Input) -> Input:
+        """Cut an input into rows, and move it to the model; see :class:`laplace_ella.cutting.Cutting`."""
+        return self.cutting.to_model(x, self.device)
 
     def budget(self) -> int:
         """Return the bytes that gradient rows and activations may take.
@@ -153,19 +161,19 @@ class Engine:
 
     def facts(self, x: Input) -> InputFacts:
         """Describe inputs of the shape of ``x``; found out once a shape. Cost: three or four passes of a row or two."""
-        signature = (self._setting(), _signature(x))
-        if signature not in self._facts:
+        kind = (self._setting(), signature(x))
+        if kind not in self._facts:
             with safe_autodiff(self.module):
                 pair = _pair(x)
                 forward = self.support(x).features.startswith("forward") and not self.compiled
                 shape = self.function.outputs(self.function.weights(), pair).shape
-                self._facts[signature] = InputFacts(
+                self._facts[kind] = InputFacts(
                     tuple(shape[1:-1]),
                     shape[-1],
                     *activation_bytes(self.function, pair),
                     rewritten(self.function, pair) if forward else self.function,
                 )
-        return self._facts[signature]
+        return self._facts[kind]
 
     def mode(self, x: Input, rank: int) -> str:
         """Choose among the ways to compute features: what the model supports, then C, K and its kind."""
@@ -189,8 +197,8 @@ class Engine:
             f = self.function.outputs(self.function.weights(), x).flatten(0, -2)
             return f.new_zeros(*f.shape, rank), f
         mode = self.mode(x, rank)
-        signature = (self._setting(), mode, rank, _signature(x))
-        chunks = self._smaller.get(signature) or self.chunks(mode, x, rank)
+        kind = (self._setting(), mode, rank, signature(x))
+        chunks = self._smaller.get(kind) or self.chunks(mode, x, rank)
         result, used = with_smaller_chunks(
             lambda c: self._compute(mode, x, directions, c),
             chunks,
@@ -198,7 +206,7 @@ class Engine:
             lambda c: self.feature_bytes(mode, c, x),
         )
         if used != chunks:
-            self._smaller[signature] = used
+            self._smaller[kind] = used
         phi, f = result
         n_outputs = self.facts(x).n_outputs
         return phi.reshape(-1, n_outputs, rank), f.reshape(-1, n_outputs)
@@ -258,11 +266,4 @@ class Engine:
 
 def _pair(x: Input) -> Input:
     """Return two copies of the first row, cut from any graph."""
-    row = detached(rows(x, 0, 1))
-    _, pair = next(collate([row, row], 2))
-    return pair
-
-
-def _signature(x: Input) -> Any:
-    entries = x.items() if not isinstance(x, Tensor) else [("x", x)]
-    return tuple((k, v.shape[1:], v.dtype) for k, v in entries if isinstance(v, Tensor))
+    return doubled(detached(rows(x, 0, 1)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import checkpoint, validation
 from .accumulation import RunningSum
 from .basis import NystromBasis, Progress
-from .batches import Input, batch_size, rows
+from .batches import Input, Raw, batch_size, digest_of, rows
 from .checkpoint import on_device_of
 from .hashing import digest
 from .landmarks import BottomK, draw_outputs
@@ -94,7 +94,7 @@ class Fitting:
         override: bool = True,
         progress_bar: bool = False,
         *,
-        landmarks: tuple[Input, Tensor] | None = None,
+        landmarks: tuple[Raw, Tensor] | None = None,
         balanced: bool = False,
         val_loader: Iterable[Any] | None = None,
         val_steps: int | None = None,
@@ -186,8 +186,9 @@ class Fitting:
             if val_loader is not None:
                 validation.check_prediction("glm", link_approx, 100, None, None)
                 validation.check_link(self.likelihood, link_approx)
+            given = None
             if landmarks is not None:
-                landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
+                given = validation.check_landmarks(landmarks, self.dict_key_x, self.backend.inputs)
             every = val_steps or (1 if val_loader is not None else None)
             needed = checkpoint is not None or ranks.size > 1  # hashing V takes seconds
             arguments = self._arguments(
@@ -198,23 +199,30 @@ class Fitting:
                 val_steps=every,
                 max_samples=max_samples,
                 n_total=n_total,
-                landmarks=digest(*landmarks) if needed and landmarks is not None else None,
+                landmarks=digest(digest_of(given[0]), given[1]) if needed and given else None,
                 basis=basis.fingerprint() if needed and basis is not None else None,
             )
             files = FitFiles(checkpoint, checkpoint_every, {**arguments, **self._computing()}, ranks)
             progress, seen = self._progress(progress_bar), 0 if fresh else self.n_data
             stream = Stream(
-                train_loader, self.dict_key_x, self.dict_key_y, ranks, progress, seen, max_samples
+                train_loader,
+                self.dict_key_x,
+                self.dict_key_y,
+                self.backend.inputs,
+                ranks,
+                progress,
+                seen,
+                max_samples,
             )
         ranks.require_equal({**arguments, "checkpoint": checkpoint is not None}, "fit()")
         job = Job(ranks, stream, files, progress, self.backend, every, self.seed, self._labels())
-        own = self._scan(job, balanced, landmarks, fresh and basis is None)
+        own = self._scan(job, balanced, given, fresh and basis is None)
         found, n_read = over_all(own, ranks), own.n_data
         validation.check_total(n_total, found.n_data)
         sample = None if self.curvature_size is None else dealt(own.curvature, ranks)
         del own  # and with it the inputs that went to other ranks
         if basis is None:
-            basis = self._new_basis(job, found, landmarks, balanced) if fresh else self.basis
+            basis = self._new_basis(job, found, given, balanced) if fresh else self.basis
         basis = on_device_of(basis, self.model)
         found = replace(found, landmarks=BottomK(0))
         total = RunningSum(basis.rank, self._device)
@@ -340,7 +348,8 @@ class Fitting:
         ValueError
             If the loader is a one-shot iterator or empty, or its first batch malformed.
         """
-        x, ranks = first_batch(train_loader, self.dict_key_x, self.dict_key_y), self._ranks
+        x = first_batch(train_loader, self.dict_key_x, self.dict_key_y, self.backend.inputs)
+        ranks = self._ranks
         n = self.curvature_size
         plan = self.backend.plan(
             x,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from backpack.extensions import BatchGrad
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from .autodiff import FunctionalModel, Weights, backward_passes
-from .batches import Input, batch_size, like, rows
+from .autodiff import FunctionalModel, Weights, backward_passes, called
+from .batches import Input, Nested, batch_size, rows
 
 RowEngine = Callable[[FunctionalModel, Weights, Input, Tensor], Weights]
 
@@ -35,15 +36,13 @@ def per_row(function: Callable[..., Any], x: Input, *more: Any) -> Any:
     x : input of B rows
     *more : Tensor (B, ...)
     """
-    entries = {"x": x} if isinstance(x, Tensor) else dict(x)  # vmap knows plain containers only
-    size = batch_size(x)
-    axes = {k: 0 if isinstance(v, Tensor) and v.ndim and len(v) == size else None for k, v in entries.items()}
+    cut = x.rows if isinstance(x, Nested) else (x,)  # vmap knows plain containers only
 
-    def on_row(row: Any, *values: Any) -> Any:
-        batch = {k: v if axes[k] is None else v.unsqueeze(0) for k, v in row.items()}
-        return function(batch["x"] if isinstance(x, Tensor) else like(x, batch), *values)
+    def on_row(row: tuple[Tensor, ...], *values: Any) -> Any:
+        batch = tuple(t.unsqueeze(0) for t in row)
+        return function(replace(x, rows=batch) if isinstance(x, Nested) else batch[0], *values)
 
-    return vmap(on_row, in_dims=(axes, *[0] * len(more)))(entries, *more)
+    return vmap(on_row)(cut, *more)
 
 
 def gradient_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
@@ -142,7 +141,7 @@ def _backward_of_outputs(library: str, module: nn.Module, x: Input, outputs: Ten
     if isinstance(x, Tensor) and x.is_floating_point():
         x = x.detach().requires_grad_()  # else BackPACK's hooks on the first layer warn
     try:
-        out = module(x)
+        out = called(module, x)
         getattr(out, "logits", out).gather(1, outputs[:, None]).sum().backward()
     except torch.OutOfMemoryError:
         raise

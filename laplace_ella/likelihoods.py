@@ -8,6 +8,7 @@ semi-definite by construction.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -223,6 +224,26 @@ LIKELIHOODS = {
     "reward_modeling": CATEGORICAL,
     "bernoulli": BERNOULLI,
 }
+
+
+def warn_of_two_readings(y: Tensor, shape: torch.Size, name: str) -> None:
+    """Say so where class indices fit outputs (B, ..., C), as here, and (B, C, ...), as in ``nn.CrossEntropyLoss``.
+
+    Parameters
+    ----------
+    y : Tensor (B, ...)
+    shape : torch.Size
+        Of the outputs.
+    name : str
+        Of the batch, for messages.
+    """
+    if len(shape) > 2 and y.shape == shape[:-1] and y.shape[1:] == shape[2:]:
+        warnings.warn(
+            f"In {name}: targets of shape {tuple(y.shape)} fit two readings of outputs of shape {tuple(shape)}. Their last axis "
+            "is taken for the classes, and those between for positions. If the classes come second, as nn.CrossEntropyLoss has "
+            "them, let the model return outputs.movedim(1, -1).",
+            stacklevel=2,
+        )
 
 
 def checked_targets(

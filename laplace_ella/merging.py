@@ -151,7 +151,14 @@ class Merging:
             self._check_H_init()
             self._check_unchanged()
             self._check_exact()
-            stream = Stream(loader, self.dict_key_x, self.dict_key_y, ranks, self._progress(progress_bar))
+            stream = Stream(
+                loader,
+                self.dict_key_x,
+                self.dict_key_y,
+                self.backend.inputs,
+                ranks,
+                self._progress(progress_bar),
+            )
         G, loss, (n, n_predictions) = self._sums_over(stream, ranks)
         check_some(n, "loader of the data to forget")
         with ranks.together("what remains"):

@@ -139,7 +139,7 @@ class Novelty(Linearisation):
                     f"calibrate_novelty() needs probabilities, which likelihood={self.likelihood!r} has not. "
                     "Use residual_share(), or novelty() as it is."
                 )
-            stream = Stream(in_distribution_loader, self.dict_key_x, "", ranks)
+            stream = Stream(in_distribution_loader, self.dict_key_x, "", self.backend.inputs, ranks)
         found = [torch.zeros(0, 2, dtype=torch.float64)]
 
         def look_at(x: Input | None) -> None:
@@ -221,7 +221,7 @@ class Novelty(Linearisation):
         exact = identity_basis(dict(weights))
         G = torch.zeros(exact.rank, exact.rank, dtype=torch.float64, device=self._device)
         with self._ranks.together("the training data"):
-            stream = Stream(loader, self.dict_key_x, self.dict_key_y, self._ranks)
+            stream = Stream(loader, self.dict_key_x, self.dict_key_y, self.backend.inputs, self._ranks)
             for part in stream.parts("Training data", partial(self.backend.bounded, width=exact.rank)):
                 G += self.backend.curvature(*self.backend.features(part.x, exact))
         G = self._ranks.total(G)

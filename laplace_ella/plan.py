@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from .batches import Input, batch_size, named_batches, rows, single_row
+from .batches import Input, batch_size, n_bytes, rows, single_row
 from .engine import Engine
 from .gram import RowSource, Spill, choose_rows
 from .landmarks import Landmarks
+from .loading import Prepare, named_batches
 from .memory import Chunks, gigabytes
 from .safety import safe_autodiff
 
@@ -117,7 +118,7 @@ def feature_cost(mode: str, n_outputs: int, rank: int) -> float:
     }[mode]
 
 
-def first_batch(loader: Any, dict_key_x: str, dict_key_y: str) -> Input:
+def first_batch(loader: Any, dict_key_x: str, dict_key_y: str, prepare: Prepare) -> Input:
     """Return the inputs of a loader's first batch.
 
     Raises
@@ -130,7 +131,7 @@ def first_batch(loader: Any, dict_key_x: str, dict_key_y: str) -> Input:
             "A plan looks at the first batch, and this loader is an iterator, whose batch would be lost to the fit. "
             "Pass an iterable that can be started again, a list with one batch of it for instance."
         )
-    for _, x, _ in named_batches(loader, dict_key_x, dict_key_y):
+    for _, x, _ in named_batches(loader, dict_key_x, dict_key_y, prepare):
         return x
     raise ValueError("The training loader yielded no data; at least one input is needed.")
 
@@ -189,7 +190,7 @@ def make_plan(
         source = row_source(Landmarks([single_row(x, 0)] * n_landmarks, outputs))
     held = choose_rows(source, engine.budget(), spill)
     basis = rank * engine.row_size()
-    kept = _input_bytes(x) * (min(n_landmarks, limit) + (n if n_curvature else 0))
+    kept = n_bytes(rows(x, 0, 1)) * (min(n_landmarks, limit) + (n if n_curvature else 0))
     chunks = engine.chunks(mode, x, rank)
     chunks = Chunks(min(chunks.rows, size), chunks.directions)
     return Plan(
@@ -234,9 +235,3 @@ def make_plan(
         seconds=seconds,
         budget=engine.budget(),
     )
-
-
-def _input_bytes(x: Input) -> int:
-    row = rows(x, 0, 1)
-    values = [row] if isinstance(row, torch.Tensor) else row.values()
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))

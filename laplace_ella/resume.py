@@ -28,7 +28,7 @@ from .ranks import Ranks
 from .scan import Scan
 from .stream import Batch
 
-KIND, FORMAT = "laplace_ella: a fit in progress", 3
+KIND, FORMAT = "laplace_ella: a fit in progress", 4
 STAGES = ("scan", "gram", "basis", "curvature")
 ENTRIES = {"kind", "format", "run", "arguments", "state", "digest"}
 

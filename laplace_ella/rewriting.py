@@ -27,7 +27,7 @@ from torch.func import jvp
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from .autodiff import FunctionalModel, Weights, outputs_of
+from .autodiff import FunctionalModel, Weights
 from .batches import Input
 from .memory import attempt
 
@@ -71,9 +71,9 @@ class _DivergedError(Exception):
 class RewrittenModel(FunctionalModel):
     """A :class:`FunctionalModel` for forward mode, with rewrites found by :func:`find_rewrites`."""
 
-    def __init__(self, module: nn.Module, rewrites: Rewrites) -> None:
+    def __init__(self, module: nn.Module, rewrites: Rewrites, in_pairs: bool = False) -> None:
         super().__init__(module)
-        self.rewrites = rewrites
+        self.rewrites, self.in_pairs = rewrites, in_pairs
 
     def outputs(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at ``weights``, in their own shape."""
@@ -85,7 +85,7 @@ class RewrittenModel(FunctionalModel):
 
         def run(module: nn.Module) -> Tensor:
             with mode:
-                f = outputs_of(module, x, **model_kwargs)
+                f = self.outputs_of(module, x, **model_kwargs)
             mode.finish()
             return f
 
@@ -231,7 +231,7 @@ def rewritten(model: FunctionalModel, pair: Input) -> FunctionalModel:
         return jvp(lambda w: function(w, pair), (weights,), (tangents,))
 
     def candidate(find: Callable[..., Rewrites]) -> tuple[FunctionalModel, Any]:
-        function = RewrittenModel(model.module, find(model, pair))
+        function = RewrittenModel(model.module, find(model, pair), model.in_pairs)
         return function, pushed(function)
 
     expected = pushed(model)
@@ -254,7 +254,7 @@ def _record(model: FunctionalModel, x: Input) -> _Recording:
 
     def run(module: nn.Module) -> _Recording:
         with _Recording(tensors) as recording:
-            outputs_of(module, x)
+            model.outputs_of(module, x)
         return recording
 
     return model.within(tensors, run)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .batches import batch_size, packed, single_row, unpacked
 from .hashing import CURVATURE_INPUT, LANDMARK_INPUT, hash_keys
 from .landmarks import BottomK, Entry
-from .likelihoods import Likelihood, checked_targets
+from .likelihoods import Likelihood, checked_targets, warn_of_two_readings
 from .pooling import pooled
 from .ranks import Ranks
 from .stream import Batch
@@ -121,6 +121,8 @@ def scan(
         x, size = batch.x, batch_size(batch.x)
         raw = forward(x)
         f = raw.flatten(0, -2)
+        if not found.n_batches:
+            warn_of_two_readings(batch.y, raw.shape, batch.name)
         y = checked_targets(likelihood, batch.y, f, raw.shape[1:-1], batch.name)
         if found.n_outputs not in (0, f.shape[-1]):
             raise ValueError(

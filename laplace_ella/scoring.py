@@ -59,7 +59,9 @@ class ValidationData:
         self.n_inputs += n_inputs
         self.lacks_last_layer |= block.last_layer is None
         seen = block.linearised
-        self.store.append(seen.f, seen.phi, seen.pushed, seen.gram, block.targets, block.last_layer)
+        # Copies of what may share its memory with the loader's buffers, which it may fill again.
+        f, targets = seen.f.clone(), block.targets.clone()
+        self.store.append(f, seen.phi, seen.pushed, seen.gram, targets, block.last_layer)
 
     def __iter__(self) -> Iterator[Block]:
         """Yield the data block by block."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from .batches import Input, batch_size, in_slices, named_batches, named_inputs, rows
+from .batches import Input, batch_size, digest_of, in_slices, rows
 from .gram import Progress
 from .hashing import digest
+from .loading import Prepare, named_batches, named_inputs
 from .ranks import ALONE, Ranks
 
 # Where nothing is known of how data are divided, positions of rank r start at r times this.
@@ -44,7 +45,7 @@ class Batch:
 
     def digest(self) -> str:
         """Return a hash of inputs and targets."""
-        return digest(self.x, self.y)
+        return digest(digest_of(self.x), self.y)
 
 
 class Stream:
@@ -59,6 +60,8 @@ class Stream:
     loader : iterable
         Of this rank.
     dict_key_x, dict_key_y : str
+    prepare : callable
+        (inputs as the loader has them, how many there are) -> inputs that can be cut into rows.
     ranks : Ranks
     progress : callable
     first_position : int
@@ -77,13 +80,14 @@ class Stream:
         loader: Iterable[Any],
         dict_key_x: str,
         dict_key_y: str,
+        prepare: Prepare,
         ranks: Ranks = ALONE,
         progress: Progress = lambda items, name: items,
         first_position: int = 0,
         max_samples: int | None = None,
     ) -> None:
         self.loader, self.progress = loader, progress
-        self.keys = dict_key_x, dict_key_y
+        self.keys, self.prepare = (dict_key_x, dict_key_y), prepare
         self.start, self.step = first_position + ranks.rank * RANK_STRIDE, 1
         self.limit = None if max_samples is None else ranks.lengths(max_samples)[ranks.rank]
         self.n_batches: int | None = None
@@ -130,7 +134,7 @@ class Stream:
         n = 0
         if self.limit == 0:
             return
-        for item in read(islice(self.progress(self.loader, title), self.n_batches), *keys):
+        for item in read(islice(self.progress(self.loader, title), self.n_batches), *keys, self.prepare):
             size = batch_size(item[1])
             stop = n + size if self.limit is None else min(n + size, self.limit)
             yield n, stop, item

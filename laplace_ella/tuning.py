@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import validation
 from .basis import Progress
+from .batches import copied
 from .candidates import Candidates
 from .likelihoods import LIKELIHOODS, Prediction, checked_targets
 from .ranks import ALONE
@@ -213,13 +214,15 @@ class PriorTuning(Candidates):
         """Return what scores a setting by the "nn" predictive, which runs the model; and what scores MAP."""
         likelihood, ranks, kept = LIKELIHOODS[self.likelihood], self._ranks, []
         with ranks.together("the validation data"):
-            stream = Stream(val_loader, self.dict_key_x, self.dict_key_y, ranks, progress)
+            stream = Stream(
+                val_loader, self.dict_key_x, self.dict_key_y, self.backend.inputs, ranks, progress
+            )
             for batch in stream.batches("Validation data"):
                 f = self.backend.forward(batch.x)
                 flat_f, name = f.flatten(0, -2), f"validation {batch.name}"
-                kept.append(
-                    (batch.x, flat_f, checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name))
-                )
+                y = checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name)
+                # Copies: a loader may fill its buffers again.
+                kept.append((copied(batch.x), flat_f.clone(), y.clone()))
         validation.check_some(ranks.greatest(len(kept), "the validation data"), "validation loader")
         # As in a call, in which reward models are fitted as classifiers.
         predicted_as = "classification" if self.likelihood == "reward_modeling" else self.likelihood

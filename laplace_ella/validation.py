@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .batches import Input, batch_size, is_finite, key_first, single_row
+from .batches import Input, Nested, Raw, check_tensors, is_finite, raw_size, single_row
 from .landmarks import Landmarks
 
 LINKS = ("probit", "mc", "bridge", "bridge_norm")
@@ -30,6 +30,12 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             "The model has no parameter that requires grad, so there is no weight to be uncertain about. "
             "Call requires_grad_(True) on the parameters to include."
+        )
+    of_complex = [repr(k) for k, p in model.named_parameters() if p.requires_grad and p.is_complex()]
+    if of_complex:
+        raise ValueError(
+            f"The model has complex weights, for which there is no real Gaussian posterior: {', '.join(of_complex)}. Freeze "
+            "them with requires_grad_(False), or keep real and imaginary parts as weights of their own."
         )
 
 
@@ -323,9 +329,11 @@ def check_finite_samples(samples: Tensor) -> None:
         )
 
 
-def check_finite_input(x: Input) -> None:
+def check_finite_input(x: Raw | Input) -> None:
     """Require inputs without NaN or infinity."""
-    if not is_finite(x):
+    if isinstance(x, (Tensor, Mapping)):
+        check_tensors(x, "The inputs")
+    if isinstance(x, (Tensor, Mapping, Nested)) and not is_finite(x):
         raise ValueError(
             "The inputs hold NaN or infinite values; they must be finite. Clean or drop them first."
         )
@@ -340,26 +348,28 @@ def check_finite_features(phi: Tensor, f: Tensor, name: str) -> None:
         )
 
 
-def check_landmarks(landmarks: Any, dict_key_x: str) -> tuple[Input, Tensor]:
-    """Require a pair of M finite inputs and a LongTensor (M,), and return it."""
+def check_landmarks(
+    landmarks: Any, dict_key_x: str, prepare: Callable[[Raw, int], Input]
+) -> tuple[Input, Tensor]:
+    """Require a pair of M finite inputs and a LongTensor (M,); return it, its inputs prepared to be cut into rows."""
     valid = isinstance(landmarks, (tuple, list)) and len(landmarks) == 2
     if not valid or not isinstance(landmarks[0], (Tensor, Mapping)) or not isinstance(landmarks[1], Tensor):
         raise ValueError(
             "landmarks must be a pair (inputs, outputs): one batch of M inputs, and a LongTensor (M,) with "
             f"the output coordinate of each; got {type(landmarks).__name__}."
         )
-    inputs, outputs = key_first(landmarks[0], dict_key_x), landmarks[1]
+    inputs, outputs = landmarks
     if outputs.dtype != torch.int64 or outputs.ndim != 1 or not len(outputs):
         raise ValueError(
             f"The outputs of landmarks must be a LongTensor of shape (M,); got shape {tuple(outputs.shape)}, {outputs.dtype}."
         )
-    if batch_size(inputs) != len(outputs):
-        raise ValueError(
-            f"landmarks must hold as many inputs as outputs; got {batch_size(inputs)} and {len(outputs)}."
-        )
+    check_tensors(inputs, "The inputs of landmarks")
+    size = raw_size(inputs, dict_key_x, len(outputs))
+    if size != len(outputs):
+        raise ValueError(f"landmarks must hold as many inputs as outputs; got {size} and {len(outputs)}.")
     if not is_finite(inputs):
         raise ValueError("The inputs of landmarks hold NaN or infinite values; they must be finite.")
-    return inputs, outputs
+    return prepare(inputs, size), outputs
 
 
 def check_coordinates(outputs: Tensor, n_outputs: int) -> None:

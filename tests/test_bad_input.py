@@ -285,10 +285,10 @@ def test_features_that_are_not_finite():
         la.fit(loader(x, targets("classification")), landmarks=landmarks)
     before.check()
     with pytest.raises(ValueError, match=r"landmarks.*net"):
-        la.fit(train_loader(), landmarks=(torch.zeros(1, D), torch.tensor([1])))
+        la.fit(train_loader(), landmarks=(torch.zeros(1, D, dtype=torch.float64), torch.tensor([1])))
     before.check()
     with pytest.raises(ValueError, match="features"):
-        la(torch.zeros(2, D))
+        la(torch.zeros(2, D, dtype=torch.float64))
     before.check()
 
 
@@ -321,10 +321,17 @@ def test_outputs_that_are_not_a_matrix(shape):
 
 
 def test_outputs_whose_number_changes():
-    model = Shaped(lambda f: f if len(f) == 7 else f[:, :2])
-    y = torch.zeros(N, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"2 outputs in batch 3 and 3"):
-        fitted(model=model, data=loader(inputs(), y))
+    class AsWideAsInputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x):
+            return self.net(nn.functional.pad(x, (0, D - x.shape[1])))[:, : x.shape[1] - 2]
+
+    batches = [*train_loader(), (inputs()[:, : D - 1], torch.zeros(N, dtype=torch.long))]
+    with pytest.raises(ValueError, match=r"2 outputs in batch 4 and 3"):
+        fitted(model=AsWideAsInputs(), data=batches)
 
 
 # ------------------------------------------------------------------ options of fit
@@ -572,7 +579,8 @@ def test_a_refused_noise_leaves_the_prior_too(likelihood, sigma):
 
 def test_double_data_are_converted_to_the_dtype_of_the_model():
     single = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
-    double = fitted(model=mlp(dtype=torch.float32), data=train_loader())
+    with pytest.warns(UserWarning, match=r"inputs of torch.float64.*converted to torch.float32"):
+        double = fitted(model=mlp(dtype=torch.float32), data=train_loader())
     assert_same(double(X), single(X.float()))
     assert_same(
         double(X, "nn", link_approx="mc", generator=torch.Generator().manual_seed(0)),

@@ -774,7 +774,7 @@ def test_20_a_root_at_zero_is_named():
     with pytest.raises(ValueError, match=r"training inputs \["):
         la.fit(loader(x, targets("classification")), landmarks=landmarks)
     with pytest.raises(ValueError, match="landmarks"):
-        la.fit(train_loader(), landmarks=(torch.zeros(1, D), torch.tensor([0])))
+        la.fit(train_loader(), landmarks=(torch.zeros(1, D, dtype=torch.float64), torch.tensor([0])))
     assert la.H is None
 
 
