@@ -114,8 +114,9 @@ class Fitting:
         ----------
         train_loader : iterable
             Any iterable of batches ``(x, y)`` or mappings; read once, twice with
-            ``curvature_size=None``. Floating-point inputs are converted to the
-            model's dtype.
+            ``curvature_size=None``. Inputs are moved to the model's device, and converted to
+            its dtype only if it does not take them as they are. Tensors of a mapping that are as
+            long as the batch, also in containers inside it, are cut into rows.
         override : bool
             False keeps the basis and adds data to loss, N and G.
         progress_bar : bool
