@@ -97,9 +97,8 @@ class Cutting:
             )
         check_tensors(x, "The inputs")
         guess = x if isinstance(x, Tensor) else nested(x, self._paths(x, size or self._size(x)))
-        if self._kind(guess) in self._known or not _n_rows(guess):
-            return guess
-        return self._verified(x, size)
+        empty = batch_size(guess) == 0 if isinstance(guess, Tensor) or guess.rows else False
+        return guess if empty or self._kind(guess) in self._known else self._verified(x, size)
 
     def to_model(self, x: Raw | Input, device: torch.device) -> Input:
         """Cut an input, move it to the model's device, and convert it if the model does not take it as it is."""
@@ -283,10 +282,6 @@ class Cutting:
 
 class ChangedInputError(ValueError):
     """A forward pass that writes into the tensors it is given."""
-
-
-def _n_rows(x: Input) -> int:
-    return batch_size(x) if isinstance(x, Tensor) or x.rows else 1
 
 
 def _converted(x: Input, dtype: torch.dtype | None) -> Input:
