@@ -24,6 +24,18 @@ def flat(values: Tensor) -> Tensor:
     return values.reshape(values.shape[0], math.prod(values.shape[1:]))
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Say whether a tensor's elements fill a piece of memory, each once, in any order of its axes."""
+    if not tensor.numel():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the module inside DataParallel, DistributedDataParallel and torch.compile."""
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -64,9 +76,14 @@ class FunctionalModel:
         self.knows_backward_only = False  # a re-entrant checkpoint does; found out at the first gradient
 
     def weights(self) -> Weights:
-        """Return the weights that require grad, detached, in the order of ``parameters()``."""
+        """Return the weights that require grad, detached, in the order of ``parameters()``.
+
+        Slices of larger tensors are copied: forward mode would copy their tangents at every use, and has
+        no tangents for tensors that overlap in memory.
+        """
         with LOCK:  # while another thread has them exchanged, none requires grad
-            return {k: p.detach() for k, p in self.module.named_parameters() if p.requires_grad}
+            found = {k: p.detach() for k, p in self.module.named_parameters() if p.requires_grad}
+        return {k: w if is_dense(w) else w.contiguous() for k, w in found.items()}
 
     def buffers(self) -> Weights:
         """Return copies of the buffers."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import Weights, flat
+from .autodiff import Weights, flat, is_dense
 from .gram import FRESH, Progress, Spill, Unfinished, choose_rows
 from .hashing import digest
 from .ranks import ALONE, Ranks
@@ -257,9 +257,11 @@ def _leading_eigenpairs(eigenvalues: Tensor, vectors: Tensor, rank: int, eps: fl
 
 
 def _like(weight: Tensor, values: Tensor) -> Tensor:
-    """Store (K, *shape) so that each slice has the weight's dtype and strides.
+    """Store (K, *shape) so that each slice has the weight's dtype and order of axes in memory.
 
-    A tangent whose strides differ from its weight's is copied at every use.
+    A tangent whose strides differ from its weight's is copied at every use. The strides of a slice of a
+    larger tensor, or of an expanded one, are no order of axes: directions would overlap.
     """
-    strides = (weight.numel(), *weight.stride())
+    own = weight if is_dense(weight) else torch.empty(weight.shape, device="meta")
+    strides = (own.numel(), *own.stride())
     return weight.new_empty(0).new_empty_strided(tuple(values.shape), strides).copy_(values)
