@@ -3,7 +3,7 @@ r"""The user's module as a pure function of its weights."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batches import Input, Nested, batch_size, detached, doubled, rows
+from .lookups import Lookups
 from .memory import OutOfMemory
 from .safety import LOCK
 
@@ -58,7 +59,8 @@ class _Within(nn.Module):
 class FunctionalModel:
     r"""A module seen as :math:`\theta \mapsto f(x; \theta)` over its trainable weights.
 
-    Tied weights appear once, frozen weights not at all. Buffers are handed to the
+    Which these are is settled here: parameters may be frozen later, as they are for serving, or
+    others unfrozen. Tied weights appear once, frozen weights not at all. Buffers are handed to the
     module as copies, so that no call can alter them.
 
     Parameters
@@ -67,28 +69,40 @@ class FunctionalModel:
         Takes a tensor or a mapping, returns a tensor (B, ..., C) or an object whose
         ``.logits`` is one. The axes between, positions in a sequence or an image, are
         flattened: differentiation sees L x C outputs an input.
+    names : collection of str, optional
+        Of the weights. By default all that require grad now.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, names: Collection[str] | None = None) -> None:
         self.module = module
         self._within = _Within(module)
+        with LOCK:  # while another thread has them exchanged, none requires grad
+            found = {k for k, p in module.named_parameters() if p.requires_grad} if names is None else names
+        self.names = frozenset(found)
         self.in_pairs = False  # whether single rows are doubled, for a model that squeezes
         self.knows_backward_only = False  # a re-entrant checkpoint does; found out at the first gradient
 
     def weights(self) -> Weights:
-        """Return the weights that require grad, detached, in the order of ``parameters()``.
+        """Return the weights, detached, in the order of ``parameters()``.
 
         Slices of larger tensors are copied: forward mode would copy their tangents at every use, and has
         no tangents for tensors that overlap in memory.
         """
-        with LOCK:  # while another thread has them exchanged, none requires grad
-            found = {k: p.detach() for k, p in self.module.named_parameters() if p.requires_grad}
+        with LOCK:
+            found = {k: p.detach() for k, p in self.module.named_parameters() if k in self.names}
         return {k: w if is_dense(w) else w.contiguous() for k, w in found.items()}
 
     def buffers(self) -> Weights:
         """Return copies of the buffers."""
         with LOCK:
             return {k: b.detach().clone() for k, b in self.module.named_buffers()}
+
+    def constants(self) -> Weights:
+        """Return what calls see besides the weights: the buffers' copies, and parameters unfrozen later, detached."""
+        with LOCK:
+            named = self.module.named_parameters()
+            late = {k: p.detach() for k, p in named if p.requires_grad and k not in self.names}
+            return {**late, **self.buffers()}
 
     def within(self, tensors: Weights, action: Callable[[nn.Module], Any]) -> Any:
         """Run ``action(module)`` while ``tensors`` take the places of weights and buffers.
@@ -118,9 +132,23 @@ class FunctionalModel:
         ValueError
             If the outputs are not a tensor of two axes or more.
         """
-        return self.within(
-            {**self.buffers(), **weights}, lambda module: self.outputs_of(module, x, **model_kwargs)
-        )
+        return self._outputs_in(Lookups(), weights, x, **model_kwargs)
+
+    def outputs_near(self, weights: Weights, offsets: Weights, x: Input, **model_kwargs: Any) -> Tensor:
+        """Return the outputs (B, ..., C) at the sum of weights and offsets.
+
+        Padding rows of embeddings are looked up in ``weights``, as their derivatives have it.
+        """
+        moved = {k: w + offsets[k] for k, w in weights.items()}
+        held = {id(moved[k]): w for k, w in weights.items()}
+        return self._outputs_in(Lookups(held), moved, x, **model_kwargs)
+
+    def _outputs_in(self, lookups: Lookups, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
+        def run(module: nn.Module) -> Tensor:
+            with lookups:
+                return self.outputs_of(module, x, **model_kwargs)
+
+        return self.within({**self.constants(), **weights}, run)
 
     def own_outputs(self, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at the module's own weights: a plain forward pass.
@@ -226,10 +254,11 @@ def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, 
 
     def run(module: nn.Module) -> Any:
         with torch.enable_grad():
-            f = model.outputs_of(module, x if record else detached(x))
-            return action(f.flatten(1), leaves, pull)
+            with Lookups():
+                f = model.outputs_of(module, x if record else detached(x)).flatten(1)
+            return action(f, leaves, pull)
 
-    return model.within({**model.buffers(), **leaves}, run)
+    return model.within({**model.constants(), **leaves}, run)
 
 
 def _accumulated(scalar: Tensor, leaves: Weights) -> dict[str, Tensor | None]:

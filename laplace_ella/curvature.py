@@ -168,8 +168,8 @@ class NystromGGN(GGNInterface):
             weights = function.weights()
             return torch.stack(
                 [
-                    function.outputs(
-                        {k: w + offsets[k][s] for k, w in weights.items()}, x, **model_kwargs
+                    function.outputs_near(
+                        weights, {k: v[s] for k, v in offsets.items()}, x, **model_kwargs
                     ).flatten(0, -2)
                     for s in range(n_samples)
                 ]

@@ -22,6 +22,7 @@ from torch.func import grad, vmap
 
 from .autodiff import FunctionalModel, Weights, backward_passes, called
 from .batches import Input, Nested, batch_size, rows
+from .lookups import Lookups, without_padding
 
 RowEngine = Callable[[FunctionalModel, Weights, Input, Tensor], Weights]
 
@@ -96,13 +97,13 @@ def backpack_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
     ValueError
         If BackPACK cannot run the model, or has no correct gradient for a weight.
     """
-    module = extend(_copy(model.module))
+    module = extend(_copy(model))
     with warnings.catch_warnings(), backpack(BatchGrad()):
         # Said of every module that holds others; _verified names the weights that matter.
         warnings.filterwarnings("ignore", "Extension saving to grad_batch does not have", UserWarning)
-        _backward_of_outputs("BackPACK", module, x, outputs)
+        padding = _backward_of_outputs("BackPACK", module, x, outputs)
     found = {k: getattr(p, "grad_batch", None) for k, p in module.named_parameters()}
-    return _verified("BackPACK", found, module, batch_size(x))
+    return _verified("BackPACK", found, module, batch_size(x), padding)
 
 
 def asdl_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
@@ -115,20 +116,22 @@ def asdl_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tenso
     ValueError
         If ASDL cannot run the model, or has no correct gradient for a weight.
     """
-    module = _copy(model.module)
+    module = _copy(model)
     found: dict[str, Any] = {}
     with warnings.catch_warnings(), asdl_extend(module, OP_BATCH_GRADS) as context:
         # ASDL's kind of hook is deprecated; _verified catches what it could miss.
         warnings.filterwarnings("ignore", "Using a non-full backward hook", FutureWarning)
-        _backward_of_outputs("ASDL", module, x, outputs)
+        padding = _backward_of_outputs("ASDL", module, x, outputs)
         for prefix, layer in module.named_modules():
             for name, gradient in (context.batch_grads(layer) or {}).items():
                 found[f"{prefix}.{name}" if prefix else name] = gradient
-    return _verified("ASDL", found, module, batch_size(x))
+    return _verified("ASDL", found, module, batch_size(x), padding)
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    copy = deepcopy(module)
+def _copy(model: FunctionalModel) -> nn.Module:
+    copy = deepcopy(model.module)
+    for name, p in copy.named_parameters():
+        p.requires_grad_(name in model.names)
     for m in copy.modules():
         if getattr(m, "inplace", False):
             # Overwriting what a hook returned is an error.
@@ -137,11 +140,14 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 @torch.enable_grad()
-def _backward_of_outputs(library: str, module: nn.Module, x: Input, outputs: Tensor) -> None:
+def _backward_of_outputs(library: str, module: nn.Module, x: Input, outputs: Tensor) -> dict[str, int]:
+    """Run a module and its backward pass; return the padding rows that the library's rules do not know of."""
     if isinstance(x, Tensor) and x.is_floating_point():
         x = x.detach().requires_grad_()  # else BackPACK's hooks on the first layer warn
     try:
-        out = called(module, x)
+        with Lookups():
+            out = called(module, x)
+        padding = without_padding(module)
         getattr(out, "logits", out).gather(1, outputs[:, None]).sum().backward()
     except torch.OutOfMemoryError:
         raise
@@ -150,13 +156,17 @@ def _backward_of_outputs(library: str, module: nn.Module, x: Input, outputs: Ten
             f"{library} cannot differentiate this model, which runs without it: {error} "
             "Leave `backend` out: torch.func needs no rules for layers."
         ) from error
+    return padding
 
 
-def _verified(library: str, found: dict[str, Any], module: nn.Module, size: int) -> Weights:
+def _verified(
+    library: str, found: dict[str, Any], module: nn.Module, size: int, padding: dict[str, int]
+) -> Weights:
     """Bring a library's rows into shape, and check them: their sum is the ordinary gradient.
 
     A weight that a library has no rule for has no row; one that is shared between
-    layers, or used outside of a layer, would have a wrong one.
+    layers, or used outside of a layer, would have a wrong one. Padding rows, by the names of
+    their weights, have no gradient.
     """
     result, wrong = {}, []
     for name, p in module.named_parameters():
@@ -169,6 +179,8 @@ def _verified(library: str, found: dict[str, Any], module: nn.Module, size: int)
             continue
         # A layer applied at several positions reports one row per position.
         result[name] = row.detach().reshape(size, -1, *p.shape).sum(1)
+        if name in padding:
+            result[name][:, padding[name]] = 0
         scale = result[name].abs().sum(0).max()
         if (result[name].sum(0) - total).abs().max() > 100 * torch.finfo(p.dtype).eps * scale:
             wrong.append(name)

@@ -16,7 +16,7 @@ Values agree to rounding; what a pattern does not fit is left alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from .autodiff import FunctionalModel, Weights
 from .batches import Input
+from .lookups import Lookups
 from .memory import attempt
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
@@ -71,20 +72,26 @@ class _DivergedError(Exception):
 class RewrittenModel(FunctionalModel):
     """A :class:`FunctionalModel` for forward mode, with rewrites found by :func:`find_rewrites`."""
 
-    def __init__(self, module: nn.Module, rewrites: Rewrites, in_pairs: bool = False) -> None:
-        super().__init__(module)
+    def __init__(
+        self,
+        module: nn.Module,
+        rewrites: Rewrites,
+        in_pairs: bool = False,
+        names: Collection[str] | None = None,
+    ) -> None:
+        super().__init__(module, names)
         self.rewrites, self.in_pairs = rewrites, in_pairs
 
     def outputs(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at ``weights``, in their own shape."""
         if self.rewrites.channels_last and isinstance(x, Tensor):
             x = x.to(memory_format=torch.channels_last)
-        tensors = {**self.buffers(), **weights}
+        tensors = {**self.constants(), **weights}
         frozen = {k: p for k, p in self.module.named_parameters() if k not in weights}
         mode = _Rewriting(self.rewrites.folds, {**frozen, **tensors})
 
         def run(module: nn.Module) -> Tensor:
-            with mode:
+            with mode, Lookups():
                 f = self.outputs_of(module, x, **model_kwargs)
             mode.finish()
             return f
@@ -231,7 +238,7 @@ def rewritten(model: FunctionalModel, pair: Input) -> FunctionalModel:
         return jvp(lambda w: function(w, pair), (weights,), (tangents,))
 
     def candidate(find: Callable[..., Rewrites]) -> tuple[FunctionalModel, Any]:
-        function = RewrittenModel(model.module, find(model, pair), model.in_pairs)
+        function = RewrittenModel(model.module, find(model, pair), model.in_pairs, model.names)
         return function, pushed(function)
 
     expected = pushed(model)

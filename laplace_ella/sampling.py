@@ -2,6 +2,7 @@ r"""Samples of weights and functions from the posterior."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .autodiff import Weights, flat
 from .batches import Input
 from .likelihoods import LIKELIHOODS, Prediction
 from .linearisation import Linearisation
+from .lookups import padding_rows
 
 
 class Sampling(Linearisation):
@@ -30,12 +32,20 @@ class Sampling(Linearisation):
         noise = self._noise(n_samples, self.basis.rank, generator=generator)
         return noise @ self.posterior_scale.to(noise.dtype).T
 
-    def _weight_offsets(self, n_samples: int, generator: torch.Generator | None) -> Weights:
-        r"""Draw offsets :math:`V z` (S, *shape) of the weights; with the exact residual, outside the span too."""
+    def _weight_offsets(
+        self, n_samples: int, generator: torch.Generator | None, fixed: Mapping[str, int] | None = None
+    ) -> Weights:
+        r"""Draw offsets :math:`V z` (S, *shape) of the weights; with the exact residual, outside the span too.
+
+        Except in one row of each of the weights that ``fixed`` names.
+        """
         offsets = self.basis.combine(self._coordinates(n_samples, generator))
         if self.residual != "exact":
             return offsets
         outside = self._outside_offsets(n_samples, generator)
+        for name, row in (fixed or {}).items():
+            if name in outside:
+                outside[name][:, row] = 0
         return {k: v + outside[k] for k, v in offsets.items()}
 
     def _outside_offsets(self, n_samples: int, generator: torch.Generator | None) -> Weights:
@@ -52,8 +62,9 @@ class Sampling(Linearisation):
 
         With ``residual="exact"`` they leave the span, as those of exact linearised
         Laplace do; the isotropic residual is one of functions and leaves weights alone.
+        Padding rows of embeddings stay as they are.
         """
-        offsets = self._weight_offsets(n_samples, generator)
+        offsets = self._weight_offsets(n_samples, generator, padding_rows(self.backend.model))
         return self.mean + torch.cat([flat(v) for v in offsets.values()], 1)
 
     def functional_samples(
