@@ -3,13 +3,15 @@ r"""Checkpoints: tensors and plain types, with a hash of the model instead of a 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .autodiff import Weights
 from .basis import NystromBasis
 from .hashing import add_tensor
 from .ranks import ALONE, Ranks
@@ -56,20 +58,36 @@ def pack_basis(basis: NystromBasis) -> dict[str, Any]:
     }
 
 
-def check_directions(basis: NystromBasis, model: nn.Module, what: str) -> None:
-    """Require directions in the space of the model's trainable parameters, in their dtypes, as many as eigenvalues.
+def check_directions(basis: NystromBasis, weights: Weights, what: str) -> None:
+    """Require directions in the space of an estimator's weights, in their dtypes, as many as eigenvalues.
 
     Raises
     ------
     ValueError
     """
     n = len(range(basis.rank)[basis.ranks.turns()])
-    shapes = {k: ((n, *p.shape), p.dtype) for k, p in model.named_parameters() if p.requires_grad}
+    shapes = {k: ((n, *w.shape), w.dtype) for k, w in weights.items()}
     if {k: (tuple(v.shape), v.dtype) for k, v in basis.directions.items()} != shapes:
         raise ValueError(
-            f"{what} belongs to other parameters than those of this model that require grad, in number, shape or dtype. "
-            "Build the model as it was, with the same requires_grad flags."
+            f"{what} belongs to other parameters than those of this estimator, in number, shape or dtype: those of the "
+            "model that required grad when the estimator was built. Build the model as it was, and the estimator while "
+            "the requires_grad flags are as they were; they may change afterwards."
         )
+
+
+def check_dtypes(basis: NystromBasis, params: Iterable[Tensor]) -> None:
+    """Require weights in the dtypes that they were fitted in.
+
+    Raises
+    ------
+    ValueError
+    """
+    for (name, v), p in zip(basis.directions.items(), params):
+        if v.dtype != p.dtype:
+            raise ValueError(
+                f"The estimator was fitted with {name!r} in {v.dtype}, and the model has it in {p.dtype} now: their "
+                f"products would be of neither. Convert the model back, with model.to({v.dtype}), or fit again."
+            )
 
 
 def on_device_of(basis: NystromBasis, model: nn.Module) -> NystromBasis:
@@ -100,21 +118,20 @@ def check_shard(shard: tuple[int, int], ranks: Ranks, what: str) -> None:
         )
 
 
-def unpack_basis(state: dict[str, Any], model: nn.Module, ranks: Ranks = ALONE) -> NystromBasis:
-    """Rebuild a basis on the model's device; ``ranks`` are those that share its directions.
+def unpack_basis(state: dict[str, Any], weights: Weights, ranks: Ranks = ALONE) -> NystromBasis:
+    """Rebuild a basis beside an estimator's weights; ``ranks`` are those that share its directions.
 
     Raises
     ------
     ValueError
-        If its directions are not those of the model's trainable parameters.
+        If its directions are not those of these weights.
     """
-    weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
     check_shard(state["shard"], ranks, "The checkpoint")
     device = next(iter(weights.values())).device
     eigenvalues, spectrum = (state[k].to(device, torch.float64) for k in ("eigenvalues", "spectrum"))
     grams = None if state["grams"] is None else state["grams"].to(device, torch.float64)
     basis = NystromBasis(state["directions"], eigenvalues, float(state["trace"]), spectrum, ranks, grams)
-    check_directions(basis, model, "The checkpoint")
+    check_directions(basis, weights, "The checkpoint")
     return replace(basis, directions={k: state["directions"][k].to(w) for k, w in weights.items()})
 
 

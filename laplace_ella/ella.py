@@ -308,6 +308,33 @@ class ELLALaplace(
     def _init_H(self) -> None:
         self.H = None
 
+    def _check_H_init(self) -> None:
+        """Require a fit, and the model in its dtype; what was fitted follows the model to its device.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If the model's dtype has changed since.
+        """
+        super()._check_H_init()
+        checkpoint.check_dtypes(self.backend.basis, self.params)
+        if self._prior_precision.device != self._device:
+            self._follow_model()
+
+    @exclusively
+    def _follow_model(self) -> None:
+        """Move what was assigned and fitted to the model's device."""
+        names = ("_prior_precision", "_prior_mean", "_sigma_noise")
+        moved: dict[str, Any] = {k: getattr(self, k).to(self._device, self._dtype) for k in names}
+        if self.H is not None:
+            snapshots = [(n, G.to(self._device)) for n, G in self.snapshots]
+            moved |= {k: getattr(self, k).to(self._device) for k in ("H", "loss", "mean")}
+            moved |= {"snapshots": snapshots, "_posterior_scale": None, "_tangents": None}
+            self.backend.basis = checkpoint.on_device_of(self.backend.basis, self.model)
+        self.__dict__.update(moved)
+
     @property
     def basis(self) -> NystromBasis:
         """The K directions and the spectrum they come from.
@@ -506,7 +533,7 @@ class ELLALaplace(
         """
         checkpoint.check_state(state_dict, type(self).__name__, self._likelihood_name, self.model)
         ranks = self._ranks if self.shard_directions else ALONE
-        basis = checkpoint.unpack_basis(state_dict["basis"], self.model, ranks)
+        basis = checkpoint.unpack_basis(state_dict["basis"], self.backend.engine.function.weights(), ranks)
         self._warn_of_differences(state_dict)
         with self._undone_on_error():
             # The residual decides what priors are allowed: none first, and its own last.

@@ -155,9 +155,9 @@ class Engine:
         return self._support[setting]
 
     def _setting(self) -> Any:
-        """Tell apart what the same model can support differently: devices, and the user's autocast."""
-        kind = self.device.type
-        return self.device, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        """Tell apart what the same model can support differently: devices, dtypes, and the user's autocast."""
+        kind, dtype = self.device.type, next(self.module.parameters()).dtype
+        return self.device, dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def facts(self, x: Input) -> InputFacts:
         """Describe inputs of the shape of ``x``; found out once a shape. Cost: three or four passes of a row or two."""

@@ -80,7 +80,9 @@ class Fitting:
     _scorer: Callable[..., Any]
     _require_same_search: Callable[..., None]
     _progress: Callable[[bool], Progress]
+    _check_H_init: Callable[[], None]
     _check_unchanged: Callable[[], None]
+    _follow_model: Callable[[], None]
     _predictor: Callable[..., Any]
     _link: Callable[..., Any]
     _setting: Callable[[], Setting]
@@ -177,7 +179,10 @@ class Fitting:
         ranks, fresh = self._ranks, override or self.H is None
         with ranks.together("the arguments of fit"):
             self._check_fit(train_loader, balanced)
+            self._check_weights(fresh)
+            self._follow_model()
             if not fresh:
+                self._check_H_init()
                 self._check_unchanged()
             self._check_basis(basis, landmarks, fresh)
             max_samples = validation.check_size("max_samples", max_samples)
@@ -410,23 +415,30 @@ class Fitting:
             raise ValueError(f"basis must be the basis of a fitted estimator; got {type(basis).__name__}.")
         ranks = self._ranks if self.shard_directions else ALONE
         checkpoint.check_shard((basis.ranks.rank, basis.ranks.size), ranks, "The basis given")
-        checkpoint.check_directions(basis, self.model, "The basis given")
+        checkpoint.check_directions(basis, self.backend.engine.function.weights(), "The basis given")
 
     @exclusively
     def _check_fit(self, train_loader: Any, balanced: bool) -> None:
         validation.check_choice("curvature", self.curvature, validation.CURVATURES)
         validation.check_size("curvature_samples", self.curvature_samples, optional=False)
-        if [id(p) for p in self.model.parameters() if p.requires_grad] != [id(p) for p in self.params]:
-            raise ValueError(
-                "The model's parameters that require grad are not those it had when the estimator was built. "
-                "Build a new estimator after changing them."
-            )
         if balanced and self.likelihood in ("regression", "bernoulli"):
             raise ValueError(f"balanced=True needs classes; {self.likelihood} has none. Leave it out.")
         if self.curvature_size is None and isinstance(train_loader, Iterator):
             raise ValueError(
                 "curvature_size=None reads the data twice, and this loader is an iterator that can be read once. "
                 "Pass an iterable that can be started again, or a number as curvature_size."
+            )
+
+    @exclusively
+    def _check_weights(self, fresh: bool) -> None:
+        """Require the weights that the estimator was built with; all of them may be frozen since."""
+        settled = self.backend.engine.function.names
+        own = [id(p) for k, p in self.model.named_parameters() if k in settled]
+        trainable = {k for k, p in self.model.named_parameters() if p.requires_grad}
+        if own != [id(p) for p in self.params] or (fresh and trainable and trainable != settled):
+            raise ValueError(
+                "The model's parameters that require grad are not those it had when the estimator was built, over which "
+                "its posterior is. Build a new estimator after changing them, or set the flags back."
             )
 
     def _warn_of_few_samples(self, n: int, rank: int) -> None:

@@ -95,7 +95,8 @@ def find_basis(job: Job, landmarks: Landmarks, rank: int | float, shard: bool) -
     files, ranks = job.files, job.ranks
     if not ranks.any(files.found("basis") is None, "the basis of an interrupted fit"):
         with ranks.together("the basis of an interrupted fit"):
-            return unpack_basis(files.found("basis"), job.backend.model, ranks if shard else ALONE)
+            weights = job.backend.engine.function.weights()
+            return unpack_basis(files.found("basis"), weights, ranks if shard else ALONE)
     for stage in ("basis", "curvature"):
         files.ignore(stage)
     basis = job.backend.build_basis(landmarks, rank, job.progress, ranks, shard, _unfinished_gram(job))

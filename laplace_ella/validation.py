@@ -29,7 +29,8 @@ def check_model(model: nn.Module) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "The model has no parameter that requires grad, so there is no weight to be uncertain about. "
-            "Call requires_grad_(True) on the parameters to include."
+            "Call requires_grad_(True) on the parameters to include before the estimator is built; for serving, they may "
+            "be frozen again right after that."
         )
     of_complex = [repr(k) for k, p in model.named_parameters() if p.requires_grad and p.is_complex()]
     if of_complex:

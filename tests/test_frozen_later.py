@@ -1,0 +1,361 @@
+"""Flags, dtypes and devices of a model that change once there is an estimator."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from helpers import (
+    C,
+    H,
+    Snapshot,
+    assert_same,
+    build,
+    fitted,
+    inputs,
+    loader,
+    mlp,
+    targets,
+    train_loader,
+    val_loader,
+)
+from laplace.curvature import AsdlGGN, BackPackGGN
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from laplace_ella import NystromGGN
+
+X = inputs(7, seed=5)
+Y = targets("classification", 7)
+
+
+def partly_frozen():
+    model = mlp()
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def freeze(model):
+    model.eval().requires_grad_(False)
+
+
+def freeze_some(model):
+    model[2].requires_grad_(False)
+
+
+def unfreeze(model):
+    model.requires_grad_(True)
+
+
+# name: (model, what is done to it after the fit)
+CHANGES = {
+    "frozen for serving": (mlp, freeze),
+    "partly frozen": (mlp, freeze_some),
+    "frozen though part of it was": (partly_frozen, freeze),
+    "unfrozen": (partly_frozen, unfreeze),
+}
+
+
+def generator():
+    return torch.Generator().manual_seed(9)
+
+
+def saved_and_loaded(la):
+    state = la.state_dict()
+    la.load_state_dict(state)
+    return la(X)
+
+
+def searched(la):
+    la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), link_approx="mc", n_samples=8)
+    return torch.stack([la.prior_precision[0], torch.tensor(la.temperature).double()]), la(
+        X, link_approx="mc"
+    )
+
+
+def by_evidence(la):
+    prior = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
+    value = la.log_marginal_likelihood(prior)
+    return torch.cat([value.detach().reshape(1), torch.autograd.grad(value, prior)[0]])
+
+
+def added(la):
+    la.fit(loader(inputs(5, seed=8), targets("classification", 5)), override=False)
+    return la.H, la(X)
+
+
+def forgotten(la):
+    la.forget(loader(inputs()[:5], targets("classification")[:5]))
+    return la.H, la(X)
+
+
+USES = {
+    "probit": lambda la: la(X),
+    "mc": lambda la: la(X, link_approx="mc"),
+    "bridge": lambda la: la(X, link_approx="bridge"),
+    "nn": lambda la: la(X, "nn", link_approx="mc", n_samples=5, generator=generator()),
+    "features": lambda la: la.features(X),
+    "jacobians": lambda la: la.backend.jacobians(X),
+    "sample": lambda la: la.sample(3, generator=generator()),
+    "functional samples": lambda la: la.functional_samples(X, n_samples=3, generator=generator()),
+    "predictive samples": lambda la: la.predictive_samples(X, "nn", 3, generator=generator()),
+    "novelty": lambda la: la.novelty(X),
+    "share": lambda la: la.residual_share(X),
+    "error": lambda la: torch.tensor(la.approximation_error(X, train_loader()).covariance_error),
+    "plan": lambda la: torch.tensor(
+        [float(s.n_bytes) for s in la.plan(train_loader(), verbose=False).stages]
+    ),
+    "search": searched,
+    "evidence": by_evidence,
+    "state": saved_and_loaded,
+    "add": added,
+    "forget": forgotten,
+}
+
+
+def estimator(make, **kwargs):
+    return fitted(model=make(), curvature_size=None, **{"temperature": None, **kwargs})
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_done_with_a_fitted_estimator_goes_on(change, use):
+    make, alter = CHANGES[change]
+    expected, la = estimator(make), estimator(make)
+    alter(la.model)
+    flags = [p.requires_grad for p in la.model.parameters()]
+    assert_same(USES[use](la), USES[use](expected))
+    assert [p.requires_grad for p in la.model.parameters()] == flags
+    assert all(p.grad is None for p in la.model.parameters())
+
+
+@pytest.mark.parametrize("autodiff", ["forward", "double", "reverse"])
+@pytest.mark.parametrize("residual", ["isotropic", "exact"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_in_every_mode_and_with_a_residual(change, residual, autodiff):
+    make, alter = CHANGES[change]
+    expected, la = (estimator(make, residual=residual, autodiff=autodiff) for _ in range(2))
+    alter(la.model)
+    assert_same(la(X, link_approx="mc"), expected(X, link_approx="mc"))
+    assert_same(la.novelty(X), expected.novelty(X))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_merging(change):
+    make, alter = CHANGES[change]
+    la, expected, other = (
+        estimator(make),
+        estimator(make),
+        build(model=make(), curvature_size=None, temperature=None),
+    )
+    other.fit(loader(inputs(5, seed=8), targets("classification", 5)), basis=la.basis)
+    alter(la.model)
+    la.merge(other)
+    expected.merge(other)
+    assert_same(la.H, expected.H)
+
+
+@pytest.mark.parametrize("backend", [None, AsdlGGN, BackPackGGN])
+def test_a_model_frozen_for_serving_can_be_fitted_again(backend):
+    la, expected = (fitted(backend=backend) for _ in range(2))
+    freeze(la.model)
+    for each in (la, expected):
+        each.fit(loader(inputs(11, seed=8), targets("classification", 11)))
+    assert_same(la(X), expected(X))
+    early = build(backend=backend)
+    freeze(early.model)  # between building and fitting
+    early.fit(loader(inputs(11, seed=8), targets("classification", 11)))
+    assert_same(early(X), expected(X))
+
+
+@pytest.mark.parametrize("change", ["partly frozen", "unfrozen"])
+def test_a_fit_over_other_weights_than_at_construction_is_refused(change):
+    make, alter = CHANGES[change]
+    la = fitted(model=make())
+    alter(la.model)
+    before = Snapshot(la, X)
+    with pytest.raises(ValueError, match="require grad are not those"):
+        la.fit(train_loader())
+    before.check()
+
+
+class Checkpointed(nn.Module):
+    """Old-style checkpoints know ``backward()`` only, which adds to ``.grad``."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(n_outputs=H)
+        self.head = nn.Linear(H, C, dtype=torch.float64)
+        self.net[0].bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.net, x, use_reentrant=True))
+
+
+@pytest.mark.filterwarnings("ignore:This model:UserWarning", "ignore:None of the inputs:UserWarning")
+def test_parameters_unfrozen_later_get_no_gradients():
+    torch.manual_seed(0)
+    la = fitted(model=Checkpointed(), n_eigenvalues=3)
+    before = la(X)
+    unfreeze(la.model)
+    assert_same(la(X), before)
+    assert all(p.grad is None for p in la.model.parameters())
+
+
+@pytest.mark.parametrize("autodiff", ["forward", "double", "reverse"])
+def test_gradients_reach_the_inputs_only(autodiff):
+    la = fitted("regression", model=partly_frozen(), enable_backprop=True, autodiff=autodiff)
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(la(x)[1].sum(), x)
+    for alter in (unfreeze, freeze):
+        alter(la.model)
+        la(x)[1].sum().backward()
+        assert torch.equal(x.grad, expected)
+        assert all(p.grad is None for p in la.model.parameters())
+        x.grad = None
+
+
+def test_a_saved_estimator_is_loaded_before_or_after_freezing(tmp_path):
+    expected = fitted()
+    torch.save(expected.state_dict(), tmp_path / "la.pt")
+    for frozen_first in (True, False):
+        la = build()
+        if frozen_first:
+            freeze(la.model)
+        la.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
+        freeze(la.model)
+        assert_same(la(X), expected(X))
+
+
+def test_an_estimator_of_a_frozen_model_says_how_to_serve():
+    model = mlp()
+    freeze(model)
+    with pytest.raises(
+        ValueError, match=r"before the estimator is built; for serving, they may be frozen again"
+    ):
+        build(model=model)
+
+
+def test_a_backend_used_alone_settles_its_weights_too():
+    model = mlp()
+    backend, expected = NystromGGN(model, "classification"), NystromGGN(mlp(), "classification")
+    basis = fitted().basis
+    freeze(model)
+    assert_same(backend.features(X, basis), expected.features(X, basis))
+
+
+class Waiting(nn.Module):
+    """Stops in its forward pass, its weights exchanged, until it may go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.inside, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+
+    def forward(self, x):
+        self.inside.set()
+        assert self.go_on.wait(60)
+        return self.net(x)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def test_weights_are_settled_while_another_thread_predicts():
+    la = fitted(model=Waiting())
+    model, made = la.model, []
+    model.inside.clear()
+    model.go_on.clear()
+    predicting = threading.Thread(target=lambda: la(X))
+    predicting.start()
+    assert model.inside.wait(60)
+    building = threading.Thread(target=lambda: made.append(NystromGGN(model, "classification")))
+    building.start()
+    model.go_on.set()
+    predicting.join()
+    building.join()
+    assert len(made[0].engine.function.names) == len(list(model.parameters()))
+
+
+DTYPE_USES = {k: v for k, v in USES.items() if k not in ("jacobians", "plan", "forget", "add")}
+
+
+@pytest.mark.parametrize("use", DTYPE_USES)
+@pytest.mark.parametrize(
+    ("before", "after"), [(torch.float32, torch.float64), (torch.float64, torch.float16)]
+)
+def test_another_dtype_after_the_fit_is_refused_by_name(use, before, after):
+    la = fitted(model=mlp(dtype=before), data=train_loader(dtype=before))
+    la.model.to(after)
+    with pytest.raises(ValueError, match=f"{before}.*{after}.*model.to"):
+        DTYPE_USES[use](la)
+
+
+@pytest.mark.parametrize("use", ["fit", "forget", "merge"])
+def test_no_data_are_added_in_another_dtype(use):
+    la, other = (
+        fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32)) for _ in range(2)
+    )
+    la.model.double()
+    data = train_loader()
+    uses = {
+        "fit": lambda: la.fit(data, override=False),
+        "forget": lambda: la.forget(data),
+        "merge": lambda: la.merge(other),
+    }
+    with pytest.raises(ValueError, match=r"float32.*float64"):
+        uses[use]()
+
+
+def test_back_in_its_dtype_a_model_predicts_as_before():
+    la = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32), residual="isotropic")
+    before = Snapshot(la, X.float())
+    la.model.double()
+    la.model.float()
+    before.check()
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_a_model_in_another_dtype_is_fitted_anew(likelihood):
+    la = fitted(
+        likelihood, model=mlp(dtype=torch.float32), data=train_loader(likelihood, dtype=torch.float32)
+    )
+    la.model.double()
+    la.fit(train_loader(likelihood))
+    twin = mlp(dtype=torch.float32).double()
+    expected = fitted(likelihood, model=twin)
+    assert_same(la(X), expected(X))
+    assert la.log_marginal_likelihood() == expected.log_marginal_likelihood()
+    assert la.prior_precision.dtype == torch.float64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("residual", ["none", "isotropic", "exact"])
+def test_what_was_fitted_follows_the_model_to_another_device(residual):
+    la = fitted(residual=residual)
+    here = la(X, link_approx="mc")
+    evidence = la.log_marginal_likelihood()
+    la.model.cuda()
+    assert torch.allclose(la(X, link_approx="mc").cpu(), here, atol=1e-8)
+    assert torch.allclose(la.log_marginal_likelihood().cpu(), evidence)
+    assert la.posterior_covariance.is_cuda
+    assert la.sample(3).is_cuda
+    assert la.H.is_cuda
+    la.fit(train_loader(), override=False)
+    state = la.state_dict()
+    la.model.cpu()
+    moved = la(X, link_approx="mc")
+    assert moved.device.type == "cpu"
+    again = build(residual=residual)
+    again.load_state_dict(state)
+    assert torch.allclose(again(X, link_approx="mc"), moved, atol=1e-8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_fit_after_the_model_has_moved():
+    la = build(prior_precision=3.0)
+    la.model.cuda()
+    la.fit(train_loader())
+    assert torch.allclose(la(X).cpu(), fitted(prior_precision=3.0)(X), atol=1e-8)
