@@ -19,6 +19,7 @@ from .accumulation import Part
 from .autodiff import Weights, last_layer_norms, unwrap
 from .basis import NystromBasis, build_basis
 from .batches import Input, Nested, Raw, batch_size, n_bytes, packed, rows, unpacked
+from .checkpoint import check_dtypes
 from .engine import AUTODIFF, Engine
 from .gradients import RowEngine, asdl_rows, backpack_rows
 from .gram import FRESH, Progress, Spill, Unfinished
@@ -342,9 +343,12 @@ class NystromGGN(GGNInterface):
         ------
         AttributeError
             Before a fit.
+        ValueError
+            If the model's dtype has changed since.
         """
         if self.basis is None:
             raise AttributeError("The backend has no basis yet. Call fit() on the estimator first.")
+        check_dtypes(self.basis, self.engine.function.weights().values())
         return self.features(x, self.basis, enable_backprop)
 
     def full(

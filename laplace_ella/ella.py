@@ -81,7 +81,8 @@ class ELLALaplace(
     Parameters
     ----------
     model : torch.nn.Module
-        The trained network. Outputs may be (B, ..., C): positions in a sequence or an image are
+        The trained network. The posterior is over its parameters that require grad now; they may be
+        frozen later. Outputs may be (B, ..., C): positions in a sequence or an image are
         flattened into the batch. DataParallel, DistributedDataParallel and torch.compile wrappers
         are taken off.
     likelihood : str
@@ -326,8 +327,10 @@ class ELLALaplace(
     @exclusively
     def _follow_model(self) -> None:
         """Move what was assigned and fitted to the model's device."""
+        settled, named = self.backend.engine.function.names, self.model.named_parameters()
         names = ("_prior_precision", "_prior_mean", "_sigma_noise")
         moved: dict[str, Any] = {k: getattr(self, k).to(self._device, self._dtype) for k in names}
+        moved["params"] = [p for k, p in named if k in settled]  # some devices need new parameters
         if self.H is not None:
             snapshots = [(n, G.to(self._device)) for n, G in self.snapshots]
             moved |= {k: getattr(self, k).to(self._device) for k in ("H", "loss", "mean")}

@@ -433,9 +433,9 @@ class Fitting:
     def _check_weights(self, fresh: bool) -> None:
         """Require the weights that the estimator was built with; all of them may be frozen since."""
         settled = self.backend.engine.function.names
-        own = [id(p) for k, p in self.model.named_parameters() if k in settled]
+        own = [p.shape for k, p in self.model.named_parameters() if k in settled]
         trainable = {k for k, p in self.model.named_parameters() if p.requires_grad}
-        if own != [id(p) for p in self.params] or (fresh and trainable and trainable != settled):
+        if own != [p.shape for p in self.params] or (fresh and trainable and trainable != settled):
             raise ValueError(
                 "The model's parameters that require grad are not those it had when the estimator was built, over which "
                 "its posterior is. Build a new estimator after changing them, or set the flags back."

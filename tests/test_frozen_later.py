@@ -180,6 +180,17 @@ def test_a_fit_over_other_weights_than_at_construction_is_refused(change):
     before.check()
 
 
+def test_other_weights_under_the_same_names_are_refused_unless_they_fit():
+    la, expected = build(), fitted(model=mlp(seed=3))
+    la.model[0], la.model[2] = mlp(seed=3)[0], mlp(seed=3)[2]
+    la.fit(train_loader())
+    assert_same(la(X), expected(X))
+    assert torch.equal(la.mean, expected.mean)
+    la.model[2] = nn.Linear(H, C + 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="require grad are not those"):
+        la.fit(train_loader())
+
+
 class Checkpointed(nn.Module):
     """Old-style checkpoints know ``backward()`` only, which adds to ``.grad``."""
 
@@ -279,7 +290,7 @@ def test_weights_are_settled_while_another_thread_predicts():
     assert len(made[0].engine.function.names) == len(list(model.parameters()))
 
 
-DTYPE_USES = {k: v for k, v in USES.items() if k not in ("jacobians", "plan", "forget", "add")}
+DTYPE_USES = {k: v for k, v in USES.items() if k not in ("plan", "forget", "add")}
 
 
 @pytest.mark.parametrize("use", DTYPE_USES)
@@ -329,6 +340,27 @@ def test_a_model_in_another_dtype_is_fitted_anew(likelihood):
     assert_same(la(X), expected(X))
     assert la.log_marginal_likelihood() == expected.log_marginal_likelihood()
     assert la.prior_precision.dtype == torch.float64
+
+
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_of(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_of(item)
+
+
+@pytest.mark.parametrize("residual", ["none", "isotropic"])
+def test_no_tensor_stays_where_the_model_was(residual):
+    la = fitted(residual=residual)
+    la(X)  # caches what it makes
+    la.model.to("meta")
+    la._follow_model()
+    found = [*tensors_of(vars(la)), *tensors_of(vars(la.backend.basis))]
+    assert len(found) > 15
+    assert all(t.is_meta for t in found)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
