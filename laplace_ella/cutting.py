@@ -122,9 +122,9 @@ class Cutting:
 
     def _kind(self, x: Input) -> Any:
         """Tell apart what the model may treat differently: entries, how they are cut, dtypes, devices, autocast."""
-        device = next(self.function.module.parameters()).device
-        enabled = torch.is_autocast_enabled(device.type)
-        setting = device, torch.get_autocast_dtype(device.type) if enabled else None
+        reference = next(self.function.module.parameters())
+        kind, enabled = reference.device.type, torch.is_autocast_enabled(reference.device.type)
+        setting = reference.device, reference.dtype, torch.get_autocast_dtype(kind) if enabled else None
         if isinstance(x, Tensor):
             return setting, x.dtype
         return (

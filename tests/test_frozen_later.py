@@ -342,6 +342,14 @@ def test_a_model_in_another_dtype_is_fitted_anew(likelihood):
     assert la.prior_precision.dtype == torch.float64
 
 
+def test_what_was_found_out_in_one_dtype_is_not_taken_for_another():
+    la = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
+    la.model.double()
+    with pytest.warns(UserWarning, match="converted to"):
+        la.fit(train_loader(dtype=torch.float32))
+    assert la.features(X)[0].dtype == torch.float64
+
+
 def tensors_of(value):
     if isinstance(value, torch.Tensor):
         yield value
