@@ -275,11 +275,12 @@ def n_bytes(x: Input) -> int:
     return sum(t.numel() * t.element_size() for t in tensors(x))
 
 
-def digest_of(x: Input) -> str:
-    """Return a hash of all tensors and plain values of an input."""
+def digest_of(x: Raw | Input) -> str:
+    """Return a hash of all tensors and plain values of an input, raw or not."""
     if isinstance(x, Tensor):
         return digest(x)
-    return digest(*(part for path, leaf in leaves(x.container()) for part in (name_of(path), leaf)))
+    whole = x.container() if isinstance(x, Nested) else x
+    return digest(*(part for path, leaf in leaves(whole) for part in (name_of(path), leaf)))
 
 
 def signature(x: Input) -> Any:

@@ -192,9 +192,8 @@ class Fitting:
             if val_loader is not None:
                 validation.check_prediction("glm", link_approx, 100, None, None)
                 validation.check_link(self.likelihood, link_approx)
-            given = None
             if landmarks is not None:
-                given = validation.check_landmarks(landmarks, self.dict_key_x, self.backend.inputs)
+                landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
             every = val_steps or (1 if val_loader is not None else None)
             needed = checkpoint is not None or ranks.size > 1  # hashing V takes seconds
             arguments = self._arguments(
@@ -205,7 +204,7 @@ class Fitting:
                 val_steps=every,
                 max_samples=max_samples,
                 n_total=n_total,
-                landmarks=digest(digest_of(given[0]), given[1]) if needed and given else None,
+                landmarks=digest(digest_of(landmarks[0]), landmarks[1]) if needed and landmarks else None,
                 basis=basis.fingerprint() if needed and basis is not None else None,
             )
             files = FitFiles(checkpoint, checkpoint_every, {**arguments, **self._computing()}, ranks)
@@ -220,6 +219,9 @@ class Fitting:
                 seen,
                 max_samples,
             )
+            given = None
+            if landmarks is not None:
+                given = self.backend.inputs(landmarks[0], len(landmarks[1])), landmarks[1]
         ranks.require_equal({**arguments, "checkpoint": checkpoint is not None}, "fit()")
         job = Job(ranks, stream, files, progress, self.backend, every, self.seed, self._labels())
         own = self._scan(job, balanced, given, fresh and basis is None)

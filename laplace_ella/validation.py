@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -349,10 +349,8 @@ def check_finite_features(phi: Tensor, f: Tensor, name: str) -> None:
         )
 
 
-def check_landmarks(
-    landmarks: Any, dict_key_x: str, prepare: Callable[[Raw, int], Input]
-) -> tuple[Input, Tensor]:
-    """Require a pair of M finite inputs and a LongTensor (M,); return it, its inputs prepared to be cut into rows."""
+def check_landmarks(landmarks: Any, dict_key_x: str) -> tuple[Raw, Tensor]:
+    """Require a pair of M finite inputs and a LongTensor (M,), and return it."""
     valid = isinstance(landmarks, (tuple, list)) and len(landmarks) == 2
     if not valid or not isinstance(landmarks[0], (Tensor, Mapping)) or not isinstance(landmarks[1], Tensor):
         raise ValueError(
@@ -370,7 +368,7 @@ def check_landmarks(
         raise ValueError(f"landmarks must hold as many inputs as outputs; got {size} and {len(outputs)}.")
     if not is_finite(inputs):
         raise ValueError("The inputs of landmarks hold NaN or infinite values; they must be finite.")
-    return prepare(inputs, size), outputs
+    return inputs, outputs
 
 
 def check_coordinates(outputs: Tensor, n_outputs: int) -> None:

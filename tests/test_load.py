@@ -44,7 +44,7 @@ MODELS = {
     "mlp": (lambda: mlp(dtype=torch.float32), (D,)),
     "batchnorm": (ConvNet, (2, 3, 3)),
     "residual_inplace": (Residual, (2,)),
-    "encoder": (Encoder, (3, 6)),
+    "encoder": (Encoder, (5, 6)),
 }
 FITS = (
     {},
