@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .batches import Input, Nested, batch_size, detached, doubled, rows
 from .lookups import Lookups
 from .memory import OutOfMemory
+from .module_state import Watch
 from .safety import LOCK
 
 Weights = dict[str, Tensor]
@@ -43,6 +44,18 @@ def unwrap(module: nn.Module) -> nn.Module:
         return unwrap(module.module)
     inner = getattr(module, "_orig_mod", None)
     return unwrap(inner) if isinstance(inner, nn.Module) else module
+
+
+def first_weight(module: nn.Module) -> nn.Parameter:
+    """Return the first of ``module.parameters()``, without the five generators that are made and closed for that."""
+    waiting = [module]
+    while waiting:
+        m = waiting.pop()
+        for p in m._parameters.values():
+            if p is not None:
+                return p
+        waiting += [child for child in reversed(m._modules.values()) if child is not None]
+    return next(module.parameters())  # there is none: StopIteration
 
 
 class _Within(nn.Module):
@@ -199,11 +212,11 @@ def last_layer_norms(model: FunctionalModel, x: Input) -> Tensor | None:
     r"""Return :math:`|z|^2` (B,) of the inputs z of the layer whose output are the model's outputs.
 
     None if no layer with weights of its own returns them, row by row. Cost: a forward pass.
-    Inside :func:`laplace_ella.safety.safe_autodiff`.
+    Inside :func:`laplace_ella.safety.safely`.
     """
     calls: list[tuple[nn.Module, Any, Any]] = []
     leaves = [m for m in model.module.modules() if any(True for _ in m.parameters(recurse=False))]
-    hooks = [m.register_forward_hook(lambda m, args, out: calls.append((m, args, out))) for m in leaves]
+    hooks = [m.register_forward_hook(Watch(calls)) for m in leaves]
     try:
         f = model.own_outputs(x)
     finally:
@@ -304,7 +317,7 @@ def activation_bytes(model: FunctionalModel, pair: Input) -> tuple[int, int]:
     Notes
     -----
     Cost: a forward pass of one row and one of two. Their difference leaves out what
-    does not grow with the batch (weights, masks). Call it inside :func:`laplace_ella.safety.safe_autodiff`.
+    does not grow with the batch (weights, masks). Call it inside :func:`laplace_ella.safety.safely`.
     """
     sizes, n_rows = [], 2 if model.in_pairs else 1
     for batch in (pair, doubled(pair)) if model.in_pairs else (rows(pair, 0, 1), pair):

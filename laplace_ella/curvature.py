@@ -16,7 +16,7 @@ from laplace.curvature import AsdlGGN, BackPackGGN, CurvlinopsGGN, EFInterface, 
 from torch import Tensor, nn
 
 from .accumulation import Part
-from .autodiff import Weights, last_layer_norms, unwrap
+from .autodiff import Weights, first_weight, last_layer_norms, unwrap
 from .basis import NystromBasis, build_basis
 from .batches import Input, Nested, Raw, batch_size, n_bytes, packed, rows, unpacked
 from .checkpoint import check_dtypes
@@ -31,7 +31,7 @@ from .probing import Support
 from .ranks import ALONE, Ranks
 from .residual import joint_gram, output_grams
 from .row_source import RowSource
-from .safety import safe_autodiff
+from .safety import safely
 from .sharding import for_everyone
 from .validation import (
     check_budget,
@@ -118,7 +118,7 @@ class NystromGGN(GGNInterface):
 
     @property
     def _reference(self) -> Tensor:
-        return next(self.model.parameters())
+        return first_weight(self.model)
 
     def inputs(self, x: Raw | Input, size: int | None = None) -> Input:
         """Say which tensors of an input are cut into rows; see :class:`laplace_ella.cutting.Cutting`.
@@ -147,8 +147,7 @@ class NystromGGN(GGNInterface):
 
     def forward(self, x: Raw | Input, **model_kwargs: Any) -> Tensor:
         """Return the model's outputs (B, ..., C), in evaluation mode and without a graph."""
-        with safe_autodiff(self.model):
-            return self.engine.function.own_outputs(self.to_model(x), **model_kwargs)
+        return safely(self.model, lambda: self.engine.function.own_outputs(self.to_model(x), **model_kwargs))
 
     def positions(self, x: Input) -> tuple[int, ...]:
         """Return the axes of the outputs for ``x`` between batch and C."""
@@ -156,25 +155,27 @@ class NystromGGN(GGNInterface):
 
     def last_layer_norms(self, x: Input) -> Tensor | None:
         """Return the squared norms (B, ) of what the last layer takes; None without such a layer."""
-        with safe_autodiff(self.model):
-            return last_layer_norms(self.engine.function, self.to_model(x))
+        return safely(self.model, lambda: last_layer_norms(self.engine.function, self.to_model(x)))
 
     def forward_at(
         self, offsets: Weights, x: Input, enable_backprop: bool = False, **model_kwargs: Any
     ) -> Tensor:
         """Return the outputs (S, B, C) at the weights plus each of S offsets (S, *shape)."""
         n_samples = next(iter(offsets.values())).shape[0]
-        with safe_autodiff(self.model, enable_backprop):
-            x, function = self.to_model(x), self.engine.function
+
+        def compute() -> Tensor:
+            function, entered = self.engine.function, self.to_model(x)
             weights = function.weights()
             return torch.stack(
                 [
                     function.outputs_near(
-                        weights, {k: v[s] for k, v in offsets.items()}, x, **model_kwargs
+                        weights, {k: v[s] for k, v in offsets.items()}, entered, **model_kwargs
                     ).flatten(0, -2)
                     for s in range(n_samples)
                 ]
             )
+
+        return safely(self.model, compute, enable_backprop)
 
     def support(self, x: Input) -> Support:
         """Say how the model can be differentiated; found out once a device, on a row of ``x``.
@@ -215,14 +216,16 @@ class NystromGGN(GGNInterface):
         unfinished: Unfinished = FRESH,
     ) -> NystromBasis:
         """Compute the basis of the landmarks' gradients; see :func:`laplace_ella.basis.build_basis`."""
-        with ranks.together("the gradients of landmarks"), safe_autodiff(self.model):
-            source = self.row_source(landmarks, ranks, sharded)
+        with ranks.together("the gradients of landmarks"):
+            source = safely(self.model, lambda: self.row_source(landmarks, ranks, sharded))
             budget = self.engine.budget()
         budget = ranks.least(budget, "the memory budget")
-        with safe_autodiff(self.model):
-            return build_basis(
+        return safely(
+            self.model,
+            lambda: build_basis(
                 source, rank, budget=budget, spill=self.spill, progress=progress, unfinished=unfinished
-            )
+            ),
+        )
 
     def plan(
         self,
@@ -263,13 +266,15 @@ class NystromGGN(GGNInterface):
             assert phi is not None
             assert f is not None
             return phi, f
-        with safe_autodiff(self.model, enable_backprop):
-            return self.engine.features(self.to_model(x), basis.directions)
+        return safely(
+            self.model, lambda: self.engine.features(self.to_model(x), basis.directions), enable_backprop
+        )
 
     def _shared_features(self, x: Input | None, basis: NystromBasis) -> tuple[Tensor | None, Tensor | None]:
         def answer(theirs: Any) -> Tensor:
-            with safe_autodiff(self.model):
-                return self.engine.features(self._unpacked(theirs), basis.directions)[0]
+            return safely(
+                self.model, lambda: self.engine.features(self._unpacked(theirs), basis.directions)[0]
+            )
 
         question = None if x is None else packed(self.inputs(x))
         phi = for_everyone(basis.ranks, question, answer, basis.rank, "the features")
@@ -286,39 +291,39 @@ class NystromGGN(GGNInterface):
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C)."""
 
         def answer(question: Any) -> Tensor:
-            with safe_autodiff(self.model):
-                theirs, us = self._unpacked(question[0]), question[1].to(self._reference.device)
-                return self.engine.pull(theirs, basis.directions, us)
+            theirs, us = self._unpacked(question[0]), question[1].to(self._reference.device)
+            return safely(self.model, lambda: self.engine.pull(theirs, basis.directions, us))
 
         if not basis.sharded:
             assert x is not None
             assert cotangents is not None
-            with safe_autodiff(self.model):
-                return self.engine.pull(self.to_model(x), basis.directions, cotangents)
+            return safely(
+                self.model, lambda: self.engine.pull(self.to_model(x), basis.directions, cotangents)
+            )
         question = None if x is None or cotangents is None else (packed(self.inputs(x)), cotangents)
         pulled = for_everyone(basis.ranks, question, answer, basis.rank, "the sampled curvature")
         return self._reference.new_zeros(0, 0, basis.rank) if pulled is None else pulled.to(self._reference)
 
     def push(self, x: Input, tangents: Weights, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         """Push S tangents (S, *shape) forward: J g (B, C, S), and f (B, C)."""
-        with safe_autodiff(self.model, enable_backprop):
-            return self.engine.features(self.to_model(x), tangents)
+        return safely(self.model, lambda: self.engine.features(self.to_model(x), tangents), enable_backprop)
 
     def output_grams(self, x: Input) -> Tensor:
         """Compute :math:`J J^T` (B, C, C) of each input; see :func:`laplace_ella.residual.output_grams`."""
         x = self.inputs(x)
         facts = self.engine.facts(self.to_model(x))
-        with safe_autodiff(self.model):
-            return output_grams(
+        return safely(
+            self.model,
+            lambda: output_grams(
                 x, facts.n_outputs, facts.n_coordinates, self.row_source, self.engine.budget()
-            )
+            ),
+        )
 
     def joint_gram(self, x: Input) -> Tensor:
         """Compute :math:`J J^T` (BC, BC) of all inputs' outputs."""
         x = self.inputs(x)
         n_coordinates = self.engine.facts(self.to_model(x)).n_coordinates
-        with safe_autodiff(self.model):
-            return joint_gram(x, n_coordinates, self.row_source, self.engine.budget())
+        return safely(self.model, lambda: joint_gram(x, n_coordinates, self.row_source, self.engine.budget()))
 
     def bounded(self, x: Input, width: int) -> Iterator[Input]:
         """Cut a batch into parts with ``width`` float64 numbers an output in a quarter of the memory budget."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autodiff import FunctionalModel
+from .autodiff import FunctionalModel, first_weight
 from .batches import (
     Input,
     Nested,
@@ -38,7 +38,7 @@ from .batches import (
     tensors,
 )
 from .memory import attempt
-from .safety import safe_autodiff
+from .safety import safely
 
 # So many ways of reading a mapping are tried.
 READINGS = 32
@@ -122,7 +122,7 @@ class Cutting:
 
     def _kind(self, x: Input) -> Any:
         """Tell apart what the model may treat differently: entries, how they are cut, dtypes, devices, autocast."""
-        reference = next(self.function.module.parameters())
+        reference = first_weight(self.function.module)
         kind, enabled = reference.device.type, torch.is_autocast_enabled(reference.device.type)
         setting = reference.device, reference.dtype, torch.get_autocast_dtype(kind) if enabled else None
         if isinstance(x, Tensor):
@@ -137,17 +137,8 @@ class Cutting:
     # ------------------------------------------------------------------ at the first batch of a kind
 
     def _verified(self, x: Raw, size: int | None) -> Input:
-        device = next(self.function.module.parameters()).device
-        some = detached(x[:TENSOR_ROWS]) if isinstance(x, Tensor) else nested(x, [])
-        with safe_autodiff(self.function.module):
-            f, dtype = self._plain_outputs(moved(some, device))
-            n = len(some) if isinstance(some, Tensor) else size
-            if n is not None and len(f) != n:
-                raise ValueError(
-                    f"The model returned outputs of shape {tuple(f.shape)} for {n} inputs; their first axis must be the "
-                    "batch, with one row for each input. Wrap the model so that its forward returns such outputs."
-                )
-            paths = self._reading(x, some, f, dtype, device)
+        device = first_weight(self.function.module).device
+        f, dtype, paths = safely(self.function.module, lambda: self._confirmed(x, size, device))
         if isinstance(x, Tensor):
             self._known[self._kind(x)] = self._known[self._kind(_converted(x, dtype))] = dtype
             return x
@@ -157,6 +148,20 @@ class Cutting:
             self._shared |= {path for path, leaf in cut.shared() if isinstance(leaf, Tensor)}
         return cut
 
+    def _confirmed(
+        self, x: Raw, size: int | None, device: torch.device
+    ) -> tuple[Tensor, torch.dtype | None, list[Path]]:
+        """Return the outputs of a batch, the dtype that inputs are converted to, and the entries that are cut."""
+        some = detached(x[:TENSOR_ROWS]) if isinstance(x, Tensor) else nested(x, [])
+        f, dtype = self._plain_outputs(moved(some, device))
+        n = len(some) if isinstance(some, Tensor) else size
+        if n is not None and len(f) != n:
+            raise ValueError(
+                f"The model returned outputs of shape {tuple(f.shape)} for {n} inputs; their first axis must be the "
+                "batch, with one row for each input. Wrap the model so that its forward returns such outputs."
+            )
+        return f, dtype, self._reading(x, some, f, dtype, device)
+
     def _plain_outputs(self, x: Input) -> tuple[Tensor, torch.dtype | None]:
         """Run the model as its user does, and return its outputs, and the dtype that inputs are converted to."""
         f, error = attempt(lambda: self._run(x))
@@ -165,7 +170,7 @@ class Cutting:
         if f is not None:
             return f, None
         assert error is not None
-        reference = next(self.function.module.parameters()).dtype
+        reference = first_weight(self.function.module).dtype
         others = {t.dtype for t in tensors(x) if t.is_floating_point() and t.dtype != reference}
         if others:
             f, _ = attempt(lambda: self._run(_converted(x, reference)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autodiff import FunctionalModel, Weights, activation_bytes
+from .autodiff import FunctionalModel, Weights, activation_bytes, first_weight
 from .batches import Input, Raw, batch_size, detached, doubled, rows, signature
 from .cutting import Cutting
 from .features import FEATURES, Features, forward_features, pulled_cotangents
@@ -26,7 +26,7 @@ from .memory import (
 )
 from .probing import Support, probe
 from .rewriting import rewritten
-from .safety import safe_autodiff
+from .safety import safely
 
 AUTODIFF = ("auto", "forward", "double", "reverse")
 # Reverse mode is chosen if this many times C is at most K ...
@@ -105,7 +105,7 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.module.parameters()).device
+        return first_weight(self.module).device
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
@@ -150,8 +150,9 @@ class Engine:
         """Say what the model supports; found out once a device, on two copies of a row of ``x``."""
         setting = self._setting()
         if setting not in self._support:
-            with safe_autodiff(self.module):
-                self._support[setting] = probe(self.function, _pair(x), self.autodiff)
+            self._support[setting] = safely(
+                self.module, lambda: probe(self.function, _pair(x), self.autodiff)
+            )
         return self._support[setting]
 
     def _setting(self) -> Any:
@@ -163,17 +164,19 @@ class Engine:
         """Describe inputs of the shape of ``x``; found out once a shape. Cost: three or four passes of a row or two."""
         kind = (self._setting(), signature(x))
         if kind not in self._facts:
-            with safe_autodiff(self.module):
-                pair = _pair(x)
-                forward = self.support(x).features.startswith("forward") and not self.compiled
-                shape = self.function.outputs(self.function.weights(), pair).shape
-                self._facts[kind] = InputFacts(
-                    tuple(shape[1:-1]),
-                    shape[-1],
-                    *activation_bytes(self.function, pair),
-                    rewritten(self.function, pair) if forward else self.function,
-                )
+            self._facts[kind] = safely(self.module, lambda: self._find_facts(x))
         return self._facts[kind]
+
+    def _find_facts(self, x: Input) -> InputFacts:
+        pair = _pair(x)
+        forward = self.support(x).features.startswith("forward") and not self.compiled
+        shape = self.function.outputs(self.function.weights(), pair).shape
+        return InputFacts(
+            tuple(shape[1:-1]),
+            shape[-1],
+            *activation_bytes(self.function, pair),
+            rewritten(self.function, pair) if forward else self.function,
+        )
 
     def mode(self, x: Input, rank: int) -> str:
         """Choose among the ways to compute features: what the model supports, then C, K and its kind."""
@@ -185,7 +188,7 @@ class Engine:
         return "reverse" if shared and reverse_is_cheaper(facts.n_coordinates, rank) else support.features
 
     def features(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
-        r"""Compute :math:`\phi(x)` (B L, C, K) and f(x) (B L, C); inside ``safe_autodiff``.
+        r"""Compute :math:`\phi(x)` (B L, C, K) and f(x) (B L, C); inside ``safely``.
 
         Raises
         ------
@@ -212,7 +215,7 @@ class Engine:
         return phi.reshape(-1, n_outputs, rank), f.reshape(-1, n_outputs)
 
     def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
-        r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safe_autodiff``."""
+        r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safely``."""
         chunks = Chunks(self.gradients_per_call(x), 1)
         looped = self.support(x).rows != "vmap"
         found, _ = with_smaller_chunks(

@@ -1,61 +1,164 @@
-"""Interrupts that reach torch in the middle of a function transform."""
+"""Interrupts: told apart from errors, and what they leave half done in torch put right.
+
+Ctrl-C, a time-out's signal handler and an exception set from another thread can be raised at the start of any
+function, so also at that of a context's ``__exit__``, which is then never left.
+"""
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
 
 _torch: Any = torch._C
+_functorch: Any = torch._C._functorch
+_TRANSFORM = _functorch.TransformType
+_LEAVE_TRANSFORM = {
+    _TRANSFORM.Vmap: _functorch._vmap_decrement_nesting,
+    _TRANSFORM.Grad: _functorch._grad_decrement_nesting,
+    _TRANSFORM.Jvp: _functorch._jvp_decrement_nesting,
+    _TRANSFORM.Functionalize: _functorch._func_decrement_nesting,
+}
+# By these torch.compile knows that a dispatch mode is on: it would compile nothing any more. One has a copy in C++.
+_MODE_FLAGS = [
+    k for k, v in vars(_python_dispatch).items() if k.startswith("_is_in_") and isinstance(v, bool)
+]
+_COPIED_FLAG = "_is_in_any_mode_without_ignore_compile_internals"
+# How often a step is run again that something interrupts.
+_ATTEMPTS = 100
+
+
+def completed(step: Callable[[], None]) -> None:
+    """Run a step to its end, again from its start if it is interrupted; then raise what came first.
+
+    Parameters
+    ----------
+    step : callable
+        May be run again wherever it was cut short.
+    """
+    first: BaseException | None = None
+    for _ in range(_ATTEMPTS):
+        try:
+            step()
+            break
+        except BaseException as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Raise KeyboardInterrupt for an interrupt inside, and leave torch as it was.
+    """Raise an interrupt inside as what it is, and leave torch's transforms as they were.
 
     An interrupt that comes just when a transform has been entered leaves torch's stack of them one too high until
     the traceback is gone. The transform around it then fails on its way out ("INTERNAL ASSERT FAILED"), which would
-    hide the interrupt, and what was entered is left too late: without gradients, or with a count of forward-mode
-    transforms that makes the next one fail.
+    hide the interrupt.
     """
     handled = sys.exc_info()[1]  # by the caller, who may be dealing with an interrupt
-    before = _State()
+    before = Transforms()
     try:
         yield
-    except (Exception, KeyboardInterrupt) as error:
-        chain = _chain(error, handled)
-        if not any(isinstance(one, KeyboardInterrupt) for one in chain):
+    except BaseException as error:
+        interrupt = interrupt_behind(error, handled)
+        if interrupt is None:
             raise
-        for one in chain:  # the frames of a traceback hold contexts that were entered and not left
-            traceback.clear_frames(one.__traceback__)
+        close_contexts(error, handled)
         before.restore()
-        if isinstance(error, KeyboardInterrupt):
+        if interrupt is error:
             raise
-        raise KeyboardInterrupt from error
+        raise interrupt from error
 
 
-class _State:
-    """What torch's transforms, and what overrides its functions, have entered."""
+def interrupt_behind(error: BaseException, handled: BaseException | None) -> BaseException | None:
+    """Return the interrupt that an error is, or hides; None if the error is one of the program's own.
+
+    Parameters
+    ----------
+    error : BaseException
+        What was raised.
+    handled : BaseException, optional
+        What its caller was handling when it began, which the error does not come from.
+    """
+    chain = _chain(error, handled)
+    for one in chain:
+        if not isinstance(one, (Exception, GeneratorExit)):
+            return one
+    handlers = _signal_handlers()
+    for one in chain:
+        if any(frame.f_code in handlers for frame, _ in traceback.walk_tb(one.__traceback__)):
+            return one if _raised_by_torch(error) else error
+    return None
+
+
+def close_contexts(error: BaseException, handled: BaseException | None) -> None:
+    """Leave the contexts of Python's that the frames of an error entered and did not leave.
+
+    Later they would pop what others entered.
+    """
+    for one in _chain(error, handled):
+        traceback.clear_frames(one.__traceback__)
+
+
+class Transforms:
+    """What torch's transforms, and what overrides its functions, have entered; noted, to be restored."""
 
     def __init__(self) -> None:
-        self.gradients = torch.is_grad_enabled()
+        self.gradients = torch.is_grad_enabled(), _torch._is_fwd_grad_enabled()
         self.functions = _torch._len_torch_function_stack()
-        self.level = forward_ad._current_level
+        self.dispatchers = _torch._len_torch_dispatch_stack()
+        self.flags = {name: getattr(_python_dispatch, name) for name in _MODE_FLAGS}
+        self.depth = _depth()
         self.jvps = eager_transforms.JVP_NESTING
+        self.level = forward_ad._current_level
 
     def restore(self) -> None:
-        torch.set_grad_enabled(self.gradients)
+        """Leave whatever has been entered since; may be run again where it was cut short."""
+        while _depth() > self.depth:
+            _LEAVE_TRANSFORM[_functorch.peek_interpreter_stack().key()]()
+        eager_transforms.JVP_NESTING = self.jvps
+        if self.level < 0:
+            _leave_dual_levels()
+        forward_ad._current_level = self.level
         while _torch._len_torch_function_stack() > self.functions:
             _torch._pop_torch_function_stack()
-        while forward_ad._current_level > self.level:
-            forward_ad.exit_dual_level()
-        eager_transforms.JVP_NESTING = min(eager_transforms.JVP_NESTING, self.jvps)
+        self._leave_dispatchers()
+        torch.set_grad_enabled(self.gradients[0])
+        _torch._set_fwd_grad_enabled(self.gradients[1])
+
+    def _leave_dispatchers(self) -> None:
+        while _torch._len_torch_dispatch_stack() > self.dispatchers:
+            _python_dispatch._pop_mode()
+        for name, flag in self.flags.items():
+            setattr(_python_dispatch, name, flag)
+        copy = getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None)
+        if copy is not None and _COPIED_FLAG in self.flags:
+            copy(self.flags[_COPIED_FLAG])
+
+
+def _depth() -> int:
+    top = _functorch.peek_interpreter_stack()
+    return 0 if top is None else int(top.level())
+
+
+def _leave_dual_levels() -> None:
+    # torch tells the level of forward mode only to those who enter one, and fails where one is open already.
+    try:
+        level = int(_torch._enter_dual_level())
+    except RuntimeError:
+        level = 0
+    while level >= 0:
+        _torch._exit_dual_level(level=level)
+        level -= 1
 
 
 def _chain(error: BaseException, handled: BaseException | None) -> list[BaseException]:
@@ -68,3 +171,21 @@ def _chain(error: BaseException, handled: BaseException | None) -> list[BaseExce
             found.append(one)
             waiting += [one.__cause__, one.__context__]
     return found
+
+
+def _signal_handlers() -> set[CodeType]:
+    """Return the code of the functions that handle signals: what they raise is raised anywhere."""
+    found: set[Any] = set()
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        if callable(handler):
+            handler = getattr(handler, "func", handler)  # of a partial
+            function = getattr(handler, "__func__", handler)
+            called = function if hasattr(function, "__code__") else type(function).__call__
+            found.add(getattr(called, "__code__", None))
+    return found - {None}
+
+
+def _raised_by_torch(error: BaseException) -> bool:
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("torch.")

@@ -16,7 +16,7 @@ from typing import TypeVar
 import psutil
 import torch
 
-from .interrupts import contained
+from .interrupts import contained, interrupt_behind
 
 # Share of the free memory that is planned with, when the user names no budget.
 DEFAULT_SHARE = 0.25
@@ -46,13 +46,15 @@ def free_memory(device: torch.device) -> int:
 
 def _left_to_container() -> int:
     # psutil sees the machine; a container may have less.
-    folder = Path("/sys/fs/cgroup")
+    folder, handled = Path("/sys/fs/cgroup"), sys.exc_info()[1]
     try:
         limit = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
         counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         used -= int(counts["file"])  # the page cache gives way
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        if interrupt_behind(error, handled) is not None:  # TimeoutError is an OSError
+            raise
         return sys.maxsize
     return max(0, int(limit) - used) if limit.isdigit() else sys.maxsize
 
@@ -174,13 +176,14 @@ def let_malloc_adapt() -> None:
 
 def attempt(compute: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
     """Return (result, None), or (None, what was raised); running out of memory says nothing of a model."""
-    try:
-        with contained():
+    handled = sys.exc_info()[1]
+    with contained():
+        try:
             return compute(), None
-    except OutOfMemory:
-        raise
-    except Exception as error:
-        return None, error
+        except Exception as error:
+            if isinstance(error, OutOfMemory) or interrupt_behind(error, handled) is not None:
+                raise
+            return None, error
 
 
 def raise_malloc_thresholds() -> str:

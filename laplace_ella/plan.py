@@ -15,7 +15,7 @@ from .gram import RowSource, Spill, choose_rows
 from .landmarks import Landmarks
 from .loading import Prepare, named_batches
 from .memory import Chunks, gigabytes
-from .safety import safe_autodiff
+from .safety import safely
 
 # Forward passes a gradient row takes with torch.func; the arithmetic demands 3.
 GRADIENT_COST = 5.0
@@ -183,11 +183,10 @@ def make_plan(
     n_landmarks = int(min(n_landmarks, limit * facts.n_coordinates))
     rank = min(rank, n_landmarks)
     n = int(min(n_curvature or limit, limit)) if limit < math.inf or n_curvature else 0
-    with safe_autodiff(engine.module):
-        mode = engine.mode(x, rank)
-        # As many landmarks as there will be, whose rows are never asked for.
-        outputs = torch.zeros(n_landmarks, dtype=torch.int64)
-        source = row_source(Landmarks([single_row(x, 0)] * n_landmarks, outputs))
+    mode = safely(engine.module, lambda: engine.mode(x, rank))
+    # As many landmarks as there will be, whose rows are never asked for.
+    landmarks = Landmarks([single_row(x, 0)] * n_landmarks, torch.zeros(n_landmarks, dtype=torch.int64))
+    source = safely(engine.module, lambda: row_source(landmarks))
     held = choose_rows(source, engine.budget(), spill)
     basis = rank * engine.row_size()
     kept = n_bytes(rows(x, 0, 1)) * (min(n_landmarks, limit) + (n if n_curvature else 0))

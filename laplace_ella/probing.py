@@ -119,7 +119,7 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
 
     Notes
     -----
-    Cost: about 20 forward passes of two rows. Call it inside ``safe_autodiff``.
+    Cost: about 20 forward passes of two rows. Call it inside ``safely``.
     """
     weights = model.weights()
     f = model(weights, x)

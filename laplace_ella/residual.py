@@ -51,7 +51,7 @@ def output_grams(
 
     Notes
     -----
-    Cost: about 5C forward passes an input. Inside ``safe_autodiff``.
+    Cost: about 5C forward passes an input. Inside ``safely``.
     """
     size = batch_size(x)
     source = row_source(_all_pairs(x, n_coordinates))

@@ -215,7 +215,7 @@ def _normalisation(
 def find_rewrites(model: FunctionalModel, x: Input) -> Rewrites:
     """Run the model once, and say what :class:`RewrittenModel` may do to it.
 
-    Call it inside :func:`laplace_ella.safety.safe_autodiff`. Cost: one or two forward passes.
+    Call it inside :func:`laplace_ella.safety.safely`. Cost: one or two forward passes.
     """
     # float64 convolutions are not oneDNN's.
     if isinstance(x, Tensor) and x.ndim == 4 and x.device.type == "cpu" and x.dtype != torch.float64:
@@ -229,7 +229,7 @@ def find_rewrites(model: FunctionalModel, x: Input) -> Rewrites:
 def rewritten(model: FunctionalModel, pair: Input) -> FunctionalModel:
     """Return the model for forward mode: rewritten if that works and agrees on two rows, else as it is.
 
-    Call it inside :func:`laplace_ella.safety.safe_autodiff`.
+    Call it inside :func:`laplace_ella.safety.safely`.
     """
     weights = model.weights()
     tangents = {k: torch.ones_like(w) for k, w in weights.items()}

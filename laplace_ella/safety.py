@@ -1,26 +1,29 @@
-r"""The contexts that make it safe to run and differentiate the user's module.
+r"""What makes it safe to run and differentiate the user's module.
 
-Everything that runs the model runs inside :func:`safe_autodiff`, which undoes
-whatever it switches, exceptions included.
+Everything that runs the model runs inside :func:`safely`, which notes what can change and restores
+it in one place, exceptions included.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
-from .interrupts import contained
+from .interrupts import Transforms, close_contexts, completed, interrupt_behind
+from .module_state import ModuleState
 from .norms import ElementaryNorms
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+Result = TypeVar("Result")
+Switch = tuple[Callable[[], Any], Callable[[Any], Any], Any]
 
 # Train flags, backend switches and torch.func.functional_call act on the whole
 # process or the whole module. One re-entrant lock, held while any of them is
@@ -39,8 +42,8 @@ def exclusively(method: Method) -> Method:
     return run  # type: ignore[return-value]
 
 
-def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> AbstractContextManager[None]:
-    """Make a module's forward pass differentiable in both modes, and change nothing for good.
+def safely(module: nn.Module, action: Callable[[], Result], enable_backprop: bool = False) -> Result:
+    """Run an action with the module's forward pass differentiable in both modes, and change nothing for good.
 
     Inside: evaluation mode, mathematical attention and no fused fast path (neither
     fused kernel has a forward-mode rule), no fused recurrent kernels if the module
@@ -50,54 +53,148 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> AbstractC
     Parameters
     ----------
     module : torch.nn.Module
+    action : callable
     enable_backprop : bool
         Record a graph, so that gradients can reach the inputs.
+
+    Notes
+    -----
+    Parameters, buffers, modes, switches and torch's transforms are noted at the start and restored at the end,
+    wherever an interrupt comes. It can keep the first of the two calls that leave from starting, and it makes
+    neither stop halfway: no single context could promise as much, as ``__exit__`` is a function too.
     """
-    return _Safe(module, enable_backprop)
+    visit = _Visit(module, enable_backprop)
+    try:
+        with visit.inside():
+            return action()
+    finally:
+        visit.leave()
 
 
-class _Safe:
-    """What :func:`safe_autodiff` returns: no generator, as an interrupt can leave those entered for too long."""
+@contextmanager
+def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[None]:
+    """Be inside :func:`safely` for a ``with`` block.
+
+    An interrupt at the first instruction of leaving is dealt with when its traceback goes.
+    """
+    with _Visit(module, enable_backprop).inside():
+        yield
+
+
+class _Visit:
+    """What one call of :func:`safely` found, and has to restore."""
 
     def __init__(self, module: nn.Module, enable_backprop: bool) -> None:
         self.module, self.enable_backprop = module, enable_backprop
-        self._stack = ExitStack()
+        self.handled = sys.exc_info()[1]  # by the caller, who may be dealing with an interrupt
+        self.locked_before = _locked()
+        self.noted: _Noted | None = None
+        self.left = False
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def inside(self) -> Iterator[None]:
         try:
-            self._stack.enter_context(LOCK)
-            self._stack.enter_context(contained())
-            _switch_all(self._stack, self.module, self.enable_backprop)
-        except BaseException:
-            self._stack.__exit__(*sys.exc_info())
-            raise
+            self._enter()
+            yield
+        except BaseException as error:
+            interrupt = interrupt_behind(error, self.handled)
+            if interrupt is not None:
+                close_contexts(error, self.handled)
+            if interrupt is None or interrupt is error:
+                raise
+            raise interrupt from error
+        finally:
+            self.leave()
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
+    def _enter(self) -> None:
+        if not self.locked_before:
+            LOCK.acquire()
+        self.noted = _Noted(self.module)  # all of it, before anything changes
+        self.noted.switch(self.enable_backprop)
 
-    def __del__(self) -> None:
-        self._stack.close()  # if an interrupt came at the first instruction of leaving
+    def leave(self) -> None:
+        """Restore everything, once, whatever interrupts."""
+        if not self.left:
+            completed(self._leave)
+
+    def _leave(self) -> None:
+        if self.noted is not None:
+            self.noted.restore()
+        if not self.locked_before:
+            while _locked():
+                LOCK.release()
+        self.left = True
 
 
-def _switch_all(stack: ExitStack, module: nn.Module, enable_backprop: bool) -> None:
-    stack.enter_context(torch.inference_mode(False))
-    stack.enter_context(torch.set_grad_enabled(enable_backprop))
-    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    mha = torch.backends.mha
-    stack.enter_context(switched(mha.get_fastpath_enabled, mha.set_fastpath_enabled, False))
-    # Under the user's autocast, every copy of the weights would stay until its end.
-    stack.enter_context(switched(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False))
-    stack.enter_context(_without_batching_warnings())
-    if _has_compiled_parts(module):
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+def _locked() -> bool:
+    """Say whether this thread holds the lock: a count of one's own could miss an interrupted acquisition."""
+    return LOCK._is_owned()  # type: ignore[attr-defined]
+
+
+class _Noted:
+    """All that a call may change, noted in one place and restored in one place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self.transforms = Transforms()
+        self.modules = ModuleState(modules)
+        self.inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
+        self.switches = _switches(modules)
+        self.values = [read() for read, _, _ in self.switches]
+
+    def switch(self, enable_backprop: bool) -> None:
+        if self.inference is not None:
+            self.inference.__enter__()
+        torch.set_grad_enabled(enable_backprop)
+        for _, write, value in self.switches:
+            if value is not None:
+                write(value)
+        self.modules.evaluate()
+        if enable_backprop:
+            ElementaryNorms().__enter__()  # left with the other transforms
+
+    def restore(self) -> None:
+        """Put everything back; may be run again where it was cut short."""
+        self.transforms.restore()
+        if self.inference is not None and not torch.is_inference_mode_enabled():
+            self.inference.__exit__(None, None, None)
+        self.modules.restore()
+        for (_, write, _), value in zip(self.switches, self.values):
+            write(value)
+
+
+def _switches(modules: list[nn.Module]) -> list[Switch]:
+    """Return (read, write, value inside) of every switch of the process that matters; None: left alone."""
+    found = [*_FIXED]
+    # torch 2.4 and 2.5 cannot be told to run compiled parts eagerly.
+    if hasattr(torch.compiler, "set_stance") and any(hasattr(m, "_orig_mod") for m in modules):
+        found.append(_compiler_stance())
     # oneDNN's and cuDNN's recurrent kernels have no forward-mode rule; both
     # also run convolutions, so they stay on for every other model.
-    if any(isinstance(m, nn.RNNBase) for m in module.modules()):
-        stack.enter_context(_disabled(torch.backends.mkldnn))
-        stack.enter_context(_disabled(torch.backends.cudnn))
-    stack.enter_context(_evaluation_mode(module))
-    if enable_backprop:
-        stack.enter_context(ElementaryNorms())
+    if any(isinstance(m, nn.RNNBase) for m in modules):
+        found += [_library(torch.backends.mkldnn), _library(torch.backends.cudnn)]
+    return found
+
+
+def _compiler_stance() -> Switch:
+    # torch.compiler.set_stance tells what it replaced only after it has.
+    eval_frame: Any = importlib.import_module("torch._dynamo.eval_frame")
+    return lambda: eval_frame._stance, eval_frame._set_stance, eval_frame.DynamoStance("force_eager")
+
+
+def _library(library: Any) -> Switch:
+    # The libraries' own flags() contexts set their TF32 options too, and may warn.
+    return lambda: library.enabled, lambda value: setattr(library, "enabled", value), False
+
+
+def _attention_kernels() -> list[Switch]:
+    # What torch.nn.attention.sdpa_kernel switches; torch 2.4 has fewer of them.
+    names = ("flash", "mem_efficient", "math", "cudnn", "overrideable")
+    known = [name for name in names if hasattr(torch._C, f"_get_{name}_sdp_enabled")]
+    return [
+        (getattr(torch._C, f"_get_{k}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{k}"), k == "math")
+        for k in known
+    ]
 
 
 @contextmanager
@@ -111,60 +208,27 @@ def switched(read: Callable[[], bool], write: Callable[[bool], Any], value: bool
         write(before)
 
 
-_quiet = 0
+# torch does not tell whether vmap warns of operators without batching rule, at every call; probing says it once.
+_vmap_warns = True
 
 
-@contextmanager
-def _without_batching_warnings() -> Iterator[None]:
-    # vmap would warn of an operator without batching rule at every call; probing says it once.
-    # torch does not tell the flag's value, so that contexts are counted; on is its default.
-    global _quiet
+def _get_vmap_warns() -> bool:
+    return _vmap_warns
+
+
+def _set_vmap_warns(value: bool) -> None:
+    global _vmap_warns
     functorch: Any = torch._C._functorch
-    _quiet += 1
-    functorch._set_vmap_fallback_warning_enabled(False)
-    try:
-        yield
-    finally:
-        _quiet -= 1
-        functorch._set_vmap_fallback_warning_enabled(_quiet == 0)
+    functorch._set_vmap_fallback_warning_enabled(value)
+    _vmap_warns = value
 
 
-def _has_compiled_parts(module: nn.Module) -> bool:
-    # torch 2.4 and 2.5 cannot be told to run such parts eagerly.
-    return hasattr(torch.compiler, "set_stance") and any(hasattr(m, "_orig_mod") for m in module.modules())
-
-
-@contextmanager
-def _disabled(library: Any) -> Iterator[None]:
-    # The libraries' own flags() contexts set their TF32 options too, and may warn.
-    before = library.enabled
-    library.enabled = False
-    try:
-        yield
-    finally:
-        library.enabled = before
-
-
-@contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
-    # The flag itself, not .eval(): modules may override train() with side effects
-    # (LoRA layers merge their weights there), and each keeps its own flag. Tensors that
-    # a forward pass stores would belong to a transform that has ended.
-    before = [(m, m.training, dict(vars(m))) for m in module.modules()]
-    try:
-        for m, _, _ in before:
-            m.training = False
-        yield
-    finally:
-        for m, training, attributes in before:
-            m.training = training
-            _restore_tensors(m.__dict__, attributes)
-
-
-def _restore_tensors(current: dict[str, Any], before: dict[str, Any]) -> None:
-    stored = [k for k, v in current.items() if isinstance(v, Tensor) and before.get(k) is not v]
-    for name in stored:
-        if name in before:
-            current[name] = before[name]
-        else:
-            del current[name]
+_functorch: Any = torch._C._functorch
+_FIXED: list[Switch] = [
+    *_attention_kernels(),
+    (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
+    # Under the user's autocast, every copy of the weights would stay until its end.
+    (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False),
+    (_get_vmap_warns, _set_vmap_warns, False),
+    (_functorch._is_vmap_fallback_enabled, _functorch._set_vmap_fallback_enabled, None),
+]
