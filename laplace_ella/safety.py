@@ -60,15 +60,15 @@ def safely(module: nn.Module, action: Callable[[], Result], enable_backprop: boo
     Notes
     -----
     Parameters, buffers, modes, switches and torch's transforms are noted at the start and restored at the end,
-    wherever an interrupt comes. It can keep the first of the two calls that leave from starting, and it makes
-    neither stop halfway: no single context could promise as much, as ``__exit__`` is a function too.
+    wherever an interrupt comes. No ``with`` alone could promise as much: an interrupt at the first instruction of
+    its ``__exit__`` keeps it from starting. Here, what was not left there is left in ``finally``.
     """
     visit = _Visit(module, enable_backprop)
     try:
         with visit.inside():
             return action()
     finally:
-        visit.leave()
+        visit.end()
 
 
 @contextmanager
@@ -77,8 +77,12 @@ def safe_autodiff(module: nn.Module, enable_backprop: bool = False) -> Iterator[
 
     An interrupt at the first instruction of leaving is dealt with when its traceback goes.
     """
-    with _Visit(module, enable_backprop).inside():
-        yield
+    visit = _Visit(module, enable_backprop)
+    try:
+        with visit.inside():
+            yield
+    finally:
+        visit.end()
 
 
 class _Visit:
@@ -89,7 +93,6 @@ class _Visit:
         self.handled = sys.exc_info()[1]  # by the caller, who may be dealing with an interrupt
         self.locked_before = _locked()
         self.noted: _Noted | None = None
-        self.left = False
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -113,17 +116,26 @@ class _Visit:
         self.noted.switch(self.enable_backprop)
 
     def leave(self) -> None:
-        """Restore everything, once, whatever interrupts."""
-        if not self.left:
-            completed(self._leave)
+        """Restore everything, and let other threads in; whatever interrupts, and if that is not done yet."""
+        completed(self._restore)
+        completed(self._unlock)
 
-    def _leave(self) -> None:
+    def end(self) -> None:
+        """Leave; let other threads in though something could not be restored."""
+        try:
+            self.leave()
+        finally:
+            completed(self._unlock)
+
+    def _restore(self) -> None:
         if self.noted is not None:
             self.noted.restore()
+            self.noted = None
+
+    def _unlock(self) -> None:
         if not self.locked_before:
             while _locked():
                 LOCK.release()
-        self.left = True
 
 
 def _locked() -> bool:

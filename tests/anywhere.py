@@ -39,9 +39,7 @@ class Interrupting:
         Raises it.
     """
 
-    def __init__(
-        self, at: int, lines: tuple[str, ...] = (), interrupt: Callable[[], Any] = ctrl_c
-    ) -> None:
+    def __init__(self, at: int, lines: tuple[str, ...] = (), interrupt: Callable[[], Any] = ctrl_c) -> None:
         self.at, self.lines, self.interrupt = at, lines, interrupt
         self.seen, self.where = 0, ""
         self.names: list[str] = []
