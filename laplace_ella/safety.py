@@ -179,7 +179,7 @@ def _switches(modules: list[nn.Module]) -> list[Switch]:
     """Return (read, write, value inside) of every switch of the process that matters; None: left alone."""
     found = [*_FIXED]
     # torch 2.4 and 2.5 cannot be told to run compiled parts eagerly.
-    if hasattr(torch.compiler, "set_stance") and any(hasattr(m, "_orig_mod") for m in modules):
+    if hasattr(torch.compiler, "set_stance") and any("_orig_mod" in m._modules for m in modules):
         found.append(_compiler_stance())
     # oneDNN's and cuDNN's recurrent kernels have no forward-mode rule; both
     # also run convolutions, so they stay on for every other model.
