@@ -185,7 +185,8 @@ class NystromGGN(GGNInterface):
         Exception
             Whatever the model raises.
         ValueError
-            If nothing works, or forward and reverse mode disagree.
+            If the forward pass is random, if it finds weights where exchanging them does not reach, if nothing
+            works, or if forward and reverse mode disagree.
         """
         return self.engine.known_support() or self.engine.support(self.to_model(x))
 

@@ -38,6 +38,8 @@ from .batches import (
     tensors,
 )
 from .memory import attempt
+from .recording import Recording, coarsest, with_graph
+from .repeating import plain_passes
 from .safety import safely
 
 # So many ways of reading a mapping are tried.
@@ -153,18 +155,22 @@ class Cutting:
     ) -> tuple[Tensor, torch.dtype | None, list[Path]]:
         """Return the outputs of a batch, the dtype that inputs are converted to, and the entries that are cut."""
         some = detached(x[:TENSOR_ROWS]) if isinstance(x, Tensor) else nested(x, [])
-        f, dtype = self._plain_outputs(moved(some, device))
+        with Recording() as record:
+            f, dtype = self._plain_outputs(moved(some, device))
+        eps = _coarsest_eps(f, record.dtypes, self.function.module)
         n = len(some) if isinstance(some, Tensor) else size
         if n is not None and len(f) != n:
             raise ValueError(
                 f"The model returned outputs of shape {tuple(f.shape)} for {n} inputs; their first axis must be the "
                 "batch, with one row for each input. Wrap the model so that its forward returns such outputs."
             )
-        return f, dtype, self._reading(x, some, f, dtype, device)
+        return f, dtype, self._reading(x, some, f, dtype, device, eps)
 
     def _plain_outputs(self, x: Input) -> tuple[Tensor, torch.dtype | None]:
         """Run the model as its user does, and return its outputs, and the dtype that inputs are converted to."""
-        f, error = attempt(lambda: self._run(x))
+        run = partial(self._run, x)
+        # Of a tensor, there are few rows; the graph of a whole batch may not fit.
+        f, error = attempt(lambda: with_graph(run)[0].detach() if isinstance(x, Tensor) else run())
         if f is None:
             f = self._in_pairs(x)
         if f is not None:
@@ -223,7 +229,7 @@ class Cutting:
         return f
 
     def _reading(
-        self, x: Raw, some: Input, f: Tensor, dtype: torch.dtype | None, device: torch.device
+        self, x: Raw, some: Input, f: Tensor, dtype: torch.dtype | None, device: torch.device, eps: float
     ) -> list[Path]:
         """Return the entries that are cut, so that rows alone have the outputs that they have in the batch."""
         readings = [[]] if isinstance(x, Tensor) else islice(self._readings(x, len(f)), READINGS)
@@ -231,7 +237,7 @@ class Cutting:
         for paths in readings:
             first = paths if first is None else first
             cut = some if isinstance(x, Tensor) else nested(x, paths)
-            if self._agrees(_converted(moved(detached(cut), device), dtype), f):
+            if self._agrees(_converted(moved(detached(cut), device), dtype), f, eps):
                 return paths
         if first is None:
             raise ValueError(
@@ -240,7 +246,7 @@ class Cutting:
             )
         if _has_batch_statistics(self.function.module):  # of which probing warns
             return first
-        self._check_repeatable(some, f, dtype, device)
+        plain_passes(self.function, _converted(moved(some, device), dtype))  # is it random?
         raise ValueError(self._refusal(x, first, f))
 
     def _readings(self, x: Mapping[str, Any], size: int) -> Iterator[list[Path]]:
@@ -252,25 +258,17 @@ class Cutting:
                 if self.dict_key_x not in x or any(path[0] == self.dict_key_x for path in kept):
                     yield kept
 
-    def _agrees(self, x: Input, f: Tensor) -> bool:
+    def _agrees(self, x: Input, f: Tensor, eps: float) -> bool:
         """Tell whether the first and the last row, alone, have the outputs that they have in the batch."""
         for i in {0, len(f) - 1}:
             row = rows(x, i, i + 1)
             found, _ = attempt(partial(self._run, doubled(row)))
-            if found is None or not _alike(found, f[[i, i]], f, self.function.module):
+            if found is None or not _alike(found, f[[i, i]], f, eps):
                 return False
             single, _ = attempt(partial(self.function.own_outputs, copied(row)))
             # A model that squeezes loses the batch axis of a single row.
             self.function.in_pairs |= single is None or single.shape != f[:1].shape
         return True
-
-    def _check_repeatable(self, x: Input, f: Tensor, dtype: torch.dtype | None, device: torch.device) -> None:
-        again = self._run(_converted(moved(x, device), dtype))
-        if again.shape != f.shape or not _alike(again, f, f, self.function.module):
-            raise ValueError(
-                "The model's forward pass is random: two passes of the same input have different outputs. Dropout that is "
-                "left on in evaluation mode is the usual cause (F.dropout needs training=self.training). Make it deterministic."
-            )
 
     def _refusal(self, x: Raw, paths: list[Path], f: Tensor) -> str:
         cause = "The outputs of an input depend on the other inputs of its batch"
@@ -311,21 +309,18 @@ def _has_batch_statistics(module: nn.Module) -> bool:
     return any(m.running_mean is None for m in norms)
 
 
-def _alike(found: Tensor, expected: Tensor, f: Tensor, module: nn.Module) -> bool:
+def _alike(found: Tensor, expected: Tensor, f: Tensor, eps: float) -> bool:
     """Tell whether outputs differ by rounding only, compared with how much those of other rows differ."""
     if found.shape != expected.shape:
         return False
-    eps = _coarsest_eps(f, module)
     scale, spread = f.double().abs().max(), (f.double() - f.double().mean(0)).abs().max()
     bound = min(300 * eps, math.sqrt(eps)) * scale + 3 * math.sqrt(eps) * spread
     difference = (found.double() - expected.double()).abs().max()
     return bool(difference <= bound) or not bool(f.isfinite().all())
 
 
-def _coarsest_eps(f: Tensor, module: nn.Module) -> float:
-    dtypes = {f.dtype, *(p.dtype for p in module.parameters() if p.is_floating_point())}
-    if torch.is_autocast_enabled(f.device.type):
-        dtypes.add(torch.get_autocast_dtype(f.device.type))
+def _coarsest_eps(f: Tensor, recorded: set[torch.dtype], module: nn.Module) -> float:
+    dtypes = {f.dtype, *recorded, *(p.dtype for p in module.parameters())}
     if f.is_cuda and torch.float32 in dtypes:  # TF32
         dtypes.add(torch.float16)
-    return max(torch.finfo(d).eps for d in dtypes)
+    return torch.finfo(coarsest(dtypes)).eps

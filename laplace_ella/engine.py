@@ -169,13 +169,14 @@ class Engine:
 
     def _find_facts(self, x: Input) -> InputFacts:
         pair = _pair(x)
-        forward = self.support(x).features.startswith("forward") and not self.compiled
+        support = self.support(x)
+        forward = support.features.startswith("forward") and not self.compiled
         shape = self.function.outputs(self.function.weights(), pair).shape
         return InputFacts(
             tuple(shape[1:-1]),
             shape[-1],
             *activation_bytes(self.function, pair),
-            rewritten(self.function, pair) if forward else self.function,
+            rewritten(self.function, pair, support.precision) if forward else self.function,
         )
 
     def mode(self, x: Input, rank: int) -> str:

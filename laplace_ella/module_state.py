@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from operator import is_
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 _MISSING = object()
 
@@ -23,15 +23,14 @@ class Watch:
 
 
 class ModuleState:
-    """Parameters, buffers, tensors stored as attributes and training flags of modules.
+    """Parameters, buffers and training flags of modules.
 
     They are noted as the very objects that they are, so that putting them back needs no copy of them.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._noted = [
-            (m, m.training, dict(vars(m)), dict(m._parameters), dict(m._buffers), list(m._forward_hooks))
-            for m in modules
+            (m, m.training, dict(m._parameters), dict(m._buffers), list(m._forward_hooks)) for m in modules
         ]
 
     def evaluate(self) -> None:
@@ -45,11 +44,10 @@ class ModuleState:
 
     def restore(self) -> None:
         """Put everything back; may be run again where it was cut short."""
-        for m, training, attributes, parameters, buffers, hooks in self._noted:
+        for m, training, parameters, buffers, hooks in self._noted:
             _set_training(m, training)
             _put_back(m._parameters, parameters)
             _put_back(m._buffers, buffers)
-            _put_tensors_back(vars(m), attributes)
             if len(m._forward_hooks) > len(hooks):
                 _remove_watches(m, hooks)
 
@@ -70,20 +68,6 @@ def _put_back(current: MutableMapping[str, Any], before: Mapping[str, Any]) -> N
     for name, value in before.items():
         if current.get(name, _MISSING) is not value:
             current[name] = value
-
-
-def _put_tensors_back(current: dict[str, Any], before: dict[str, Any]) -> None:
-    """Forget tensors that a forward pass stored: they may belong to a transform that has ended."""
-    if _same(current, before):
-        return
-    for name, value in {**before, **current}.items():
-        old = before.get(name, _MISSING)
-        if current.get(name, _MISSING) is old or not (isinstance(value, Tensor) or isinstance(old, Tensor)):
-            continue
-        if old is _MISSING:
-            del current[name]
-        else:
-            current[name] = old
 
 
 def _same(current: Mapping[str, Any], before: Mapping[str, Any]) -> bool:

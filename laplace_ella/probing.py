@@ -9,7 +9,6 @@ nothing again for every batch.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .autodiff import FunctionalModel, Weights, backward_passes, flat
+from .adjoint import SCALES, check_adjoint, random_tangents
+from .autodiff import FunctionalModel, Weights, flat
 from .batches import Input
 from .features import FEATURES
 from .gradients import RowEngine, gradient_rows, looped_rows
 from .memory import Chunks, attempt
+from .reaching import check_reached
+from .repeating import plain_passes
 from .safety import switched
 
 _LADDER = ("forward", "forward loop", "double", "reverse")
@@ -46,10 +48,13 @@ class Support:
         A key of :data:`laplace_ella.features.FEATURES`.
     rows : {"vmap", "loop"}
         Gradients of many inputs at once, or one by one.
+    precision : torch.dtype
+        The coarsest floating-point type on the way from the input to the outputs.
     """
 
     features: str
     rows: str
+    precision: torch.dtype
 
     @property
     def engine(self) -> RowEngine:
@@ -114,16 +119,19 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
     Exception
         Whatever the plain forward pass raises.
     ValueError
-        If the mode named does not work, if not even backward passes do, or if forward
+        If the forward pass is random, if it finds weights where exchanging them does not reach,
+        if the mode named does not work, if not even backward passes do, or if forward
         and reverse mode disagree.
 
     Notes
     -----
-    Cost: about 20 forward passes of two rows. Call it inside ``safely``.
+    Plain forward passes come first: what the model keeps of one (an attention mask, say) is then a plain tensor.
+    Cost: about 25 forward passes of two rows. Call it inside ``safely``.
     """
+    precision = _look_at(model, x)
     weights = model.weights()
     f = model(weights, x)
-    tangents = _random_tangents(weights)
+    tangents = random_tangents(weights, 2)
     rows, why_rows = _probe_rows(model, weights, x)
     ladder = _LADDER if mode == "auto" else [m for m in _LADDER if m.split()[0] == mode]
     features, phi, why = _probe_features(model, weights, x, tangents, ladder, rows)
@@ -133,7 +141,12 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
             "Allowed are 'auto', 'forward', 'double' and 'reverse'; the last needs no more than backward()."
         )
     if phi is not None and not features.startswith("reverse"):
-        _check_adjoint(model, x, tangents, phi[..., 0])
+
+        def push(pushed: Weights) -> Tensor:
+            phi, _ = FEATURES[features](model, weights, pushed, x, Chunks(2, len(SCALES)))
+            return phi
+
+        check_adjoint(model, x, tangents, phi, push, precision)
     _warn_of_batch_statistics(model.module)
     if features != "forward" and mode in ("auto", "forward"):
         warnings.warn(
@@ -147,7 +160,14 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
             f"computed one by one, which is slower. The reason: {why_rows}",
             stacklevel=2,
         )
-    return Support(features, rows)
+    return Support(features, rows, precision)
+
+
+def _look_at(model: FunctionalModel, x: Input) -> torch.dtype:
+    """Require that the forward pass can be differentiated at all, and return the coarsest precision on the way."""
+    plain, precision = plain_passes(model, x)
+    check_reached(model, x, plain)
+    return precision
 
 
 def _probe_rows(model: FunctionalModel, weights: Weights, x: Input) -> tuple[str, str]:
@@ -179,11 +199,6 @@ def _probe_features(
     return None, None, reason
 
 
-def _random_tangents(weights: Weights) -> Weights:
-    generator = torch.Generator().manual_seed(0)
-    return {k: torch.randn(2, *w.shape, generator=generator).to(w) for k, w in weights.items()}
-
-
 def _warn_of_batch_statistics(module: nn.Module) -> None:
     names = [
         name
@@ -197,32 +212,3 @@ def _warn_of_batch_statistics(module: nn.Module) -> None:
             "batches and chunks. Use running statistics, or a normalisation of single rows.",
             stacklevel=3,
         )
-
-
-def _check_adjoint(model: FunctionalModel, x: Input, tangents: Weights, phi: Tensor) -> None:
-    r"""Require :math:`\langle u, J v \rangle = \langle J^T u, v \rangle`.
-
-    For u along :math:`J v`, where nothing cancels; ones if that is zero.
-    """
-    phi = phi.detach()
-    u = phi / phi.norm() if phi.any() else torch.ones_like(phi)
-    with torch.no_grad():
-        pulled = backward_passes(model, x, lambda f, leaves, pull: pull((f * u).sum(), leaves))
-    left = float((u.double() * phi.double()).sum())
-    right = sum(float((g.double() * tangents[k][0].double()).sum()) for k, g in pulled.items())
-    finite = math.isfinite(left) and math.isfinite(right)
-    if finite and abs(left - right) > _tolerance(phi) * max(abs(left), abs(right)):
-        raise ValueError(
-            f"Forward and reverse mode disagree about this model's derivative: {left:.6g} and {right:.6g} for the "
-            "same product. An operation that only one of them sees is the usual cause: a `no_grad` inside the "
-            "forward pass (use detach()), or an autograd.Function whose jvp and backward differ. Mend the model, "
-            "or name the mode to trust: autodiff='reverse'."
-        )
-
-
-def _tolerance(phi: Tensor) -> float:
-    eps = torch.finfo(phi.dtype).eps
-    # TF32, which float32 convolutions use on GPUs by default, has the precision of float16.
-    if phi.is_cuda and phi.dtype == torch.float32:
-        eps = torch.finfo(torch.float16).eps
-    return 3 * math.sqrt(eps)

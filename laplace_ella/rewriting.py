@@ -15,7 +15,6 @@ Values agree to rounding; what a pattern does not fit is left alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +30,7 @@ from .autodiff import FunctionalModel, Weights
 from .batches import Input
 from .lookups import Lookups
 from .memory import attempt
+from .recording import tolerance
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -226,10 +226,10 @@ def find_rewrites(model: FunctionalModel, x: Input) -> Rewrites:
     return Rewrites(_record(model, x).folds())
 
 
-def rewritten(model: FunctionalModel, pair: Input) -> FunctionalModel:
+def rewritten(model: FunctionalModel, pair: Input, precision: torch.dtype) -> FunctionalModel:
     """Return the model for forward mode: rewritten if that works and agrees on two rows, else as it is.
 
-    Call it inside :func:`laplace_ella.safety.safely`.
+    ``precision`` is the coarsest on the way, which says what rounding may do. Call it inside :func:`laplace_ella.safety.safely`.
     """
     weights = model.weights()
     tangents = {k: torch.ones_like(w) for k, w in weights.items()}
@@ -244,16 +244,15 @@ def rewritten(model: FunctionalModel, pair: Input) -> FunctionalModel:
     expected = pushed(model)
     for find in (find_rewrites, lambda *_: Rewrites()):
         made, _ = attempt(partial(candidate, find))
-        if made is not None and all(_agree(a, b) for a, b in zip(made[1], expected)):
+        if made is not None and all(_agree(a, b, precision) for a, b in zip(made[1], expected)):
             return made[0]
     return model
 
 
-def _agree(left: Tensor, right: Tensor) -> bool:
+def _agree(left: Tensor, right: Tensor, precision: torch.dtype) -> bool:
     if not right.isfinite().all():
         return torch.equal(left.isfinite(), right.isfinite())
-    tolerance = 3 * math.sqrt(torch.finfo(right.dtype).eps)
-    return bool((left - right).norm() <= tolerance * right.norm())
+    return bool((left - right).norm() <= tolerance(right.dtype, precision) * right.norm())
 
 
 def _record(model: FunctionalModel, x: Input) -> _Recording:

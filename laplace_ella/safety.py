@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .caches import Containers, parametrisation_cache, set_parametrisation_cache
 from .interrupts import Transforms, close_contexts, completed, interrupt_behind
 from .module_state import ModuleState
 from .norms import ElementaryNorms
@@ -149,7 +150,7 @@ class _Noted:
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
         self.transforms = Transforms()
-        self.modules = ModuleState(modules)
+        self.modules, self.containers = ModuleState(modules), Containers(modules)
         self.inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else None
         self.switches = _switches(modules)
         self.values = [read() for read, _, _ in self.switches]
@@ -171,6 +172,7 @@ class _Noted:
         if self.inference is not None and not torch.is_inference_mode_enabled():
             self.inference.__exit__(None, None, None)
         self.modules.restore()
+        self.containers.restore()
         for (_, write, _), value in zip(self.switches, self.values):
             write(value)
 
@@ -237,6 +239,8 @@ def _set_vmap_warns(value: bool) -> None:
 
 _functorch: Any = torch._C._functorch
 _FIXED: list[Switch] = [
+    # Values of parametrised weights that parametrize.cached() keeps are those of the module's own weights.
+    (parametrisation_cache, set_parametrisation_cache, (0, None)),
     *_attention_kernels(),
     (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
     # Under the user's autocast, every copy of the weights would stay until its end.

@@ -1,0 +1,144 @@
+r"""Values computed from weights, and kept beside them: by modules, and by torch's parametrisations.
+
+While other weights stand in the module's places, such a value would be that of the
+wrong weights; and one that is computed then would stay behind, belonging to a
+transform that has ended.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from inspect import getattr_static
+from operator import is_
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+_MAPPINGS = (dict, OrderedDict, defaultdict)
+_CONTAINERS = frozenset((*_MAPPINGS, list, deque))
+_OF_TORCH = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks have their own care
+_MISSING = object()
+
+
+ParametrisationCache = tuple[int, dict[tuple[int, str], Tensor | None] | None]
+
+
+def parametrisation_cache() -> ParametrisationCache:
+    """Return how many contexts of ``parametrize.cached()`` are entered, and what they keep."""
+    return parametrize._cache_enabled, parametrize._cache
+
+
+def set_parametrisation_cache(value: ParametrisationCache) -> None:
+    """Set both; None: nothing is kept yet."""
+    count, cache = value
+    parametrize._cache_enabled, parametrize._cache = count, {} if cache is None else cache
+
+
+class Containers:
+    """The attributes of modules, and what those that are containers hold."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._noted = [_Contents(vars(m)) for m in modules]
+
+    def restore(self) -> None:
+        """Take out the tensors that came in, and put back those that went; leave all else, such as counts."""
+        for contents in self._noted:
+            contents.restore()
+
+
+class _Contents:
+    """The attributes of one module."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self.attributes, self.before = attributes, dict(attributes)
+        self.entries = [
+            (v, copy(v)) for k, v in attributes.items() if type(v) in _CONTAINERS and k not in _OF_TORCH
+        ]
+
+    def restore(self) -> None:
+        """See :meth:`Containers.restore`."""
+        _restore_mapping(self.attributes, self.before)
+        for container, entries in self.entries:
+            if type(container) in _MAPPINGS:
+                _restore_mapping(container, entries)
+            elif not _same(container, entries) and (holds_tensors(container) or holds_tensors(entries)):
+                container.clear()
+                container.extend(entries)
+
+
+def _same(left: Any, right: Any) -> bool:
+    return len(left) == len(right) and all(map(is_, left, right))
+
+
+def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any]) -> None:
+    if _same(mapping.values(), before.values()):
+        return
+    for key in [k for k, v in mapping.items() if v is not before.get(k, _MISSING) and holds_tensors(v)]:
+        if key in before:
+            mapping[key] = before[key]
+        else:
+            del mapping[key]
+    mapping.update({k: v for k, v in before.items() if k not in mapping and holds_tensors(v)})
+
+
+def holds_tensors(value: Any, depth: int = 4) -> bool:
+    """Tell whether a value is a tensor, or a container of Python's own that holds one."""
+    if isinstance(value, (dict, list, tuple, deque)):
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and any(holds_tensors(v, depth - 1) for v in inner)
+    return isinstance(value, Tensor)
+
+
+@contextmanager
+def caches_emptied(module: nn.Module) -> Iterator[list[str]]:
+    """Take from modules what they may have computed and kept; yield the names of the attributes.
+
+    These are tensors that are neither parameters nor buffers, tensors in dicts, and the values of methods under
+    ``functools.lru_cache``.
+    """
+    names: list[str] = []
+    before = [(vars(m), dict(vars(m))) for m in module.modules()]
+    try:
+        for prefix, m in module.named_modules():
+            attributes = vars(m)
+            changes = {**_without_tensors(attributes, type(m)), **_uncached_methods(m)}
+            names += [f"{prefix}.{k}" if prefix else k for k in changes]
+            attributes.update(changes)
+            for k in [k for k, v in changes.items() if v is _MISSING]:
+                del attributes[k]
+        yield names
+    finally:
+        for attributes, values in before:
+            for k in [k for k in attributes if k not in values]:
+                del attributes[k]
+            attributes.update(values)
+
+
+def _without_tensors(attributes: dict[str, Any], kind: type) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    for name, value in attributes.items():
+        if name in _OF_TORCH or not holds_tensors(value):
+            continue
+        if getattr_static(kind, name, _MISSING) is not _MISSING:
+            changes[name] = _MISSING  # which uncovers the class's value, or computes a cached property again
+        elif isinstance(value, Tensor):
+            changes[name] = None
+        elif type(value) in _MAPPINGS:
+            changes[name] = copy(value)
+            for key in [k for k, v in value.items() if holds_tensors(v)]:
+                del changes[name][key]
+    return changes
+
+
+def _uncached_methods(module: nn.Module) -> dict[str, Any]:
+    methods: dict[str, Any] = {k: getattr_static(module, k, None) for k in dir(type(module))}
+    return {
+        k: MethodType(v.__wrapped__, module)
+        for k, v in methods.items()
+        if hasattr(v, "cache_info") and hasattr(v, "__wrapped__") and v.cache_info().currsize
+    }
