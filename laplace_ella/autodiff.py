@@ -106,10 +106,9 @@ class FunctionalModel:
         return {k: w if is_dense(w) else w.contiguous() for k, w in found.items()}
 
     def own_weights(self) -> dict[str, nn.Parameter]:
-        """Return the module's own parameters of these names: not what stands in their places."""
+        """Return the module's own parameters that are the weights: not what stands in their places."""
         with LOCK:
-            names = self.weights().keys()
-            return {k: p for k, p in self.module.named_parameters() if k in names}
+            return {k: p for k, p in self.module.named_parameters() if k in self.names}
 
     def buffers(self) -> Weights:
         """Return copies of the buffers."""
