@@ -78,12 +78,16 @@ def _same(left: Any, right: Any) -> bool:
 def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any]) -> None:
     if _same(mapping.values(), before.values()):
         return
-    for key in [k for k, v in mapping.items() if v is not before.get(k, _MISSING) and holds_tensors(v)]:
+    for key in [k for k, v in mapping.items() if _tensors_differ(v, before.get(k, _MISSING))]:
         if key in before:
             mapping[key] = before[key]
         else:
             del mapping[key]
     mapping.update({k: v for k, v in before.items() if k not in mapping and holds_tensors(v)})
+
+
+def _tensors_differ(value: Any, before: Any) -> bool:
+    return value is not before and (holds_tensors(value) or holds_tensors(before))
 
 
 def holds_tensors(value: Any, depth: int = 4) -> bool:

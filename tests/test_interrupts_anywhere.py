@@ -22,6 +22,7 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_ella import module_state as states
+from laplace_ella.caches import Containers
 from laplace_ella.interrupts import completed, interrupt_behind
 from laplace_ella.memory import attempt
 from laplace_ella.module_state import ModuleState, Watch
@@ -350,18 +351,20 @@ def test_what_is_noted_of_a_module_is_restored():
     model.count = 0
     users = model.last.register_forward_hook(lambda *_: None)
     before, parameters = module_state(model), dict(model.named_parameters())
-    state = ModuleState(model.modules())
+    state, containers = ModuleState(model.modules()), Containers(model.modules())
     state.evaluate()
     assert not any(m.training for m in model.modules())
     change_everything(model)
     model.count = 3
     state.restore()
+    containers.restore()
     assert module_state(model) == before
     after = dict(model.named_parameters())
     assert all(after[k] is p for k, p in parameters.items())
     assert (model.hidden, model.count, hasattr(model, "other")) == (None, 3, False), "a count may go on"
     assert users.id in model.last._forward_hooks
     state.restore()
+    containers.restore()
     assert module_state(model) == before
 
 
@@ -384,7 +387,7 @@ class Delegating(nn.Module):
 
 def test_modes_that_are_properties():
     model = Delegating().train()
-    state = ModuleState(model.modules())
+    state, containers = ModuleState(model.modules()), Containers(model.modules())
     state.evaluate()
     assert not model.training
     state.restore()
