@@ -7,7 +7,6 @@ validation data, and every candidate is scored from what was kept of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import astuple
 from functools import partial
 from typing import Any
@@ -56,8 +55,6 @@ class Candidates(Sampling):
     H: Any  # Tensor (K, K)
     _temperature: float
     _temperature_fixed: bool
-    _posterior_scale: Tensor | None
-    _undone_on_error: Callable[[], AbstractContextManager[None]]
     _ranks: Any  # Ranks
     _keep_leading: Callable[[int], None]
     _keep_snapshot: Callable[[int], None]

@@ -358,13 +358,19 @@ class NystromGGN(GGNInterface):
         return self.features(x, self.basis, enable_backprop)
 
     def full(
-        self, x: Input, y: Tensor, name: str = "the batch given", **kwargs: Any
+        self,
+        x: Input,
+        y: Tensor,
+        name: str = "the batch given",
+        basis: NystromBasis | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
         """Compute loss () and curvature (K, K) of a batch, in float64.
 
         Overrides :meth:`laplace.curvature.GGNInterface.full`, without a (B, C, C) tensor; ``name`` is for messages.
+        The basis is that of the last fit, unless another is given.
         """
-        phi, f = self.jacobians(x)
+        phi, f = self.jacobians(x) if basis is None else self.features(x, basis)
         check_finite_features(phi, f, name)
         y = checked_targets(LIKELIHOODS[self.likelihood], y, f, self.positions(x), name)
         return LIKELIHOODS[self.likelihood].loss(f, y), self.curvature(phi, f)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -16,8 +15,9 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from . import checkpoint, posterior, validation
-from .autodiff import Weights, unwrap
+from .autodiff import unwrap
 from .basis import NystromBasis
+from .consistency import of_one_moment, version
 from .curvature import nystrom_backend
 from .fitting import Fitting
 from .hyperparameters import Hyperparameters
@@ -240,7 +240,8 @@ class ELLALaplace(
         validation.check_scalar("sigma_noise", sigma_noise)
         # The host's constructor assigns hyperparameters, whose setters use these.
         self.H = None
-        self._posterior_scale: Tensor | None = None
+        self._basis: NystromBasis | None = None
+        self._cache: dict[str, tuple[tuple[Any, ...], Any]] = {}
         named = {"subsample_size": subsample_size, "n_eigenvalues": n_eigenvalues}
         self._named_by_user = {k for k, v in named.items() if v is not None}
         self.subsample_size = sizes["subsample_size"] or DEFAULT_SUBSAMPLE_SIZE
@@ -257,7 +258,6 @@ class ELLALaplace(
         self._labels_sampled = False  # whether any part of G was estimated from sampled labels
         # The largest eigenvalue of G, and the largest loss, that were ever part of these sums: their rounding stays.
         self._largest_sums = [0.0, 0.0]
-        self._tangents: tuple[tuple[int, int], Weights, Tensor] | None = None
         self._novelty_reference: Tensor | None = None
         self._novelty_setting: list[Any] = []
         self._fingerprint = ""
@@ -320,7 +320,8 @@ class ELLALaplace(
             If the model's dtype has changed since.
         """
         super()._check_H_init()
-        checkpoint.check_dtypes(self.backend.basis, self.params)
+        assert self._basis is not None
+        checkpoint.check_dtypes(self._basis, self.params)
         if self._prior_precision.device != self._device:
             self._follow_model()
 
@@ -328,15 +329,22 @@ class ELLALaplace(
     def _follow_model(self) -> None:
         """Move what was assigned and fitted to the model's device."""
         settled, named = self.backend.engine.function.names, self.model.named_parameters()
-        names = ("_prior_precision", "_prior_mean", "_sigma_noise")
-        moved: dict[str, Any] = {k: getattr(self, k).to(self._device, self._dtype) for k in names}
-        moved["params"] = [p for k, p in named if k in settled]  # some devices need new parameters
-        if self.H is not None:
-            snapshots = [(n, G.to(self._device)) for n, G in self.snapshots]
-            moved |= {k: getattr(self, k).to(self._device) for k in ("H", "loss", "mean")}
-            moved |= {"snapshots": snapshots, "_posterior_scale": None, "_tangents": None}
-            self.backend.basis = checkpoint.on_device_of(self.backend.basis, self.model)
-        self.__dict__.update(moved)
+        params = [p for k, p in named if k in settled]  # some devices need new parameters
+        with self._changes() as view:
+            view.params = params
+            for name in ("_prior_precision", "_prior_mean", "_sigma_noise"):
+                setattr(view, name, getattr(view, name).to(self._device, self._dtype))
+            if view.H is None:
+                return
+            view.snapshots = [(n, G.to(self._device)) for n, G in view.snapshots]
+            for name in ("H", "loss", "mean"):
+                setattr(view, name, getattr(view, name).to(self._device))
+            view._basis = checkpoint.on_device_of(view._basis, self.model)
+
+    def _view(self) -> Any:
+        if not self._is_view and self.H is not None and self._prior_precision.device != self._device:
+            self._follow_model()
+        return super()._view()
 
     @property
     def basis(self) -> NystromBasis:
@@ -348,20 +356,8 @@ class ELLALaplace(
             Before a fit.
         """
         self._check_H_init()
-        return self.backend.basis
-
-    @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        before, basis = dict(vars(self)), self.backend.basis
-        n_outputs = getattr(self.model, "output_size", None)
-        try:
-            yield
-        except BaseException:
-            self.__dict__.update(before)
-            self.backend.basis = basis
-            if n_outputs is not None:
-                self.model.output_size = n_outputs
-            raise
+        assert self._basis is not None
+        return self._basis
 
     @exclusively
     def _set_fit(
@@ -377,6 +373,7 @@ class ELLALaplace(
         loss = loss.to(self._device)
         sizes = [float(torch.linalg.eigvalsh(H)[-1]), float(loss)]
         found = {
+            "_basis": basis,
             "snapshots": snapshots,
             "n_curvature": n_curvature,
             "H": H,
@@ -388,29 +385,25 @@ class ELLALaplace(
             "_fingerprint": checkpoint.fingerprint(self.model),
             "_largest_sums": [max(pair) for pair in zip(sizes, largest_sums)],
             "fit_history_": {"processed_examples": [float(n_curvature)], "val_nll": []},
-            "_posterior_scale": None,
-            "_tangents": None,
             "_novelty_reference": None,
         }
-        with self._undone_on_error():
-            self.model.output_size = n_outputs  # as the host does
-            self.backend.basis = basis
-            self.__dict__.update(found)  # at once: an interruption comes before or after
+        with self._changes(replaces_fit=True) as view:
+            vars(view).update(found)
 
     def _keep_snapshot(self, n: int) -> None:
         """Let G be what was found from the first n curvature inputs."""
         self.n_curvature, self.H = n, dict(self.snapshots)[n]
-        self._posterior_scale = None
 
     def _keep_leading(self, rank: int) -> None:
         """Drop all but the leading directions."""
-        self.backend.basis, self._tangents, self._posterior_scale = self.basis.leading(rank), None, None
+        self._basis = self.basis.leading(rank)
         self.snapshots = [(n, G[:rank, :rank].clone()) for n, G in self.snapshots]
         self.H = self.H[:rank, :rank].clone()
 
     # ------------------------------------------------------------------ posterior
 
     @property
+    @of_one_moment
     def posterior_precision(self) -> Tensor:
         r""":math:`A = G / (\sigma^2 T) + V^T \Delta V` (K, K), float64.
 
@@ -420,19 +413,26 @@ class ELLALaplace(
         return self._H_factor * self.H + self.basis.project_precision(self.prior_precision)
 
     @property
+    @of_one_moment
     def posterior_scale(self) -> Tensor:
         """S (K, K) with S S^T the posterior covariance, float64."""
-        if self._posterior_scale is None:
-            with torch.inference_mode(False):  # it is kept, and may meet a graph later
-                self._posterior_scale = posterior.posterior_scale(self.posterior_precision.detach())
-        return self._posterior_scale
+        self._check_H_init()
+        numbers = self._prior_precision, self._sigma_noise
+        made_from = self._basis, self.H, self._temperature, *numbers, *map(version, numbers)
+        return self._cached("scale", made_from, self._computed_scale)
+
+    @torch.inference_mode(False)  # it is kept, and may meet a graph later
+    def _computed_scale(self) -> Tensor:
+        return posterior.posterior_scale(self.posterior_precision.detach())
 
     @property
+    @of_one_moment
     def posterior_covariance(self) -> Tensor:
         r"""Covariance :math:`A^{-1}` (K, K) of the coordinates, float64."""
         return self.posterior_scale @ self.posterior_scale.T
 
     @property
+    @of_one_moment
     def log_likelihood(self) -> Tensor:
         """Log likelihood of the training data; the host's, for models with positions too."""
         found = super().log_likelihood
@@ -443,11 +443,25 @@ class ELLALaplace(
         return found - further * torch.log(self.sigma_noise * math.sqrt(2 * math.pi))
 
     @property
+    @of_one_moment
+    def scatter(self) -> Tensor:
+        r""":math:`(\theta^* - \mu_0)^T \Delta (\theta^* - \mu_0)`; the host's."""
+        return super().scatter
+
+    @property
+    @of_one_moment
+    def log_det_ratio(self) -> Tensor:
+        """Log determinant of A, less that of the prior precision; the host's."""
+        return super().log_det_ratio
+
+    @property
+    @of_one_moment
     def log_det_prior_precision(self) -> Tensor:
         r"""Log determinant of :math:`V^T \Delta V`, the prior precision of the K coordinates."""
         return posterior.log_det(self.basis.project_precision(self.prior_precision))
 
     @property
+    @of_one_moment
     def log_det_posterior_precision(self) -> Tensor:
         """Log determinant of A."""
         return posterior.log_det(self.posterior_precision)
@@ -474,11 +488,20 @@ class ELLALaplace(
             validation.check_positive("prior_precision", prior_precision)
         if sigma_noise is not None:
             self._check_noise(sigma_noise)
-        return super().log_marginal_likelihood(prior_precision, sigma_noise)
+        with self._changes() as view:
+            if prior_precision is not None:
+                view.prior_precision = prior_precision
+            if sigma_noise is not None:
+                view.sigma_noise = sigma_noise
+        return view._evidence()
+
+    def _evidence(self) -> Tensor:
+        return super().log_marginal_likelihood()
 
     # ------------------------------------------------------------------ checkpoints
 
     @exclusively
+    @of_one_moment
     def state_dict(self) -> dict[str, Any]:
         """Return the fitted state: tensors and plain types, loadable with ``weights_only=True``.
 
@@ -538,25 +561,28 @@ class ELLALaplace(
         ranks = self._ranks if self.shard_directions else ALONE
         basis = checkpoint.unpack_basis(state_dict["basis"], self.backend.engine.function.weights(), ranks)
         self._warn_of_differences(state_dict)
-        with self._undone_on_error():
-            # The residual decides what priors are allowed: none first, and its own last.
-            self.residual = "none"
-            for name in (*checkpoint.TENSOR_STATE, *checkpoint.PLAIN_STATE):
-                setattr(self, name, state_dict[name])
-            self.temperature = state_dict["temperature"]
-            self._temperature_fixed = state_dict["temperature_fixed"]
-            self._named_by_user = set(state_dict["named_by_user"])
-            self.backend.engine.forget()
-            snapshots = [(n, G.to(self._device)) for n, G in state_dict["snapshots"]]
-            loss, n_curvature = state_dict["loss"].to(self._device), self.n_curvature
-            counts = tuple(state_dict[k] for k in ("n_data", "n_predictions", "n_outputs"))
-            self._set_fit(basis, snapshots, loss, counts)
-            self.n_curvature, self.H = n_curvature, state_dict["H"].to(self._device)
-            self._labels_sampled = state_dict["labels_sampled"]
-            self._largest_sums = list(state_dict["largest_sums"])
-            self._novelty_reference = state_dict["novelty_reference"]
-            self._novelty_setting = state_dict["novelty_setting"]
-            self.fit_history_ = state_dict["fit_history"]
+        self.backend.engine.forget()
+        with self._changes(replaces_fit=True) as view:
+            view._restore(state_dict, basis)
+
+    def _restore(self, state: dict[str, Any], basis: NystromBasis) -> None:
+        # The residual decides what priors are allowed: none first, and its own last.
+        self.residual = "none"
+        for name in (*checkpoint.TENSOR_STATE, *checkpoint.PLAIN_STATE):
+            setattr(self, name, state[name])
+        self.temperature = state["temperature"]
+        self._temperature_fixed = state["temperature_fixed"]
+        self._named_by_user = set(state["named_by_user"])
+        snapshots = [(n, G.to(self._device)) for n, G in state["snapshots"]]
+        loss, n_curvature = state["loss"].to(self._device), self.n_curvature
+        counts = tuple(state[k] for k in ("n_data", "n_predictions", "n_outputs"))
+        self._set_fit(basis, snapshots, loss, counts)
+        self.n_curvature, self.H = n_curvature, state["H"].to(self._device)
+        self._labels_sampled = state["labels_sampled"]
+        self._largest_sums = list(state["largest_sums"])
+        self._novelty_reference = state["novelty_reference"]
+        self._novelty_setting = state["novelty_setting"]
+        self.fit_history_ = state["fit_history"]
 
     def _warn_of_differences(self, state: dict[str, Any]) -> None:
         pairs: dict[str, tuple[Any, Any]] = {
@@ -582,6 +608,7 @@ class ELLALaplace(
         found += [f", residual={self.residual!r}"] if self.residual != "none" else []
         return "".join(found + ([f", curvature={self.curvature!r}"] if self.curvature != "exact" else []))
 
+    @of_one_moment
     def __repr__(self) -> str:
         if self.H is None:
             fitted = f"M={self.subsample_size}, K={self.n_eigenvalues}, P={self.n_params}, not fitted"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -18,6 +18,7 @@ from .accumulation import RunningSum
 from .basis import NystromBasis, Progress
 from .batches import Input, Raw, batch_size, digest_of, rows
 from .checkpoint import on_device_of
+from .consistency import Consistent, of_one_moment
 from .hashing import digest
 from .landmarks import BottomK, draw_outputs
 from .likelihoods import LIKELIHOODS
@@ -32,16 +33,14 @@ from .stages import Job, accumulate, find_basis, read_data
 from .stream import Stream
 
 
-class Fitting:
+class Fitting(Consistent):
     """Fitting of an estimator.
 
     A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here.
     """
 
-    model: Any  # torch.nn.Module
     params: list[nn.Parameter]
     likelihood: str
-    backend: Any
     basis: Any  # NystromBasis
     subsample_size: int
     n_eigenvalues: int | float
@@ -71,11 +70,9 @@ class Fitting:
     _temperature: float
     _temperature_fixed: bool
     _named_by_user: set[str]
-    _posterior_scale: Tensor | None
     n_predictions: int
     _largest_sums: list[float]
     _set_fit: Callable[..., None]
-    _undone_on_error: Callable[[], AbstractContextManager[None]]
     _likelihood_name: str
     _scorer: Callable[..., Any]
     _require_same_search: Callable[..., None]
@@ -176,27 +173,29 @@ class Fitting:
         input, however many n are scored. Memory: M x P numbers if the budget allows, K x P
         afterwards.
         """
-        ranks, fresh = self._ranks, override or self.H is None
+        now = self._view()  # what is asked for, whatever other threads assign meanwhile
+        ranks, fresh = now._ranks, override or now.H is None
         with ranks.together("the arguments of fit"):
-            self._check_fit(train_loader, balanced)
-            self._check_weights(fresh)
-            self._follow_model()
+            now._check_fit(train_loader, balanced)
+            now._check_weights(fresh)
+            for one in (self, now):
+                one._follow_model()
             if not fresh:
-                self._check_H_init()
-                self._check_unchanged()
-            self._check_basis(basis, landmarks, fresh)
+                now._check_H_init()
+                now._check_unchanged()
+            now._check_basis(basis, landmarks, fresh)
             max_samples = validation.check_size("max_samples", max_samples)
             n_total = validation.check_size("n_total", n_total)
             val_steps = validation.check_size("val_steps", val_steps)
             validation.check_size("checkpoint_every", checkpoint_every, optional=False)
             if val_loader is not None:
                 validation.check_prediction("glm", link_approx, 100, None, None)
-                validation.check_link(self.likelihood, link_approx)
+                validation.check_link(now.likelihood, link_approx)
             if landmarks is not None:
-                landmarks = validation.check_landmarks(landmarks, self.dict_key_x)
+                landmarks = validation.check_landmarks(landmarks, now.dict_key_x)
             every = val_steps or (1 if val_loader is not None else None)
             needed = checkpoint is not None or ranks.size > 1  # hashing V takes seconds
-            arguments = self._arguments(
+            arguments = now._arguments(
                 needed,
                 override=fresh,
                 balanced=bool(balanced),
@@ -207,13 +206,13 @@ class Fitting:
                 landmarks=digest(digest_of(landmarks[0]), landmarks[1]) if needed and landmarks else None,
                 basis=basis.fingerprint() if needed and basis is not None else None,
             )
-            files = FitFiles(checkpoint, checkpoint_every, {**arguments, **self._computing()}, ranks)
-            progress, seen = self._progress(progress_bar), 0 if fresh else self.n_data
+            files = FitFiles(checkpoint, checkpoint_every, {**arguments, **now._computing()}, ranks)
+            progress, seen = now._progress(progress_bar), 0 if fresh else now.n_data
             stream = Stream(
                 train_loader,
-                self.dict_key_x,
-                self.dict_key_y,
-                self.backend.inputs,
+                now.dict_key_x,
+                now.dict_key_y,
+                now.backend.inputs,
                 ranks,
                 progress,
                 seen,
@@ -221,44 +220,50 @@ class Fitting:
             )
             given = None
             if landmarks is not None:
-                given = self.backend.inputs(landmarks[0], len(landmarks[1])), landmarks[1]
+                given = now.backend.inputs(landmarks[0], len(landmarks[1])), landmarks[1]
         ranks.require_equal({**arguments, "checkpoint": checkpoint is not None}, "fit()")
-        job = Job(ranks, stream, files, progress, self.backend, every, self.seed, self._labels())
-        own = self._scan(job, balanced, given, fresh and basis is None)
+        job = Job(ranks, stream, files, progress, now.backend, every, now.seed, now._labels())
+        own = now._scan(job, balanced, given, fresh and basis is None)
         found, n_read = over_all(own, ranks), own.n_data
         validation.check_total(n_total, found.n_data)
-        sample = None if self.curvature_size is None else dealt(own.curvature, ranks)
+        sample = None if now.curvature_size is None else dealt(own.curvature, ranks)
         del own  # and with it the inputs that went to other ranks
         if basis is None:
-            basis = self._new_basis(job, found, given, balanced) if fresh else self.basis
-        basis = on_device_of(basis, self.model)
+            basis = now._new_basis(job, found, given, balanced) if fresh else now.basis
+        basis = on_device_of(basis, now.model)
         found = replace(found, landmarks=BottomK(0))
-        total = RunningSum(basis.rank, self._device)
-        finish = partial(self._finish, basis, found, n_total or found.n_data, fresh)
+        total = RunningSum(basis.rank, now._device)
         # Data that are added are kept in the files alone: they would be added twice by the fit that goes on.
         keep = ranks.size == 1 and (fresh or not files.paths)
         wanted = n_read if sample is None else sample.size
-        with self._kept_on_interrupt(total, wanted, finish) if keep else nullcontext():
+
+        def finish(new: Fitting, ranks: Ranks, unfinished: bool = False) -> None:
+            if not fresh:
+                now._check_same_basis(new)
+            new._finish(basis, found, n_total or found.n_data, fresh, total, ranks, unfinished)
+
+        with self._kept_on_interrupt(total, wanted, fresh, finish) if keep else nullcontext():
             accumulate(job, basis, sample, n_read, found.longest, total)
-            with self._undone_on_error():
-                finish(total, ranks)
+            with self._changes(replaces_fit=fresh) as new:
+                finish(new, ranks)
                 if val_loader is not None:
-                    free = fresh and not self._temperature_fixed
-                    self._stop_early(val_loader, link_approx, free, progress)
+                    free = fresh and not new._temperature_fixed
+                    new._stop_early(val_loader, link_approx, free, progress)
                 with ranks.together("the last stage of fit"):
                     pass  # no rank deletes its files while another still needs its own
         files.delete_all()
 
     @contextmanager
     def _kept_on_interrupt(
-        self, total: RunningSum, wanted: int, finish: Callable[..., None]
+        self, total: RunningSum, wanted: int, fresh: bool, finish: Callable[..., None]
     ) -> Iterator[None]:
         """Keep what there is of G when interrupted."""
         try:
             yield
         except KeyboardInterrupt:
             if total.seen:
-                finish(total, ALONE, unfinished=True)
+                with self._changes(replaces_fit=fresh) as new:
+                    finish(new, ALONE, unfinished=True)
                 warnings.warn(
                     f"fit() was interrupted after {total.seen} of {wanted} curvature inputs. The estimator is fitted with G as "
                     f"estimated from these, scaled to N = {self.n_data}.",
@@ -286,9 +291,9 @@ class Fitting:
             loss = self.loss + loss.to(self.loss.device)
             n_data, n_predictions = self.n_data + n_data, self.n_predictions + n_predictions
         largest = (0.0, 0.0) if fresh else self._largest_sums
-        with self._undone_on_error():
-            self._set_fit(basis, snapshots, loss, (n_data, n_predictions, found.n_outputs), largest)
-            self._labels_sampled = self._labels() > 0 or (not fresh and self._labels_sampled)
+        sampled = self._labels() > 0 or (not fresh and self._labels_sampled)
+        self._set_fit(basis, snapshots, loss, (n_data, n_predictions, found.n_outputs), largest)
+        self._labels_sampled = sampled
 
     def _scan(self, job: Job, balanced: bool, landmarks: tuple[Input, Tensor] | None, draws: bool) -> Scan:
         """Read this rank's training data, and draw landmarks if they are neither given nor kept."""
@@ -334,6 +339,7 @@ class Fitting:
             self._report_reduction("n_eigenvalues", basis.rank, reason)
         return basis
 
+    @of_one_moment
     def plan(self, train_loader: Iterable[Any], verbose: bool = True) -> Plan:
         """Work out what :meth:`fit` will compute, and what it will cost, without doing it.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import validation
+from .consistency import SWAP, Consistent, of_one_moment
 from .residual import RESIDUALS
 
 
@@ -18,8 +19,8 @@ def curvature_factor(sigma_noise: Tensor, temperature: Any) -> Tensor:
     return 1 / sigma_noise.double().square() / temperature
 
 
-class Hyperparameters:
-    """The numbers that may change after a fit; assigning one drops the cached posterior.
+class Hyperparameters(Consistent):
+    """The numbers that may change after a fit.
 
     A mixin: laplace-torch, next in line, stores prior precision and noise.
     """
@@ -36,7 +37,6 @@ class Hyperparameters:
     _sigma_noise: Tensor
     _temperature: float
     _temperature_fixed: bool
-    _posterior_scale: Tensor | None
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -51,8 +51,8 @@ class Hyperparameters:
     @temperature.setter
     def temperature(self, value: float | None) -> None:
         number = 1.0 if value is None else validation.positive_number("temperature", value)
-        self._temperature, self._temperature_fixed = number, value is not None
-        self._posterior_scale = None
+        with SWAP:
+            self._temperature, self._temperature_fixed = number, value is not None
 
     @property
     def prior_precision(self) -> Tensor:
@@ -122,6 +122,7 @@ class Hyperparameters:
         self._residual_scale = validation.positive_number("residual_scale", value)
 
     @property
+    @of_one_moment
     def residual_variance(self) -> float:
         r""":math:`\rho / \delta`, the variance of each weight outside the span; 0 without a residual."""
         return 0.0 if self.residual == "none" else self.residual_scale / float(self.prior_precision)

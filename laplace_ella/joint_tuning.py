@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import validation
 from .baselines import Predictor, Scorer, baselines
+from .basis import Progress
 from .candidates import Candidates
 from .likelihoods import Prediction
 from .result import TuningResult, compared, remarks
@@ -87,54 +88,70 @@ class JointTuning(Candidates):
         candidates take N_val x C x K operations each, times the samples with "mc".
         """
         what = "optimize_hyperparameters()"
-        with self._ranks.together(f"the arguments of {what}"):
-            self._check_H_init()
-            validation.check_prediction("glm", link_approx, n_samples, None, None)
-            validation.check_link(self.likelihood, link_approx)
-            validation.check_loss(loss)
-            grids = self._grids(search)
-        values = {k: [float(v) for v in grid] for k, grid in grids.items()}
-        self._require_same_search(what, search=values, link_approx=str(link_approx), n_samples=int(n_samples))
-        progress = self._progress(progress_bar)
-        with torch.inference_mode(False), self._undone_on_error():
-            scorer = self._scorer(val_loader, loss, progress, last_layer=True)
-            predict_from = self._link(link_approx, n_samples, loss)
-            predictor = self._predictor(predict_from)
-            found = Search(partial(scorer, predictor))
-            joint_search(found, self._setting(), grids, progress)
-            refine(found, grids, partial(scorer.gradient, predictor) if loss is None else None)
-            skipped = found.conclude()
-            best, ignored = found.without_ignored(self._setting(), grids)
-            each = scorer.each(predictor, best)
-            methods = baselines(scorer, predict_from, self._setting(), grids, self.n_outputs)
-            compared_with = {
-                name: compared(method, found.table[best], each)
-                for name, method in progress(methods, "Simpler methods")
-            }
-            result = TuningResult(
-                best,
-                found.table[best],
-                tuple(grids),
-                tuple(found.table.items()),
-                compared_with,
-                scorer.n_inputs,
-                scorer.name,
-                apply,
-                remarks(
-                    compared_with,
-                    found.table[best],
-                    scorer.n_inputs,
-                    self._equals_map(scorer, predictor, best),
-                    _remarks_on_values(found, best, ignored, grids),
-                ),
+        with torch.inference_mode(False), self._changes() as view:
+            with view._ranks.together(f"the arguments of {what}"):
+                view._check_H_init()
+                validation.check_prediction("glm", link_approx, n_samples, None, None)
+                validation.check_link(view.likelihood, link_approx)
+                validation.check_loss(loss)
+                grids = view._grids(search)
+            values = {k: [float(v) for v in grid] for k, grid in grids.items()}
+            view._require_same_search(
+                what, search=values, link_approx=str(link_approx), n_samples=int(n_samples)
             )
-            if apply:
-                self._apply(result.best, tuple(grids))
+            progress = view._progress(progress_bar)
+            result, skipped = view._tuned(val_loader, grids, link_approx, n_samples, loss, apply, progress)
         if skipped:
             warnings.warn(skipped, stacklevel=2)
         if result.notes:
             warnings.warn(" ".join(result.notes), stacklevel=2)
         return result
+
+    def _tuned(
+        self,
+        val_loader: Iterable[Any],
+        grids: dict[str, Sequence[Any]],
+        link_approx: str,
+        n_samples: int,
+        loss: Loss | None,
+        apply: bool,
+        progress: Progress,
+    ) -> tuple[TuningResult, str]:
+        """Tune, and return the result with what is to be said of candidates that were skipped."""
+        scorer = self._scorer(val_loader, loss, progress, last_layer=True)
+        predict_from = self._link(link_approx, n_samples, loss)
+        predictor = self._predictor(predict_from)
+        found = Search(partial(scorer, predictor))
+        joint_search(found, self._setting(), grids, progress)
+        refine(found, grids, partial(scorer.gradient, predictor) if loss is None else None)
+        skipped = found.conclude()
+        best, ignored = found.without_ignored(self._setting(), grids)
+        each = scorer.each(predictor, best)
+        methods = baselines(scorer, predict_from, self._setting(), grids, self.n_outputs)
+        compared_with = {
+            name: compared(method, found.table[best], each)
+            for name, method in progress(methods, "Simpler methods")
+        }
+        result = TuningResult(
+            best,
+            found.table[best],
+            tuple(grids),
+            tuple(found.table.items()),
+            compared_with,
+            scorer.n_inputs,
+            scorer.name,
+            apply,
+            remarks(
+                compared_with,
+                found.table[best],
+                scorer.n_inputs,
+                self._equals_map(scorer, predictor, best),
+                _remarks_on_values(found, best, ignored, grids),
+            ),
+        )
+        if apply:
+            self._apply(result.best, tuple(grids))
+        return result, skipped
 
     def _grids(self, search: Any) -> dict[str, Sequence[Any]]:
         """Return the values of each parameter to search, from small to large variance."""

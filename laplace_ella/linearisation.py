@@ -11,20 +11,20 @@ from torch import Tensor
 from . import validation
 from .autodiff import Weights
 from .batches import Input
+from .consistency import Consistent, of_one_moment
 from .hashing import TANGENT, derived_seed
 from .posterior import Linearised, Outputs
 from .residual import random_tangents
 from .safety import exclusively
 
 
-class Linearisation:
+class Linearisation(Consistent):
     """The linearised network of an estimator, and its posterior over outputs.
 
     A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here.
     """
 
     likelihood: str
-    backend: Any
     seed: int
     enable_backprop: bool
     logit_scale: Any  # float
@@ -33,11 +33,11 @@ class Linearisation:
     residual_variance: Any  # float
     basis: Any  # NystromBasis
     posterior_scale: Any  # Tensor (K, K)
-    _tangents: tuple[tuple[int, int], Weights, Tensor] | None
     _device: Any
     _dtype: Any
     _check_H_init: Callable[[], None]
 
+    @of_one_moment
     def features(self, x: Input) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x) = J(x) V` and f(x).
 
@@ -61,7 +61,7 @@ class Linearisation:
         with self.basis.ranks.together("the inputs of a prediction"):
             validation.check_finite_input(x)
         with self.basis.ranks.together("the features of a prediction"):
-            phi, f = self.backend.jacobians(x, enable_backprop=self.enable_backprop)
+            phi, f = self.backend.features(x, self.basis, self.enable_backprop)
             validation.check_finite_features(phi, f, "the inputs given")
         return phi, f
 
@@ -91,15 +91,16 @@ class Linearisation:
         return Linearised(f, phi)
 
     @exclusively
-    @torch.inference_mode(False)  # they are kept, and may meet a graph later
     def _residual_tangents(self) -> tuple[Weights, Tensor]:
         """Return S tangents (S, *shape), and their overlap (K, S) with the directions; the same at every call."""
-        made_for = (self.seed, self.residual_samples)
-        if self._tangents is None or self._tangents[0] != made_for:
-            seed = derived_seed(self.seed, TANGENT)
-            tangents = random_tangents(self.backend.engine.function.weights(), self.residual_samples, seed)
-            self._tangents = made_for, tangents, self.basis.overlap(tangents)
-        return self._tangents[1:]
+        made_from = self.basis, self.seed, self.residual_samples
+        return self._cached("tangents", made_from, self._drawn_tangents)
+
+    @torch.inference_mode(False)  # they are kept, and may meet a graph later
+    def _drawn_tangents(self) -> tuple[Weights, Tensor]:
+        seed = derived_seed(self.seed, TANGENT)
+        tangents = random_tangents(self.backend.engine.function.weights(), self.residual_samples, seed)
+        return tangents, self.basis.overlap(tangents)
 
     def _outputs(self, linearised: Linearised) -> Outputs:
         """Return the Gaussian that the current posterior makes of the outputs."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .consistency import Consistent
 from .gram import Progress
 from .hashing import digest
 from .posterior import positive_part
@@ -30,7 +30,7 @@ LARGEST_ROUNDING = 0.01  # of half precision
 HYPERPARAMETERS = ("sigma_noise", "temperature", "prior_precision", "prior_mean")
 
 
-class Merging:
+class Merging(Consistent):
     """Adding and taking away what was fitted.
 
     A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here.
@@ -38,7 +38,6 @@ class Merging:
 
     params: list[nn.Parameter]
     likelihood: str
-    backend: Any
     basis: Any  # NystromBasis
     dict_key_x: str
     dict_key_y: str
@@ -53,7 +52,6 @@ class Merging:
     _fingerprint: str
     _labels_sampled: bool
     _largest_sums: list[float]
-    _undone_on_error: Callable[[], AbstractContextManager[None]]
     _progress: Callable[[bool], Progress]
     _set_fit: Callable[..., None]
     _check_H_init: Callable[[], None]
@@ -86,6 +84,10 @@ class Merging:
                 else type(other).__name__
             )
             raise ValueError(f"merge() takes another fitted ELLALaplace; got {got}.")
+        with self._changes() as view:
+            view._add(other._view())
+
+    def _add(self, other: Merging) -> None:
         for estimator in (self, other):
             estimator._check_H_init()
             estimator._check_unchanged()
@@ -100,9 +102,8 @@ class Merging:
         counts = self.n_data + other.n_data, self.n_predictions + other.n_predictions, self.n_outputs
         sampled = self._labels_sampled or other._labels_sampled
         largest = [max(pair) for pair in zip(self._largest_sums, other._largest_sums)]
-        with self._undone_on_error():
-            self._set_fit(self.basis, [(n, G)], self.loss + other.loss.to(self._device), counts, largest)
-            self._labels_sampled = sampled
+        self._set_fit(self.basis, [(n, G)], self.loss + other.loss.to(self._device), counts, largest)
+        self._labels_sampled = sampled
 
     def _identity(self) -> dict[str, Any]:
         """Return what two estimators must share to be merged, in plain types."""
@@ -146,6 +147,10 @@ class Merging:
         -----
         Cost: 1 + 2K forward passes an input.
         """
+        with self._changes() as view:
+            view._take_away(loader, progress_bar)
+
+    def _take_away(self, loader: Iterable[Any], progress_bar: bool) -> None:
         ranks = self._ranks
         with ranks.together("the arguments of forget()"):
             self._check_H_init()
@@ -181,7 +186,7 @@ class Merging:
             if batch is None:
                 self.backend.answer_others(basis)
                 return
-            of_loss, of_G = self.backend.full(batch.x, batch.y, name=batch.name)
+            of_loss, of_G = self.backend.full(batch.x, batch.y, name=batch.name, basis=basis)
             G.add_(of_G)
             loss.add_(of_loss)
             n = len(batch.y)

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import posterior
 from .basis import identity_basis
 from .batches import Input
+from .consistency import of_one_moment
 from .likelihoods import LIKELIHOODS
 from .linearisation import Linearisation
 from .posterior import Linearised, Outputs
@@ -62,6 +63,7 @@ class Novelty(Linearisation):
     _link: Callable[..., Callable[[Outputs], Any]]
 
     @torch.no_grad()
+    @of_one_moment
     def residual_share(self, x: Input) -> Tensor:
         r"""Return the share of an input's gradient outside the span, :math:`1 - |\phi|^2 / \operatorname{tr} J J^T`.
 
@@ -86,6 +88,7 @@ class Novelty(Linearisation):
         return residual_share(seen, self._overlap(seen)).to(seen.f.dtype)
 
     @torch.no_grad()
+    @of_one_moment
     def novelty(self, x: Input) -> Tensor:
         """Return how novel inputs are (B,): larger is further from the training data.
 
@@ -131,6 +134,10 @@ class Novelty(Linearisation):
         ValueError
             For regression, which has no entropy, or with fewer than two inputs.
         """
+        with self._changes() as view:
+            view._calibrate(in_distribution_loader)
+
+    def _calibrate(self, in_distribution_loader: Iterable[Any]) -> None:
         ranks, what = self._ranks, "the data to calibrate novelty on"
         with ranks.together(what):
             self._check_H_init()
@@ -179,6 +186,7 @@ class Novelty(Linearisation):
         p = self._link("mc", 128)(self._outputs(parts)).double()
         return torch.stack([entropy(p, self.likelihood), share], 1)
 
+    @of_one_moment
     def approximation_error(self, x: Input, train_loader: Iterable[Any] | None = None) -> ApproximationError:
         r"""Say how much of the model's derivatives at given inputs the basis captures.
 

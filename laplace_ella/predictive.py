@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import links, posterior, validation
 from .batches import Input
+from .consistency import of_one_moment
 from .likelihoods import LIKELIHOODS, Prediction
 from .posterior import Linearised, Outputs, positive_part
 from .sampling import Sampling
@@ -59,6 +60,7 @@ def moments(outputs: Outputs, joint: bool = False, diagonal_output: bool = False
 class Predictive(Sampling):
     """Calls of an estimator, and the moments of its outputs; a mixin."""
 
+    @of_one_moment
     def __call__(
         self,
         x: Input,
@@ -147,6 +149,7 @@ class Predictive(Sampling):
     def _check_jacobians(self, Js: Tensor) -> None:
         validation.check_features(Js, self.basis.rank, self._device)
 
+    @of_one_moment
     def functional_variance(self, Js: Tensor) -> Tensor:
         """Return the covariance (B, C, C) of each input's outputs, without the residual.
 
@@ -158,6 +161,7 @@ class Predictive(Sampling):
         self._check_jacobians(Js)
         return self._span(Js).covariance().to(Js.dtype)
 
+    @of_one_moment
     def functional_covariance(self, Js: Tensor) -> Tensor:
         """Return the joint covariance (BC, BC) of all inputs' outputs, without the residual.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import posterior, validation
 from .autodiff import Weights, flat
 from .batches import Input
+from .consistency import of_one_moment
 from .likelihoods import LIKELIHOODS, Prediction
 from .linearisation import Linearisation
 from .lookups import padding_rows
@@ -57,6 +58,7 @@ class Sampling(Linearisation):
         inside = self.basis.combine(self.basis.overlap(noise).T)
         return {k: self.residual_variance**0.5 * (noise[k] - v).to(v.dtype) for k, v in inside.items()}
 
+    @of_one_moment
     def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         r"""Draw weights :math:`\theta^* + V z` (S, P), in the order of ``parameters()``.
 
@@ -67,6 +69,7 @@ class Sampling(Linearisation):
         offsets = self._weight_offsets(n_samples, generator, padding_rows(self.backend.model))
         return self.mean + torch.cat([flat(v) for v in offsets.values()], 1)
 
+    @of_one_moment
     def functional_samples(
         self,
         x: Input,
@@ -128,6 +131,7 @@ class Sampling(Linearisation):
             pushed, _ = self.backend.push(x, self._outside_offsets(len(part), generator))
             part += pushed.movedim(-1, 0)
 
+    @of_one_moment
     def predictive_samples(
         self,
         x: Input,

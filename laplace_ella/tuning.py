@@ -99,16 +99,16 @@ class PriorTuning(Candidates):
                     "val_loader", val_loader, "method='gridsearch' scores on validation data"
                 )
             self._check_H_init()
-        with torch.inference_mode(False), self._undone_on_error():
+        with torch.inference_mode(False), self._changes() as view:
             if method == "marglik":
-                self._maximize_evidence(
+                view._maximize_evidence(
                     n_steps, lr, init_prior_prec, prior_structure, val_loader, progress_bar
                 )
             else:
                 grid = torch.logspace(
                     log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
                 )
-                self._search_grid(
+                view._search_grid(
                     grid.tolist(), val_loader, loss, pred_type, link_approx, n_samples, progress_bar
                 )
         if verbose:
@@ -184,7 +184,6 @@ class PriorTuning(Candidates):
         else:
             best, remarks = self._chosen(search, priors, score_of_map)
             self.prior_precision, self._temperature = best.prior_precision, best.temperature
-        self._posterior_scale = None
         for remark in filter(None, [skipped, *remarks]):
             warnings.warn(remark, stacklevel=3)
 
@@ -236,7 +235,6 @@ class PriorTuning(Candidates):
         @torch.no_grad()
         def evaluate(setting: Setting) -> float:
             self.prior_precision, self._temperature = setting.prior_precision, setting.temperature
-            self._posterior_scale = None
             return score(
                 predictions, likelihood, loss, self.sigma_noise.double().square(), ranks, self._device
             )

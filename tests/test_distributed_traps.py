@@ -238,7 +238,7 @@ def test_what_is_said_of_a_spread_basis_needs_no_other_rank(two):
 def evidence_on_one_rank() -> tuple[float, float | None]:
     la = Case(options={"prior_precision": LAYERWISE}).fitted(shard_directions=True)
     evidence = float(la.log_marginal_likelihood())
-    la._posterior_scale = None
+    la._cache.clear()
     return evidence, float(la.log_marginal_likelihood()) if dist.get_rank() == 0 else None
 
 

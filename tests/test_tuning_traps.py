@@ -110,7 +110,7 @@ def test_threads_may_ask_for_weights_while_others_predict(method):
     def ask() -> None:
         try:
             for _ in range(10):
-                estimators[1]._tangents = None
+                estimators[1]._cache.clear()
                 if method == "plan":
                     estimators[1].plan(train_loader(), verbose=False)
                 else:
