@@ -7,7 +7,8 @@ r"""The Nystrom basis: gradient rows R -> Gram matrix -> directions V in weight 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .autodiff import Weights, flat, is_dense
-from .gram import FRESH, Progress, Spill, Unfinished, choose_rows
+from .gram import FRESH, Progress, SampleBlocks, Spill, Unfinished, choose_rows
 from .hashing import digest
+from .landmarks import Landmarks
 from .ranks import ALONE, Ranks
 from .row_source import RowSource, gram
 
@@ -40,6 +42,13 @@ class NystromBasis:
         them; one by default.
     grams : Tensor (L, K, K), optional
         :attr:`weight_grams`, where no rank has all directions.
+    of_model : str, optional
+        The hash of the model whose gradients they come from; None if that is not known.
+    landmarks : Landmarks, optional
+        The M landmarks, whose inputs take little memory next to V.
+    coefficients : Tensor (M, K), optional
+        a with :math:`V = R^T a`, float64, where R are the gradients of the landmarks. None if the rows were
+        rounded to another precision than the model's before V was made of them.
     """
 
     directions: Weights
@@ -48,6 +57,9 @@ class NystromBasis:
     spectrum: Tensor
     ranks: Ranks = ALONE
     grams: Tensor | None = None
+    of_model: str | None = None
+    landmarks: Landmarks | None = field(default=None, repr=False)
+    coefficients: Tensor | None = field(default=None, repr=False)
 
     @property
     def n_landmarks(self) -> int:
@@ -79,8 +91,13 @@ class NystromBasis:
         kept = len(range(rank)[self.ranks.turns()])
         # Copies, so that the memory of the others is freed.
         directions = {k: v[:kept].clone() for k, v in self.directions.items()}
-        grams = None if self.grams is None else self.grams[:, :rank, :rank].clone()
-        return replace(self, directions=directions, eigenvalues=self.eigenvalues[:rank].clone(), grams=grams)
+        return replace(
+            self,
+            directions=directions,
+            eigenvalues=self.eigenvalues[:rank].clone(),
+            grams=None if self.grams is None else self.grams[:, :rank, :rank].clone(),
+            coefficients=None if self.coefficients is None else self.coefficients[:, :rank].clone(),
+        )
 
     def spread(self, ranks: Ranks) -> NystromBasis:
         """Return the basis whose directions here are those of one of several ranks; all of them have to call."""
@@ -90,7 +107,7 @@ class NystromBasis:
         device = self.eigenvalues.device
         found = (gram(flat(v), device, ranks=ranks, lengths=lengths) for v in self.directions.values())
         grams = torch.stack([g[order][:, order] for g in found])
-        return replace(self, ranks=ranks, grams=grams)
+        return replace(self, ranks=ranks, grams=grams, landmarks=None, coefficients=None)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the spectrum of the Gram matrix, and the share of its trace that K directions retain.
@@ -224,11 +241,26 @@ def build_basis(
     eigenvalues, coefficients = _leading_eigenpairs(spectrum, vectors, rank, rows.eps)
     values = rows.combine(coefficients, progress)
     with ranks.together("the directions"):
-        directions = {
-            k: _like(w, values[k].reshape(values[k].shape[0], *w.shape)) for k, w in source.weights.items()
-        }
-    basis = NystromBasis(directions, eigenvalues, float(found.trace()), spectrum)
+        directions = _directions(source, values)
+    basis = NystromBasis(
+        directions,
+        eigenvalues,
+        float(found.trace()),
+        spectrum,
+        landmarks=source.landmarks,
+        coefficients=coefficients if rows.eps <= torch.finfo(source.dtype).eps else None,
+    )
     return basis.spread(ranks) if source.sharded and ranks.size > 1 else basis
+
+
+def combined(source: RowSource, coefficients: Tensor, budget: int) -> Weights:
+    r"""Compute :math:`V = R^T a` from landmarks and coefficients (M, K). Cost: 3 or more forward passes a landmark."""
+    rows = SampleBlocks(source, max(1, min(budget // source.row_bytes, len(source))), 1)
+    return _directions(source, rows.combine(coefficients, lambda blocks, name: blocks))
+
+
+def _directions(source: RowSource, values: Mapping[str, Tensor]) -> Weights:
+    return {k: _like(w, values[k].reshape(values[k].shape[0], *w.shape)) for k, w in source.weights.items()}
 
 
 def rank_of_share(spectrum: Tensor, share: float) -> int:

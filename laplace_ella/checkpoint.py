@@ -13,10 +13,15 @@ from torch import Tensor, nn
 
 from .autodiff import Weights
 from .basis import NystromBasis
-from .hashing import add_tensor
+from .compact import pack_directions, unpack_directions
+from .hashing import add_tensor, digest_of
+from .landmarks import Landmarks
 from .ranks import ALONE, Ranks
+from .safety import LOCK
+from .state_checks import check_basis, check_entries, check_orthonormal
 
-FORMAT = 3
+# States of format 3, which laplace_ella 0.1.0 wrote, hold no digest.
+FORMAT, READABLE = 4, (3, 4)
 PLAIN_STATE = (
     *("enable_backprop", "subsample_size", "n_eigenvalues", "curvature_size", "seed", "n_curvature"),
     *("logit_scale", "residual", "residual_scale", "residual_samples", "curvature", "curvature_samples"),
@@ -31,6 +36,7 @@ STATE_KEYS = {
     *("novelty_setting", "fit_history"),
     *(*TENSOR_STATE, *PLAIN_STATE),
 }
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -40,22 +46,44 @@ def fingerprint(model: nn.Module) -> str:
     weights, copied to the CPU one at a time.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        digest.update(name.encode())
-        add_tensor(digest, tensor)
+    with LOCK:  # while another thread has the weights exchanged, they are others
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            digest.update(name.encode())
+            add_tensor(digest, tensor)
     return digest.hexdigest()
 
 
 def pack_basis(basis: NystromBasis) -> dict[str, Any]:
-    """Turn a basis into tensors and plain types."""
+    """Turn a basis, apart from its landmarks and its model, into tensors and plain types."""
+    return {"directions": dict(basis.directions), **_pack_spectrum(basis), "coefficients": basis.coefficients}
+
+
+SPECTRUM = ("eigenvalues", "trace", "spectrum", "shard", "grams")
+
+
+def _pack_spectrum(basis: NystromBasis) -> dict[str, Any]:
     return {
-        "directions": dict(basis.directions),
         "eigenvalues": basis.eigenvalues,
         "trace": basis.trace,
         "spectrum": basis.spectrum,
         "shard": (basis.ranks.rank, basis.ranks.size),
         "grams": basis.grams,
     }
+
+
+def pack_saved_basis(basis: NystromBasis, stored: str) -> dict[str, Any]:
+    """Turn a basis into tensors and plain types that share no memory with it; see :mod:`laplace_ella.compact`."""
+    spectrum = copied(_pack_spectrum(basis))
+    return {**pack_directions(basis, stored), **spectrum, "stored": stored, "model": basis.of_model}
+
+
+def copied(value: Any) -> Any:
+    """Copy tensors and plain containers of any depth, cut from graphs."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: copied(v) for k, v in value.items()}
+    return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
 
 
 def check_directions(basis: NystromBasis, weights: Weights, what: str) -> None:
@@ -66,8 +94,20 @@ def check_directions(basis: NystromBasis, weights: Weights, what: str) -> None:
     ValueError
     """
     n = len(range(basis.rank)[basis.ranks.turns()])
-    shapes = {k: ((n, *w.shape), w.dtype) for k, w in weights.items()}
-    if {k: (tuple(v.shape), v.dtype) for k, v in basis.directions.items()} != shapes:
+    _check_shapes(basis.directions, n, _shapes(weights), what)
+
+
+def _shapes(weights: Weights, half: bool = False) -> Shapes:
+    """Return shape and dtype of each weight; in half precision, where they are not already."""
+    return {
+        k: (tuple(w.shape), torch.float16 if half and w.element_size() > 2 else w.dtype)
+        for k, w in weights.items()
+    }
+
+
+def _check_shapes(directions: Weights, n: int, shapes: Shapes, what: str) -> None:
+    expected = {k: ((n, *shape), dtype) for k, (shape, dtype) in shapes.items()}
+    if {k: (tuple(v.shape), v.dtype) for k, v in directions.items()} != expected:
         raise ValueError(
             f"{what} belongs to other parameters than those of this estimator, in number, shape or dtype: those of the "
             "model that required grad when the estimator was built. Build the model as it was, and the estimator while "
@@ -119,23 +159,65 @@ def check_shard(shard: tuple[int, int], ranks: Ranks, what: str) -> None:
 
 
 def unpack_basis(state: dict[str, Any], weights: Weights, ranks: Ranks = ALONE) -> NystromBasis:
-    """Rebuild a basis beside an estimator's weights; ``ranks`` are those that share its directions.
+    """Rebuild the basis of :func:`pack_basis` beside an estimator's weights; ``ranks`` are those that share its directions.
 
     Raises
     ------
     ValueError
         If its directions are not those of these weights.
     """
+    basis = _with_spectrum(state, state["directions"], weights, ranks)
+    check_directions(basis, weights, "The checkpoint")
+    coefficients = state.get("coefficients")
+    return replace(
+        basis,
+        directions={k: state["directions"][k].to(w) for k, w in weights.items()},
+        coefficients=None if coefficients is None else coefficients.to(basis.eigenvalues.device),
+    )
+
+
+def _with_spectrum(
+    state: dict[str, Any], directions: Weights, weights: Weights, ranks: Ranks
+) -> NystromBasis:
     check_shard(state["shard"], ranks, "The checkpoint")
     device = next(iter(weights.values())).device
     eigenvalues, spectrum = (state[k].to(device, torch.float64) for k in ("eigenvalues", "spectrum"))
     grams = None if state["grams"] is None else state["grams"].to(device, torch.float64)
-    basis = NystromBasis(state["directions"], eigenvalues, float(state["trace"]), spectrum, ranks, grams)
+    return NystromBasis(directions, eigenvalues, float(state["trace"]), spectrum, ranks, grams)
+
+
+def unpack_saved_basis(state: dict[str, Any], backend: Any, ranks: Ranks = ALONE) -> NystromBasis:
+    """Rebuild the basis of :func:`pack_saved_basis`, computing directions that are not in it.
+
+    Parameters
+    ----------
+    state : dict
+    backend : NystromGGN
+    ranks : Ranks
+        Those that share the directions.
+
+    Raises
+    ------
+    ValueError
+        If its directions are not those of the estimator's weights, or not orthonormal.
+    """
+    made_of: dict[str, Any] = {}
+    weights = backend.engine.function.weights()
+
+    def combined(inputs: list[Any], outputs: Tensor, coefficients: Tensor) -> Weights:
+        landmarks = Landmarks(backend.restored_inputs(inputs), outputs)
+        made_of.update(landmarks=landmarks, coefficients=coefficients.to(backend.engine.device))
+        return backend.combined(landmarks, coefficients)
+
+    directions = unpack_directions(state, weights, combined)
+    basis = _with_spectrum(copied({k: state[k] for k in SPECTRUM}), directions, weights, ranks)
     check_directions(basis, weights, "The checkpoint")
-    return replace(basis, directions={k: state["directions"][k].to(w) for k, w in weights.items()})
+    of_all = basis.grams.sum(0) if basis.sharded and basis.grams is not None else None
+    check_orthonormal(directions, basis.eigenvalues, of_all, ranks.turns())
+    return replace(basis, of_model=state.get("model"), **made_of)
 
 
-def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module) -> None:
+def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module, weights: Weights) -> None:
     """Require a checkpoint of this class, likelihood and model, in the present format.
 
     Raises
@@ -149,13 +231,19 @@ def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module) ->
             f"The state must come from {cls_name}.state_dict(); got one of {found}. "
             "Build the estimator with the same subset_of_weights and hessian_structure."
         )
-    if state.get("format") != FORMAT:
+    if type(state.get("format")) is not int or state["format"] not in READABLE:
         raise ValueError(
-            f"The checkpoint has format {state.get('format')}, this version reads {FORMAT}; fit again."
+            f"The checkpoint has format {state.get('format')}, this version reads {READABLE}; fit again."
         )
-    missing = STATE_KEYS - state.keys()
-    if missing:
-        raise ValueError(f"The checkpoint is incomplete: it lacks {sorted(missing)}. Save it again.")
+    keys = STATE_KEYS | ({"digest"} if state["format"] > 3 else set())
+    if keys - state.keys():
+        raise ValueError(
+            f"The checkpoint is incomplete: it lacks {sorted(keys - state.keys())}. Save it again."
+        )
+    if state.keys() - keys:
+        raise ValueError(
+            f"The checkpoint has entries that no estimator saves: {sorted(map(repr, state.keys() - keys))}. Take them out."
+        )
     if state["likelihood"] != likelihood:
         raise ValueError(
             f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."
@@ -165,3 +253,23 @@ def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module) ->
             "The checkpoint was made with another model: the hash of parameters and buffers differs. "
             "Load the model's own weights first, then the checkpoint."
         )
+    _check_basis_and_entries(state, weights)
+
+
+def _check_basis_and_entries(state: dict[str, Any], weights: Weights) -> None:
+    check_basis(state["basis"])
+    basis = state["basis"]
+    if "directions" in basis:
+        rank, size = basis["shard"]
+        n = len(range(rank, len(basis["eigenvalues"]), size))
+        _check_shapes(basis["directions"], n, _shapes(weights, "scales" in basis), "The checkpoint")
+    check_entries(state, weights)
+    if "digest" in state and state["digest"] != digest_of_state(state):
+        raise ValueError(
+            "The checkpoint is damaged: what was read is not what was saved. Copy the file again, or save it again."
+        )
+
+
+def digest_of_state(state: dict[str, Any]) -> str:
+    """Return a hash of all entries but the hash itself. Cost: a pass over V on the CPU."""
+    return digest_of({k: v for k, v in state.items() if k != "digest"})

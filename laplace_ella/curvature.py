@@ -6,7 +6,7 @@ Laplace with the weights confined to :math:`\theta^* + \operatorname{span}(V)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from time import perf_counter
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .accumulation import Part
 from .autodiff import Weights, first_weight, last_layer_norms, unwrap
-from .basis import NystromBasis, build_basis
+from .basis import NystromBasis, build_basis, combined
 from .batches import Input, Nested, Raw, batch_size, n_bytes, packed, rows, unpacked
 from .checkpoint import check_dtypes
 from .engine import AUTODIFF, Engine
@@ -227,6 +227,19 @@ class NystromGGN(GGNInterface):
                 source, rank, budget=budget, spill=self.spill, progress=progress, unfinished=unfinished
             ),
         )
+
+    def combined(self, landmarks: Landmarks, coefficients: Tensor) -> Weights:
+        r"""Compute the directions :math:`V = R^T a` of landmarks and coefficients; see :func:`laplace_ella.basis.combined`."""
+        return safely(
+            self.model,
+            lambda: combined(
+                self.row_source(landmarks), coefficients.to(self.engine.device), self.engine.budget()
+            ),
+        )
+
+    def restored_inputs(self, entries: Sequence[Any]) -> list[Input]:
+        """Give packed inputs the types of containers that inputs had here, if there were any."""
+        return [unpacked(x, self._example) for x in entries]
 
     def plan(
         self,

@@ -330,6 +330,7 @@ class Fitting(Consistent):
         else:
             landmarks = validation.explicit_landmarks(given)
         basis = find_basis(job, landmarks, self.n_eigenvalues, self.shard_directions)
+        basis = replace(basis, of_model=checkpoint.fingerprint(self.model))
         if isinstance(self.n_eigenvalues, float):
             if basis.retained < self.n_eigenvalues - 1e-9:
                 reason = f"more directions exceed the memory budget or the numerical rank; these retain {basis.retained:.3g}"
@@ -424,6 +425,12 @@ class Fitting(Consistent):
         ranks = self._ranks if self.shard_directions else ALONE
         checkpoint.check_shard((basis.ranks.rank, basis.ranks.size), ranks, "The basis given")
         checkpoint.check_directions(basis, self.backend.engine.function.weights(), "The basis given")
+        if basis.of_model not in (None, checkpoint.fingerprint(self.model)):
+            raise ValueError(
+                "The basis given was made from another model: parameters and buffers have the same shapes, but other "
+                "values. Its directions are gradients at those values. Pass the basis of a fit of this model as it is "
+                "now, or leave basis= out, so that one is made."
+            )
 
     @exclusively
     def _check_fit(self, train_loader: Any, balanced: bool) -> None:

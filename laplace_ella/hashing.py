@@ -67,9 +67,18 @@ def digest(*values: Any) -> str:
     return found.hexdigest()
 
 
+def digest_of(value: Any) -> str:
+    """Return a hash of tensors and plain values in mappings and sequences of any depth."""
+    if isinstance(value, dict):
+        return digest(*(part for k, v in value.items() for part in (repr(k), digest_of(v))))
+    if isinstance(value, (list, tuple)):
+        return digest(*map(digest_of, value))
+    return digest(value if isinstance(value, Tensor) else repr(value))
+
+
 def add_tensor(found: Any, tensor: Tensor) -> None:
     """Add shape, dtype and bytes of a tensor to a hash, the same on every device."""
     found.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     flat = tensor.detach().cpu().contiguous().flatten()
     if flat.numel():
-        found.update(flat.view(torch.uint8).numpy().tobytes())
+        found.update(flat.view(torch.uint8).numpy())

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 from .accumulation import NOTHING, Part
-from .hashing import digest
+from .hashing import digest_of
 from .ranks import Ranks
 from .scan import Scan
 from .stream import Batch
@@ -122,7 +121,7 @@ class FitFiles:
             "run": self._run,
             "arguments": self.arguments,
             "state": state,
-            "digest": _digest(state),
+            "digest": digest_of(state),
         }
         try:
             self._write(whole)
@@ -182,18 +181,9 @@ class FitFiles:
             was = ", ".join(f"{k} was {theirs.get(k)!r} and is {self.arguments[k]!r}" for k in differ)
             raise ValueError(_unusable(path, f"it belongs to another fit: {was}"))
         # A damaged directory of the archive can lead torch elsewhere than the checksums were compared.
-        if found["digest"] != _digest(found["state"]):
+        if found["digest"] != digest_of(found["state"]):
             raise ValueError(_unusable(path, "it is damaged: what was read is not what was written"))
         return found
-
-
-def _digest(value: Any) -> str:
-    """Return a hash of tensors and plain values in mappings and sequences of any depth."""
-    if isinstance(value, dict):
-        return digest(*(part for k, v in value.items() for part in (repr(k), _digest(v))))
-    if isinstance(value, (list, tuple)):
-        return digest(*map(_digest, value))
-    return digest(value if isinstance(value, Tensor) else repr(value))
 
 
 def _sweep(first: Path) -> None:

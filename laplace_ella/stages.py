@@ -3,7 +3,7 @@ r"""The stages of a fit, each of which ranks do together, and a checkpoint remem
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -95,8 +95,10 @@ def find_basis(job: Job, landmarks: Landmarks, rank: int | float, shard: bool) -
     files, ranks = job.files, job.ranks
     if not ranks.any(files.found("basis") is None, "the basis of an interrupted fit"):
         with ranks.together("the basis of an interrupted fit"):
+            kept = files.found("basis")
             weights = job.backend.engine.function.weights()
-            return unpack_basis(files.found("basis"), weights, ranks if shard else ALONE)
+            basis = unpack_basis(kept, weights, ranks if shard else ALONE)
+            return basis if basis.sharded else replace(basis, landmarks=landmarks)
     for stage in ("basis", "curvature"):
         files.ignore(stage)
     basis = job.backend.build_basis(landmarks, rank, job.progress, ranks, shard, _unfinished_gram(job))

@@ -387,7 +387,7 @@ class Delegating(nn.Module):
 
 def test_modes_that_are_properties():
     model = Delegating().train()
-    state, containers = ModuleState(model.modules()), Containers(model.modules())
+    state = ModuleState(model.modules())
     state.evaluate()
     assert not model.training
     state.restore()

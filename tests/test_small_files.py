@@ -1,0 +1,246 @@
+"""Saved estimators without the whole of V: in half precision, or as landmarks and coefficients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    DictModel,
+    as_tuple,
+    assert_same,
+    build,
+    dict_batches,
+    fitted,
+    inputs,
+    loader,
+    mlp,
+    targets,
+    train_loader,
+    val_loader,
+)
+from torch import nn
+
+X = inputs(7, seed=7)
+STORED = ("full", "half", "landmarks")
+
+
+def restored(la, directions, path, **options):
+    """Save, read and load; return the estimator and the size of the file in bytes."""
+    file = path / f"{directions}.pt"
+    torch.save(la.state_dict(directions=directions), file)
+    other = build(la.likelihood, la.model, **options)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    return other, file.stat().st_size
+
+
+def difference(left, right):
+    pairs = zip(as_tuple(left), as_tuple(right), strict=True)
+    return max(float((a.double() - b.double()).abs().max() / b.double().abs().max()) for a, b in pairs)
+
+
+def products(la):
+    """V^T V, from the numbers of V and nothing of the package."""
+    flat = torch.cat([v.double().flatten(1) for v in la.basis.directions.values()], 1)
+    return flat @ flat.T
+
+
+def wide(dtype, width=199):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3)
+    )
+    return net.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_files_are_as_small_as_promised(dtype, tmp_path):
+    la = fitted(model=wide(dtype), data=train_loader(dtype=dtype))
+    whole, half, landmarks = (restored(la, stored, tmp_path)[1] for stored in STORED)
+    n_numbers = la.basis.rank * la.n_params
+    assert whole > n_numbers * dtype.itemsize
+    assert half < 2 * n_numbers + 20_000
+    assert landmarks < 40_000
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_predictions_agree(likelihood, dtype, tmp_path):
+    la = fitted(likelihood, wide(dtype), train_loader(likelihood, dtype=dtype), prior_precision=0.1)
+    x = X.to(dtype)
+    rounding = 100 * torch.finfo(dtype).eps
+    for stored, allowed in (("full", 0.0), ("half", 1e-3), ("landmarks", rounding)):
+        other, _ = restored(la, stored, tmp_path)
+        phi, expected = other.features(x)[0], la.features(x)[0]
+        assert difference(phi, expected) <= allowed
+        covariances = (e.functional_variance(p) for e, p in ((other, phi), (la, expected)))
+        assert difference(*covariances) <= allowed
+        assert difference(other(x), la(x)) <= allowed
+        assert difference(other.H, la.H) == 0
+        error = (products(other) - torch.eye(la.basis.rank, dtype=torch.float64)).abs().max()
+        assert error <= 10 * torch.finfo(dtype).eps
+
+
+def test_float16_is_closer_than_bfloat16(tmp_path):
+    la = fitted(model=wide(torch.float32), data=train_loader(dtype=torch.float32))
+    other, _ = restored(la, "half", tmp_path)
+    for k, v in la.basis.directions.items():
+        assert (other.basis.directions[k] - v).norm() < (v.bfloat16().float() - v).norm() / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_in_half_precision_already_stays_as_it_is(dtype, tmp_path):
+    la = fitted(model=mlp(dtype=dtype), data=train_loader(dtype=dtype))
+    for stored in STORED:
+        other, _ = restored(la, stored, tmp_path)
+        assert_same(other(X), la(X))
+
+
+def test_mappings(tmp_path):
+    la = fitted(model=DictModel(), data=dict_batches())
+    for stored, allowed in (("half", 2e-3), ("landmarks", 1e-12)):
+        other, _ = restored(la, stored, tmp_path)
+        assert difference(other(dict_batches()[0]), la(dict_batches()[0])) <= allowed
+
+
+def test_more_landmarks_than_inputs_store_each_input_once(tmp_path):
+    la = fitted(data=loader(inputs(5), targets("classification", 5)), subsample_size=13)
+    state = la.state_dict(directions="landmarks")
+    assert len(state["basis"]["inputs"]) == 5
+    other, _ = restored(la, "landmarks", tmp_path)
+    assert difference(other(X), la(X)) < 1e-12
+
+
+def test_landmarks_that_were_given(tmp_path):
+    la = build()
+    given = inputs(13, seed=11), torch.arange(13) % 3
+    la.fit(train_loader(), landmarks=given)
+    given[0].zero_()
+    other, _ = restored(la, "landmarks", tmp_path)
+    assert difference(other(X), la(X)) < 1e-12
+
+
+def test_rows_that_do_not_fit_at_once(tmp_path):
+    """The weighted sums over blocks of landmarks are those over all."""
+    model = mlp()
+    la = fitted(model=model, memory_budget=8 * 66 * 5)
+    other, _ = restored(la, "landmarks", tmp_path, memory_budget=8 * 66 * 3)
+    assert difference(other(X), la(X)) < 1e-12
+    assert difference(other(X), fitted(model=model)(X)) < 1e-9
+
+
+def test_a_restored_estimator_computes_the_same_every_time(tmp_path):
+    la = fitted()
+    first, second = (restored(la, "landmarks", tmp_path)[0] for _ in range(2))
+    assert_same(first(X), second(X))
+
+
+def test_a_fit_with_a_given_basis(tmp_path):
+    la = fitted()
+    other = build(model=la.model)
+    other.fit(loader(inputs(11, seed=8), targets("classification", 11)), basis=la.basis)
+    for stored, allowed in (("half", 1e-3), ("landmarks", 1e-12)):
+        third, _ = restored(other, stored, tmp_path)
+        assert difference(third(X), other(X)) <= allowed
+
+
+@pytest.mark.filterwarnings("ignore:Only 17 validation inputs", "ignore:The best temperature")
+def test_after_directions_were_given_up(tmp_path):
+    la = fitted(temperature=None)
+    la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [2]})
+    for stored, allowed in (("half", 1e-3), ("landmarks", 1e-12)):
+        other, _ = restored(la, stored, tmp_path)
+        assert other.basis.rank == 2
+        assert difference(other(X), la(X)) <= allowed
+
+
+def test_after_more_data_were_added(tmp_path):
+    la = fitted()
+    la.fit(loader(inputs(seed=20), targets("classification", seed=21)), override=False)
+    other, _ = restored(la, "landmarks", tmp_path)
+    assert difference(other(X), la(X)) < 1e-12
+
+
+@pytest.mark.parametrize("stored", ["half", "landmarks"])
+def test_saved_again(stored, tmp_path):
+    la = fitted()
+    other, _ = restored(la, stored, tmp_path)
+    again, _ = restored(other, "full", tmp_path)
+    assert_same(again(X), other(X))
+    if stored == "landmarks":
+        third, _ = restored(other, "landmarks", tmp_path)
+        assert_same(third(X), other(X))
+    third, _ = restored(other, "half", tmp_path)
+    assert difference(third(X), la(X)) < 2e-3
+
+
+@pytest.mark.parametrize("stored", ["full", "half"])
+def test_directions_without_landmarks_are_not_saved_as_such(stored, tmp_path):
+    other, _ = restored(fitted(), stored, tmp_path)
+    with pytest.raises(ValueError, match="this basis has none: it was restored"):
+        other.state_dict(directions="landmarks")
+
+
+def test_rows_that_were_rounded_are_not_computed_again():
+    la = fitted(model=mlp(dtype=torch.float32), memory_budget=8 * 66 * 5, backend_kwargs={"spill": "cpu"})
+    with pytest.raises(ValueError, match="spilled in a lower precision"):
+        la.state_dict(directions="landmarks")
+    la.state_dict(directions="half")
+
+
+def test_a_fit_that_was_interrupted_and_goes_on(tmp_path):
+    class Stops(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.left = mlp(), None
+
+        def forward(self, x):
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0:
+                    raise OSError("stopped")
+            return self.net(x)
+
+    model = Stops()
+    la = build(model=model)
+    la.fit(train_loader())
+    for left in range(1, 400, 6):
+        model.left = left
+        other = build(model=model)
+        try:
+            other.fit(train_loader(), checkpoint=tmp_path / "fit", checkpoint_every=1)
+        except OSError:
+            continue
+        break
+    model.left = None
+    third, _ = restored(other, "landmarks", tmp_path)
+    assert difference(third(X), la(X)) < 1e-12
+
+
+def test_unknown_ways_are_refused():
+    with pytest.raises(ValueError, match=r"directions must be one of .*'landmarks'"):
+        fitted().state_dict(directions="tiny")
+
+
+def test_inputs_that_no_file_holds_are_refused_by_name():
+    class Tagged(DictModel):
+        def forward(self, batch):
+            assert batch["tag"] is not None
+            return super().forward(batch)
+
+    data = [{**batch, "tag": object()} for batch in dict_batches()]
+    la = fitted(model=Tagged(), data=data)
+    with pytest.raises(ValueError, match="tag"):
+        la.state_dict(directions="landmarks")
+
+
+def test_a_state_of_landmarks_that_a_model_cannot_take_changes_nothing():
+    la = fitted()
+    before = la(X)
+    state = la.state_dict(directions="landmarks")
+    other = fitted(model=la.model, seed=3)
+    expected = other(X)
+    broken = {**state["basis"], "inputs": [x[:, :3] for x in state["basis"]["inputs"]]}
+    with pytest.raises(ValueError, match="what was read is not what was saved"):
+        other.load_state_dict({**state, "basis": broken})
+    assert_same(other(X), expected)
+    assert_same(la(X), before)
