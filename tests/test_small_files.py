@@ -77,7 +77,7 @@ def test_predictions_agree(likelihood, dtype, tmp_path):
         assert difference(other(x), la(x)) <= allowed
         assert difference(other.H, la.H) == 0
         error = (products(other) - torch.eye(la.basis.rank, dtype=torch.float64)).abs().max()
-        assert error <= 10 * torch.finfo(dtype).eps
+        assert error <= 100 * torch.finfo(dtype).eps
 
 
 def test_float16_is_closer_than_bfloat16(tmp_path):
@@ -203,14 +203,16 @@ def test_a_fit_that_was_interrupted_and_goes_on(tmp_path):
     model = Stops()
     la = build(model=model)
     la.fit(train_loader())
+    went_on = False
     for left in range(1, 400, 6):
-        model.left = left
+        model.left, went_on = left, (tmp_path / "fit.basis").exists()
         other = build(model=model)
         try:
             other.fit(train_loader(), checkpoint=tmp_path / "fit", checkpoint_every=1)
         except OSError:
             continue
         break
+    assert went_on
     model.left = None
     third, _ = restored(other, "landmarks", tmp_path)
     assert difference(third(X), la(X)) < 1e-12
