@@ -99,7 +99,7 @@ def test_other_dtypes(dtype, tmp_path):
     la = fitted(model=mlp(dtype=dtype), data=train_loader(dtype=dtype))
     other = build(model=mlp(dtype=dtype))
     other.load_state_dict(through_a_file(la.state_dict(), tmp_path))
-    assert_same(other(X), la(X))
+    assert_same(other(X.to(dtype)), la(X.to(dtype)))
     assert other.H.dtype == torch.float64
 
 
@@ -225,7 +225,11 @@ OTHERS = {
     "weights": (mlp, lambda: fitted(model=mlp(seed=1)).state_dict(), "another model"),
     "architecture": (mlp, lambda: fitted(model=mlp(2), data=two_classes()).state_dict(), "model"),
     "names": (mlp, lambda: fitted(model=nn.Sequential(mlp())).state_dict(), "model"),
-    "dtype": (mlp, lambda: fitted(model=mlp(dtype=torch.float32)).state_dict(), "model"),
+    "dtype": (
+        mlp,
+        lambda: fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32)).state_dict(),
+        "model",
+    ),
     "buffers": (lambda: Buffered(1.0), lambda: fitted(model=Buffered(2.0)).state_dict(), "model"),
     "requires_grad": (mlp, lambda: fitted(model=frozen_first_layer()).state_dict(), "grad"),
     "likelihood": (mlp, lambda: fitted("regression").state_dict(), "likelihood"),

@@ -92,7 +92,7 @@ def test_what_is_in_half_precision_already_stays_as_it_is(dtype, tmp_path):
     la = fitted(model=mlp(dtype=dtype), data=train_loader(dtype=dtype))
     for stored in STORED:
         other, _ = restored(la, stored, tmp_path)
-        assert_same(other(X), la(X))
+        assert_same(other(X.to(dtype)), la(X.to(dtype)))
 
 
 def test_mappings(tmp_path):
@@ -181,7 +181,8 @@ def test_directions_without_landmarks_are_not_saved_as_such(stored, tmp_path):
 
 
 def test_rows_that_were_rounded_are_not_computed_again():
-    la = fitted(model=mlp(dtype=torch.float32), memory_budget=8 * 66 * 5, backend_kwargs={"spill": "cpu"})
+    model = mlp(dtype=torch.float32)
+    la = fitted(model=model, data=train_loader(dtype=torch.float32), memory_budget=2000, spill="cpu")
     with pytest.raises(ValueError, match="spilled in a lower precision"):
         la.state_dict(directions="landmarks")
     la.state_dict(directions="half")
@@ -209,7 +210,7 @@ def test_a_fit_that_was_interrupted_and_goes_on(tmp_path):
         other = build(model=model)
         try:
             other.fit(train_loader(), checkpoint=tmp_path / "fit", checkpoint_every=1)
-        except OSError:
+        except (OSError, ValueError):  # from the pass over the data, or from probing
             continue
         break
     assert went_on
