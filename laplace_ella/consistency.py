@@ -8,6 +8,7 @@ one step.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ _REPLACED = (
 )
 # Held while attributes are copied or taken over, and never while anything else runs.
 SWAP = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child finds no change half made, and a lock that somebody releases
+    os.register_at_fork(before=SWAP.acquire, after_in_parent=SWAP.release, after_in_child=SWAP.release)
 
 
 def of_one_moment(method: Method) -> Method:
