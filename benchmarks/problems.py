@@ -133,6 +133,7 @@ PROBLEMS = {
     "vit": Problem(ViT, (3, 32, 32)),
     "mlp": Problem(mlp, (784,)),
     "tiny": Problem(tiny, (64,)),
+    "resnet18": Problem(of_torchvision("resnet18"), (3, 32, 32)),
     "resnet50": Problem(of_torchvision("resnet50"), (3, 224, 224), 1000),
     "vit_b_16": Problem(of_torchvision("vit_b_16"), (3, 224, 224), 1000),
 }

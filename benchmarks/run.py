@@ -23,6 +23,7 @@ import torch
 from cases import CASES, COMBINE, CUDA_CASES, TUNING_CASES
 from measure import failure
 from method_costs import COST_CASES
+from planning import PLAN_CASES
 
 import laplace_ella
 
@@ -32,7 +33,7 @@ SAME_IN_A_FILE = (
     *("cpu", "gpu", "torch", "laplace-torch", "threads", "malloc", "OMP_WAIT_POLICY"),
     *("weights", "images", "dtype", "quick"),
 )
-ALL_CASES = {**CASES, **TUNING_CASES, **COST_CASES, **CUDA_CASES}
+ALL_CASES = {**CASES, **TUNING_CASES, **COST_CASES, **CUDA_CASES, **PLAN_CASES}
 
 
 def in_fresh_process(case: str, part: str, args: argparse.Namespace) -> list[dict[str, Any]]:

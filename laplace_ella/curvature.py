@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
-from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
@@ -252,13 +251,8 @@ class NystromGGN(GGNInterface):
         sampled: int = 0,
     ) -> Plan:
         """Work out what a fit costs, from one batch; see :func:`laplace_ella.plan.make_plan`."""
-        x, seconds = self.inputs(x), []
-        for _ in range(3):
-            start = perf_counter()
-            self.forward(x).sum().item()  # waits for the device
-            seconds.append(perf_counter() - start)
         return make_plan(
-            self.engine,
+            self._eager_engine(),
             self.to_model(x),
             n_data=n_data,
             n_landmarks=n_landmarks,
@@ -267,8 +261,17 @@ class NystromGGN(GGNInterface):
             sampled=sampled,
             row_source=self.row_source,
             spill=self.spill,
-            seconds=min(seconds) / batch_size(x),
+            forward=self.forward,
+            curvature=self.curvature,
+            curvature_of=self.curvature_of,
         )
+
+    def _eager_engine(self) -> Engine:
+        """Return the engine, or one that compiles nothing: that takes minutes a shape."""
+        own = self.engine
+        if not own.compiled:
+            return own
+        return Engine(own.module, own.autodiff, own.chunk_size, own.memory_budget, dict_key_x=self.dict_key_x)
 
     def features(self, x: Input, basis: NystromBasis, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C) with a given basis.

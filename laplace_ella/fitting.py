@@ -25,7 +25,7 @@ from .likelihoods import LIKELIHOODS
 from .plan import Plan, data_size, first_batch
 from .pooling import dealt
 from .ranks import ALONE, Ranks
-from .resume import FitFiles
+from .resume import FitFiles, random_state_restored
 from .safety import exclusively
 from .scan import Scan, over_all, scan
 from .search import Setting
@@ -340,9 +340,15 @@ class Fitting(Consistent):
             self._report_reduction("n_eigenvalues", basis.rank, reason)
         return basis
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     @of_one_moment
     def plan(self, train_loader: Iterable[Any], verbose: bool = True) -> Plan:
         """Work out what :meth:`fit` will compute, and what it will cost, without doing it.
+
+        Seconds are those of a chunk of each stage, which is run and timed here, times the number of chunks:
+        on a machine that does something else meanwhile they are off by as much as that changes. What the loader
+        takes is not in them.
 
         In a process group: what this rank does, with its share of the landmarks and curvature inputs.
 
@@ -361,10 +367,18 @@ class Fitting(Consistent):
         Raises
         ------
         ValueError
-            If the loader is a one-shot iterator or empty, or its first batch malformed.
+            If the loader is a one-shot iterator or empty, or its first batch malformed, or gradients of its
+            inputs are not finite.
+
+        Notes
+        -----
+        Cost: for each stage one call of the model as large as the fit's, after a warm-up, and up to two more while
+        they are short; a few seconds where a call takes one. Memory: no more than the fit. Estimator, model and
+        random generators, the loader's too, are left as they were.
         """
-        x = first_batch(train_loader, self.dict_key_x, self.dict_key_y, self.backend.inputs)
         ranks = self._ranks
+        with random_state_restored(train_loader):
+            x = first_batch(train_loader, self.dict_key_x, self.dict_key_y, self.backend.inputs)
         n = self.curvature_size
         plan = self.backend.plan(
             x,

@@ -1,4 +1,4 @@
-r"""What a fit will cost: stage by stage, in forward passes and bytes, before any of it is done."""
+r"""What a fit will cost: stage by stage, in forward passes, seconds and bytes, before any of it is done."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from .batches import Input, batch_size, n_bytes, rows, single_row
+from .batches import Input, batch_size, n_bytes, rows
 from .engine import Engine
-from .gram import RowSource, Spill, choose_rows
+from .gram import KeptRows, Rows, RowSource, Spill, choose_rows
 from .landmarks import Landmarks
 from .loading import Prepare, named_batches
 from .memory import Chunks, gigabytes
+from .rehearsal import FEATURE_COST, Prices, Rehearsal, rehearsed_landmarks
 from .safety import safely
 
 # Forward passes a gradient row takes with torch.func; the arithmetic demands 3.
@@ -35,12 +34,15 @@ class Stage:
         Its cost in plain forward passes of one input.
     n_bytes : int
         Memory held during the stage, beyond model and data.
+    seconds : float
+        Its time, from a chunk of it that was measured; that of the loader is not in it.
     """
 
     name: str
     what: str
     forwards: float
     n_bytes: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Plan:
         Time of a plain forward pass of one input, measured on the first batch.
     budget : int
         Bytes that gradient rows and activations may take.
+    prediction : float
+        Seconds that a prediction takes for an input of a batch like the first, without a residual.
+    single_prediction : float
+        The same for an input alone.
     """
 
     stages: tuple[Stage, ...]
@@ -72,6 +78,8 @@ class Plan:
     mode: str
     seconds: float
     budget: int
+    prediction: float = 0.0
+    single_prediction: float = 0.0
 
     @property
     def forwards(self) -> float:
@@ -83,6 +91,16 @@ class Plan:
         """Peak memory beyond model and data, in bytes."""
         return max(s.n_bytes for s in self.stages)
 
+    @property
+    def total_seconds(self) -> float:
+        """Total time, without that of the loader."""
+        return sum(s.seconds for s in self.stages)
+
+    @property
+    def over_budget(self) -> tuple[Stage, ...]:
+        """The stages that hold more than the budget."""
+        return tuple(s for s in self.stages if s.n_bytes > self.budget)
+
     def __str__(self) -> str:
         n = "unknown" if self.n_data is None else str(self.n_data)
         lines = [
@@ -93,29 +111,34 @@ class Plan:
             f"{'stage':<22}{'of':<38}{'forwards':>12}{'time':>10}{'memory':>10}",
         ]
         total = "" if self.n_data is not None else "and as many as there are inputs"
-        for s in (*self.stages, Stage("total", total, self.forwards, self.peak)):
-            seconds = _duration(s.forwards * self.seconds)
-            lines.append(
-                f"{s.name:<22}{s.what:<38}{s.forwards:>12.4g}{seconds:>10}{gigabytes(s.n_bytes):>10}"
-            )
-        return "\n".join(lines)
+        every = (*self.stages, Stage("total", total, self.forwards, self.peak, self.total_seconds))
+        lines += [
+            f"{s.name:<22}{s.what:<38}{s.forwards:>12.4g}{_duration(s.seconds):>10}{gigabytes(s.n_bytes):>10}"
+            for s in every
+        ]
+        lines.append(
+            f"a prediction takes {_duration(self.prediction)} an input in batches like the first, "
+            f"{_duration(self.single_prediction)} alone"
+        )
+        return "\n".join([*lines, *self._complaints()])
+
+    def _complaints(self) -> list[str]:
+        if not self.over_budget:
+            return []
+        names = ", ".join(f"{s.name} ({gigabytes(s.n_bytes)})" for s in self.over_budget)
+        why = (
+            "The budget bounds gradient rows and activations; the directions, K x P numbers, and the inputs kept come on "
+            "top. Fewer directions (n_eigenvalues) or inputs (subsample_size, curvature_size) take less."
+        )
+        return [f"WARNING: more than the budget of {gigabytes(self.budget)} will be held by {names}. {why}"]
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1e3 * seconds:.2g} ms"
     if seconds < 100:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def feature_cost(mode: str, n_outputs: int, rank: int) -> float:
-    """Return the forward passes that the features of one input take."""
-    return {
-        "forward": 1 + 2 * rank,
-        "forward loop": 3 * rank,
-        "double": 3 + 3 * rank,
-        "reverse": 1 + 4 * n_outputs,
-        "reverse loop": 1 + 4 * n_outputs,
-    }[mode]
 
 
 def first_batch(loader: Any, dict_key_x: str, dict_key_y: str, prepare: Prepare) -> Input:
@@ -148,6 +171,27 @@ def data_size(loader: Any, batch: int) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """How much there is of everything."""
+
+    n_data: int | None
+    n_landmarks: int
+    rank: int
+    n_curvature: int
+    kept: int  # bytes of the inputs kept
+
+
+def _sizes(
+    x: Input, n_coordinates: int, n_data: int | None, n_landmarks: int, rank: int, n_curvature: int | None
+) -> _Sizes:
+    limit = math.inf if n_data is None else n_data
+    n_landmarks = int(min(n_landmarks, limit * n_coordinates))
+    n = int(min(n_curvature or limit, limit)) if limit < math.inf or n_curvature else 0
+    kept = n_bytes(rows(x, 0, 1)) * (min(n_landmarks, limit) + (n if n_curvature else 0))
+    return _Sizes(n_data, n_landmarks, min(rank, n_landmarks), n, int(kept))
+
+
 def make_plan(
     engine: Engine,
     x: Input,
@@ -159,7 +203,7 @@ def make_plan(
     sampled: int,
     row_source: Callable[[Landmarks], RowSource],
     spill: Spill | None,
-    seconds: float,
+    **functions: Callable[..., Any],
 ) -> Plan:
     """Work out the stages of a fit from one batch on the model's device.
 
@@ -175,62 +219,89 @@ def make_plan(
         Labels an input that are sampled for the curvature; 0 for the exact one.
     row_source : callable
         Prepares the gradient rows of landmarks.
-    seconds : float
-        Time of a forward pass of one input.
+    **functions : callable
+        What :meth:`laplace_ella.rehearsal.Rehearsal.prices` times.
+
+    Notes
+    -----
+    Cost: a few chunks of each stage; see :class:`laplace_ella.rehearsal.Rehearsal`.
     """
-    facts, size = engine.facts(x), batch_size(x)
-    limit = math.inf if n_data is None else n_data
-    n_landmarks = int(min(n_landmarks, limit * facts.n_coordinates))
-    rank = min(rank, n_landmarks)
-    n = int(min(n_curvature or limit, limit)) if limit < math.inf or n_curvature else 0
-    mode = safely(engine.module, lambda: engine.mode(x, rank))
-    # As many landmarks as there will be, whose rows are never asked for.
-    landmarks = Landmarks([single_row(x, 0)] * n_landmarks, torch.zeros(n_landmarks, dtype=torch.int64))
-    source = safely(engine.module, lambda: row_source(landmarks))
+    facts = engine.facts(x)
+    sizes = _sizes(x, facts.n_coordinates, n_data, n_landmarks, rank, n_curvature)
+    source = safely(engine.module, lambda: row_source(rehearsed_landmarks(x, sizes.n_landmarks)))
     held = choose_rows(source, engine.budget(), spill)
-    basis = rank * engine.row_size()
-    kept = n_bytes(rows(x, 0, 1)) * (min(n_landmarks, limit) + (n if n_curvature else 0))
-    chunks = engine.chunks(mode, x, rank)
-    chunks = Chunks(min(chunks.rows, size), chunks.directions)
+    rehearsal = Rehearsal(
+        engine,
+        x,
+        n_landmarks=sizes.n_landmarks,
+        rank=sizes.rank,
+        n_curvature=sizes.n_curvature,
+        sampled=sampled,
+    )
+    prices = rehearsal.prices(source, spill if held.kind == KeptRows.kind else None, **functions)
+    stages = (
+        _pass_over_data(engine, x, sizes, prices),
+        _gradients(engine, x, sizes, held, prices),
+        _directions(engine, sizes, held, prices),
+        _curvature(engine, x, sizes, sampled, prices),
+    )
     return Plan(
-        stages=(
-            Stage(
-                "training data",
-                "all inputs once, number unknown" if n_data is None else f"{n_data} inputs once",
-                float(n_data or 0),
-                int(kept + _PLAIN_TENSORS * size * facts.row_bytes),
-            ),
-            Stage(
-                "landmark gradients",
-                f"{n_landmarks} landmarks x {held.gradients / n_landmarks:.3g} ({held.kind})",
-                GRADIENT_COST * held.cost,
-                int(kept + held.n_bytes + engine.gradient_bytes(x, n_landmarks)),
-            ),
-            Stage(
-                "directions",
-                f"{rank} x {engine.row_count()} weights",
-                0.0,
-                int(kept + held.n_bytes + 2 * basis),
-            ),
-            Stage(
-                "curvature",
-                f"{n if n else 'all'} inputs",
-                n * (2 + 3 * sampled if sampled else feature_cost(mode, facts.n_coordinates, rank)),
-                int(
-                    kept
-                    + basis
-                    + engine.feature_bytes(mode, chunks, x)
-                    + 8 * size * facts.n_coordinates * rank
-                ),
-            ),
-        ),
+        stages=stages,
         n_data=n_data,
         n_outputs=facts.n_outputs,
         n_params=engine.row_count(),
-        n_landmarks=n_landmarks,
-        rank=rank,
-        n_curvature=n,
-        mode=mode,
-        seconds=seconds,
+        n_landmarks=sizes.n_landmarks,
+        rank=sizes.rank,
+        n_curvature=sizes.n_curvature,
+        mode=rehearsal.mode,
+        seconds=prices.forward,
         budget=engine.budget(),
+        prediction=prices.prediction,
+        single_prediction=prices.single,
+    )
+
+
+def _pass_over_data(engine: Engine, x: Input, sizes: _Sizes, prices: Prices) -> Stage:
+    n = sizes.n_data
+    return Stage(
+        "training data",
+        "all inputs once, number unknown" if n is None else f"{n} inputs once",
+        float(n or 0),
+        int(sizes.kept + _PLAIN_TENSORS * batch_size(x) * engine.facts(x).row_bytes),
+        (n or 0) * prices.forward,
+    )
+
+
+def _gradients(engine: Engine, x: Input, sizes: _Sizes, held: Rows, prices: Prices) -> Stage:
+    return Stage(
+        "landmark gradients",
+        f"{sizes.n_landmarks} landmarks x {held.gradients / sizes.n_landmarks:.3g} ({held.kind})",
+        GRADIENT_COST * held.cost,
+        int(sizes.kept + held.n_bytes + engine.gradient_bytes(x, sizes.n_landmarks)),
+        held.cost * prices.landmark + prices.gram,
+    )
+
+
+def _directions(engine: Engine, sizes: _Sizes, held: Rows, prices: Prices) -> Stage:
+    return Stage(
+        "directions",
+        f"{sizes.rank} x {engine.row_count()} weights",
+        0.0,
+        int(sizes.kept + held.n_bytes + 2 * sizes.rank * engine.row_size()),
+        prices.directions,
+    )
+
+
+def _curvature(engine: Engine, x: Input, sizes: _Sizes, sampled: int, prices: Prices) -> Stage:
+    mode, facts = engine.mode(x, sizes.rank), engine.facts(x)
+    chunks = engine.chunks(mode, x, sizes.rank)
+    chunks = Chunks(min(chunks.rows, batch_size(x)), chunks.directions)
+    cost = 2 + 3 * sampled if sampled else FEATURE_COST[mode](facts.n_coordinates, sizes.rank)
+    held = sizes.rank * engine.row_size() + 8 * batch_size(x) * facts.n_coordinates * sizes.rank
+    return Stage(
+        "curvature",
+        f"{sizes.n_curvature if sizes.n_curvature else 'all'} inputs",
+        sizes.n_curvature * cost,
+        int(sizes.kept + held + engine.feature_bytes(mode, chunks, x)),
+        prices.curvature,
     )

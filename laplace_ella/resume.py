@@ -280,6 +280,16 @@ def random_state_kept_on_error(loader: Any) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def random_state_restored(loader: Any) -> Iterator[None]:
+    """Give generators back the states they had, whatever is done inside."""
+    before = random_state(loader)
+    try:
+        yield
+    finally:
+        set_random_state(before, loader)
+
+
 def replay(batches: Iterator[Batch], before: dict[str, Any] | None, found: Scan) -> str:
     """Read again what an interrupted pass has read, and let ``found`` be what it had found.
 

@@ -381,6 +381,6 @@ def test_the_plan_counts_the_gradients_that_are_computed(monkeypatch):
     monkeypatch.setattr(gram.RowSource, "__call__", count)
     la = build(memory_budget=4000)
     plan = la.plan(train_loader(), verbose=False)
-    assert counted == []
+    counted.clear()  # those that were timed
     la.fit(train_loader())
     assert f"x {sum(counted) / M:.3g}" in plan.stages[1].what
