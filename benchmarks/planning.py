@@ -1,14 +1,15 @@
-"""What ``plan`` says a fit and a prediction take, beside what they then take: ``run.py --only plan``."""
+"""What ``plan`` says that a fit and a prediction take, beside what they then take: ``run.py --only plan``."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
+from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from measure import Calls, interleaved, loader, result, synchronize
+from measure import loader, once, result
 from methods import ours
 from problems import PROBLEMS, network, noise
 
@@ -23,57 +24,45 @@ RANKS = (5, 20)
 
 
 def planned(args: argparse.Namespace, name: str, rank: int) -> list[dict[str, Any]]:
-    """Plan a fit and fit, in turn; the seconds of both, and of predictions."""
+    """Plan, fit and predict in turn, round after round after a warm-up."""
     batch, n, n_landmarks, n_curvature = SIZES[name]
-    model = network(name, args.data, args.device)
-    x, y = (t.to(args.device) for t in noise(n, PROBLEMS[name].shape, 0, PROBLEMS[name].n_outputs))
-    batches = loader(x, y, batch)
+    n_outputs = PROBLEMS[name].n_outputs
+    x, y = (t.to(args.device) for t in noise(n, PROBLEMS[name].shape, 0, n_outputs))
+    batches, model = loader(x, y, batch), network(name, args.data, args.device)
     la = ours(model, subsample_size=n_landmarks, n_eigenvalues=rank, curvature_size=n_curvature)
-    plans, fits = [], Calls()
-    spent = Calls()
-    for _ in range(3 if args.quick else 7):
-        start = time.perf_counter()
-        plans.append(la.plan(batches, verbose=False))
-        spent.seconds.append(time.perf_counter() - start)
-        synchronize(args.device)
-        start = time.perf_counter()
-        la.fit(batches)
-        synchronize(args.device)
-        fits.seconds.append(time.perf_counter() - start)
-    calls = interleaved(
-        {"many": lambda: la(x[:batch]), "single": lambda: la(x[:1])}, 3 if args.quick else 7, args.device
-    )
-    about = {
-        "problem": name,
-        "batch": batch,
-        "N": n,
-        "M": n_landmarks,
-        "n": n_curvature,
-        "C": PROBLEMS[name].n_outputs,
-        "K": rank,
+    about = {"problem": name, "batch": batch, "N": n, "M": n_landmarks, "n": n_curvature}
+    about |= {"C": n_outputs, "K": rank}
+    calls: dict[str, Callable[[], Any]] = {
+        "fit": lambda: la.fit(batches),
+        "prediction of a batch": lambda: la(x[:batch]),
+        "prediction of an input": lambda: la(x[:1]),
     }
-    title = f"{name}, K = {rank}"
-    rows = []
-    for what, plan, measured in (
-        ("fit", [p.total_seconds for p in plans], fits.seconds),
-        ("prediction of a batch", [p.prediction * batch for p in plans], calls["many"].seconds),
-        ("prediction of an input", [p.single_prediction for p in plans], calls["single"].seconds),
-    ):
-        quotient = statistics.median(plan) / statistics.median(measured)
-        rows.append(
-            result(
-                f"plan of seconds and measurement, {what}, {title}",
-                "times apart",
-                max(quotient, 1 / quotient),
-                1.5,
-                planned_s=plan,
-                measured_s=measured,
-                plan_took_s=statistics.median(spent.seconds),
-                stages_s={s.name: s.seconds for s in plans[-1].stages},
-                **about,
-            )
+    plans: list[Any] = []
+    said, took = defaultdict(list), defaultdict(list)
+    for round_ in range((2 if args.quick else 7) + 1):
+        took["plan"].append(once(lambda: plans.append(la.plan(batches, verbose=False)), args.device)[0])
+        plan = plans[-1]
+        seconds = plan.total_seconds, plan.prediction * batch, plan.single_prediction
+        for (what, call), planned_s in zip(calls.items(), seconds):
+            measured = once(call, args.device)[0]
+            if round_:
+                said[what].append(planned_s)
+                took[what].append(measured)
+    stages = {s.name: s.seconds for s in plan.stages}
+    about |= {"plan_took_s": statistics.median(took["plan"]), "last_plan_s": stages}
+    return [
+        result(
+            f"plan of seconds and measurement, {what}, {name}, K = {rank}",
+            "times apart",
+            max(quotient, 1 / quotient),
+            1.5,
+            planned_s=said[what],
+            measured_s=took[what],
+            **about,
         )
-    return rows
+        for what in calls
+        for quotient in [statistics.median([a / b for a, b in zip(said[what], took[what])])]
+    ]
 
 
 PLAN_CASES = {

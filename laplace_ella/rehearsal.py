@@ -23,7 +23,7 @@ from .engine import Engine
 from .gram import Spill
 from .landmarks import Landmarks
 from .row_source import RowSource
-from .safety import safe_autodiff
+from .safety import safely
 
 # Forward passes that the features of one input take, of each way to compute them.
 FEATURE_COST: dict[str, Callable[[int, int], float]] = {
@@ -34,13 +34,13 @@ FEATURE_COST: dict[str, Callable[[int, int], float]] = {
     "reverse loop": lambda n_outputs, rank: 1 + 4 * n_outputs,
 }
 # What has taken so many seconds is not timed once more ...
-LONG = 1.5
+LONG = 0.7
 # ... and nothing is, more often than this, after a warm-up.
 REPEATS = 3
 # Gradient rows that are timed together take at most this many bytes on a CPU, where their cost is that of writing them.
-ROW_BYTES = 2**29
+ROW_BYTES = 2**28
 # Of products with the rows of all landmarks, so many bytes of rows are timed.
-PRODUCT_BYTES = 2**26
+PRODUCT_BYTES = 2**25
 # The eigenvectors of no larger matrix are computed.
 EIGEN_SIZE = 300
 # Directions that are pushed where a call takes one after the other.
@@ -130,8 +130,8 @@ class Rehearsal:
     Notes
     -----
     Nothing of it is kept but seconds: tangents have their own generator, and are freed with it. Memory: at most as
-    much as the fit takes, K x P numbers among it. Cost: a warm-up and up to three calls of each chunk, one after
-    1.5 seconds.
+    much as the fit takes, K x P numbers among it. Cost: of each of about eight chunks a warm-up and up to three calls,
+    none once they have taken .7 seconds.
     """
 
     def __init__(
@@ -172,11 +172,9 @@ class Rehearsal:
             Those of :class:`laplace_ella.NystromGGN`.
         """
         per_forward = seconds_of(lambda: forward(self.x)) / self.size
-        with safe_autodiff(self.engine.module):
-            landmark = self._landmark(source)
-            products, combinations = self._products(source, spill)
-            tangents = self._tangents()
-            features = self._features(tangents, curvature)
+        landmark, (products, combinations), tangents, features = safely(
+            self.engine.module, lambda: self._stages(source, spill, curvature)
+        )
         # Every chunk of directions is a call more.
         ratio = self._of_all_directions()
         if self.sampled and self.n_curvature:
@@ -192,6 +190,13 @@ class Rehearsal:
             prediction=ratio * features.batch(self.size) / self.size,
             single=ratio * features(1),
         )
+
+    def _stages(
+        self, source: RowSource, spill: Spill | None, curvature: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[float, tuple[float, float], Weights, _Blocks]:
+        """Time gradients, products of them, and features; return the tangents of the latter too."""
+        landmark, products, tangents = self._landmark(source), self._products(source, spill), self._tangents()
+        return landmark, products, tangents, self._features(tangents, curvature)
 
     def _directions_at_once(self) -> int:
         if self.sampled or self.mode.startswith("reverse"):
