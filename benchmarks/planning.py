@@ -16,8 +16,8 @@ from problems import PROBLEMS, network, noise
 # Network -> batch, N, M, n; a fit takes seconds.
 SIZES = {
     "resnet18": (64, 200, 50, 100),
-    "resnet20": (50, 1000, 100, 200),
-    "vit": (16, 200, 50, 60),
+    "resnet20": (50, 400, 100, 100),
+    "vit": (16, 100, 32, 32),
     "mlp": (50, 5000, 200, 2000),
 }
 RANKS = (5, 20)
