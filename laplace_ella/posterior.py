@@ -163,7 +163,7 @@ class Outputs:
         span, rest = noise[:, : self.psi.shape[-1]], noise[:, self.psi.shape[-1] :]
         out = functional_samples(self.mean, self.psi, span)
         if self.isotropic is not None:
-            out = out + self.extra_variance.sqrt() * rest[:, None]
+            out = out + _root(self.extra_variance) * rest[:, None]
         if self.block is not None:
             out = out + torch.einsum("bcd,sd->sbc", self.block, rest)
         return out
@@ -175,7 +175,7 @@ class Outputs:
         ----------
         noise : Tensor broadcastable to (S, B, C)
         """
-        return self.mean + self.variance.sqrt() * noise.to(self.psi.dtype)
+        return self.mean + _root(self.variance) * noise.to(self.psi.dtype)
 
 
 @dataclass(frozen=True)
@@ -249,19 +249,29 @@ class Linearised:
         """
         rank = len(scale)
         psi = whiten(self.phi[..., :rank], scale)
+        dtype = psi.dtype
         isotropic = block = None
         if self.pushed is not None and overlap is not None:
-            isotropic = (self.residual_vectors(overlap[:rank]) * residual_variance**0.5).to(psi.dtype)
+            isotropic = finite((self.residual_vectors(overlap[:rank]) * residual_variance**0.5).to(dtype))
         if self.gram is not None:
-            block = (self.residual_root(rank) * residual_variance**0.5).to(psi.dtype)
-        return Outputs(self.f.to(psi.dtype) * logit_scale, psi, isotropic, block)
+            block = finite((self.residual_root(rank) * residual_variance**0.5).to(dtype))
+        return Outputs(finite(self.f.to(dtype) * logit_scale), psi, isotropic, block)
 
 
 @without_autocast
 def whiten(phi: Tensor, scale: Tensor) -> Tensor:
     r"""Return :math:`\psi = \phi S` (B, C, K), in float32 at least: squares overflow in fp16."""
     dtype = torch.promote_types(phi.dtype, torch.float32)
-    return phi.to(dtype) @ scale.to(dtype)
+    scale = finite(scale.to(dtype))
+    # Beyond it, a product could be a difference of infinities, which is NaN.
+    limit = torch.finfo(dtype).max / (2 * len(scale) * scale.abs().amax().clamp_min(1))
+    return phi.to(dtype).clamp(-limit, limit) @ scale
+
+
+def finite(values: Tensor) -> Tensor:
+    """Return the largest number there is for what overflows."""
+    largest = torch.finfo(values.dtype).max
+    return values.clamp(-largest, largest)
 
 
 @without_autocast
@@ -277,6 +287,12 @@ def functional_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:
     """
     offsets = noise.to(psi.dtype) @ psi.flatten(0, 1).T
     return f + offsets.view(len(noise), *f.shape)
+
+
+def _root(variance: Tensor) -> Tensor:
+    """Return the standard deviation, whose derivative is 0 where the variance is: that of the root is infinite."""
+    positive = variance > 0
+    return torch.where(positive, variance, torch.ones_like(variance)).sqrt() * positive
 
 
 def positive_root(matrices: Tensor) -> Tensor:

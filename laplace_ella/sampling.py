@@ -102,17 +102,29 @@ class Sampling(Linearisation):
         AttributeError, ValueError
             As for a call.
         """
+        samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
+        return samples.to(dtype)
+
+    def _functions(
+        self,
+        x: Input,
+        pred_type: str,
+        n_samples: int,
+        diagonal_output: bool,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, torch.dtype]:
+        """Draw functions (S, B, C) in the precision of their moments; and the dtype of the model's outputs."""
         pred_type = validation.check_prediction(pred_type, "mc", n_samples, generator, None)
         self._check_H_init()
         if pred_type == "nn":
-            return self._nn_functional_samples(x, n_samples, generator)
+            samples = self._nn_functional_samples(x, n_samples, generator)
+            return samples, samples.dtype
         in_weights = self.residual == "exact" and not diagonal_output
         linearised = self._linearised(x, "none" if in_weights else None)
         outputs, dtype = self._outputs(linearised), linearised.f.dtype
         if diagonal_output:
-            return outputs.independent_samples(
-                self._noise(n_samples, *outputs.mean.shape, generator=generator)
-            ).to(dtype)
+            noise = self._noise(n_samples, *outputs.mean.shape, generator=generator)
+            return outputs.independent_samples(noise), dtype
         noise = self._noise(n_samples, outputs.psi.shape[-1], generator=generator)
         samples = posterior.functional_samples(outputs.mean, outputs.psi, noise)
         if outputs.isotropic is not None:
@@ -121,7 +133,7 @@ class Sampling(Linearisation):
             samples = samples + torch.einsum("bd,sdc->sbc", outputs.isotropic, noise.to(outputs.isotropic))
         if in_weights:
             self._add_outside(samples, x, generator)
-        return samples.to(dtype)
+        return samples, dtype
 
     def _add_outside(self, samples: Tensor, x: Input, generator: torch.Generator | None) -> None:
         r"""Add :math:`J (I - V V^T) w` to samples (S, B, C), as many weights at a time as fit."""
@@ -141,11 +153,11 @@ class Sampling(Linearisation):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw :meth:`functional_samples`, turned into probabilities where the likelihood has them: (S, B, C)."""
-        samples = self.functional_samples(x, pred_type, n_samples, diagonal_output, generator)
-        if self.likelihood == "reward_modeling":
-            return samples
+        samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
         inverse_link = LIKELIHOODS[self.likelihood].inverse_link
-        return samples if inverse_link is None else inverse_link(samples)
+        if self.likelihood != "reward_modeling" and inverse_link is not None:
+            samples = inverse_link(samples)  # before they are rounded: fp16 holds no logit above 65504
+        return samples.to(dtype)
 
     def _nn_functional_samples(
         self,
