@@ -40,7 +40,7 @@ class Part:
         return "" if self.x is None else digest_of(self.x)
 
 
-NOTHING = Part("", torch.zeros(0, dtype=torch.int64), None)
+NOTHING = Part("", torch.zeros(0, dtype=torch.int64, device="cpu"), None)
 MARK = replace(NOTHING, marked=True)
 
 
@@ -64,7 +64,11 @@ def parts_of_sample(sample: Dealt, batch: int, every: int | None) -> Iterator[Pa
             some = segment[a : a + batch]
             for indices, x in collate([x for _, x in some], batch):
                 positions = [some[i][0] for i in indices]
-                yield Part(f"training inputs {sorted(positions)[:8]}", torch.tensor(positions), x)
+                yield Part(
+                    f"training inputs {sorted(positions)[:8]}",
+                    torch.tensor(positions, dtype=torch.int64, device="cpu"),
+                    x,
+                )
         yield MARK
         start = mark
 
@@ -128,7 +132,7 @@ class RunningSum:
         # A rank that ran out of inputs before stays at its last.
         last = self.marks[-1] if self.marks else (0, self.total)
         marks = [*self.marks, *[last] * (n_marks - len(self.marks))]
-        counts = ranks.total(torch.tensor([n for n, _ in marks])).tolist()
+        counts = ranks.total(torch.tensor([n for n, _ in marks], dtype=torch.int64, device="cpu")).tolist()
         # One after the other: K x K numbers each, and there may be hundreds.
         totals = (ranks.total(t) for _, t in marks)
         return [(n, t * (n_data / n)) for n, t in zip(counts, totals) if n]

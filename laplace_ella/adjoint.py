@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .autodiff import FunctionalModel, Pull, Weights, backward_passes
 from .batches import Input
+from .hashing import normal_like
 from .recording import tolerance
 
 Push = Callable[[Weights], Tensor]
@@ -20,12 +21,6 @@ N_PRODUCTS = 4
 # How often the scatter two means may be apart. Roundings that all scales share made it up to 9 (attention and layer
 # norms in bfloat16); a `no_grad` for half of a layer's output makes it 50 and more.
 LARGEST_RATIO = 32.0
-
-
-def random_tangents(weights: Weights, n: int, seed: int = 0) -> Weights:
-    """Draw n tangents (n, *shape)."""
-    generator = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(n, *w.shape, generator=generator).to(w) for k, w in weights.items()}
 
 
 def check_adjoint(
@@ -98,7 +93,7 @@ def _scatter(model: FunctionalModel, x: Input, push: Push) -> tuple[float, float
 
     Cost: 24 directions and backward passes of two rows.
     """
-    tangents = random_tangents(model.weights(), N_PRODUCTS, seed=1)
+    tangents = normal_like(model.weights(), N_PRODUCTS, seed=1)
     gaps = spreads = sizes = 0.0
     for i in range(N_PRODUCTS):
         one = {k: v[i : i + 1] for k, v in tangents.items()}

@@ -78,7 +78,7 @@ class Scorer:
         self, data: ValidationData, loss: Loss | None, device: torch.device, ranks: Ranks = ALONE
     ) -> None:
         self.data, self.loss, self.device, self.ranks = data, loss, device, ranks
-        self.n_inputs = int(ranks.total(torch.tensor(data.n_inputs)))
+        self.n_inputs = int(ranks.total(torch.tensor(data.n_inputs, dtype=torch.int64, device="cpu")))
         check_some(self.n_inputs, "validation loader")
 
     @property
@@ -125,8 +125,8 @@ class Scorer:
         """Return the NLL of each input of all ranks; None with a loss of the user's."""
         if self.loss is not None:
             return None
-        variance = torch.tensor(float(setting.sigma_noise) ** 2)
-        found = [torch.zeros(0, dtype=torch.float64)]
+        variance: Any = float(setting.sigma_noise) ** 2
+        found = [torch.zeros(0, dtype=torch.float64, device="cpu")]
         with self.ranks.together("the score of each input"):
             predict = predictor(setting)
             found += [self.likelihood.nll(predict(b), b.targets, variance).cpu() for b in self.data]
@@ -139,8 +139,7 @@ class Scorer:
 
         def nll(block: Block, logs: Tensor) -> Tensor:
             setting_at = setting.at(**{k: 10 ** logs[i] for i, k in enumerate(names)})
-            variance = torch.as_tensor(setting_at.sigma_noise).square()
-            return self.likelihood.nll(predictor(setting_at)(block), block.targets, variance)
+            return self.likelihood.nll(predictor(setting_at)(block), block.targets, setting_at.sigma_noise**2)
 
         value, slope = self.mean_and_gradient(nll, [math.log10(getattr(setting, k)) for k in names])
         return value, slope.tolist()
@@ -150,16 +149,18 @@ class Scorer:
         self, values_of: Callable[[Block, Tensor], Tensor], numbers: Sequence[float]
     ) -> tuple[float, Tensor]:
         """Return the mean over the data of a function of (block, numbers) with values (B,), and its gradient."""
-        leaf = torch.tensor(numbers, dtype=torch.float64, requires_grad=True)
+        leaf = torch.tensor(numbers, dtype=torch.float64, device="cpu", requires_grad=True)
         leaf.grad = torch.zeros_like(leaf)
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")
         with self.ranks.together("the gradient of the score", SKIPPED):
             for block in self.data:
                 values = values_of(block, leaf)
                 values.sum().backward()
-                sums += torch.tensor([float(values.detach().sum()), len(values)], dtype=torch.float64)
+                sums += torch.tensor(
+                    [float(values.detach().sum()), len(values)], dtype=torch.float64, device="cpu"
+                )
         total, n, *slope = self.ranks.total(torch.cat([sums, leaf.grad])).tolist()
-        return total / n, torch.tensor(slope, dtype=torch.float64) / n
+        return total / n, torch.tensor(slope, dtype=torch.float64, device="cpu") / n
 
     def tune(
         self, predictor: Predictor, start: Setting, grids: Mapping[str, Sequence[Any]]
@@ -223,7 +224,7 @@ def baselines(
         best, lowest = scorer.tune(predictor, start, {k: grids[k] for k in names})
         return lowest, scorer.each(predictor, best), {k: float(getattr(best, k)) for k in names}
 
-    constant = with_variance_of(lambda block: torch.ones(len(block.targets)))
+    constant = with_variance_of(lambda block: block.linearised.f.new_ones(len(block.targets)))
 
     has_links = scorer.likelihood.inverse_link is not None
     yield "MAP", tuned(plain, [])
@@ -249,12 +250,16 @@ def _vector_scaling(scorer: Scorer, n_outputs: int) -> tuple[float, Tensor | Non
 
     def objective(numbers: Any) -> tuple[float, Any]:
         value, slope = scorer.mean_and_gradient(
-            lambda block, w: likelihood.nll(predict(block, w), block.targets, torch.zeros(())), numbers
+            lambda block, w: likelihood.nll(
+                predict(block, w), block.targets, block.linearised.f.new_zeros(())
+            ),
+            numbers,
         )
         return value, slope.numpy()
 
     start = np.concatenate([np.ones(n_outputs), np.zeros(n_outputs)])
-    best = torch.tensor(minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x)
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
+    best = torch.tensor(found, dtype=torch.float64, device="cpu")
 
     def fitted(setting: Setting) -> Callable[[Block], Prediction]:
         return lambda block: predict(block, best)

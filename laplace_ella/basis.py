@@ -103,7 +103,8 @@ class NystromBasis:
         """Return the basis whose directions here are those of one of several ranks; all of them have to call."""
         lengths = [len(range(self.rank)[r :: ranks.size]) for r in range(ranks.size)]
         # The Gram matrices are in the order of the ranks.
-        order = torch.cat([torch.arange(self.rank)[r :: ranks.size] for r in range(ranks.size)]).argsort()
+        every = torch.arange(self.rank, dtype=torch.int64, device="cpu")
+        order = torch.cat([every[r :: ranks.size] for r in range(ranks.size)]).argsort()
         device = self.eigenvalues.device
         found = (gram(flat(v), device, ranks=ranks, lengths=lengths) for v in self.directions.values())
         grams = torch.stack([g[order][:, order] for g in found])
@@ -185,9 +186,11 @@ class NystromBasis:
 def identity_basis(weights: Weights) -> NystromBasis:
     """Return all P unit directions, in which ELLA is exact linearised Laplace. Memory: P x P numbers."""
     n_params = sum(w.numel() for w in weights.values())
-    blocks = torch.eye(n_params).split([w.numel() for w in weights.values()], dim=1)
+    device = next(iter(weights.values())).device
+    units = torch.eye(n_params, dtype=torch.float32, device=device)
+    blocks = units.split([w.numel() for w in weights.values()], dim=1)
     directions = {k: _like(w, b.reshape(n_params, *w.shape)) for (k, w), b in zip(weights.items(), blocks)}
-    ones = torch.ones(n_params, dtype=torch.float64)
+    ones = torch.ones(n_params, dtype=torch.float64, device=device)
     return NystromBasis(directions, ones, float(n_params), ones)
 
 

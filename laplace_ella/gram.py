@@ -46,7 +46,7 @@ class Spill:
     def empty(self, size: int, n_weights: int) -> tuple[Tensor, Any]:
         """Return an uninitialised tensor (M, P), and what must live as long as it."""
         if self.folder is None:
-            return torch.empty(size, n_weights, dtype=self.dtype), None
+            return torch.empty(size, n_weights, dtype=self.dtype, device="cpu"), None
         file = tempfile.NamedTemporaryFile(dir=self.folder, prefix="laplace_ella-rows-")  # noqa: SIM115
         n = size * n_weights
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash later

@@ -23,21 +23,33 @@ def hash_keys(seed: int, purpose: int, positions: Tensor) -> Tensor:
     Source: Steele, Lea, Flood (2014), Fast splittable pseudorandom number
     generators. int64 arithmetic wraps, so the keys are the same on every machine.
     """
-    state = torch.full((), seed, dtype=torch.int64)
-    for word in (torch.full((), purpose, dtype=torch.int64), positions.to(torch.int64)):
+    state = torch.full((), seed, dtype=torch.int64, device=positions.device)
+    for word in (torch.full_like(state, purpose), positions.to(torch.int64)):
         state = _mix(state ^ _mix(word))
     return state & (2**62 - 1)
 
 
 def derived_seed(seed: int, purpose: int, position: int = 0) -> int:
     """Return a seed for a generator of its own, independent of those for other purposes and positions."""
-    return int(hash_keys(seed, purpose, torch.tensor([position])))
+    return int(hash_keys(seed, purpose, torch.tensor([position], dtype=torch.int64, device="cpu")))
+
+
+def normal_like(tensors: Mapping[str, Tensor], n: int, seed: int) -> dict[str, Tensor]:
+    """Draw n standard normal tensors (n, *shape) like each of some; the same on every device.
+
+    In float32 whatever the tensors' dtype, and whatever the default one: a draw in another precision is another draw.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return {
+        k: torch.randn(n, *t.shape, generator=generator, dtype=torch.float32, device="cpu").to(t)
+        for k, t in tensors.items()
+    }
 
 
 def uniforms(seed: int, purpose: int, positions: Tensor, n: int) -> Tensor:
     """Return uniform numbers (B, n) in (0, 1), n for each position (B,), float64."""
     keys = hash_keys(seed, purpose, positions)[:, None]
-    counters = torch.arange(n, device=positions.device)
+    counters = torch.arange(n, dtype=torch.int64, device=positions.device)
     bits = (_mix(keys ^ _mix(counters)) >> 11) & (2**53 - 1)
     return (bits.double() + 0.5) / 2**53
 

@@ -29,6 +29,7 @@ class Hyperparameters(Consistent):
     enable_backprop: bool
     shard_directions: bool
     n_params: int
+    _device: torch.device
     _residual: str
     _logit_scale: float
     _residual_scale: float
@@ -63,7 +64,7 @@ class Hyperparameters(Consistent):
     def prior_precision(self, value: float | Tensor) -> None:
         validation.check_positive("prior_precision", value)
         value = value.clone() if isinstance(value, Tensor) else value
-        validation.check_positive("prior_precision", torch.as_tensor(value).to(self._dtype))
+        validation.check_positive("prior_precision", self._rounded(value))
         validation.check_residual(self.residual, value, enable_backprop=False)
         validation.check_sharding(self.shard_directions, value, self.n_params, enable_backprop=False)
         _host_setter(self, "prior_precision")(self, value)
@@ -78,10 +79,14 @@ class Hyperparameters(Consistent):
         self._check_noise(value)
         _host_setter(self, "sigma_noise")(self, value)
 
+    def _rounded(self, value: float | Tensor) -> Tensor:
+        """Return a value as it would be stored."""
+        return torch.as_tensor(value, dtype=self._dtype, device=self._device)
+
     def _check_noise(self, value: float | Tensor) -> None:
         validation.check_positive("sigma_noise", value)
         validation.check_scalar("sigma_noise", value)
-        validation.check_positive("sigma_noise", torch.as_tensor(value).to(self._dtype))
+        validation.check_positive("sigma_noise", self._rounded(value))
         if self.likelihood != "regression" and float(value) != 1:
             raise ValueError(
                 f"sigma_noise is for regression only and must be 1 for {self._likelihood_name!r}; got {value}."

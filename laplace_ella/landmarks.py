@@ -162,16 +162,16 @@ def draw_outputs(sample: BottomK, seed: int, balanced: bool) -> Landmarks:
     """
     positions = sample.positions()
     inputs = [x for x, _ in sample.rows()]
-    counts = torch.tensor([n for _, n in sample.rows()])
+    counts = torch.tensor([n for _, n in sample.rows()], dtype=torch.int64, device="cpu")
     if len(inputs) == sample.capacity:
-        keys = hash_keys(seed, LANDMARK_OUTPUT, torch.tensor(positions))
+        keys = hash_keys(seed, LANDMARK_OUTPUT, torch.tensor(positions, dtype=torch.int64, device="cpu"))
         return Landmarks(inputs, keys % counts, positions)
-    source = torch.arange(len(inputs)).repeat_interleave(counts)
-    outputs = torch.arange(len(source)) - (counts.cumsum(0) - counts)[source]
+    source = torch.arange(len(inputs), dtype=torch.int64, device="cpu").repeat_interleave(counts)
+    pairs = torch.arange(len(source), dtype=torch.int64, device="cpu")
+    outputs = pairs - (counts.cumsum(0) - counts)[source]
     groups = [sample.groups()[i] for i in source.tolist()] if balanced else None
-    pairs = torch.arange(len(source))
     chosen = BottomK(sample.capacity)
     chosen.offer(pairs, hash_keys(seed, LANDMARK_PAIR, pairs), groups, lambda i: i)
-    index = torch.tensor(chosen.rows())
+    index = torch.tensor(chosen.rows(), dtype=torch.int64, device="cpu")
     picked = source[index].tolist()
     return Landmarks([inputs[i] for i in picked], outputs[index], [positions[i] for i in picked])

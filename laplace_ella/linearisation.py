@@ -12,9 +12,8 @@ from . import validation
 from .autodiff import Weights
 from .batches import Input
 from .consistency import Consistent, of_one_moment
-from .hashing import TANGENT, derived_seed
+from .hashing import TANGENT, derived_seed, normal_like
 from .posterior import Linearised, Outputs
-from .residual import random_tangents
 from .safety import exclusively
 
 
@@ -99,7 +98,7 @@ class Linearisation(Consistent):
     @torch.inference_mode(False)  # they are kept, and may meet a graph later
     def _drawn_tangents(self) -> tuple[Weights, Tensor]:
         seed = derived_seed(self.seed, TANGENT)
-        tangents = random_tangents(self.backend.engine.function.weights(), self.residual_samples, seed)
+        tangents = normal_like(self.backend.engine.function.weights(), self.residual_samples, seed)
         return tangents, self.basis.overlap(tangents)
 
     def _outputs(self, linearised: Linearised) -> Outputs:

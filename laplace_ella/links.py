@@ -197,8 +197,11 @@ def quasi_normal(n_samples: int, dimension: int, seed: int) -> Tensor:
             f"The Monte-Carlo link is quasi-random in at most {largest} dimensions (K, or C with "
             f"diagonal_output); got {dimension}. Use link_approx='probit', or predictive_samples()."
         )
-    points = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed).draw(
-        n_samples, dtype=torch.float64
-    )
-    # Scrambled points lie on a grid of 2^-30 and may be 0, whose quantile is infinite.
-    return torch.special.ndtri(points * (1 - 2**-30) + 2**-31)
+    with torch.inference_mode(False):  # the points are kept, and may meet a graph later
+        engine = torch.quasirandom.SobolEngine(dimension, scramble=True, seed=seed)
+        # The engine rounds the first of its points to the default dtype.
+        first = engine.quasi.to(torch.float32).double() / 2**engine.MAXBIT
+        points = engine.draw(n_samples, dtype=torch.float64)
+        points[0] = first
+        # Scrambled points lie on a grid of 2^-30 and may be 0, whose quantile is infinite.
+        return torch.special.ndtri(points * (1 - 2**-30) + 2**-31)

@@ -171,7 +171,7 @@ def let_malloc_adapt() -> None:
     its heap beyond twice that size: having seen this one, it recycles the chunks used here
     from the first on. Costs nothing; does nothing to thresholds the user has set.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8)
+    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def attempt(compute: Callable[[], Result]) -> tuple[Result | None, Exception | None]:

@@ -30,6 +30,13 @@ LARGEST_ROUNDING = 0.01  # of half precision
 HYPERPARAMETERS = ("sigma_noise", "temperature", "prior_precision", "prior_mean")
 
 
+def _rounded(value: Any) -> Tensor:
+    """Return a hyperparameter as the tensor that is compared."""
+    if isinstance(value, Tensor):
+        return value.double()
+    return torch.tensor(value, dtype=torch.float32, device="cpu").double()
+
+
 class Merging(Consistent):
     """Adding and taking away what was fitted.
 
@@ -107,7 +114,8 @@ class Merging(Consistent):
 
     def _identity(self) -> dict[str, Any]:
         """Return what two estimators must share to be merged, in plain types."""
-        numbers = {k: digest(torch.as_tensor(getattr(self, k)).double().reshape(-1)) for k in HYPERPARAMETERS}
+        values = {k: getattr(self, k) for k in HYPERPARAMETERS}
+        numbers = {k: digest(_rounded(v).reshape(-1)) for k, v in values.items()}
         return {
             "model": self._fingerprint,
             "likelihood": str(self.likelihood),
@@ -179,7 +187,7 @@ class Merging(Consistent):
         G, loss, counts = (
             torch.zeros_like(self.H),
             torch.zeros_like(self.loss),
-            torch.zeros(2, dtype=torch.int64),
+            torch.zeros(2, dtype=torch.int64, device="cpu"),
         )
 
         def add(batch: Batch | None) -> None:
@@ -190,7 +198,8 @@ class Merging(Consistent):
             G.add_(of_G)
             loss.add_(of_loss)
             n = len(batch.y)
-            counts.add_(torch.tensor([n, n * math.prod(self.backend.positions(batch.x))]))
+            predictions = n * math.prod(self.backend.positions(batch.x))
+            counts.add_(torch.tensor([n, predictions], dtype=torch.int64, device="cpu"))
             self._check_count(int(counts[0]))  # of a stream without end, too
 
         parts = stream.parts("Data to forget", partial(self.backend.bounded, width=basis.rank))

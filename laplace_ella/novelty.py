@@ -147,7 +147,7 @@ class Novelty(Linearisation):
                     "Use residual_share(), or novelty() as it is."
                 )
             stream = Stream(in_distribution_loader, self.dict_key_x, "", self.backend.inputs, ranks)
-        found = [torch.zeros(0, 2, dtype=torch.float64)]
+        found = [torch.zeros(0, 2, dtype=torch.float64, device="cpu")]
 
         def look_at(x: Input | None) -> None:
             if x is None:
@@ -161,7 +161,8 @@ class Novelty(Linearisation):
         if len(features) < 2:
             raise ValueError(f"calibrate_novelty() needs at least two inputs; got {len(features)}.")
         ascending = features.sort(0).values
-        steps = torch.linspace(0, len(ascending) - 1, min(len(ascending), LARGEST_REFERENCE))
+        last, kept = len(ascending) - 1, min(len(ascending), LARGEST_REFERENCE)
+        steps = torch.linspace(0, last, kept, dtype=torch.float32, device="cpu")
         self._novelty_reference = ascending[steps.round().long().to(ascending.device)]
         self._novelty_setting = self._setting_of_novelty()
 

@@ -127,7 +127,7 @@ class Predictive(Sampling):
     def _link_seed(self, generator: torch.Generator | None) -> int:
         if generator is None:
             return self.seed
-        return int(torch.randint(2**31, (), generator=generator, device=generator.device))
+        return int(torch.randint(2**31, (), generator=generator, dtype=torch.int64, device=generator.device))
 
     def predictive(
         self, x: Input, pred_type: str = "glm", link_approx: str = "probit", n_samples: int = 100

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .adjoint import SCALES, check_adjoint, random_tangents
+from .adjoint import SCALES, check_adjoint
 from .autodiff import FunctionalModel, Weights, flat
 from .batches import Input
 from .features import FEATURES
 from .gradients import RowEngine, gradient_rows, looped_rows
+from .hashing import normal_like
 from .memory import Chunks, attempt
 from .reaching import check_reached
 from .repeating import plain_passes
@@ -131,7 +132,7 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
     precision = _look_at(model, x)
     weights = model.weights()
     f = model(weights, x)
-    tangents = random_tangents(weights, 2)
+    tangents = normal_like(weights, 2, seed=0)
     rows, why_rows = _probe_rows(model, weights, x)
     ladder = _LADDER if mode == "auto" else [m for m in _LADDER if m.split()[0] == mode]
     features, phi, why = _probe_features(model, weights, x, tangents, ladder, rows)

@@ -216,7 +216,9 @@ class Ranks:
         mine = self._wire(payload)
         lengths = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(self.size)]
         with self._reached(what):
-            dist.all_gather(lengths, torch.tensor([len(mine)], device=mine.device), group=self.group)
+            dist.all_gather(
+                lengths, torch.tensor([len(mine)], dtype=torch.int64, device=mine.device), group=self.group
+            )
             received = [_unpacked(part) for part in self._parts(mine, [int(n) for n in lengths])]
         steps = [step for step, _ in received]
         if len(set(steps)) > 1:
@@ -252,12 +254,12 @@ class Ranks:
         if self.size == 1:
             return list(items)
         outgoing = [_packed(item) for item in items]
-        lengths = self._wire(torch.tensor([len(b) for b in outgoing]))
+        lengths = self._wire(torch.tensor([len(b) for b in outgoing], dtype=torch.int64, device="cpu"))
         coming = torch.empty_like(lengths)
         with self._reached(what):
             dist.all_to_all_single(coming, lengths, group=self.group)
             sizes = coming.tolist()
-            received = self._wire(torch.empty(sum(sizes), dtype=torch.uint8))
+            received = self._wire(torch.empty(sum(sizes), dtype=torch.uint8, device="cpu"))
             dist.all_to_all_single(
                 received, self._wire(torch.cat(outgoing)), sizes, lengths.tolist(), group=self.group
             )

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import Weights
 from .batches import Input, batch_size, single_row
 from .gram import choose_rows
 from .landmarks import Landmarks
@@ -22,12 +21,6 @@ from .posterior import Linearised, without_autocast
 from .row_source import RowSource, block_grams
 
 RESIDUALS = ("none", "isotropic", "exact")
-
-
-def random_tangents(weights: Weights, n: int, seed: int) -> Weights:
-    """Draw standard normal tangents (S, *shape) for each weight; the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    return {k: torch.randn(n, *w.shape, generator=generator).to(w) for k, w in weights.items()}
 
 
 def output_grams(
@@ -83,7 +76,7 @@ def _all_pairs(x: Input, n_coordinates: int) -> Landmarks:
     """Return every input with every output, input by input."""
     size = batch_size(x)
     inputs = [row for row in (single_row(x, i) for i in range(size)) for _ in range(n_coordinates)]
-    return Landmarks(inputs, torch.arange(n_coordinates).repeat(size))
+    return Landmarks(inputs, torch.arange(n_coordinates, dtype=torch.int64, device="cpu").repeat(size))
 
 
 @without_autocast

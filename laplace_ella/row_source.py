@@ -219,7 +219,7 @@ def gram(
     lengths = [len(values)] if lengths is None else lengths
     size = sum(lengths)
     out = torch.zeros(size, size, dtype=torch.float64, device=device)
-    parts = list(torch.arange(size).chunk(min(8, size)))
+    parts = list(torch.arange(size, dtype=torch.int64, device="cpu").chunk(min(8, size)))
     bounds = [(int(p[0]), int(p[-1]) + 1) for p in parts]
     slices = _slices(size, values.shape[1])
     with ranks.lockstep("the Gram matrix") as between:

@@ -48,7 +48,7 @@ class Scan:
     n_data: int = 0
     n_predictions: int = 0
     n_outputs: int = 0
-    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu"))
     longest: int = 0
     n_batches: int = 0
 
@@ -156,7 +156,7 @@ def over_all(found: Scan, ranks: Ranks) -> Scan:
     ValueError
         If there are no data, or models with different numbers of outputs.
     """
-    sums = torch.tensor([found.n_data, found.n_predictions])
+    sums = torch.tensor([found.n_data, found.n_predictions], dtype=torch.int64, device="cpu")
     n_data, n_predictions = ranks.total(sums).tolist()
     check_some(n_data, "training loader")
     n_outputs = {n for n in ranks.gathered(found.n_outputs, "the number of outputs") if n}

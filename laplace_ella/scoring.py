@@ -101,11 +101,11 @@ def score(
         Where that one's loss gets them.
     """
     if loss is None:
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")
         with ranks.together("the score of a setting", SKIPPED):
             for prediction, y in pairs_of():
                 values = likelihood.nll(prediction, y, noise_variance).detach()
-                sums += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64)
+                sums += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64, device="cpu")
         total, n = ranks.total(sums).tolist()
         return total / n
     evaluate = partial(_metric_score if isinstance(loss, torchmetrics.Metric) else _joined_score, loss=loss)

@@ -124,7 +124,7 @@ def _unfinished_gram(job: Job) -> Unfinished:
     if about is None:
         return Unfinished(keep=keep)
     layout, done, size = about
-    empty = torch.zeros(size, size, dtype=torch.float64)
+    empty = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     mine = found["matrix"] if job.ranks.rank == 0 else empty
     return Unfinished(layout, done, job.ranks.of_first(mine), keep)
 

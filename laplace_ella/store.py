@@ -85,7 +85,7 @@ class Store:
     def _read(self, filed: _Filed) -> Tensor:
         assert self._file is not None
         self._file.seek(filed.offset)
-        empty = torch.empty(filed.shape, dtype=filed.dtype)
+        empty = torch.empty(filed.shape, dtype=filed.dtype, device="cpu")
         self._file.readinto(empty.view(-1).view(torch.uint8).numpy())  # type: ignore[attr-defined]
         return empty.to(filed.device)
 

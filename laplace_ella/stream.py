@@ -114,7 +114,9 @@ class Stream:
             size = stop - n
             if size < batch_size(x):
                 x, y = rows(x, 0, size), y[:size]
-            yield Batch(name, self.start + self.step * torch.arange(n, stop), x, y)
+            yield Batch(
+                name, self.start + self.step * torch.arange(n, stop, dtype=torch.int64, device="cpu"), x, y
+            )
 
     def parts(self, title: str, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[Batch]:
         """Read the loader once, its batches cut by a function that returns the parts of an input in order."""

@@ -106,7 +106,12 @@ class PriorTuning(Candidates):
                 )
             else:
                 grid = torch.logspace(
-                    log_prior_prec_min, log_prior_prec_max, grid_size, base=log_prior_prec_base
+                    log_prior_prec_min,
+                    log_prior_prec_max,
+                    grid_size,
+                    base=log_prior_prec_base,
+                    dtype=torch.float32,
+                    device="cpu",
                 )
                 view._search_grid(
                     grid.tolist(), val_loader, loss, pred_type, link_approx, n_samples, progress_bar
@@ -123,7 +128,10 @@ class PriorTuning(Candidates):
         val_loader: Any,
         progress_bar: bool,
     ) -> None:
-        with warnings.catch_warnings(), torch.enable_grad():
+        if not isinstance(init, Tensor):
+            init = torch.tensor(init, dtype=torch.float32, device=self._device)
+        # The host's optimiser keeps its steps on the default device.
+        with warnings.catch_warnings(), torch.enable_grad(), self._device:
             # The host reminds of the link here, which evidence does not use.
             warnings.filterwarnings("ignore", "By default `link_approx`")
             super().optimize_prior_precision(  # type: ignore[misc]
