@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .autodiff import Weights, flat, is_dense
+from .caching import keep
 from .gram import FRESH, Progress, SampleBlocks, Spill, Unfinished, choose_rows
 from .hashing import digest
 from .landmarks import Landmarks
@@ -143,12 +143,18 @@ class NystromBasis:
         ax.set_title(f"K = {self.rank} of M = {self.n_landmarks} retain {self.retained:.1%} of the trace")
         return ax
 
-    @cached_property
+    @property
     def weight_grams(self) -> Tensor:
         r""":math:`V_l^T V_l` (L, K, K) of each weight tensor l, float64; they sum to the identity."""
         if self.grams is not None:
             return self.grams
-        return torch.stack([gram(flat(v), self.eigenvalues.device) for v in self.directions.values()])
+        kept = self.__dict__.get("_weight_grams")
+        if kept is None or not kept.is_of((), self.directions.values()):
+            with torch.inference_mode(False), torch.no_grad():  # they are kept, and may meet a graph later
+                grams = [gram(flat(v), self.eigenvalues.device) for v in self.directions.values()]
+                kept = keep(torch.stack(grams), (), self.directions.values())
+            self.__dict__["_weight_grams"] = kept
+        return kept.value
 
     def project_precision(self, prior_precision: Tensor) -> Tensor:
         r"""Project a prior precision onto the span: :math:`V^T \Delta V` (K, K), float64.

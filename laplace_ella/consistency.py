@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
 from torch import Tensor
+
+from .caching import Kept, keep
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -55,7 +58,7 @@ class Consistent:
     backend: Any
     # What was computed from the attributes, with what it was computed from. Views share it, so that what a
     # prediction computes serves the next one.
-    _cache: dict[str, tuple[tuple[Any, ...], Any]]
+    _cache: dict[str, Kept]
 
     @property
     def _is_view(self) -> bool:
@@ -122,19 +125,14 @@ class Consistent:
         if vars(self)["_basis"] is not vars(other)["_basis"]:
             raise RuntimeError(_REPLACED)
 
-    def _cached(self, name: str, made_from: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
-        """Return what was computed from the same objects before, or compute it."""
+    def _cached(
+        self, name: str, compute: Callable[[], Any], small: Iterable[Any], large: Iterable[Tensor] = ()
+    ) -> Any:
+        """Return what was computed before from the same values (small) and tensors (large), or compute it."""
         found = self._cache.get(name)
-        if found is None or not all(map(_is_same, found[0], made_from)):
-            found = made_from, compute()
-            self._cache[name] = found
-        return found[1]
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    return one is other or (isinstance(one, (int, float, str)) and one == other)
-
-
-def version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to, which its identity does not tell; 0 where torch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+        if found is None or not found.is_of(small, large):
+            made_of = keep(
+                None, small, large
+            )  # before the work: what changes meanwhile is not what it is made of
+            self._cache[name] = found = replace(made_of, value=compute())
+        return found.value

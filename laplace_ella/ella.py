@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from . import checkpoint, posterior, validation
 from .autodiff import unwrap
 from .basis import NystromBasis
+from .caching import Kept, outside_inference, without_inference
 from .compact import STORED
-from .consistency import of_one_moment, version
+from .consistency import of_one_moment
 from .curvature import nystrom_backend
 from .fitting import Fitting
 from .hyperparameters import Hyperparameters
@@ -242,7 +243,7 @@ class ELLALaplace(
         # The host's constructor assigns hyperparameters, whose setters use these.
         self.H = None
         self._basis: NystromBasis | None = None
-        self._cache: dict[str, tuple[tuple[Any, ...], Any]] = {}
+        self._cache: dict[str, Kept] = {}
         named = {"subsample_size": subsample_size, "n_eigenvalues": n_eigenvalues}
         self._named_by_user = {k for k, v in named.items() if v is not None}
         self.subsample_size = sizes["subsample_size"] or DEFAULT_SUBSAMPLE_SIZE
@@ -416,21 +417,34 @@ class ELLALaplace(
     @property
     @of_one_moment
     def posterior_scale(self) -> Tensor:
-        """S (K, K) with S S^T the posterior covariance, float64."""
+        """S (K, K) with S S^T the posterior covariance, float64; a copy.
+
+        Computed again if prior, noise, temperature, H or directions have changed, also in place.
+
+        Raises
+        ------
+        ValueError
+            If prior precision or noise have got a value that would have been refused.
+        """
         self._check_H_init()
-        numbers = self._prior_precision, self._sigma_noise
-        made_from = self._basis, self.H, self._temperature, *numbers, *map(version, numbers)
-        return self._cached("scale", made_from, self._computed_scale)
+        small = (self.prior_precision, self.sigma_noise, self.temperature, self.H)
+        # The directions enter through V^T Delta V.
+        large = self.basis.directions.values() if self.prior_precision.numel() > 1 else ()
+        return self._cached("scale", self._computed_scale, small, large).clone()
 
     @torch.inference_mode(False)  # it is kept, and may meet a graph later
+    @torch.no_grad()
     def _computed_scale(self) -> Tensor:
-        return posterior.posterior_scale(self.posterior_precision.detach())
+        validation.check_positive("prior_precision", self.prior_precision)
+        self._check_noise(self.sigma_noise)
+        return posterior.posterior_scale(self.posterior_precision)
 
     @property
     @of_one_moment
     def posterior_covariance(self) -> Tensor:
         r"""Covariance :math:`A^{-1}` (K, K) of the coordinates, float64."""
-        return self.posterior_scale @ self.posterior_scale.T
+        scale = self.posterior_scale
+        return scale @ scale.T
 
     @property
     @of_one_moment
@@ -589,9 +603,11 @@ class ELLALaplace(
         checkpoint.check_shard(state_dict["basis"]["shard"], ranks, "The checkpoint")
         self._warn_of_differences(state_dict)
         self.backend.engine.forget()
-        basis = checkpoint.unpack_saved_basis(state_dict["basis"], self.backend, ranks)
-        with self._changes(replaces_fit=True) as view:
-            view._restore(checkpoint.copied({k: v for k, v in state_dict.items() if k != "basis"}), basis)
+        with outside_inference():  # what is loaded may meet a graph later
+            state_dict = without_inference(state_dict)
+            basis = checkpoint.unpack_saved_basis(state_dict["basis"], self.backend, ranks)
+            with self._changes(replaces_fit=True) as view:
+                view._restore(checkpoint.copied({k: v for k, v in state_dict.items() if k != "basis"}), basis)
 
     def _restore(self, state: dict[str, Any], basis: NystromBasis) -> None:
         # The residual decides what priors are allowed: none first, and its own last.

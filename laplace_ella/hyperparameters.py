@@ -3,12 +3,14 @@ r"""Prior precision, observation noise and temperature: checked when assigned.""
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import validation
+from .caching import outside_inference, without_inference
 from .consistency import SWAP, Consistent, of_one_moment
 from .residual import RESIDUALS
 
@@ -61,13 +63,13 @@ class Hyperparameters(Consistent):
         return self._prior_precision
 
     @prior_precision.setter
+    @outside_inference()  # what is stored may meet a graph later
     def prior_precision(self, value: float | Tensor) -> None:
         validation.check_positive("prior_precision", value)
-        value = value.clone() if isinstance(value, Tensor) else value
         validation.check_positive("prior_precision", self._rounded(value))
         validation.check_residual(self.residual, value, enable_backprop=False)
         validation.check_sharding(self.shard_directions, value, self.n_params, enable_backprop=False)
-        _host_setter(self, "prior_precision")(self, value)
+        _host_setter(self, "prior_precision")(self, value.clone() if isinstance(value, Tensor) else value)
 
     @property
     def sigma_noise(self) -> Tensor:
@@ -75,9 +77,10 @@ class Hyperparameters(Consistent):
         return self._sigma_noise
 
     @sigma_noise.setter
+    @outside_inference()
     def sigma_noise(self, value: float | Tensor) -> None:
         self._check_noise(value)
-        _host_setter(self, "sigma_noise")(self, value)
+        _host_setter(self, "sigma_noise")(self, without_inference(value))
 
     def _rounded(self, value: float | Tensor) -> Tensor:
         """Return a value as it would be stored."""
@@ -138,10 +141,11 @@ class Hyperparameters(Consistent):
         return self._prior_mean
 
     @prior_mean.setter
+    @outside_inference()
     def prior_mean(self, value: float | Tensor) -> None:
-        _host_setter(self, "prior_mean")(self, value)
-        if not self._prior_mean.isfinite().all():
+        if isinstance(value, (Real, Tensor)) and not self._rounded(value).isfinite().all():
             raise ValueError(f"prior_mean must be finite in every entry; got {value}.")
+        _host_setter(self, "prior_mean")(self, without_inference(value))
 
     @property
     def _H_factor(self) -> Tensor:

@@ -203,7 +203,6 @@ class JointTuning(Candidates):
             self._temperature = setting.temperature
         for name in {"prior_precision", "logit_scale", "residual_scale", "sigma_noise"} & set(names):
             setattr(self, name, getattr(setting, name))
-        self._posterior_scale = None
 
 
 def _remarks_on_values(

@@ -92,8 +92,8 @@ class Linearisation(Consistent):
     @exclusively
     def _residual_tangents(self) -> tuple[Weights, Tensor]:
         """Return S tangents (S, *shape), and their overlap (K, S) with the directions; the same at every call."""
-        made_from = self.basis, self.seed, self.residual_samples
-        return self._cached("tangents", made_from, self._drawn_tangents)
+        small, large = (self.seed, self.residual_samples), self.basis.directions.values()
+        return self._cached("tangents", self._drawn_tangents, small, large)
 
     @torch.inference_mode(False)  # they are kept, and may meet a graph later
     def _drawn_tangents(self) -> tuple[Weights, Tensor]:

@@ -14,6 +14,7 @@ from . import posterior
 from .basis import identity_basis
 from .batches import Input
 from .consistency import of_one_moment
+from .hashing import digest
 from .likelihoods import LIKELIHOODS
 from .linearisation import Linearisation
 from .posterior import Linearised, Outputs
@@ -168,7 +169,9 @@ class Novelty(Linearisation):
 
     def _setting_of_novelty(self) -> list[Any]:
         """Return all that the score depends on, apart from the fit, in plain types."""
-        return [*astuple(self._setting()), self.residual, self.residual_samples, self.seed]
+        # A setting says nothing about priors of several values.
+        prior = [digest(self.prior_precision)] if self.prior_precision.numel() > 1 else []
+        return [*astuple(self._setting()), self.residual, self.residual_samples, self.seed, *prior]
 
     def _seen(self, x: Input) -> Linearised:
         return self._linearised(x, self._residual_seen)
