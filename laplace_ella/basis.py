@@ -303,6 +303,6 @@ def _like(weight: Tensor, values: Tensor) -> Tensor:
     A tangent whose strides differ from its weight's is copied at every use. The strides of a slice of a
     larger tensor, or of an expanded one, are no order of axes: directions would overlap.
     """
-    own = weight if is_dense(weight) else torch.empty(weight.shape, device="meta")
+    own = weight if is_dense(weight) else torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     strides = (own.numel(), *own.stride())
     return weight.new_empty(0).new_empty_strided(tuple(values.shape), strides).copy_(values)
