@@ -58,6 +58,11 @@ def first_weight(module: nn.Module) -> nn.Parameter:
     return next(module.parameters())  # there is none: StopIteration
 
 
+def n_trainable(module: nn.Module) -> int:
+    """Return P, the number of weights that require grad."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 class _Within(nn.Module):
     """Hands its module to an action, so that weights stay exchanged while more than a forward runs."""
 

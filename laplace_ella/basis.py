@@ -125,9 +125,13 @@ class NystromBasis:
         ------
         ImportError
             Without matplotlib, which the extra ``plot`` installs.
+        ValueError
+            If ``ax`` is something else.
         """
         import matplotlib.pyplot as plt
 
+        if ax is not None and not isinstance(ax, plt.Axes):
+            raise ValueError(f"ax must be one of matplotlib's Axes, or None; got {ax!r}.")
         if ax is None:
             _, ax = plt.subplots(layout="constrained")
         values = self.spectrum.clamp_min(0).cpu().numpy()

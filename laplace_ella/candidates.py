@@ -51,6 +51,8 @@ class Candidates(Sampling):
     residual_scale: Any  # float
     snapshots: list[tuple[int, Tensor]]
     n_curvature: int
+    n_layers: int
+    n_params: int
     n_outputs: int
     H: Any  # Tensor (K, K)
     _temperature: float

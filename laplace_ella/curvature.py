@@ -6,12 +6,20 @@ Laplace with the weights confined to :math:`\theta^* + \operatorname{span}(V)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from os import PathLike
 from typing import Any, ClassVar
 
 import torch
-from laplace.curvature import AsdlGGN, BackPackGGN, CurvlinopsGGN, EFInterface, GGNInterface
+from laplace.curvature import (
+    AsdlGGN,
+    BackPackGGN,
+    CurvatureInterface,
+    CurvlinopsGGN,
+    EFInterface,
+    GGNInterface,
+)
 from torch import Tensor, nn
 
 from .accumulation import Part
@@ -33,13 +41,27 @@ from .row_source import RowSource
 from .safety import safely
 from .sharding import for_everyone
 from .validation import (
+    NamingShape,
     check_budget,
     check_choice,
     check_finite_features,
+    check_flag,
+    check_model,
     check_size,
     check_spill,
     check_whole,
+    shown,
 )
+
+# What a backend takes beside the model, the likelihood and the keys, and what it is without being named.
+OPTIONS: dict[str, Any] = {
+    "chunk_size": None,
+    "memory_budget": None,
+    "autodiff": None,
+    "compile": False,
+    "spill": None,
+    "spill_dtype": torch.bfloat16,
+}
 
 
 class NystromGGN(GGNInterface):
@@ -96,14 +118,18 @@ class NystromGGN(GGNInterface):
         spill: str | PathLike[str] | None = None,
         spill_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
+        check_model(model)
         check_whole(model)
+        check_choice("likelihood", likelihood, LIKELIHOODS)
         known_to_host = "regression" if likelihood == "regression" else "classification"
         super().__init__(unwrap(model), known_to_host, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
         self.likelihood = likelihood
+        given = (chunk_size, memory_budget, autodiff, compile, spill, spill_dtype)
         autodiff = self.default_autodiff if autodiff is None else autodiff
         check_choice("autodiff", autodiff, AUTODIFF)
         folder = check_spill(spill, spill_dtype)
         self.spill = None if spill is None else Spill(folder, spill_dtype)
+        self.options = dict(zip(OPTIONS, given))
         self.basis: NystromBasis | None = None
         self._example: Input | None = None  # an input, for the types of its containers
         self.engine = Engine(
@@ -111,9 +137,15 @@ class NystromGGN(GGNInterface):
             autodiff,
             check_size("chunk_size", chunk_size),
             check_budget(memory_budget),
-            compile,
+            check_flag("compile", compile),
             dict_key_x,
         )
+
+    def __copy__(self) -> NystromGGN:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(vars(self))
+        new.engine = copy(self.engine)
+        return new
 
     @property
     def _reference(self) -> Tensor:
@@ -135,7 +167,8 @@ class NystromGGN(GGNInterface):
         ValueError
             If the model does not treat the rows of the input one by one.
         """
-        x = self.engine.cutting(x, size)
+        with NamingShape(x):
+            x = self.engine.cutting(x, size)
         if isinstance(x, Nested) and self._example is None:
             self._example = rows(x, 0, 1)
         return x
@@ -278,6 +311,8 @@ class NystromGGN(GGNInterface):
 
         Where ranks share its directions, all have to call, each with inputs of its own.
         """
+        if not isinstance(basis, NystromBasis):
+            raise ValueError(f"basis must be a NystromBasis, that of a fitted estimator; got {shown(basis)}.")
         if basis.sharded:
             phi, f = self._shared_features(x, basis)
             assert phi is not None
@@ -386,6 +421,8 @@ class NystromGGN(GGNInterface):
         Overrides :meth:`laplace.curvature.GGNInterface.full`, without a (B, C, C) tensor; ``name`` is for messages.
         The basis is that of the last fit, unless another is given.
         """
+        if not isinstance(y, Tensor):
+            raise ValueError(f"y must be a tensor of targets; got {shown(y)}.")
         phi, f = self.jacobians(x) if basis is None else self.features(x, basis)
         check_finite_features(phi, f, name)
         y = checked_targets(LIKELIHOODS[self.likelihood], y, f, self.positions(x), name)
@@ -467,6 +504,7 @@ class BackPackNystromGGN(NystromGGN):
     row_engine = staticmethod(backpack_rows)
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        check_model(model)
         if not all(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 "The BackPACK backend does not support frozen parameters (as in laplace-torch). "
@@ -489,14 +527,16 @@ _BACKENDS: list[tuple[type, type[NystromGGN]]] = [
 ]
 
 
-def nystrom_backend(backend: type | None) -> type[NystromGGN]:
-    """Find our backend for one of laplace-torch's.
+def nystrom_backend(backend: Any) -> type[NystromGGN]:
+    """Find our backend for one of laplace-torch's, or for an instance of one.
 
     Raises
     ------
     ValueError
         For empirical-Fisher and Hessian backends, whose curvature is not a GGN.
     """
+    if isinstance(backend, CurvatureInterface):
+        backend = type(backend)
     if backend is None or backend is GGNInterface:
         return NystromGGN
     if isinstance(backend, type):
@@ -515,3 +555,20 @@ def nystrom_backend(backend: type | None) -> type[NystromGGN]:
         f"backend={name} cannot be used with hessian_structure='ella': {reason}. Allowed are CurvlinopsGGN, "
         "BackPackGGN, AsdlGGN, NystromGGN and its subclasses. Leave `backend` out for the default."
     )
+
+
+def backend_options(backend: Any, given: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a backend to be built.
+
+    Parameters
+    ----------
+    backend : type, instance or None
+        The options of a :class:`NystromGGN` are used where ``given`` has defaults.
+    given : mapping
+        A value for each of :data:`OPTIONS`.
+    further : mapping
+        Which come first.
+    """
+    own = backend.options if isinstance(backend, NystromGGN) else {}
+    named = {name: value for name, value in given.items() if value is not OPTIONS[name]}
+    return {**given, **own, **named, **further}

@@ -64,6 +64,14 @@ class Cutting:
         self._known: dict[Any, torch.dtype | None] = {}  # kinds of inputs, and what they are converted to
         self._warned = False
 
+    def knowledge(self) -> Any:
+        """Return what was found out of the model's inputs, for :meth:`learn`."""
+        return set(self._shared), dict(self._known), self._warned, self.function.in_pairs
+
+    def learn(self, knowledge: Any) -> None:
+        """Know what was found out of a copy of the model."""
+        self._shared, self._known, self._warned, self.function.in_pairs = knowledge
+
     def forget(self) -> None:
         """Find everything out again, the model having changed."""
         self._shared.clear()

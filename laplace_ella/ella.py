@@ -15,12 +15,13 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from . import checkpoint, posterior, validation
-from .autodiff import unwrap
+from .autodiff import n_trainable, unwrap
 from .basis import NystromBasis
 from .caching import Kept, outside_inference, without_inference
 from .compact import STORED
 from .consistency import of_one_moment
-from .curvature import nystrom_backend
+from .copying import Copying, given
+from .curvature import OPTIONS, backend_options, nystrom_backend
 from .fitting import Fitting
 from .hyperparameters import Hyperparameters
 from .joint_tuning import JointTuning
@@ -30,7 +31,7 @@ from .novelty import Novelty
 from .predictive import Predictive
 from .ranks import ALONE, Ranks, ranks_of
 from .residual import RESIDUALS
-from .safety import exclusively
+from .safety import LOCK, exclusively
 from .tuning import PriorTuning
 
 DEFAULT_SUBSAMPLE_SIZE = 500
@@ -63,6 +64,9 @@ def Laplace(
     *args, **kwargs
         Passed to the estimator.
     """
+    validation.check_module(model)
+    validation.check_choice("subset_of_weights", subset_of_weights, ("last_layer", "subnetwork", "all"))
+    validation.check_choice("hessian_structure", hessian_structure, _structures())
     if hessian_structure == "ella" and subset_of_weights != "all":
         raise ValueError(
             f"hessian_structure='ella' needs subset_of_weights='all'; got {subset_of_weights!r}. Pass both."
@@ -70,8 +74,26 @@ def Laplace(
     return laplace.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
 
 
+def _structures() -> list[str]:
+    """Return the structures of the Hessian that are known: laplace-torch's, and those that subclasses name."""
+    classes, found = [laplace.baselaplace.BaseLaplace], {"gp"}
+    while classes:
+        cls = classes.pop()
+        classes += cls.__subclasses__()
+        found |= {cls._key[1]} if hasattr(cls, "_key") else set()
+    return sorted(found)
+
+
 class ELLALaplace(
-    Fitting, Merging, Hyperparameters, Predictive, Novelty, PriorTuning, JointTuning, ParametricLaplace
+    Copying,
+    Fitting,
+    Merging,
+    Hyperparameters,
+    Predictive,
+    Novelty,
+    PriorTuning,
+    JointTuning,
+    ParametricLaplace,
 ):
     r"""Linearised Laplace over all weights, through a Nystrom approximation of the NTK.
 
@@ -106,11 +128,12 @@ class ELLALaplace(
         Key of the inputs in mapping batches.
     dict_key_y : str
         Key of their targets.
-    backend : type, optional
+    backend : type or instance, optional
         Where landmark gradients come from: CurvlinopsGGN (torch.func, default),
-        BackPackGGN, AsdlGGN, or a :class:`NystromGGN`.
+        BackPackGGN, AsdlGGN, or a :class:`NystromGGN`. Of an instance, the class is used, and, of a NystromGGN,
+        those of its options that are at their defaults here.
     backend_kwargs : dict, optional
-        Passed to the backend.
+        Passed to the backend; they come before the arguments below.
     asdl_fisher_kwargs : dict, optional
         Taken for compatibility; gradients need no Fisher options.
     subsample_size : int, optional
@@ -159,6 +182,8 @@ class ELLALaplace(
     shard_directions : bool
         Spread V over the ranks, K / W directions on each of W, where K x P numbers do not fit one
         device. All ranks then have to call predictions too, each with inputs of its own.
+    temperature_fixed : bool, optional
+        Whether tuning leaves T alone. Default: if ``temperature`` is a number.
 
     Attributes
     ----------
@@ -174,6 +199,8 @@ class ELLALaplace(
         N, C, and the negative log likelihood summed over the data (up to constants). N counts
         inputs, also where they have many positions; ``n_predictions`` counts positions.
 
+    Every argument is an attribute too, whose value builds an equal estimator; see :meth:`get_params`.
+
     Raises
     ------
     ValueError
@@ -186,7 +213,14 @@ class ELLALaplace(
     loss: Any  # Tensor () after a fit
     H: Any  # Tensor (K, K) after a fit, None before
 
-    @exclusively
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_key" not in vars(cls):
+            # laplace.Laplace looks classes up by their keys: with this one's, a subclass might take its place.
+            cls._key = ("all", f"ella: {cls.__module__}.{cls.__qualname__}")
+
+    # A plain function without variables of its own: lightning-uq-box, for one, builds an estimator like another from
+    # the names in the code of this function, and the attributes of these names.
     def __init__(
         self,
         model: nn.Module,
@@ -198,7 +232,7 @@ class ELLALaplace(
         enable_backprop: bool = False,
         dict_key_x: str = "input_ids",
         dict_key_y: str = "labels",
-        backend: type[CurvatureInterface] | None = None,
+        backend: type[CurvatureInterface] | CurvatureInterface | None = None,
         backend_kwargs: dict[str, Any] | None = None,
         asdl_fisher_kwargs: dict[str, Any] | None = None,
         *,
@@ -220,41 +254,80 @@ class ELLALaplace(
         residual_samples: int = 4,
         process_group: Any = "default",
         shard_directions: bool = False,
+        temperature_fixed: bool | None = None,
     ) -> None:
-        validation.check_model(model)
-        validation.check_choice("likelihood", likelihood, LIKELIHOODS)
-        validation.check_choice("residual", residual, RESIDUALS)
-        validation.check_choice("curvature", curvature, validation.CURVATURES)
-        validation.check_residual(residual, prior_precision, enable_backprop)
-        validation.check_process_group(process_group)
-        n_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        validation.check_sharding(shard_directions, prior_precision, n_params, enable_backprop)
-        sizes = {
-            "subsample_size": subsample_size,
-            "curvature_size": curvature_size,
-            "chunk_size": chunk_size,
-        }
-        validation.check_size("residual_samples", residual_samples, optional=False)
-        validation.check_size("curvature_samples", curvature_samples, optional=False)
-        sizes = {name: validation.check_size(name, value) for name, value in sizes.items()}
-        n_eigenvalues = validation.check_rank(n_eigenvalues)
-        validation.check_positive("sigma_noise", sigma_noise)
-        validation.check_scalar("sigma_noise", sigma_noise)
-        # The host's constructor assigns hyperparameters, whose setters use these.
+        with LOCK:  # while another thread has the model's weights exchanged, none requires grad
+            validation.check_model(model)
+            validation.check_choice("likelihood", likelihood, LIKELIHOODS)
+            validation.check_choice("residual", residual, RESIDUALS)
+            validation.check_key("dict_key_x", dict_key_x)
+            validation.check_key("dict_key_y", dict_key_y)
+            validation.check_process_group(process_group)
+            validation.check_flag("enable_backprop", enable_backprop)
+            validation.check_residual(residual, prior_precision, enable_backprop)
+            validation.check_sharding(shard_directions, prior_precision, n_trainable(model), enable_backprop)
+            validation.check_noise(sigma_noise)
+            self._named_by_user = given(subsample_size=subsample_size, n_eigenvalues=n_eigenvalues)
+            self.subsample_size = DEFAULT_SUBSAMPLE_SIZE if subsample_size is None else subsample_size
+            self.n_eigenvalues = DEFAULT_N_EIGENVALUES if n_eigenvalues is None else n_eigenvalues
+            self.curvature_size, self.seed = curvature_size, seed
+            self.curvature, self.curvature_samples = curvature, curvature_samples
+            self.residual_samples, self._residual = residual_samples, residual
+            self._check_settings()
+            self.process_group, self.shard_directions = process_group, bool(shard_directions)
+            self.backend_kwargs = validation.check_options("backend_kwargs", backend_kwargs)
+            self.asdl_fisher_kwargs = validation.check_options("asdl_fisher_kwargs", asdl_fisher_kwargs)
+            self._begin()
+            super().__init__(
+                unwrap(model),
+                # which the host does not know
+                "classification" if likelihood == "bernoulli" else likelihood,
+                sigma_noise,
+                prior_precision,
+                prior_mean,
+                temperature,
+                bool(enable_backprop),
+                dict_key_x,
+                dict_key_y,
+                nystrom_backend(backend),
+                backend_options(
+                    backend,
+                    {
+                        "chunk_size": chunk_size,
+                        "memory_budget": memory_budget,
+                        "autodiff": autodiff,
+                        "compile": compile,
+                        "spill": spill,
+                        "spill_dtype": spill_dtype,
+                    },
+                    self.backend_kwargs,
+                ),
+                self.asdl_fisher_kwargs,
+            )
+            self.likelihood = likelihood
+            self.mean = self.prior_mean
+            self.logit_scale, self.residual_scale = logit_scale, residual_scale
+            if temperature_fixed is not None:
+                self._temperature_fixed = validation.check_flag("temperature_fixed", temperature_fixed)
+            self._build_backend()
+
+    def _check_settings(self) -> None:
+        """Require values that a fit can use; they may have been assigned since the last one."""
+        self.subsample_size = (
+            validation.check_size("subsample_size", self.subsample_size) or DEFAULT_SUBSAMPLE_SIZE
+        )
+        self.n_eigenvalues = validation.check_rank(self.n_eigenvalues) or DEFAULT_N_EIGENVALUES
+        for name in ("curvature_samples", "residual_samples"):
+            setattr(self, name, validation.check_size(name, getattr(self, name), optional=False))
+        self.curvature_size = validation.check_size("curvature_size", self.curvature_size)
+        self.seed = validation.check_seed(self.seed)
+        validation.check_choice("curvature", self.curvature, validation.CURVATURES)
+
+    def _begin(self) -> None:
+        """Set what a fit will find; the host's constructor assigns hyperparameters, whose setters use it."""
         self.H = None
         self._basis: NystromBasis | None = None
         self._cache: dict[str, Kept] = {}
-        named = {"subsample_size": subsample_size, "n_eigenvalues": n_eigenvalues}
-        self._named_by_user = {k for k, v in named.items() if v is not None}
-        self.subsample_size = sizes["subsample_size"] or DEFAULT_SUBSAMPLE_SIZE
-        self.n_eigenvalues = n_eigenvalues or DEFAULT_N_EIGENVALUES
-        self.curvature_size = sizes["curvature_size"]
-        self.seed = validation.check_seed(seed)
-        self.chunk_size = sizes["chunk_size"]
-        self.memory_budget = validation.check_budget(memory_budget)
-        self.curvature, self.curvature_samples = curvature, int(curvature_samples)
-        self.residual_samples, self._residual = int(residual_samples), residual
-        self.process_group, self.shard_directions = process_group, shard_directions
         self.snapshots: list[tuple[int, Tensor]] = []
         self.n_curvature = self.n_predictions = 0
         self._labels_sampled = False  # whether any part of G was estimated from sampled labels
@@ -264,33 +337,6 @@ class ELLALaplace(
         self._novelty_setting: list[Any] = []
         self._fingerprint = ""
         self.fit_history_: dict[str, list[float]] = {"processed_examples": [], "val_nll": []}
-        super().__init__(
-            unwrap(model),
-            # which the host does not know
-            "classification" if likelihood == "bernoulli" else likelihood,
-            sigma_noise,
-            prior_precision,
-            prior_mean,
-            temperature,
-            enable_backprop,
-            dict_key_x,
-            dict_key_y,
-            nystrom_backend(backend),
-            {
-                "chunk_size": chunk_size,
-                "memory_budget": memory_budget,
-                "autodiff": autodiff,
-                "compile": compile,
-                "spill": spill,
-                "spill_dtype": spill_dtype,
-                **(backend_kwargs or {}),
-            },
-            asdl_fisher_kwargs,
-        )
-        self.likelihood = likelihood
-        self.mean = self.prior_mean
-        self.logit_scale, self.residual_scale = logit_scale, residual_scale
-        self._build_backend()
 
     def _build_backend(self) -> None:
         try:
@@ -298,8 +344,10 @@ class ELLALaplace(
         except TypeError as error:
             raise ValueError(
                 f"backend_kwargs={self._backend_kwargs} do not fit {self._backend_cls.__name__}: {error}. "
-                "It takes chunk_size, memory_budget, autodiff, compile, spill and spill_dtype."
+                f"It takes {', '.join(OPTIONS)}."
             ) from error
+        for name in OPTIONS:  # as they were used
+            setattr(self, name, self._backend_kwargs[name])
 
     @property
     def _ranks(self) -> Ranks:
@@ -500,7 +548,7 @@ class ELLALaplace(
         """
         self._check_H_init()
         if prior_precision is not None:
-            validation.check_positive("prior_precision", prior_precision)
+            validation.check_prior_precision("prior_precision", prior_precision, self.n_layers, self.n_params)
         if sigma_noise is not None:
             self._check_noise(sigma_noise)
         with self._changes() as view:

@@ -102,6 +102,17 @@ class Engine:
         self._smaller: dict[Any, Chunks] = {}
         self._free: dict[torch.device, int] = {}
 
+    # A copy finds out by itself what is of this module or process; weights and how inputs are read do not change.
+    def __getstate__(self) -> Any:
+        of_model = self.module, self.autodiff, self.chunk_size, self.memory_budget, self.compiled
+        return (*of_model, self.cutting.dict_key_x), self.function.names, self.cutting.knowledge()
+
+    def __setstate__(self, state: Any) -> None:
+        arguments, names, knowledge = state
+        self.__init__(*arguments)  # type: ignore[misc]
+        self.function.names = names  # the model may be frozen by now
+        self.cutting.learn(knowledge)
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""

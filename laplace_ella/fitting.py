@@ -80,6 +80,7 @@ class Fitting(Consistent):
     _check_H_init: Callable[[], None]
     _check_unchanged: Callable[[], None]
     _follow_model: Callable[[], None]
+    _check_settings: Callable[[], None]
     _predictor: Callable[..., Any]
     _link: Callable[..., Any]
     _setting: Callable[[], Setting]
@@ -149,7 +150,7 @@ class Fitting(Consistent):
             same arguments, goes on. The loader has to replay the same order; the states of torch's, numpy's
             and Python's generators, and of the loader's own, are restored for it. The files ``checkpoint``,
             ``checkpoint.gram``, ``checkpoint.basis`` and ``checkpoint.curvature`` are deleted once they are not
-            needed any more.
+            needed any more. A symbolic link is followed, and stays.
         checkpoint_every : int
             Batches between two checkpoints.
 
@@ -174,8 +175,10 @@ class Fitting(Consistent):
         afterwards.
         """
         now = self._view()  # what is asked for, whatever other threads assign meanwhile
-        ranks, fresh = now._ranks, override or now.H is None
+        ranks = now._ranks
         with ranks.together("the arguments of fit"):
+            fresh = validation.check_flag("override", override) or now.H is None
+            validation.check_flag("progress_bar", progress_bar)
             now._check_fit(train_loader, balanced)
             now._check_weights(fresh)
             for one in (self, now):
@@ -188,9 +191,10 @@ class Fitting(Consistent):
             n_total = validation.check_size("n_total", n_total)
             val_steps = validation.check_size("val_steps", val_steps)
             validation.check_size("checkpoint_every", checkpoint_every, optional=False)
+            validation.check_prediction("glm", link_approx, 100, None, None)
+            validation.check_link(self.likelihood, link_approx)
             if val_loader is not None:
-                validation.check_prediction("glm", link_approx, 100, None, None)
-                validation.check_link(now.likelihood, link_approx)
+                validation.check_loader("val_loader", val_loader)
             if landmarks is not None:
                 landmarks = validation.check_landmarks(landmarks, now.dict_key_x)
             every = val_steps or (1 if val_loader is not None else None)
@@ -376,6 +380,9 @@ class Fitting(Consistent):
         taken .7 seconds; so seconds at most where a chunk takes less than one. Memory: no more than the fit.
         Estimator, model and random generators, the loader's too, are left as they were.
         """
+        validation.check_flag("verbose", verbose)
+        validation.check_loader("train_loader", train_loader)
+        self._check_settings()
         ranks = self._ranks
         with random_state_restored(train_loader):
             x = first_batch(train_loader, self.dict_key_x, self.dict_key_y, self.backend.inputs)
@@ -435,7 +442,9 @@ class Fitting(Consistent):
                 "basis= takes the place of landmarks, and override=False keeps the basis there is; pass one of them."
             )
         if not isinstance(basis, NystromBasis):
-            raise ValueError(f"basis must be the basis of a fitted estimator; got {type(basis).__name__}.")
+            raise ValueError(
+                f"basis must be the basis of a fitted estimator, or None; got {validation.shown(basis)}."
+            )
         ranks = self._ranks if self.shard_directions else ALONE
         checkpoint.check_shard((basis.ranks.rank, basis.ranks.size), ranks, "The basis given")
         checkpoint.check_directions(basis, self.backend.engine.function.weights(), "The basis given")
@@ -448,9 +457,9 @@ class Fitting(Consistent):
 
     @exclusively
     def _check_fit(self, train_loader: Any, balanced: bool) -> None:
-        validation.check_choice("curvature", self.curvature, validation.CURVATURES)
-        validation.check_size("curvature_samples", self.curvature_samples, optional=False)
-        if balanced and self.likelihood in ("regression", "bernoulli"):
+        validation.check_loader("train_loader", train_loader)
+        self._check_settings()
+        if validation.check_flag("balanced", balanced) and self.likelihood in ("regression", "bernoulli"):
             raise ValueError(f"balanced=True needs classes; {self.likelihood} has none. Leave it out.")
         if self.curvature_size is None and isinstance(train_loader, Iterator):
             raise ValueError(

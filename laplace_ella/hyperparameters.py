@@ -3,7 +3,6 @@ r"""Prior precision, observation noise and temperature: checked when assigned.""
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ class Hyperparameters(Consistent):
     likelihood: str
     enable_backprop: bool
     shard_directions: bool
+    n_layers: int
     n_params: int
     _device: torch.device
     _residual: str
@@ -58,6 +58,11 @@ class Hyperparameters(Consistent):
             self._temperature, self._temperature_fixed = number, value is not None
 
     @property
+    def temperature_fixed(self) -> bool:
+        """Whether tuning leaves T alone."""
+        return self._temperature_fixed
+
+    @property
     def prior_precision(self) -> Tensor:
         """Delta: (1,), one per weight tensor (L,), or one per weight (P,)."""
         return self._prior_precision
@@ -65,7 +70,7 @@ class Hyperparameters(Consistent):
     @prior_precision.setter
     @outside_inference()  # what is stored may meet a graph later
     def prior_precision(self, value: float | Tensor) -> None:
-        validation.check_positive("prior_precision", value)
+        validation.check_prior_precision("prior_precision", value, self.n_layers, self.n_params)
         validation.check_positive("prior_precision", self._rounded(value))
         validation.check_residual(self.residual, value, enable_backprop=False)
         validation.check_sharding(self.shard_directions, value, self.n_params, enable_backprop=False)
@@ -87,8 +92,7 @@ class Hyperparameters(Consistent):
         return torch.as_tensor(value, dtype=self._dtype, device=self._device)
 
     def _check_noise(self, value: float | Tensor) -> None:
-        validation.check_positive("sigma_noise", value)
-        validation.check_scalar("sigma_noise", value)
+        validation.check_noise(value)
         validation.check_positive("sigma_noise", self._rounded(value))
         if self.likelihood != "regression" and float(value) != 1:
             raise ValueError(
@@ -143,8 +147,8 @@ class Hyperparameters(Consistent):
     @prior_mean.setter
     @outside_inference()
     def prior_mean(self, value: float | Tensor) -> None:
-        if isinstance(value, (Real, Tensor)) and not self._rounded(value).isfinite().all():
-            raise ValueError(f"prior_mean must be finite in every entry; got {value}.")
+        validation.check_prior_mean(value, self.n_params)
+        validation.check_prior_mean(self._rounded(value), self.n_params)
         _host_setter(self, "prior_mean")(self, without_inference(value))
 
     @property

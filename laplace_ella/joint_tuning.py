@@ -94,6 +94,9 @@ class JointTuning(Candidates):
                 validation.check_prediction("glm", link_approx, n_samples, None, None)
                 validation.check_link(view.likelihood, link_approx)
                 validation.check_loss(loss)
+                validation.check_loader("val_loader", val_loader)
+                validation.check_flag("apply", apply)
+                validation.check_flag("progress_bar", progress_bar)
                 grids = view._grids(search)
             values = {k: [float(v) for v in grid] for k, grid in grids.items()}
             view._require_same_search(
@@ -160,9 +163,7 @@ class JointTuning(Candidates):
             own = {"regression": ["sigma_noise"], "reward_modeling": []}
             residual = [] if self.residual == "none" else ["residual_scale"]
             search = [*free, *own.get(self.likelihood, ["logit_scale"]), *residual]
-        if isinstance(search, str):
-            raise ValueError(f"search must be a list of names; got {search!r}. Write [{search!r}].")
-        given = dict(search) if isinstance(search, Mapping) else dict.fromkeys(search)
+        given = validation.by_name("search", search)
         validation.check_search(
             given, SETTING_NAMES, self.likelihood, self._temperature_fixed, self.residual, self.temperature
         )

@@ -60,7 +60,8 @@ class Linearisation(Consistent):
         with self.basis.ranks.together("the inputs of a prediction"):
             validation.check_finite_input(x)
         with self.basis.ranks.together("the features of a prediction"):
-            phi, f = self.backend.features(x, self.basis, self.enable_backprop)
+            with validation.NamingShape(x):
+                phi, f = self.backend.features(x, self.basis, self.enable_backprop)
             validation.check_finite_features(phi, f, "the inputs given")
         return phi, f
 

@@ -21,7 +21,7 @@ from .posterior import positive_part
 from .ranks import Ranks
 from .sharding import work_through
 from .stream import Batch, Stream
-from .validation import check_some
+from .validation import check_flag, check_loader, check_some
 
 # Features of one input differ by rounding where batches do: eigenvalues of a difference of two G down to
 # minus so many eps of the largest there ever was are zero.
@@ -164,6 +164,8 @@ class Merging(Consistent):
             self._check_H_init()
             self._check_unchanged()
             self._check_exact()
+            check_loader("loader", loader)
+            check_flag("progress_bar", progress_bar)
             stream = Stream(
                 loader,
                 self.dict_key_x,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import posterior
+from . import posterior, validation
 from .basis import identity_basis
 from .batches import Input
 from .consistency import of_one_moment
@@ -147,6 +147,7 @@ class Novelty(Linearisation):
                     f"calibrate_novelty() needs probabilities, which likelihood={self.likelihood!r} has not. "
                     "Use residual_share(), or novelty() as it is."
                 )
+            validation.check_loader("in_distribution_loader", in_distribution_loader)
             stream = Stream(in_distribution_loader, self.dict_key_x, "", self.backend.inputs, ranks)
         found = [torch.zeros(0, 2, dtype=torch.float64, device="cpu")]
 
@@ -207,7 +208,7 @@ class Novelty(Linearisation):
         AttributeError
             Before a fit.
         ValueError
-            If the network is too large for the exact comparison.
+            If the network is too large for the exact comparison, or there are no inputs, or no training data.
 
         Notes
         -----
@@ -215,6 +216,8 @@ class Novelty(Linearisation):
         them and P x P matrices.
         """
         self._check_H_init()
+        if train_loader is not None:
+            validation.check_loader("train_loader", train_loader)
         weights = self.backend.engine.function.weights()
         n_params = sum(w.numel() for w in weights.values())
         if train_loader is not None and n_params > LARGEST_EXACT:
@@ -225,17 +228,21 @@ class Novelty(Linearisation):
         with torch.no_grad():
             seen = self._seen(x)
             inside, outside = (t.sum() for t in traces(seen, self._overlap(seen)))
+            if not len(seen.f):
+                raise ValueError("x must hold at least one input; got none.")
             captured = float(inside / (inside + outside))
             error = None if train_loader is None else self._covariance_error(x, train_loader, weights)
         return ApproximationError(captured, error)
 
     def _covariance_error(self, x: Input, loader: Iterable[Any], weights: Mapping[str, Tensor]) -> float:
         exact = identity_basis(dict(weights))
-        G = torch.zeros(exact.rank, exact.rank, dtype=torch.float64, device=self._device)
+        G, n = torch.zeros(exact.rank, exact.rank, dtype=torch.float64, device=self._device), 0
         with self._ranks.together("the training data"):
             stream = Stream(loader, self.dict_key_x, self.dict_key_y, self.backend.inputs, self._ranks)
             for part in stream.parts("Training data", partial(self.backend.bounded, width=exact.rank)):
+                n += len(part.y)
                 G += self.backend.curvature(*self.backend.features(part.x, exact))
+        validation.check_some(self._ranks.greatest(n, "the training data"), "train_loader")
         G = self._ranks.total(G)
         precision = self._H_factor * G + exact.project_precision(self.prior_precision)
         phi, f = self.backend.features(x, exact)

@@ -97,6 +97,8 @@ class Predictive(Sampling):
         """
         pred_type = validation.check_prediction(pred_type, link_approx, n_samples, generator, self._device)
         validation.check_link(self.likelihood, link_approx)
+        for name, flag in (("joint", joint), ("diagonal_output", diagonal_output), ("fitting", fitting)):
+            validation.check_flag(name, flag)
         if model_kwargs and pred_type == "glm":
             raise ValueError(
                 f"Unknown arguments {sorted(model_kwargs)}; those of a call are pred_type, joint, link_approx, n_samples, "

@@ -29,7 +29,7 @@ from .stream import Batch
 
 KIND, FORMAT = "laplace_ella: a fit in progress", 4
 STAGES = ("scan", "gram", "basis", "curvature")
-ENTRIES = {"kind", "format", "run", "arguments", "state", "digest"}
+ENTRIES = {"kind", "format", "stage", "rank", "run", "arguments", "state", "digest"}
 
 
 # Whether a process lives can be told on its own machine only.
@@ -42,7 +42,8 @@ class FitFiles:
     Parameters
     ----------
     path : path-like, optional
-        In a group, ``.<rank>-of-<size>`` is appended.
+        In a group, ``.<rank>-of-<size>`` is appended. A symbolic link is followed, also one to a file that does not
+        exist yet: the files are where it leads, and the link stays.
     every : int
         Batches between two checkpoints.
     arguments : dict
@@ -52,8 +53,8 @@ class FitFiles:
     Raises
     ------
     ValueError
-        If the folder does not exist, a file is no checkpoint of a fit in this format, or is one of another fit.
-        Files stay as they are.
+        If the folder does not exist, a file is no checkpoint of a fit in this format, or is one of another fit,
+        stage or rank, or no file at all. Files stay as they are.
     OSError
         If files cannot be read, or the folder not be written to.
     """
@@ -65,25 +66,28 @@ class FitFiles:
         self.paths: dict[str, Path] = {}
         self._found: dict[str, Any] = {}
         self._run = os.urandom(8).hex()
+        self._rank = [ranks.rank, ranks.size]
         if path is None:
             return
         if not isinstance(path, (str, PathLike)) or not os.fspath(path):
             raise ValueError(f"checkpoint must be a path or None; got {path!r}.")
-        first = Path(path) if ranks.size == 1 else Path(f"{path}.{ranks.rank}-of-{ranks.size}")
-        folder = first.absolute().parent
-        if not folder.is_dir() or first.is_dir():
+        own = path if ranks.size == 1 else f"{os.fspath(path)}.{ranks.rank}-of-{ranks.size}"
+        first = Path(os.path.realpath(own))  # what replaces a link, or deletes it, takes what is the user's
+        if not first.parent.is_dir() or first.is_dir():
             raise ValueError(
-                f"checkpoint must be the path of a file, in an existing folder; got {str(path)!r}. Create {folder}, or add a "
-                "name to the path."
+                f"checkpoint must be the path of a file, in an existing folder; got {str(path)!r}. Create {first.parent}, or "
+                "add a name to the path."
             )
         self.paths = {s: Path(f"{first}{'' if s == 'scan' else '.' + s}") for s in STAGES}
+        for place in self.paths.values():
+            _check_place(place)
         _sweep(first)
         self._temporary = Path(f"{first}.{_HOST}.{os.getpid()}-{self._run}.tmp")
         self._temporary.touch()  # before any long work, if that is not possible
         self._temporary.unlink()
         # As they were when this fit last saw them.
         self._marks = {s: _mark(p) for s, p in self.paths.items()}
-        self._found = {s: self._read(p) for s, p in self.paths.items() if p.exists()}
+        self._found = {s: self._read(s, p) for s, p in self.paths.items() if p.exists()}
         if "scan" in self._found:
             self._run = self._found["scan"]["run"]
         for stage, found in self._found.items():
@@ -118,6 +122,8 @@ class FitFiles:
         whole = {
             "kind": KIND,
             "format": FORMAT,
+            "stage": stage,
+            "rank": self._rank,
             "run": self._run,
             "arguments": self.arguments,
             "state": state,
@@ -155,7 +161,7 @@ class FitFiles:
         for stage in reversed(STAGES):
             self.delete(stage)
 
-    def _read(self, path: Path) -> dict[str, Any]:
+    def _read(self, stage: str, path: Path) -> dict[str, Any]:
         try:
             with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
                 damaged = archive.testzip()
@@ -175,6 +181,13 @@ class FitFiles:
             )
         if found.keys() != ENTRIES:
             raise ValueError(_unusable(path, f"it lacks {sorted(ENTRIES - found.keys())}"))
+        if found["stage"] != stage:
+            raise ValueError(
+                _unusable(path, f"it is of the stage {found['stage']!r}, and its name that of {stage!r}")
+            )
+        if found["rank"] != self._rank:
+            of = "it is of rank {} of {}, and this is rank {} of {}".format(*found["rank"], *self._rank)
+            raise ValueError(_unusable(path, of))
         theirs = found["arguments"]
         differ = [k for k in self.arguments if k not in theirs or theirs[k] != self.arguments[k]]
         if differ:
@@ -194,6 +207,15 @@ def _sweep(first: Path) -> None:
         found = ours.fullmatch(path.name)
         if found and not psutil.pid_exists(int(found[1])):
             path.unlink(missing_ok=True)
+
+
+def _check_place(path: Path) -> None:
+    """Require that a path is that of a file, or of nothing."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        kind = "a symbolic link" if path.is_symlink() else "no regular file"
+        raise ValueError(
+            f"checkpoint keeps a file at {path}, where there is {kind}. It was left as it is: pass another path."
+        )
 
 
 def _mark(path: Path) -> tuple[int, int, int] | None:

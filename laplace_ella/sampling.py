@@ -66,6 +66,8 @@ class Sampling(Linearisation):
         Laplace do; the isotropic residual is one of functions and leaves weights alone.
         Padding rows of embeddings stay as they are.
         """
+        validation.check_size("n_samples", n_samples, optional=False)
+        validation.check_generator(generator)
         offsets = self._weight_offsets(n_samples, generator, padding_rows(self.backend.model))
         return self.mean + torch.cat([flat(v) for v in offsets.values()], 1)
 
@@ -115,6 +117,7 @@ class Sampling(Linearisation):
     ) -> tuple[Tensor, torch.dtype]:
         """Draw functions (S, B, C) in the precision of their moments; and the dtype of the model's outputs."""
         pred_type = validation.check_prediction(pred_type, "mc", n_samples, generator, None)
+        validation.check_flag("diagonal_output", diagonal_output)
         self._check_H_init()
         if pred_type == "nn":
             samples = self._nn_functional_samples(x, n_samples, generator)
@@ -171,7 +174,10 @@ class Sampling(Linearisation):
     def _outputs_at(self, offsets: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (S, B, C) at the weights plus each of S offsets."""
         validation.check_finite_input(x)
-        samples = self.backend.forward_at(offsets, x, enable_backprop=self.enable_backprop, **model_kwargs)
+        with validation.NamingShape(x):
+            samples = self.backend.forward_at(
+                offsets, x, enable_backprop=self.enable_backprop, **model_kwargs
+            )
         validation.check_finite_samples(samples)
         return samples
 

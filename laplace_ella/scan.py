@@ -17,7 +17,7 @@ from .likelihoods import Likelihood, checked_targets, warn_of_two_readings
 from .pooling import pooled
 from .ranks import Ranks
 from .stream import Batch
-from .validation import check_some
+from .validation import NamingShape, check_some
 
 
 @dataclass
@@ -119,7 +119,8 @@ def scan(
     """
     for batch in batches:
         x, size = batch.x, batch_size(batch.x)
-        raw = forward(x)
+        with NamingShape(x):
+            raw = forward(x)
         f = raw.flatten(0, -2)
         if not found.n_batches:
             warn_of_two_readings(batch.y, raw.shape, batch.name)

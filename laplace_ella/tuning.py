@@ -82,19 +82,29 @@ class PriorTuning(Candidates):
         and prior: about 500 candidates). Memory: N_val x C x K numbers, the part of them beyond
         the memory budget in a temporary file.
         """
+        validation.check_choice("method", method, ("marglik", "gridsearch"))
         # The evidence is the same on all ranks, each of which may maximise it by itself.
         ranks = self._ranks if method == "gridsearch" else ALONE
         with ranks.together("the arguments of optimize_prior_precision()"):
-            validation.check_choice("method", method, ("marglik", "gridsearch"))
             validation.check_choice("prior_structure", prior_structure, ("scalar", "layerwise", "diag"))
             validation.check_size("grid_size", grid_size, optional=False)
+            validation.check_choice("link_approx", link_approx, validation.LINKS)
+            validation.check_flag("verbose", verbose)
+            validation.check_flag("progress_bar", progress_bar)
+            low, high, base = validation.check_interval(
+                log_prior_prec_min, log_prior_prec_max, log_prior_prec_base, grid_size, method == "gridsearch"
+            )
+            n_steps, lr = validation.check_count("n_steps", n_steps), validation.positive_number("lr", lr)
+            init_prior_prec = validation.as_prior(init_prior_prec)
+            validation.check_prior_precision("init_prior_prec", init_prior_prec, self.n_layers, self.n_params)
+            if val_loader is not None:
+                validation.check_loader("val_loader", val_loader)
             pred_type = validation.check_prediction(
                 pred_type, "mc" if method == "marglik" else link_approx, n_samples, None, None
             )
             if method == "gridsearch":
                 validation.check_link(self.likelihood, link_approx)
                 validation.check_loss(loss)
-                validation.check_interval(log_prior_prec_min, log_prior_prec_max, grid_size)
                 validation.check_given(
                     "val_loader", val_loader, "method='gridsearch' scores on validation data"
                 )
@@ -105,14 +115,7 @@ class PriorTuning(Candidates):
                     n_steps, lr, init_prior_prec, prior_structure, val_loader, progress_bar
                 )
             else:
-                grid = torch.logspace(
-                    log_prior_prec_min,
-                    log_prior_prec_max,
-                    grid_size,
-                    base=log_prior_prec_base,
-                    dtype=torch.float32,
-                    device="cpu",
-                )
+                grid = torch.logspace(low, high, int(grid_size), base=base, dtype=torch.float32, device="cpu")
                 view._search_grid(
                     grid.tolist(), val_loader, loss, pred_type, link_approx, n_samples, progress_bar
                 )

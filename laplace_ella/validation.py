@@ -6,26 +6,71 @@ Messages say what is wrong, what is allowed, what was passed, and what to do.
 from __future__ import annotations
 
 import math
+import reprlib
 import warnings
-from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
+from collections.abc import Hashable, Iterable, Mapping
+from itertools import chain
+from numbers import Integral, Number, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .batches import Input, Nested, Raw, check_tensors, is_finite, raw_size, single_row
+from .batches import (
+    Input,
+    Nested,
+    Raw,
+    check_tensors,
+    is_finite,
+    leaves,
+    name_of,
+    raw_size,
+    single_row,
+)
 from .landmarks import Landmarks
 
+# Of the prior precisions that single precision holds, with room for products.
+LARGEST_LOGARITHM = 87.0
 LINKS = ("probit", "mc", "bridge", "bridge_norm")
 CURVATURES = ("exact", "mc")
 
 
-def check_model(model: nn.Module) -> None:
-    """Require at least one parameter that requires grad."""
+def shown(value: Any) -> str:
+    """Write what was passed for people: in a few words, whatever it is."""
+    kind = type(value).__name__
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"a {kind} of shape {tuple(value.shape)} and {value.dtype}"
+    if isinstance(value, type):
+        return f"the class {value.__name__} itself (make an instance)"
+    if isinstance(value, (list, tuple, set, dict)):
+        return reprlib.repr(value) if all(map(_is_short, value)) else f"a {kind} of length {len(value)}"
+    return reprlib.repr(value) if _is_short(value) else f"an object of type {kind}"
+
+
+def _is_short(value: Any) -> bool:
+    return value is None or isinstance(value, (Number, str, bytes, torch.dtype))
+
+
+def check_module(model: Any) -> None:
+    """Require a module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, the trained network; got {shown(model)}.")
+
+
+def check_model(model: Any) -> None:
+    """Require a module whose weights have values, at least one of which requires grad."""
+    check_module(model)
+    for name, values in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(values) or values.is_meta:
+            raise ValueError(
+                f"model must have values for all its weights and buffers; {name!r} has none, as it is "
+                f"{'lazy: run the model once' if is_lazy(values) else 'on the meta device: load the weights'} first."
+            )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "The model has no parameter that requires grad, so there is no weight to be uncertain about. "
@@ -54,14 +99,45 @@ def check_whole(model: nn.Module) -> None:
 def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
     """Require one of a few strings."""
     allowed = list(allowed)
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {allowed}; got {value!r}.")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {allowed}; got {shown(value)}.")
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return True or False, which 1 and 0 are too."""
+    if isinstance(value, (bool, np.bool_)) or (isinstance(value, Integral) and value in (0, 1)):
+        return bool(value)
+    raise ValueError(f"{name} must be True or False; got {shown(value)}.")
+
+
+def check_key(name: str, value: Any) -> None:
+    """Require what can be a key of a mapping."""
+    if value is None or not isinstance(value, Hashable):
+        raise ValueError(f"{name} must be a key of mapping batches, a str; got {shown(value)}.")
+
+
+def check_options(name: str, value: Any) -> dict[str, Any]:
+    """Return keyword arguments as a dict of its own."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(k, str) for k in value)):
+        raise ValueError(f"{name} must be a dict of keyword arguments, or None; got {shown(value)}.")
+    return dict(value or {})
+
+
+def check_loader(name: str, loader: Any) -> None:
+    """Require an iterable that may yield batches; nothing is asked of it."""
+    kind = type(loader)
+    iterable = hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
+    if not iterable or isinstance(loader, (str, bytes, Mapping, type)):
+        raise ValueError(
+            f"{name} must be an iterable of batches, a DataLoader for instance; got {shown(loader)}. A single batch "
+            "goes into a list."
+        )
 
 
 def check_given(name: str, value: Any, reason: str) -> None:
     """Require an argument that is optional elsewhere."""
     if value is None:
-        raise ValueError(f"{reason}: pass {name}=...")
+        raise ValueError(f"{reason}: pass {name}=...; got None.")
 
 
 def check_some(n: int, loader: str) -> None:
@@ -79,7 +155,14 @@ def check_size(name: str, value: Any, optional: bool = True) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         alternative = " or None" if optional else ""
-        raise ValueError(f"{name} must be a positive integer{alternative}; got {value!r}.")
+        raise ValueError(f"{name} must be a positive integer{alternative}; got {shown(value)}.")
+    return int(value)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return an integer from 0 on as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
+        raise ValueError(f"{name} must be an integer, 0 or more; got {shown(value)}.")
     return int(value)
 
 
@@ -93,7 +176,7 @@ def check_budget(value: Any) -> int | float | None:
         return float(value)
     raise ValueError(
         "memory_budget must be a positive number of bytes (an int), a share of the free memory in (0, 1] "
-        f"(a float), or None; got {value!r}."
+        f"(a float), or None; got {shown(value)}."
     )
 
 
@@ -103,42 +186,97 @@ SPILL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def check_spill(spill: Any, dtype: Any) -> str | None:
     """Return the folder rows are spilled to; None for CPU memory, or no spilling."""
     if dtype not in SPILL_DTYPES:
-        raise ValueError(f"spill_dtype must be one of {[str(d) for d in SPILL_DTYPES]}; got {dtype!r}.")
+        raise ValueError(f"spill_dtype must be one of {[str(d) for d in SPILL_DTYPES]}; got {shown(dtype)}.")
     if spill is None or spill == "cpu":
         return None
     if not isinstance(spill, (str, PathLike)) or not Path(spill).is_dir():
-        raise ValueError(f"spill must be 'cpu', an existing folder, or None; got {spill!r}.")
+        raise ValueError(f"spill must be 'cpu', an existing folder, or None; got {shown(spill)}.")
     return str(spill)
 
 
 def check_seed(value: Any) -> int:
     """Return an integer that fits a generator's seed as an int."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
-        raise ValueError(f"seed must be an integer from 0 to 2^63 - 1; got {value!r}.")
+        raise ValueError(f"seed must be an integer from 0 to 2^63 - 1; got {shown(value)}.")
     return int(value)
+
+
+def number(name: str, value: Any, what: str = "a finite number") -> float:
+    """Return a finite real number as a float."""
+    if isinstance(value, Tensor) and value.numel() == 1 and _has_real_values(value):
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be {what}; got {shown(value)}.")
+    return float(value)
 
 
 def positive_number(name: str, value: Any) -> float:
     """Return a positive finite number as a float."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real) or not (0 < float(value) < math.inf):
-        raise ValueError(f"{name} must be a positive finite number; got {value!r}.")
+    what = "a positive finite number"
+    if number(name, value, what) <= 0:
+        raise ValueError(f"{name} must be {what}; got {shown(value)}.")
     return float(value)
+
+
+def _has_real_values(value: Tensor) -> bool:
+    return not (value.is_meta or value.is_complex() or value.dtype == torch.bool)
 
 
 def check_positive(name: str, value: Any) -> None:
     """Require a positive finite number, or a tensor of them."""
     if not isinstance(value, Tensor):
         positive_number(name, value)
+    elif not _has_real_values(value):
+        raise ValueError(f"{name} must hold real numbers; got {shown(value)} on {value.device}.")
     elif not bool((value.detach().isfinite() & (value.detach() > 0)).all()):
         raise ValueError(f"{name} must be positive and finite in every entry; got {value.detach()}.")
+
+
+def check_prior_precision(name: str, value: Any, n_layers: int, n_params: int) -> None:
+    """Require a positive number, or a tensor of 1, L or P of them."""
+    if isinstance(value, Tensor):
+        fits = value.ndim < 2 and value.numel() in (1, n_layers, n_params)
+    else:
+        fits = isinstance(value, Real)
+    if not fits:
+        raise ValueError(
+            f"{name} must be a positive number, or a tensor of 1, of {n_layers} (one per weight tensor that requires "
+            f"grad) or of {n_params} values (one per weight); got {shown(value)}."
+        )
+    check_positive(name, value)
+
+
+def check_prior_mean(value: Any, n_params: int) -> None:
+    """Require a finite number, or a tensor of 1 or P of them."""
+    what = f"a finite number, or a tensor of 1 or of {n_params} finite values (one per weight)"
+    if not isinstance(value, Tensor):
+        number("prior_mean", value, what)
+    elif value.ndim > 1 or value.numel() not in (1, n_params) or not _has_real_values(value):
+        raise ValueError(f"prior_mean must be {what}; got {shown(value)} on {value.device}.")
+    elif not value.isfinite().all():
+        raise ValueError(f"prior_mean must be finite in every entry; got {value}.")
+
+
+def check_noise(value: Any) -> None:
+    """Require a positive number, or a tensor of one."""
+    check_scalar("sigma_noise", value)
+    check_positive("sigma_noise", value)
 
 
 def check_scalar(name: str, value: Any) -> None:
     """Require a number, or a tensor () or (1,)."""
     if isinstance(value, Tensor) and (value.numel() != 1 or value.ndim > 1):
         raise ValueError(f"{name} must be a number or a tensor of one; got shape {tuple(value.shape)}.")
+
+
+def check_generator(generator: Any, device: torch.device | None = None) -> None:
+    """Require a generator (on a device), or None."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, or None; got {shown(generator)}.")
+    if device is not None and generator.device != device:
+        raise ValueError(f"generator must be on the model's device, {device}; it is on {generator.device}.")
 
 
 def check_prediction(
@@ -156,10 +294,7 @@ def check_prediction(
         raise ValueError(
             f"pred_type='nn' averages over samples: link_approx must be 'mc'; got {link_approx!r}."
         )
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator; got {type(generator).__name__}.")
-    if generator is not None and device is not None and generator.device != device:
-        raise ValueError(f"generator must be on the model's device, {device}; it is on {generator.device}.")
+    check_generator(generator, device)
     return "nn" if pred_type == "nn" else "glm"
 
 
@@ -190,12 +325,44 @@ def check_loss(loss: Any) -> None:
         )
 
 
-def check_interval(low: Any, high: Any, size: int) -> None:
-    """Require the exponents of a grid in ascending order."""
-    if size > 1 and not low < high:
+def check_interval(low: Any, high: Any, base: Any, size: int, is_searched: bool) -> list[float]:
+    """Return exponents of a grid, in ascending order if it is searched, and their base, as floats."""
+    ends = [number("log_prior_prec_min", low), number("log_prior_prec_max", high)]
+    if positive_number("log_prior_prec_base", base) == 1:
+        raise ValueError("log_prior_prec_base must be a positive finite number other than 1; got 1.")
+    if is_searched and size > 1 and not ends[0] < ends[1]:
         raise ValueError(
             f"log_prior_prec_min must be smaller than log_prior_prec_max; got {low} and {high}. Exchange them."
         )
+    for name, end in zip(("log_prior_prec_min", "log_prior_prec_max"), ends):
+        if abs(end * math.log(base)) > LARGEST_LOGARITHM:
+            raise ValueError(
+                f"{name} must be the exponent of a number that single precision holds; got {base} to the power of {end}."
+            )
+    return [*ends, float(base)]
+
+
+def as_prior(value: Any) -> Any:
+    """Return a sequence of numbers as a tensor, and anything else as it is."""
+    if (
+        isinstance(value, (list, tuple, np.ndarray))
+        and len(value)
+        and all(isinstance(v, Real) for v in value)
+    ):
+        return torch.as_tensor(value)
+    return value
+
+
+def by_name(name: str, value: Any) -> dict[str, Any]:
+    """Return a list of names, or a mapping by them, as a dict."""
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a list of names; got {value!r}. Write [{value!r}].")
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name} must be a list of names, or a mapping with such keys; got {shown(value)}.")
+    names = list(value)
+    if not all(isinstance(v, str) for v in names):
+        raise ValueError(f"{name} must be a list of names, or a mapping with such keys; got {shown(names)}.")
+    return dict(value) if isinstance(value, Mapping) else dict.fromkeys(names)
 
 
 def check_search(
@@ -229,7 +396,9 @@ def check_search(
 
 def check_values(name: str, values: Any, allowed: list[int] | None) -> list[Any]:
     """Require values of a parameter: positive numbers, or some of those that are allowed."""
-    values = list(values) if isinstance(values, Iterable) else []
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise ValueError(f"The values of {name} to search must be a sequence, or None; got {shown(values)}.")
+    values = list(values)
     if not values:
         raise ValueError(
             f"The values of {name} to search are empty; give at least one, or None for the default."
@@ -253,7 +422,7 @@ def check_rank(value: Any) -> int | float | None:
     except ValueError:
         raise ValueError(
             "n_eigenvalues must be a positive integer, a share of the Gram matrix's trace in (0, 1), or None; "
-            f"got {value!r}."
+            f"got {shown(value)}."
         ) from None
 
 
@@ -285,9 +454,7 @@ def check_process_group(group: Any) -> None:
 
 def check_sharding(sharded: Any, prior_precision: Any, n_params: int, enable_backprop: bool) -> None:
     """Require what directions that are spread over ranks need: no graph, and no prior for every weight."""
-    if not isinstance(sharded, bool):
-        raise ValueError(f"shard_directions must be True or False; got {sharded!r}.")
-    if sharded and enable_backprop:
+    if check_flag("shard_directions", sharded) and enable_backprop:
         raise ValueError(
             "shard_directions=True sends features between processes, which no graph crosses, and does not work with "
             "enable_backprop=True. Leave one of them out."
@@ -311,6 +478,27 @@ def check_features(phi: Any, rank: int, device: torch.device) -> None:
         raise ValueError(f"Js must be on the model's device, {device}; it is on {phi.device}.")
 
 
+class NamingShape:
+    """Adds to an error of the model what it was given, as torch speaks of some product inside."""
+
+    # No generator, whose end may swallow an interrupt.
+    def __init__(self, x: Raw | Input) -> None:
+        self.x = x
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, Exception) or not hasattr(error, "add_note"):  # Python 3.10 has no notes
+            return
+        x = self.x.container() if isinstance(self.x, Nested) else self.x
+        entries = [(name_of(p), v) for p, v in leaves(x)] if isinstance(x, Mapping) else [("x", x)]
+        shapes = [f"{name} of shape {tuple(v.shape)}" for name, v in entries if isinstance(v, Tensor)]
+        note = f"The inputs were {', '.join(shapes) or shown(x)}."
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+
+
 class NonFiniteSamplesError(ValueError):
     """Outputs at sampled weights that are NaN or infinite."""
 
@@ -331,10 +519,14 @@ def check_finite_samples(samples: Tensor) -> None:
 
 
 def check_finite_input(x: Raw | Input) -> None:
-    """Require inputs without NaN or infinity."""
-    if isinstance(x, (Tensor, Mapping)):
+    """Require inputs, a tensor with a batch axis or a mapping, without NaN or infinity."""
+    if not isinstance(x, (Tensor, Mapping, Nested)) or (isinstance(x, Tensor) and not x.ndim):
+        raise ValueError(
+            f"x must be a tensor whose first axis is the batch, or a mapping of tensors; got {shown(x)}."
+        )
+    if not isinstance(x, Nested):
         check_tensors(x, "The inputs")
-    if isinstance(x, (Tensor, Mapping, Nested)) and not is_finite(x):
+    if not is_finite(x):
         raise ValueError(
             "The inputs hold NaN or infinite values; they must be finite. Clean or drop them first."
         )
@@ -355,7 +547,7 @@ def check_landmarks(landmarks: Any, dict_key_x: str) -> tuple[Raw, Tensor]:
     if not valid or not isinstance(landmarks[0], (Tensor, Mapping)) or not isinstance(landmarks[1], Tensor):
         raise ValueError(
             "landmarks must be a pair (inputs, outputs): one batch of M inputs, and a LongTensor (M,) with "
-            f"the output coordinate of each; got {type(landmarks).__name__}."
+            f"the output coordinate of each; got {shown(landmarks)}."
         )
     inputs, outputs = landmarks
     if outputs.dtype != torch.int64 or outputs.ndim != 1 or not len(outputs):

@@ -1147,7 +1147,7 @@ FAILURES = {
     "features are NaN": ("ValueError", "finite"),
     "landmarks": ("ValueError", "landmarks"),
     "argument": ("ValueError", "val_steps"),
-    "type": ("TypeError", "iterable"),
+    "type": ("ValueError", "train_loader must be an iterable"),
 }
 
 
