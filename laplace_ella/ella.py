@@ -576,7 +576,7 @@ class ELLALaplace(
         directions : {"full", "half", "landmarks"}
             How V is stored, which takes K x P numbers, K times what the model takes. "full": as it is. "half": in
             float16, with a scale for each direction and weight; the directions are made orthonormal again when
-            they are loaded, and predictive variances differ by about 1e-3 of themselves at most. "landmarks": as the
+            they are loaded, and features and variances differ by 1e-3 of the largest or less (1e-5 on a ResNet-18). "landmarks": as the
             M landmark inputs (training data, then, which go wherever the file goes), their output coordinates and
             M x K coefficients. :meth:`load_state_dict` computes V from them, at about M x 5 forward passes, and
             agrees with the fit up to rounding.
