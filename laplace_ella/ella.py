@@ -578,8 +578,8 @@ class ELLALaplace(
             float16, with a scale for each direction and weight; the directions are made orthonormal again when
             they are loaded, and features and variances differ by 1e-3 of the largest or less (1e-5 on a ResNet-18). "landmarks": as the
             M landmark inputs (training data, then, which go wherever the file goes), their output coordinates and
-            M x K coefficients. :meth:`load_state_dict` computes V from them, at about M x 5 forward passes, and
-            agrees with the fit up to rounding.
+            M x K coefficients. :meth:`load_state_dict` computes V from them, at M x 5 forward passes (or what it
+            takes to read and write M x P numbers, if that is more), and agrees with the fit up to rounding.
 
         Raises
         ------
@@ -641,8 +641,8 @@ class ELLALaplace(
 
         Notes
         -----
-        Cost: K^2 P operations to check that the directions are orthonormal. With ``directions="landmarks"``, about
-        M x 5 forward passes. A state of laplace_ella 0.1.0 holds no hash, so that damage is found only where
+        Cost: K^2 P operations to check that the directions are orthonormal. With ``directions="landmarks"``,
+        M x 5 forward passes, or what it takes to read and write M x P numbers. A state of laplace_ella 0.1.0 holds no hash, so that damage is found only where
         it breaks a type, a shape, a range, a symmetry or orthonormality.
         """
         weights = self.backend.engine.function.weights()
