@@ -125,19 +125,30 @@ class Transforms:
         """Leave whatever has been entered since; may be run again where it was cut short."""
         while _depth() > self.depth:
             _LEAVE_TRANSFORM[_functorch.peek_interpreter_stack().key()]()
-        eager_transforms.JVP_NESTING = self.jvps
-        if self.level < 0:
-            _leave_dual_levels()
-        forward_ad._current_level = self.level
+        self._leave_jvps()
         while _torch._len_torch_function_stack() > self.functions:
             _torch._pop_torch_function_stack()
         self._leave_dispatchers()
         torch.set_grad_enabled(self.gradients[0])
         _torch._set_fwd_grad_enabled(self.gradients[1])
 
+    def _leave_jvps(self) -> None:
+        eager_transforms.JVP_NESTING = self.jvps
+        if self.level < 0:
+            _leave_dual_levels()
+        forward_ad._current_level = self.level
+
+    def restore_process(self) -> None:
+        """Leave what has been entered since and belongs to no thread."""
+        self._leave_jvps()
+        self._restore_flags()
+
     def _leave_dispatchers(self) -> None:
         while _torch._len_torch_dispatch_stack() > self.dispatchers:
             _python_dispatch._pop_mode()
+        self._restore_flags()
+
+    def _restore_flags(self) -> None:
         for name, flag in self.flags.items():
             setattr(_python_dispatch, name, flag)
         copy = getattr(_python_dispatch, "set_is_in_mode_without_ignore_compile_internals", None)

@@ -7,6 +7,7 @@ it in one place, exceptions included.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -114,6 +115,7 @@ class _Visit:
         if not self.locked_before:
             LOCK.acquire()
         self.noted = _Noted(self.module)  # all of it, before anything changes
+        _begin(self)
         self.noted.switch(self.enable_backprop)
 
     def leave(self) -> None:
@@ -134,9 +136,40 @@ class _Visit:
             self.noted = None
 
     def _unlock(self) -> None:
+        _end(self)
         if not self.locked_before:
             while _locked():
                 LOCK.release()
+
+
+# The outermost call that has the lock: a child forked by another thread finds the model in the middle of it.
+_running: _Visit | None = None
+
+
+def _begin(visit: _Visit) -> None:
+    global _running
+    _running = _running or visit
+
+
+def _end(visit: _Visit) -> None:
+    global _running
+    if _running is visit:
+        _running = None
+
+
+def _in_forked_child() -> None:
+    """Release what other threads held, which a child does not have, and end their calls, which it does not go on with."""
+    global _running
+    if _locked():  # by the thread that forked, whose call goes on in the child too
+        return
+    visit, _running = _running, None
+    LOCK._at_fork_reinit()  # type: ignore[attr-defined]
+    if visit is not None and visit.noted is not None:
+        visit.noted.restore_process()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _locked() -> bool:
@@ -165,6 +198,15 @@ class _Noted:
         self.modules.evaluate()
         if enable_backprop:
             ElementaryNorms().__enter__()  # left with the other transforms
+
+    def restore_process(self) -> None:
+        """Put back what is the same for all threads, where another thread than this one has changed it."""
+        self.transforms.restore_process()
+        self.modules.restore()
+        self.containers.restore()
+        for (read, write, inside), value in zip(self.switches, self.values):
+            if inside is None or read() == inside:
+                write(value)
 
     def restore(self) -> None:
         """Put everything back; may be run again where it was cut short."""
