@@ -135,7 +135,7 @@ class Plan:
 
 def _duration(seconds: float) -> str:
     if seconds < 1:
-        return f"{1e3 * seconds:.2g} ms"
+        return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
     if seconds < 100:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -233,7 +233,6 @@ def make_plan(
     rehearsal = Rehearsal(
         engine,
         x,
-        n_landmarks=sizes.n_landmarks,
         rank=sizes.rank,
         n_curvature=sizes.n_curvature,
         sampled=sampled,

@@ -122,8 +122,8 @@ class Rehearsal:
         Of the fit, or one that cuts calls as it does.
     x : input of B rows
         A batch as the loader gives it, on the model's device.
-    n_landmarks, rank, n_curvature : int
-        M, K, n.
+    rank, n_curvature : int
+        K, n.
     sampled : int
         Labels an input that are sampled for the curvature; 0 for the exact one.
 
@@ -139,14 +139,12 @@ class Rehearsal:
         engine: Engine,
         x: Input,
         *,
-        n_landmarks: int,
         rank: int,
         n_curvature: int,
         sampled: int,
     ) -> None:
         self.engine, self.x, self.size = engine, x, batch_size(x)
-        self.n_landmarks, self.rank, self.n_curvature = n_landmarks, rank, n_curvature
-        self.sampled = sampled
+        self.rank, self.n_curvature, self.sampled = rank, n_curvature, sampled
         self.mode = engine.mode(x, rank)
         self.at_once = self._directions_at_once()
         self.copied = 0.0  # seconds that storing as many tangents took
@@ -175,7 +173,6 @@ class Rehearsal:
         landmark, (products, combinations), tangents, features = safely(
             self.engine.module, lambda: self._stages(source, spill, curvature)
         )
-        # Every chunk of directions is a call more.
         ratio = self._of_all_directions()
         if self.sampled and self.n_curvature:
             per_sum = self._sampled(tangents, curvature_of).inputs(self.n_curvature, self.size)

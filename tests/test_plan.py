@@ -157,9 +157,7 @@ def test_tangents_are_stored_as_a_basis_is():
     model.to(memory_format=torch.channels_last)
     la = build(model=model)
     x = torch.randn(7, 2, 4, 4, dtype=torch.float64)
-    found = rehearsal.Rehearsal(
-        la.backend.engine, x, n_landmarks=5, rank=4, n_curvature=7, sampled=0
-    )._tangents()
+    found = rehearsal.Rehearsal(la.backend.engine, x, rank=4, n_curvature=7, sampled=0)._tangents()
     la.fit(loader(x, torch.arange(7) % C))
     for name, stored in la.basis.directions.items():
         assert found[name].stride()[1:] == stored.stride()[1:]
@@ -188,6 +186,8 @@ def test_the_printed_plan_has_the_seconds_of_each_stage(monkeypatch):
     assert f"{plan.stages[0].seconds:.0f} s" in lines[2]
     assert plan.stages[0].seconds == pytest.approx(N / 7 * 20)
     assert plan.seconds == pytest.approx(20 / 7)
+    la, _ = priced(monkeypatch, fixed=0.5, per_row=0.0)
+    assert "500 ms alone" in str(la.plan(train_loader(), verbose=False))
     assert "a prediction takes 2.9 s an input in batches like the first, 20 s alone" in str(plan)
 
 
@@ -204,3 +204,14 @@ def test_a_plan_compiles_nothing(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: refuse)
     la = build(compile=True)
     assert la.plan(train_loader(), verbose=False).total_seconds > 0
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward loop", "reverse", "reverse loop"])
+def test_planned_seconds_of_every_way_to_compute_features(monkeypatch, mode):
+    monkeypatch.setattr(engine, "CPU_WORKING_SET", 6 * 7 * 8)
+    monkeypatch.setattr(engine.Engine, "mode", lambda self, x, rank: mode)
+    la, clock = priced(monkeypatch)
+    plan = la.plan(train_loader(), verbose=False)
+    assert plan.mode == mode
+    taken = fit_on(clock, la, train_loader())
+    assert taken / 1.5 < plan.total_seconds < 1.5 * taken
