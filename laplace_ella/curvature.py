@@ -38,7 +38,7 @@ from .probing import Support
 from .ranks import ALONE, Ranks
 from .residual import joint_gram, output_grams
 from .row_source import RowSource
-from .safety import safely
+from .safety import LOCK, safely
 from .sharding import for_everyone
 from .validation import (
     NamingShape,
@@ -46,9 +46,10 @@ from .validation import (
     check_choice,
     check_finite_features,
     check_flag,
-    check_model,
+    check_module,
     check_size,
     check_spill,
+    check_weights,
     check_whole,
     shown,
 )
@@ -118,7 +119,8 @@ class NystromGGN(GGNInterface):
         spill: str | PathLike[str] | None = None,
         spill_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        check_model(model)
+        with LOCK:  # while another thread has them exchanged, weights are something else
+            check_weights(model)
         check_whole(model)
         check_choice("likelihood", likelihood, LIKELIHOODS)
         known_to_host = "regression" if likelihood == "regression" else "classification"
@@ -504,7 +506,7 @@ class BackPackNystromGGN(NystromGGN):
     row_engine = staticmethod(backpack_rows)
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        check_model(model)
+        check_module(model)
         if not all(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 "The BackPACK backend does not support frozen parameters (as in laplace-torch). "

@@ -62,8 +62,8 @@ def check_module(model: Any) -> None:
         raise ValueError(f"model must be a torch.nn.Module, the trained network; got {shown(model)}.")
 
 
-def check_model(model: Any) -> None:
-    """Require a module whose weights have values, at least one of which requires grad."""
+def check_weights(model: Any) -> None:
+    """Require a module whose weights have values."""
     check_module(model)
     for name, values in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(values) or values.is_meta:
@@ -71,6 +71,11 @@ def check_model(model: Any) -> None:
                 f"model must have values for all its weights and buffers; {name!r} has none, as it is "
                 f"{'lazy: run the model once' if is_lazy(values) else 'on the meta device: load the weights'} first."
             )
+
+
+def check_model(model: Any) -> None:
+    """Require a module whose weights have values, at least one of which requires grad."""
+    check_weights(model)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
             "The model has no parameter that requires grad, so there is no weight to be uncertain about. "
