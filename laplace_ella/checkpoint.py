@@ -141,6 +141,7 @@ def on_device_of(basis: NystromBasis, model: nn.Module) -> NystromBasis:
         eigenvalues=basis.eigenvalues.to(device),
         spectrum=basis.spectrum.to(device),
         grams=None if basis.grams is None else basis.grams.to(device),
+        coefficients=None if basis.coefficients is None else basis.coefficients.to(device),
     )
 
 
