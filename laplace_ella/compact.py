@@ -79,7 +79,7 @@ def _rounded(directions: Tensor) -> tuple[Tensor, Tensor]:
     Divided by their largest entry, numbers of float16 have 11 significant bits where it matters; bfloat16 has 8.
     """
     if directions.element_size() <= 2:
-        return directions.detach().clone(), torch.ones(len(directions))
+        return directions.detach().clone(), torch.ones(len(directions), dtype=torch.float32, device="cpu")
     # torch.abs().amax() of an axis without entries has no value.
     largest = (
         flat(directions).abs().amax(1) if directions[:1].numel() else directions.new_ones(len(directions))
@@ -123,7 +123,9 @@ def _pack_landmarks(basis: NystromBasis) -> dict[str, Any]:
     distinct = {places[id(x)]: x for x in basis.landmarks.inputs}
     return {
         "inputs": [_copied(packed(distinct[i])) for i in range(len(distinct))],
-        "which": torch.tensor([places[id(x)] for x in basis.landmarks.inputs]),
+        "which": torch.tensor(
+            [places[id(x)] for x in basis.landmarks.inputs], dtype=torch.int64, device="cpu"
+        ),
         "outputs": basis.landmarks.outputs.detach().cpu().clone(),
         "coefficients": basis.coefficients.detach().cpu().clone(),
     }

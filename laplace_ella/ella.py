@@ -550,13 +550,14 @@ class ELLALaplace(
         if prior_precision is not None:
             validation.check_prior_precision("prior_precision", prior_precision, self.n_layers, self.n_params)
         if sigma_noise is not None:
+            validation.check_has_noise(self._likelihood_name)
             self._check_noise(sigma_noise)
         with self._changes() as view:
             if prior_precision is not None:
                 view.prior_precision = prior_precision
             if sigma_noise is not None:
                 view.sigma_noise = sigma_noise
-        return view._evidence()
+            return view._evidence()  # before the values become current, which they do not if it fails
 
     def _evidence(self) -> Tensor:
         return super().log_marginal_likelihood()

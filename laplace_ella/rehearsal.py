@@ -213,9 +213,7 @@ class Rehearsal:
     def _tangents(self) -> Weights:
         """Return tangents of length one (d, *shape) as a basis stores them; the values do not matter."""
         weights = self.engine.function.weights()
-        noise = (
-            torch.randn(NOISE, generator=torch.Generator().manual_seed(0)) / self.engine.row_count() ** 0.5
-        )
+        noise = _noise(NOISE, dtype=torch.float32) / self.engine.row_count() ** 0.5
         start = perf_counter()
         found = {
             k: _like(w, _repeated(noise.to(w), w).expand(self.at_once, *w.shape)) for k, w in weights.items()
@@ -247,7 +245,9 @@ class Rehearsal:
         of = curvature_of(basis, self.sampled)
 
         def compute(x: Input) -> Tensor:
-            return of(Part("the first batch", torch.arange(batch_size(x)), x))
+            return of(
+                Part("the first batch", torch.arange(batch_size(x), dtype=torch.int64, device="cpu"), x)
+            )
 
         looped = self.engine.support(self.x).rows != "vmap"
         return self._blocks(compute, 1 if looped else self.engine.gradients_per_call(self.x))
@@ -276,15 +276,18 @@ def rehearsed_landmarks(x: Input, n_landmarks: int) -> Landmarks:
     """Return M landmarks made of the rows of a batch, over and over, each with its first output."""
     inputs: Sequence[Any] = [single_row(x, i) for i in range(min(batch_size(x), n_landmarks))]
     repeated = [inputs[i % len(inputs)] for i in range(n_landmarks)]
-    return Landmarks(repeated, torch.zeros(n_landmarks, dtype=torch.int64))
+    return Landmarks(repeated, torch.zeros(n_landmarks, dtype=torch.int64, device="cpu"))
+
+
+def _noise(*shape: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(*shape, generator=generator, dtype=dtype, device="cpu")
 
 
 def _eigenvectors(size: int, device: torch.device) -> float:
     """Return the seconds of the eigenvectors of a matrix (size, size)."""
     part = min(size, EIGEN_SIZE)
-    matrix = torch.randn(part, part, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(
-        device
-    )
+    matrix = _noise(part, part, dtype=torch.float64).to(device)
     return seconds_of(lambda: torch.linalg.eigh(matrix @ matrix.T)[0]) * (size / part) ** 3
 
 

@@ -347,6 +347,14 @@ def check_interval(low: Any, high: Any, base: Any, size: int, is_searched: bool)
     return [*ends, float(base)]
 
 
+def check_has_noise(likelihood: str) -> None:
+    """Require a likelihood with observation noise."""
+    if likelihood != "regression":
+        raise ValueError(
+            f"sigma_noise can be changed for regression only; the likelihood is {likelihood!r}. Leave it out."
+        )
+
+
 def as_prior(value: Any) -> Any:
     """Return a sequence of numbers as a tensor, and anything else as it is."""
     if (
@@ -354,7 +362,7 @@ def as_prior(value: Any) -> Any:
         and len(value)
         and all(isinstance(v, Real) for v in value)
     ):
-        return torch.as_tensor(value)
+        return torch.as_tensor(value, dtype=torch.float64, device="cpu")
     return value
 
 

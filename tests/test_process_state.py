@@ -65,10 +65,10 @@ def predictions(la, x):
     return [t for p in found for t in (p if isinstance(p, tuple) else (p,))]
 
 
-def loaded(la, model, **options):
+def loaded(la, model, directions, **options):
     """Save, and load into a fresh estimator."""
     file = io.BytesIO()
-    torch.save(la.state_dict(), file)
+    torch.save(la.state_dict(directions=directions), file)
     file.seek(0)
     fresh = build(la.likelihood, model, **options)
     fresh.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
@@ -103,7 +103,8 @@ def life(likelihood, residual, model, train, val, x):
     found.append(
         torch.tensor([error.captured_trace, error.covariance_error], dtype=torch.float64, device="cpu")
     )
-    found += predictions(loaded(la, model, **options), x)
+    for directions in ("full", "half", "landmarks"):
+        found += predictions(loaded(la, model, directions, **options), x)
     for pred_type in ("glm", "nn"):
         quietly(
             la.optimize_prior_precision,
