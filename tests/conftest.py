@@ -5,7 +5,8 @@ Sizes are distinct primes, so that a swapped axis cannot pass: B, C, K, M, N bel
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,14 @@ N_INPUTS, N_HIDDEN = 2, 13
 LIKELIHOODS = ("classification", "regression")
 
 torch.set_num_threads(1)  # tensors are tiny here: threads only wait for each other
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """A suite that a shell runs in the background starts with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -402,4 +402,6 @@ def test_what_is_kept_between_predictions_belongs_to_the_numbers_it_was_made_fro
     la.prior_precision.fill_(50.0)
     expected = fitted(prior_precision=50.0)(X)
     assert same(la(X), expected)
-    assert la.posterior_scale is la.posterior_scale
+    kept = la._cache["scale"]
+    la(X)
+    assert la._cache["scale"] is kept
