@@ -550,8 +550,8 @@ class ELLALaplace(
         if prior_precision is not None:
             validation.check_prior_precision("prior_precision", prior_precision, self.n_layers, self.n_params)
         if sigma_noise is not None:
-            validation.check_has_noise(self._likelihood_name)
             self._check_noise(sigma_noise)
+            validation.check_has_noise(self._likelihood_name)
         with self._changes() as view:
             if prior_precision is not None:
                 view.prior_precision = prior_precision
