@@ -376,7 +376,7 @@ class Fitting(Consistent):
 
         Notes
         -----
-        Cost: of each of about eight chunks, as large as the fit's, a warm-up and up to three calls, none once they have
+        Cost: of each of about eight chunks, as large as the fit's, a warm-up and up to five calls, none once they have
         taken .7 seconds; so seconds at most where a chunk takes less than one. Memory: no more than the fit.
         Estimator, model and random generators, the loader's too, are left as they were.
         """

@@ -36,7 +36,7 @@ FEATURE_COST: dict[str, Callable[[int, int], float]] = {
 # What has taken so many seconds is not timed once more ...
 LONG = 0.7
 # ... and nothing is, more often than this, after a warm-up.
-REPEATS = 3
+REPEATS = 5
 # Gradient rows that are timed together take at most this many bytes on a CPU, where their cost is that of writing them.
 ROW_BYTES = 2**28
 # Of products with the rows of all landmarks, so many bytes of rows are timed.
@@ -103,7 +103,7 @@ class _Blocks:
 
 
 def seconds_of(compute: Callable[[], Tensor]) -> float:
-    """Return what a call takes: the median of up to three, after a warm-up, or of the warm-up if that is long."""
+    """Return what a call takes: the median of up to five, after a warm-up, or of the warm-up if that is long."""
     taken: list[float] = []
     while len(taken) <= REPEATS and sum(taken) < LONG:
         start = perf_counter()
@@ -130,7 +130,7 @@ class Rehearsal:
     Notes
     -----
     Nothing of it is kept but seconds: tangents have their own generator, and are freed with it. Memory: at most as
-    much as the fit takes, K x P numbers among it. Cost: of each of about eight chunks a warm-up and up to three calls,
+    much as the fit takes, K x P numbers among it. Cost: of each of about eight chunks a warm-up and up to five calls,
     none once they have taken .7 seconds.
     """
 

@@ -103,7 +103,8 @@ class RowSource:
 
         Each slice is computed in float64. If directions are spread over the ranks, only those of this rank.
         """
-        dtype = torch.promote_types(values.dtype, torch.float32)
+        # Spilled rows may be coarser than the weights, whose precision orthonormal directions need.
+        dtype = torch.promote_types(torch.promote_types(values.dtype, self.dtype), torch.float32)
         n_weights, rank = values.shape[1], coefficients.shape[1]
         width = _slices(len(coefficients), n_weights).step
         mine = coefficients[self.ranks.bounds(len(coefficients))]

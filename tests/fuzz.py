@@ -367,9 +367,8 @@ def check_directions(t: Truth) -> None:
         eps = max(eps, torch.finfo(config.options["spill_dtype"]).eps)
     values = la.basis.eigenvalues
     condition = float(values[0] / values[-1])
-    # Combinations of spilled rows are stored in float32 first.
-    of_v = torch.finfo(torch.float32 if config.spills and config.dtype == F64 else config.dtype).eps
-    close("V^T V", t.V.T @ t.V, torch.eye(la.basis.rank), 1e3 * of_v + 1e2 * 2e-16 * condition)
+    off = 1e3 * torch.finfo(config.dtype).eps + 1e2 * 2e-16 * condition
+    close("V^T V", t.V.T @ t.V, torch.eye(la.basis.rank), off)
     rows = t.rows()
     if rows is None:
         return

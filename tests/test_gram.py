@@ -128,6 +128,16 @@ def test_float16_holds_rows_of_any_size(scale):
     assert_close(la.basis.eigenvalues, exact.basis.eigenvalues, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_directions_of_spilled_rows_are_orthonormal_to_the_precision_of_the_weights(dtype):
+    la = fitted(n_eigenvalues=2, memory_budget=5 * ROW, spill="cpu", spill_dtype=dtype)
+    V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1)
+    assert_close(V @ V.T, torch.eye(2, dtype=torch.float64), rtol=1e-12)
+    other = build()
+    other.load_state_dict(la.state_dict())  # which refuses others
+    assert_close(other(inputs()), la(inputs()))
+
+
 def test_rounding_of_spilled_rows_is_no_rank():
     model = nn.Linear(D, C, bias=False).double()  # rows x e_c: of rank 3 with three inputs of one output
     landmarks = (inputs(3, seed=1).repeat(3, 1), torch.zeros(9, dtype=torch.int64))
