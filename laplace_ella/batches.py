@@ -25,7 +25,7 @@ Path = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """Takes the place of the i-th tensor that is cut into rows."""
 
     index: int
@@ -54,7 +54,7 @@ class Nested:
         return _rebuilt(self.template, lambda path, leaf: self._filled(leaf))
 
     def _filled(self, leaf: Any) -> Any:
-        return self.rows[leaf.index] if isinstance(leaf, _Slot) else leaf
+        return self.rows[leaf.index] if isinstance(leaf, Slot) else leaf
 
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> Nested:
         """Apply a function to the tensors that are cut into rows."""
@@ -69,7 +69,7 @@ class Nested:
 
     def shared(self) -> list[tuple[Path, Any]]:
         """Return the entries that all rows share, with their paths."""
-        return [(path, leaf) for path, leaf in leaves(self.template) if not isinstance(leaf, _Slot)]
+        return [(path, leaf) for path, leaf in leaves(self.template) if not isinstance(leaf, Slot)]
 
 
 Input = Tensor | Nested
@@ -83,7 +83,7 @@ def nested(x: Any, paths: Sequence[Path]) -> Nested:
         if path not in paths:
             return leaf
         found[path] = leaf
-        return _Slot(len(found) - 1)
+        return Slot(len(found) - 1)
 
     template = _rebuilt(x, slot)
     return Nested(tuple(found.values()), tuple(found), template)
@@ -91,18 +91,20 @@ def nested(x: Any, paths: Sequence[Path]) -> Nested:
 
 def leaves(x: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yield the entries of nested containers that are none themselves, with their paths."""
-    for key, value in _items(x):
-        if _is_container(value):
+    for key, value in items(x):
+        if is_container(value):
             yield from leaves(value, (*path, key))
         else:
             yield (*path, key), value
 
 
-def _items(x: Any) -> Iterable[tuple[Any, Any]]:
+def items(x: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the entries of one container, with their keys or indices."""
     return x.items() if isinstance(x, Mapping) else enumerate(x)
 
 
-def _is_container(value: Any) -> bool:
+def is_container(value: Any) -> bool:
+    """Tell whether a value is a container whose tensors may be cut into rows."""
     # Rows of a packed sequence lie across its tensors.
     return isinstance(value, (Mapping, list, tuple)) and not isinstance(value, PackedSequence)
 
@@ -110,15 +112,14 @@ def _is_container(value: Any) -> bool:
 def _rebuilt(x: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
     """Copy nested containers, with what a function of (path, entry) returns in place of each entry."""
     new = {
-        key: _rebuilt(value, function, (*path, key))
-        if _is_container(value)
-        else function((*path, key), value)
-        for key, value in _items(x)
+        key: _rebuilt(value, function, (*path, key)) if is_container(value) else function((*path, key), value)
+        for key, value in items(x)
     }
-    return like(x, new) if isinstance(x, Mapping) else _sequence_like(x, list(new.values()))
+    return like(x, new) if isinstance(x, Mapping) else sequence_like(x, list(new.values()))
 
 
-def _sequence_like(x: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
+def sequence_like(x: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
+    """Put values into a list, a tuple, or a named tuple, as ``x`` is."""
     if isinstance(x, list):
         return values
     return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
@@ -317,10 +318,15 @@ def _shared_values(x: Input) -> Any:
     return () if isinstance(x, Tensor) else tuple((path, _value(leaf)) for path, leaf in x.shared())
 
 
+def is_plain(value: Any) -> bool:
+    """Tell whether a value is a tensor, or of a type that checkpoints and other processes take."""
+    return isinstance(value, Tensor) or type(value) in (str, bytes, bool, int, float, type(None))
+
+
 def _value(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return digest(leaf)
-    return leaf if _is_plain(leaf) else id(leaf)
+    return leaf if is_plain(leaf) else id(leaf)
 
 
 def _join(inputs: Sequence[Input]) -> Input:
@@ -329,77 +335,3 @@ def _join(inputs: Sequence[Input]) -> Input:
         return torch.cat(list(inputs))  # type: ignore[arg-type]
     columns = zip(*(x.rows for x in inputs))  # type: ignore[union-attr]
     return replace(first, rows=tuple(torch.cat(column) for column in columns))
-
-
-# ---------------------------------------------------------------------- inputs as plain types
-
-
-def packed(x: Input) -> Any:
-    """Return an input as tensors and plain types, on the CPU, cut from graphs and larger storages.
-
-    Raises
-    ------
-    ValueError
-        If a container holds anything else.
-    """
-    if isinstance(x, Tensor):
-        return _own(x)
-    foreign = [name_of(path) for path, leaf in x.shared() if not _is_plain(leaf)]
-    foreign += [name_of(path) for path in x.paths if not all(map(_is_plain, path))]
-    if foreign:
-        raise ValueError(
-            f"The inputs hold objects other than tensors and plain Python types under {foreign}, which can neither be sent "
-            "to other processes nor kept in a checkpoint. Convert them in the data set."
-        )
-    return {"rows": [_own(t) for t in x.rows], "template": _plain(x.template)}
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) or type(value) in (str, bytes, bool, int, float, type(None))
-
-
-def _own(tensor: Tensor) -> Tensor:
-    moved = tensor.detach().cpu()
-    return (
-        moved if moved.untyped_storage().nbytes() == moved.numel() * moved.element_size() else moved.clone()
-    )
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    """Write a template as plain types."""
-    if isinstance(value, _Slot):
-        return {"slot": value.index}
-    if not _is_container(value):
-        return {"leaf": _own(value) if isinstance(value, Tensor) else value}
-    kind = "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, list) else "tuple"
-    return {kind: [(key, _plain(entry)) for key, entry in _items(value)]}
-
-
-def unpacked(found: Any, example: Input | None) -> Input:
-    """Give back to a packed input the types of containers, and the devices, that an example has."""
-    if isinstance(found, Tensor):
-        return _beside(found, example)
-    template = _of_plain(found["template"], example.template if isinstance(example, Nested) else None)
-    paths = {leaf.index: path for path, leaf in leaves(template) if isinstance(leaf, _Slot)}
-    device = example.rows[0].device if isinstance(example, Nested) else torch.device("cpu")
-    rows = tuple(t.to(device) for t in found["rows"])
-    return Nested(rows, tuple(paths[i] for i in range(len(rows))), template)
-
-
-def _of_plain(found: dict[str, Any], example: Any) -> Any:
-    ((kind, value),) = found.items()
-    if kind == "slot":
-        return _Slot(value)
-    if kind == "leaf":
-        return _beside(value, example)
-    known = dict(_items(example)) if _is_container(example) else {}
-    entries = {key: _of_plain(entry, known.get(key)) for key, entry in value}
-    if kind == "mapping":
-        return like(example, entries) if isinstance(example, Mapping) else entries
-    alike = isinstance(example, list if kind == "list" else tuple)
-    return _sequence_like(example if alike else ([] if kind == "list" else ()), list(entries.values()))
-
-
-def _beside(value: Any, example: Any) -> Any:
-    both = isinstance(value, Tensor) and isinstance(example, Tensor)
-    return value.to(example.device) if both else value

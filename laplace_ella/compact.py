@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .autodiff import Weights, flat
 from .basis import NystromBasis
-from .batches import packed
 from .landmarks import Landmarks
+from .packing import packed
 from .row_source import gram
 
 STORED = ("full", "half", "landmarks")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .accumulation import Part
 from .autodiff import Weights, first_weight, last_layer_norms, unwrap
 from .basis import NystromBasis, build_basis, combined
-from .batches import Input, Nested, Raw, batch_size, n_bytes, packed, rows, unpacked
+from .batches import Input, Nested, Raw, batch_size, n_bytes, rows
 from .checkpoint import check_dtypes
 from .engine import AUTODIFF, Engine
 from .gradients import RowEngine, asdl_rows, backpack_rows
@@ -33,6 +33,7 @@ from .gram import FRESH, Progress, Spill, Unfinished
 from .hashing import SAMPLED_LABEL, uniforms
 from .landmarks import Landmarks
 from .likelihoods import LIKELIHOODS, checked_targets
+from .packing import packed, unpacked
 from .plan import Plan, make_plan
 from .probing import Support
 from .ranks import ALONE, Ranks

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .batches import Input, packed, unpacked
+from .batches import Input
 from .landmarks import BottomK
+from .packing import packed, unpacked
 from .ranks import Ranks
 
 

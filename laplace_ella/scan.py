@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import batch_size, packed, single_row, unpacked
+from .batches import batch_size, single_row
 from .hashing import CURVATURE_INPUT, LANDMARK_INPUT, hash_keys
 from .landmarks import BottomK, Entry
 from .likelihoods import Likelihood, checked_targets, warn_of_two_readings
+from .packing import packed, unpacked
 from .pooling import pooled
 from .ranks import Ranks
 from .stream import Batch

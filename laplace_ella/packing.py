@@ -1,0 +1,89 @@
+r"""Inputs as tensors and plain types: what can be kept in a checkpoint, or sent to other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batches import (
+    Input,
+    Nested,
+    Slot,
+    is_container,
+    is_plain,
+    items,
+    leaves,
+    like,
+    name_of,
+    sequence_like,
+)
+
+
+def packed(x: Input) -> Any:
+    """Return an input as tensors and plain types, on the CPU, cut from graphs and larger storages.
+
+    Raises
+    ------
+    ValueError
+        If a container holds anything else.
+    """
+    if isinstance(x, Tensor):
+        return _own(x)
+    foreign = [name_of(path) for path, leaf in x.shared() if not is_plain(leaf)]
+    foreign += [name_of(path) for path in x.paths if not all(map(is_plain, path))]
+    if foreign:
+        raise ValueError(
+            f"The inputs hold objects other than tensors and plain Python types under {foreign}, which can neither be sent "
+            "to other processes nor kept in a checkpoint. Convert them in the data set."
+        )
+    return {"rows": [_own(t) for t in x.rows], "template": _plain(x.template)}
+
+
+def _own(tensor: Tensor) -> Tensor:
+    moved = tensor.detach().cpu()
+    return (
+        moved if moved.untyped_storage().nbytes() == moved.numel() * moved.element_size() else moved.clone()
+    )
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """Write a template as plain types."""
+    if isinstance(value, Slot):
+        return {"slot": value.index}
+    if not is_container(value):
+        return {"leaf": _own(value) if isinstance(value, Tensor) else value}
+    kind = "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, list) else "tuple"
+    return {kind: [(key, _plain(entry)) for key, entry in items(value)]}
+
+
+def unpacked(found: Any, example: Input | None) -> Input:
+    """Give back to a packed input the types of containers, and the devices, that an example has."""
+    if isinstance(found, Tensor):
+        return _beside(found, example)
+    template = _of_plain(found["template"], example.template if isinstance(example, Nested) else None)
+    paths = {leaf.index: path for path, leaf in leaves(template) if isinstance(leaf, Slot)}
+    device = example.rows[0].device if isinstance(example, Nested) else torch.device("cpu")
+    rows = tuple(t.to(device) for t in found["rows"])
+    return Nested(rows, tuple(paths[i] for i in range(len(rows))), template)
+
+
+def _of_plain(found: dict[str, Any], example: Any) -> Any:
+    ((kind, value),) = found.items()
+    if kind == "slot":
+        return Slot(value)
+    if kind == "leaf":
+        return _beside(value, example)
+    known = dict(items(example)) if is_container(example) else {}
+    entries = {key: _of_plain(entry, known.get(key)) for key, entry in value}
+    if kind == "mapping":
+        return like(example, entries) if isinstance(example, Mapping) else entries
+    alike = isinstance(example, list if kind == "list" else tuple)
+    return sequence_like(example if alike else ([] if kind == "list" else ()), list(entries.values()))
+
+
+def _beside(value: Any, example: Any) -> Any:
+    both = isinstance(value, Tensor) and isinstance(example, Tensor)
+    return value.to(example.device) if both else value
