@@ -697,7 +697,7 @@ def test_blocks_of_the_gram_matrix_are_not_computed_again(kind, tmp_path, monkey
         costs, again = [M] * len(rows.groups), M
     assert len(costs) >= 2
     seen = set()
-    for at in range(whole.model.calls):
+    for at in range(max(whole.model.seen.values()), whole.model.calls):  # after the pass over the data
         with pytest.raises(Killed):
             fit(Watched(at=at), checkpoint=tmp_path / "fit", checkpoint_every=1)
         if (tmp_path / "fit.basis").exists():
