@@ -151,7 +151,7 @@ def _backward_of_outputs(library: str, module: nn.Module, x: Input, outputs: Ten
         getattr(out, "logits", out).gather(1, outputs[:, None]).sum().backward()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{library} cannot differentiate this model, which runs without it: {error} "
             "Leave `backend` out: torch.func needs no rules for layers."

@@ -33,6 +33,8 @@ _MODE_FLAGS = [
     k for k, v in vars(_python_dispatch).items() if k.startswith("_is_in_") and isinstance(v, bool)
 ]
 _COPIED_FLAG = "_is_in_any_mode_without_ignore_compile_internals"
+# torch 2.4 crashes some time after a dispatch mode was taken off its stack by others than its own context.
+_DISPATCHERS_CAN_BE_LEFT = torch.__version__ >= "2.5"
 # How often a step is run again that something interrupts.
 _ATTEMPTS = 100
 
@@ -144,6 +146,8 @@ class Transforms:
         self._restore_flags()
 
     def _leave_dispatchers(self) -> None:
+        if not _DISPATCHERS_CAN_BE_LEFT:
+            return
         while _torch._len_torch_dispatch_stack() > self.dispatchers:
             _python_dispatch._pop_mode()
         self._restore_flags()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import C, DictModel, build, dict_batches, loader, reference_features, targets
+from laplace.curvature import AsdlGGN
 from test_traps import Untouched
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -426,3 +427,11 @@ def test_architecture(case: Case) -> None:
     torch.testing.assert_close(phi, expected_phi)
     assert phi.abs().max() > 0
     check_fallbacks(case, la.backend.support(x), [w.message for w in record])
+
+
+def test_a_library_that_cannot_differentiate_a_layer_says_what_to_do():
+    model = nn.Sequential(nn.Conv2d(1, 2, 2, dilation=2), nn.Flatten(), nn.Linear(2 * 3 * 3, 3))
+    la = build(model=model, backend=AsdlGGN)
+    x = torch.randn(7, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="ASDL cannot differentiate this model.*Leave `backend` out"):
+        la.fit([(x, torch.arange(7) % 3)])

@@ -417,7 +417,8 @@ def enter_everything() -> None:
     torch._C._functorch._grad_increment_nesting()
     torch._functorch.eager_transforms.enter_jvp_nesting()
     torch._C._enter_dual_level()  # without what Python keeps of it
-    Dispatching().__enter__()
+    if torch.__version__ >= "2.5":  # torch 2.4 crashes when dispatch modes are taken off their stack
+        Dispatching().__enter__()
     torch.device("cpu").__enter__()  # overrides functions
     torch.backends.cuda.enable_flash_sdp(True)
     torch.set_autocast_cache_enabled(True)
