@@ -433,5 +433,5 @@ def test_a_library_that_cannot_differentiate_a_layer_says_what_to_do():
     model = nn.Sequential(nn.Conv2d(1, 2, 2, dilation=2), nn.Flatten(), nn.Linear(2 * 3 * 3, 3))
     la = build(model=model, backend=AsdlGGN)
     x = torch.randn(7, 1, 5, 5, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match="ASDL cannot differentiate this model.*Leave `backend` out"):
+    with pytest.raises(ValueError, match=r"ASDL cannot differentiate this model.*Leave `backend` out"):
         la.fit([(x, torch.arange(7) % 3)])
