@@ -14,7 +14,11 @@ _MATH = re.compile(r":math:`([^`]+)`")
 _NAME = re.compile(r":(?:class|func|meth|data|attr|mod):`([^`]+)`")
 _PAGE = re.compile(r"\bdocs/(\w+)\.md\b")
 _COMMANDS = {
-    **dict(zip(["alpha", "delta", "epsilon", "theta", "lambda", "rho", "sigma", "phi", "psi"], "αδεθλρσφψ")),
+    **dict(
+        zip(
+            ["alpha", "delta", "epsilon", "theta", "lambda", "mu", "rho", "sigma", "phi", "psi"], "αδεθλμρσφψ"
+        )
+    ),
     **dict(zip(["Delta", "Lambda", "Phi", "sum", "sim", "mapsto", "langle", "rangle"], "ΔΛΦΣ~↦⟨⟩")),
 }
 
