@@ -118,6 +118,24 @@ def _rebuilt(x: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> A
     return like(x, new) if isinstance(x, Mapping) else sequence_like(x, list(new.values()))
 
 
+def replaced(x: Any, path: Path, function: Callable[[Any], Any]) -> Any:
+    """Copy nested containers, with what a function returns in place of the entry at one path."""
+    first, *rest = path
+    entries = {
+        key: value
+        if key != first
+        else replaced(value, tuple(rest), function)
+        if rest
+        else _as(value, function(value))
+        for key, value in items(x)
+    }
+    return like(x, entries) if isinstance(x, Mapping) else sequence_like(x, list(entries.values()))
+
+
+def _as(before: Any, now: Any) -> Any:
+    return sequence_like(before, now) if isinstance(before, (list, tuple)) else now
+
+
 def sequence_like(x: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
     """Put values into a list, a tuple, or a named tuple, as ``x`` is."""
     if isinstance(x, list):
@@ -130,6 +148,12 @@ def like(x: Mapping[str, Any], entries: dict[str, Any]) -> Mapping[str, Any]:
     if type(x) is dict or not isinstance(x, MutableMapping):
         return entries
     new = copy(x)
+    if not isinstance(x, dict):
+        if not hasattr(new, "__dict__"):
+            return entries
+        # A copy may share the mapping that it wraps, which is the user's.
+        wrapped = {k: copy(v) for k, v in vars(new).items() if isinstance(v, MutableMapping)}
+        vars(new).update(wrapped)
     new.clear()
     new.update(entries)
     return new
@@ -203,7 +227,7 @@ def _shape(x: Tensor) -> str:
 def batch_size(x: Input) -> int:
     """Return the length of the batch axis."""
     if isinstance(x, Nested):
-        return x.rows[0].shape[0]
+        return x.rows[0].shape[0] if x.rows else 0
     return x.shape[0] if x.ndim else 0
 
 

@@ -40,6 +40,7 @@ from .batches import (
 from .memory import attempt
 from .recording import Recording, coarsest, with_graph
 from .repeating import plain_passes
+from .row_lists import rotated, row_lists
 from .safety import safely
 
 # So many ways of reading a mapping are tried.
@@ -61,20 +62,28 @@ class Cutting:
     def __init__(self, function: FunctionalModel, dict_key_x: str = "input_ids") -> None:
         self.function, self.dict_key_x = function, dict_key_x
         self._shared: set[Path] = set()  # entries known not to be cut
+        self._unused: set[Path] = set()  # lists of which the model does not use the order
         self._known: dict[Any, torch.dtype | None] = {}  # kinds of inputs, and what they are converted to
         self._warned = False
 
     def knowledge(self) -> Any:
         """Return what was found out of the model's inputs, for :meth:`learn`."""
-        return set(self._shared), dict(self._known), self._warned, self.function.in_pairs
+        return (
+            set(self._shared),
+            set(self._unused),
+            dict(self._known),
+            self._warned,
+            self.function.in_pairs,
+        )
 
     def learn(self, knowledge: Any) -> None:
         """Know what was found out of a copy of the model."""
-        self._shared, self._known, self._warned, self.function.in_pairs = knowledge
+        self._shared, self._unused, self._known, self._warned, self.function.in_pairs = knowledge
 
     def forget(self) -> None:
         """Find everything out again, the model having changed."""
         self._shared.clear()
+        self._unused.clear()
         self._known.clear()
 
     def __call__(self, x: Raw | Input, size: int | None = None) -> Input:
@@ -108,7 +117,8 @@ class Cutting:
         check_tensors(x, "The inputs")
         guess = x if isinstance(x, Tensor) else nested(x, self._paths(x, size or self._size(x)))
         empty = batch_size(guess) == 0 if isinstance(guess, Tensor) or guess.rows else False
-        return guess if empty or self._kind(guess) in self._known else self._verified(x, size)
+        known = self._kind(guess) in self._known and not any(self._lists(x, batch_size(guess)))
+        return guess if empty or known else self._verified(x, size)
 
     def to_model(self, x: Raw | Input, device: torch.device) -> Input:
         """Cut an input, move it to the model's device, and convert it if the model does not take it as it is."""
@@ -129,6 +139,11 @@ class Cutting:
             for path, leaf in leaves(x)
             if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size and path not in self._shared
         ]
+
+    def _lists(self, x: Raw, size: int) -> Iterator[Path]:
+        """Yield where there are lists of a value for each input that the model may use."""
+        if isinstance(x, Mapping):
+            yield from (path for path, _ in row_lists(x, size) if path not in self._unused)
 
     def _kind(self, x: Input) -> Any:
         """Tell apart what the model may treat differently: entries, how they are cut, dtypes, devices, autocast."""
@@ -162,7 +177,10 @@ class Cutting:
         self, x: Raw, size: int | None, device: torch.device
     ) -> tuple[Tensor, torch.dtype | None, list[Path]]:
         """Return the outputs of a batch, the dtype that inputs are converted to, and the entries that are cut."""
-        some = detached(x[:TENSOR_ROWS]) if isinstance(x, Tensor) else nested(x, [])
+        if isinstance(x, Tensor):
+            some: Input = detached(x[:TENSOR_ROWS])
+        else:  # a single row may have to be doubled
+            some = nested(x, self._paths(x, 1) if (size or self._size(x)) == 1 else [])
         with Recording() as record:
             f, dtype = self._plain_outputs(moved(some, device))
         eps = _coarsest_eps(f, record.dtypes, self.function.module)
@@ -172,7 +190,32 @@ class Cutting:
                 f"The model returned outputs of shape {tuple(f.shape)} for {n} inputs; their first axis must be the "
                 "batch, with one row for each input. Wrap the model so that its forward returns such outputs."
             )
-        return f, dtype, self._reading(x, some, f, dtype, device, eps)
+        paths = self._reading(x, some, f, dtype, device, eps)
+        for path in list(self._lists(x, len(f))):
+            assert isinstance(x, Mapping)
+            self._check_unused(x, path, paths, f, dtype, device)
+        return f, dtype, paths
+
+    def _check_unused(
+        self,
+        x: Mapping[str, Any],
+        path: Path,
+        paths: list[Path],
+        f: Tensor,
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ) -> None:
+        """Require that the outputs are the same when the values of a list have changed places."""
+        other = _converted(moved(nested(rotated(x, path), []), device), dtype)
+        found, _ = attempt(partial(self._run, other))
+        eps = torch.finfo(f.dtype).eps  # the same pass, but for sums in another order
+        if (
+            found is None
+            or found.shape != f.shape
+            or not bool(((found - f).abs() <= 4 * eps * f.abs()).all())
+        ):
+            raise ValueError(self._refusal(x, paths, f))
+        self._unused.add(path)
 
     def _plain_outputs(self, x: Input) -> tuple[Tensor, torch.dtype | None]:
         """Run the model as its user does, and return its outputs, and the dtype that inputs are converted to."""
@@ -198,11 +241,16 @@ class Cutting:
                     f"The model does not take inputs of {x.dtype}, and takes {reference}. Convert them in the data set, "
                     "with the scale that the model was trained with."
                 ) from error
+        of_complex = {str(t.dtype) for t in tensors(x) if t.is_complex()}
+        if of_complex:
+            raise ValueError(
+                f"The model does not take inputs of {', '.join(sorted(of_complex))}. Pass real and imaginary parts as real numbers."
+            ) from error
         raise error
 
     def _in_pairs(self, x: Input) -> Tensor | None:
         """Return the outputs of a single row that the model takes only beside another, and remember that."""
-        if not isinstance(x, Tensor) or len(x) != 1 or self.function.in_pairs:
+        if batch_size(x) != 1 or self.function.in_pairs:
             return None
         self.function.in_pairs = True
         f, error = attempt(lambda: self._run(x))
@@ -232,7 +280,7 @@ class Cutting:
         if changed:
             raise ChangedInputError(
                 f"The model's forward pass changes its input{', '.join(changed)} in place, and every input is passed to it many "
-                "times. Let it work on a copy, x = x - mean instead of x -= mean for instance."
+                "times. Let it work on a copy: x = x - mean instead of x -= mean, or a first layer with inplace=False."
             )
         return f
 
@@ -304,8 +352,9 @@ def _names(x: Nested) -> list[str]:
     return [name_of(path) for path in (*x.paths, *shared)]
 
 
-def _equal(left: Any, right: Any) -> bool:
-    return left.shape == right.shape and bool(torch.equal(left, right))
+def _equal(copy: Tensor, original: Tensor) -> bool:
+    # Whether anything is written may depend on the values: a count of writes tells too.
+    return copy._version == 0 and copy.shape == original.shape and bool(torch.equal(copy, original))
 
 
 def _describe(leaf: Any) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import namedtuple
+from collections.abc import MutableMapping
 
+import numpy as np
 import pytest
 import torch
 from helpers import C, D, H, M, N, build, fitted, inputs, mlp, targets
@@ -145,6 +147,96 @@ def test_rows_that_cannot_be_cut_are_refused_by_name(name, entry):
     assert la.H is None
 
 
+class Scaled(nn.Module):
+    """Scales each row by what a list says of it."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.net, self.number = mlp(), number
+
+    def forward(self, batch):
+        scales = torch.tensor([float(self.number(v)) for v in batch["said"]], dtype=F64)
+        return self.net(batch["x"] * scales[: len(batch["x"]), None])
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (len, ["a", "a", "ccc", "dddd", "bb", "a"]),  # the first and the last rows are alike
+        (float, [4, 4, 1, 4, 4, 4]),
+        (float, (2.0, 2.0, 1.0, 2.0, 2.0, 2.0)),
+        (sum, [[1], [1], [1, 2], [1], [1], [1]]),
+        (float, np.array([4, 4, 1, 4, 4, 4])),
+    ],
+    ids=["strings", "numbers", "tuple", "lists", "array"],
+)
+@pytest.mark.parametrize("later", [False, True])
+def test_lists_of_a_value_for_each_row_are_refused_by_name_whatever_the_values(number, said, later):
+    x, y = inputs(12), targets("classification", 12)
+    alike = type(said)([said[0]] * 6) if not isinstance(said, np.ndarray) else np.repeat(said[:1], 6)
+    first = {"x": x[:6], "said": alike if later else said, "labels": y[:6]}
+    second = {"x": x[6:], "said": said, "labels": y[6:]}
+    with pytest.raises(ValueError, match="'said'"):
+        build(model=Scaled(number), dict_key_x="x").fit([first, second])
+
+
+def test_a_list_that_is_not_used_is_no_hindrance_in_any_batch():
+    class Counts(Scaled):
+        def forward(self, batch):
+            assert len(batch["said"]) == 6  # a list of all rows is handed on as it is
+            return self.net(batch["x"])
+
+    x, y = inputs(12), targets("classification", 12)
+    words = [["a"] * 6, ["b", "cc", "d", "ee", "f", "g"]]
+    batches = [{"x": x[i : i + 6], "said": words[i // 6], "labels": y[i : i + 6]} for i in (0, 6)]
+    model = Counts(len)
+    la = fitted(model=model, data=batches, dict_key_x="x")
+    plain = fitted(model=model.net, data=[(b["x"], b["labels"]) for b in batches])
+    torch.testing.assert_close(la.H, plain.H)
+    torch.testing.assert_close(la(batches[1]), plain(x[6:]))
+
+
+class Wrapper(MutableMapping):
+    """A mapping around another, which copies of it share."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __getitem__(self, key):
+        return self.entries[key]
+
+    def __setitem__(self, key, value):
+        self.entries[key] = value
+
+    def __delitem__(self, key):
+        del self.entries[key]
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __len__(self):
+        return len(self.entries)
+
+
+def test_mappings_of_the_users_own_type_are_handed_on_and_left_alone():
+    class Typed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, batch):
+            assert type(batch) is Wrapper
+            return self.net(batch.entries["x"])
+
+    x, y = inputs(), targets("classification")
+    batches = [Wrapper({"x": a, "labels": t}) for a, t in zip(x.split(7), y.split(7))]
+    model = Typed()
+    la = fitted(model=model, data=batches, dict_key_x="x")
+    torch.testing.assert_close(la.H, fitted(model=model.net, data=[(x, y)]).H)
+    assert batches[0].entries.keys() == {"x", "labels"}
+    assert torch.equal(batches[0]["x"], x[:7])
+
+
 class Graph:
     def __init__(self, adjacency):
         self.adjacency = adjacency
@@ -270,6 +362,13 @@ def test_a_tensor_changed_in_place_is_refused_by_name(kind):
     with pytest.raises(ValueError, match=named):
         build(model=Changes()).fit([batch])
     assert torch.equal(x, before)
+
+
+def test_changes_in_place_are_found_whatever_the_values():
+    """A rectifier changes nothing of positive inputs, this time."""
+    model = nn.Sequential(nn.ReLU(inplace=True), mlp())
+    with pytest.raises(ValueError, match=r"in place.*inplace=False"):
+        build(model=model).fit([(inputs(7).abs(), targets("classification", 7))])
 
 
 # ---------------------------------------------------------------------- dtypes of inputs
@@ -428,6 +527,32 @@ def test_a_model_that_squeezes_is_right_for_every_batch(autodiff):
     assert la(one[:1], "nn", link_approx="mc", n_samples=3).shape == (1, C)
 
 
+class SqueezesEntry(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Squeezes().eval()
+
+    def forward(self, batch):
+        return self.net(batch["x"])
+
+
+@pytest.mark.parametrize("first", [1, 7])
+@pytest.mark.parametrize("key", ["x", "absent"])
+def test_a_model_that_squeezes_an_entry_of_a_mapping(first, key):
+    x, y = draws(0, N, 2, 5, 5), targets("classification")
+    model = SqueezesEntry().eval()
+    pairs = [(x[:first], y[:first]), (x[first:], y[first:])]
+    la = fitted(model=model, data=[{"x": a, "labels": t} for a, t in pairs], dict_key_x=key)
+    plain = fitted(model=model.net, data=pairs)
+    torch.testing.assert_close(la.H, plain.H)
+    new = draws(1, 5, 2, 5, 5)
+    for n in (5, 1):  # mappings of another kind, without labels
+        torch.testing.assert_close(la({"x": new[:n]}), plain(new[:n]))
+    restored = build(model=model, dict_key_x=key)
+    restored.load_state_dict(la.state_dict())
+    torch.testing.assert_close(restored({"x": new[:1]}), plain(new[:1]))
+
+
 def test_a_first_batch_of_one_row_of_a_model_that_squeezes():
     x, y = draws(0, N, 2, 5, 5), targets("classification")
     la = fitted(model=Squeezes().eval(), data=[(x[:1], y[:1]), (x[1:], y[1:])])
@@ -512,6 +637,11 @@ def test_integer_outputs_say_so():
 
     with pytest.raises(ValueError, match=r"floating-point.*torch.int64"):
         build(model=Decides()).fit([(inputs(7), targets("classification", 7))])
+
+
+def test_complex_inputs_say_so():
+    with pytest.raises(ValueError, match=r"torch.complex64.*real numbers"):
+        build().fit([(inputs(7).to(torch.complex64), targets("classification", 7))])
 
 
 def test_complex_weights_say_so():
