@@ -5,7 +5,7 @@ PYTHON ?= python3
 LAPLACE ?=
 VENV := .venv$(addprefix -,$(LAPLACE))
 RUN := $(VENV)/bin
-# Tests share no state: each worker takes those of others when it has none left.
+# Tests share no state: each worker takes those of others when it has none left, and has one thread.
 PYTEST := python -m pytest -n logical --maxprocesses 4 --dist worksteal
 # A warning of torch about a dependency's import, of no use to readers of an example.
 QUIET := -W 'ignore:`torch.jit:FutureWarning'
@@ -25,7 +25,7 @@ demo: $(VENV)/.installed-examples  ## train, swap one string, tune, show the res
 	$(RUN)/python $(QUIET) examples/quickstart.py
 
 test: $(VENV)/.installed-test  ## all tests
-	$(RUN)/$(PYTEST)
+	OMP_NUM_THREADS=1 $(RUN)/$(PYTEST)
 
 test-zoo: $(VENV)/.installed-zoo  ## published architectures (torchvision, timm, transformers, peft)
 	$(RUN)/python -m pytest -m zoo
@@ -71,7 +71,7 @@ bench: $(VENV)/.installed-bench  ## costs on this machine, as JSON
 	touch $@
 
 test-oldest: .venv-oldest/.installed  ## all tests with laplace-torch 0.2.3 and torch 2.4
-	.venv-oldest/bin/$(PYTEST)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/$(PYTEST)
 
 release:  ## build sdist and wheel, check them, test the installed wheel
 	PYTHON=$(PYTHON) .ci/release
