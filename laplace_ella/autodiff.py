@@ -336,4 +336,4 @@ def activation_bytes(model: FunctionalModel, pair: Input) -> tuple[int, int]:
         sizes.append(record.nbytes)
     one, two = sizes
     grown = [b - a for a, b in zip(one, two)] if len(one) == len(two) else [b // 2 for b in two]
-    return max(1, *grown) // n_rows, max(1, sum(grown)) // n_rows
+    return max(1, max(grown) // n_rows), max(1, sum(grown) // n_rows)
