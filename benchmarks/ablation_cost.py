@@ -20,14 +20,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from laplace_ella.landmarks import Landmarks
+from laplace_ella.row_source import gram
 from measure import PeakMemory, interleaved, loader, plain
 from problems import noise
 from scaling import rows_of
 from torch import Tensor, nn
 
 from laplace_ella import Laplace, NystromGGN
-from laplace_ella.landmarks import Landmarks
-from laplace_ella.row_source import gram
 
 BATCH, CURVATURE = 50, 100
 MOST_PULLED = 100  # outputs, for reverse mode to be measured

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from laplace_ella.basis import NystromBasis
 from laplace_ella.hashing import LANDMARK_INPUT, hash_keys
 from laplace_ella.landmarks import BottomK, Landmarks, draw_outputs
+from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 BATCH = 50

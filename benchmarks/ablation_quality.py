@@ -13,14 +13,14 @@ import scores
 import torch
 from ablation_features import Draw, Pair, Spectrum, features, snapshots, stacked_bases
 from image_data import Counts, Data, cifar_data, fashion_data, parts
+from laplace_ella.predictive import predict
+from laplace_ella.search import TEMPERATURES, Search, Setting, joint_search, refine
 from problems import network
 from torch import Tensor, nn
 from trained import SmallCNN, train
 
 import laplace_ella
 from laplace_ella.posterior import Outputs
-from laplace_ella.predictive import predict
-from laplace_ella.search import TEMPERATURES, Search, Setting, joint_search, refine
 
 PRIOR, USUAL_K, USUAL_M = 1.0, 20, 500
 PRIORS = tuple(10.0**e for e in range(-4, 5))

@@ -19,13 +19,12 @@ import torch
 from baselines import Row
 from grid_search import Setting, best_setting, mean_probabilities, pairs_by_product, root, searches
 from laplace import Laplace
+from laplace_ella.safety import safe_autodiff
 from measure import loader
 from methods import of_host
 from scores import nll
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
-
-from laplace_ella.safety import safe_autodiff
 
 BATCH = 16  # inputs whose Jacobians are held at once
 Pair = tuple[Tensor, Tensor]

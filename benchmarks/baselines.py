@@ -14,11 +14,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from laplace_ella.links import quasi_normal
 from scores import entropy, nll
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-
-from laplace_ella.links import quasi_normal
 
 N_SAMPLES = 128
 # Of the logits, on the grids of methods that are not ELLA's; refined, so that it can leave their range.

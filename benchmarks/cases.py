@@ -14,6 +14,9 @@ from typing import Any
 
 import laplace
 import torch
+from laplace_ella.autodiff import FunctionalModel
+from laplace_ella.gradients import asdl_rows, backpack_rows, gradient_rows
+from laplace_ella.safety import safe_autodiff
 from measure import (
     GIGABYTE,
     Calls,
@@ -34,9 +37,6 @@ from torch.utils.data import DataLoader
 
 import laplace_ella
 from laplace_ella import accumulation
-from laplace_ella.autodiff import FunctionalModel
-from laplace_ella.gradients import asdl_rows, backpack_rows, gradient_rows
-from laplace_ella.safety import safe_autodiff
 
 Rows = list[dict[str, Any]]
 Part = Callable[[argparse.Namespace], Rows]

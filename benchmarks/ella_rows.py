@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from baselines import N_SAMPLES, Row
 from image_data import Data
+from laplace_ella.predictive import predict
+from laplace_ella.residual import residual_share
 from measure import loader, once, plain, synchronize
 from torch import Tensor, nn
 
 from laplace_ella import Laplace
 from laplace_ella.posterior import Linearised
-from laplace_ella.predictive import predict
-from laplace_ella.residual import residual_share
 
 BATCH = 100
 

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from baselines import N_SAMPLES, SCALES, mean_softmax, minimum_on_line
-from torch import Tensor
-
 from laplace_ella.links import quasi_normal
+from torch import Tensor
 
 # Products whose temperature is refined.
 N_REFINED = 3

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from ella_rows import Size
+from laplace_ella.residual import residual_share
 from measure import loader
 from regression_data import Data
 from torch import Tensor, nn
 
 from laplace_ella import Laplace
 from laplace_ella.posterior import Linearised
-from laplace_ella.residual import residual_share
 
 BATCH = 500
 RESIDUALS = ("isotropic", "exact")

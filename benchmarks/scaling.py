@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from laplace_ella.basis import NystromBasis
+from laplace_ella.landmarks import Landmarks
+from laplace_ella.row_source import gram
 from measure import GIGABYTE, PeakMemory, interleaved, plain, ratios
 from problems import network, samples
 from run import environment
 from scaling_model import LANDMARKS, RANK, TITLES, Links, modelled
 
 import laplace_ella
-from laplace_ella.basis import NystromBasis
-from laplace_ella.landmarks import Landmarks
-from laplace_ella.row_source import gram
 
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "results" / "scaling_measured.json"

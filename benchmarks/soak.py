@@ -25,13 +25,13 @@ from typing import Any
 
 import psutil
 import torch
+from laplace_ella.links import quasi_normal
 from measure import loader, peak_memory
 from run import HERE, environment
 from scipy.stats import t as student
 from torch import Tensor, nn
 
 import laplace_ella
-from laplace_ella.links import quasi_normal
 
 # Memory that a fit or a prediction may leave behind, in kB.
 BOUNDS = {"fit": 10.0, "prediction": 1.0}

@@ -4,12 +4,12 @@ Importing this package registers ``subset_of_weights="all", hessian_structure="e
 with :func:`laplace.Laplace`.
 """
 
-from .basis import NystromBasis
-from .curvature import AsdlNystromGGN, BackPackNystromGGN, NystromGGN, ReverseNystromGGN
+from .backends import AsdlNystromGGN, BackPackNystromGGN, NystromGGN, ReverseNystromGGN
 from .ella import ELLALaplace, Laplace
-from .memory import raise_malloc_thresholds
-from .plan import Plan
-from .ranks import RankError
+from .fitting.plan import Plan
+from .network.memory import raise_malloc_thresholds
+from .nystrom.basis import NystromBasis
+from .parallel.ranks import RankError
 
 __version__ = "0.1.0"
 

@@ -14,25 +14,27 @@ from laplace import ParametricLaplace
 from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
-from . import checkpoint, posterior, validation
-from .autodiff import n_trainable, unwrap
-from .basis import NystromBasis
-from .caching import Kept, outside_inference, without_inference
-from .compact import STORED
-from .consistency import of_one_moment
-from .copying import Copying, given
-from .curvature import OPTIONS, backend_options, nystrom_backend
-from .fitting import Fitting
-from .hyperparameters import Hyperparameters
-from .joint_tuning import JointTuning
-from .likelihoods import LIKELIHOODS
-from .merging import Merging
-from .novelty import Novelty
-from .predictive import Predictive
-from .ranks import ALONE, Ranks, ranks_of
-from .residual import RESIDUALS
-from .safety import LOCK, exclusively
-from .tuning import PriorTuning
+from .backends import OPTIONS, backend_options, nystrom_backend
+from .data import validation
+from .fitting import checkpoint
+from .fitting.fitting import Fitting
+from .fitting.merging import Merging
+from .network.functional import n_trainable, unwrap
+from .network.safety import LOCK, exclusively
+from .nystrom.basis import NystromBasis
+from .nystrom.caching import Kept, outside_inference, without_inference
+from .nystrom.compact import STORED
+from .parallel.ranks import ALONE, Ranks, ranks_of
+from .posterior import gaussian as posterior
+from .posterior.consistency import of_one_moment
+from .posterior.copying import Copying, given
+from .posterior.hyperparameters import Hyperparameters
+from .posterior.likelihoods import LIKELIHOODS
+from .posterior.novelty import Novelty
+from .posterior.predictive import Predictive
+from .posterior.residual import RESIDUALS
+from .tuning.joint import JointTuning
+from .tuning.prior import PriorTuning
 
 DEFAULT_SUBSAMPLE_SIZE = 500
 DEFAULT_N_EIGENVALUES = 20

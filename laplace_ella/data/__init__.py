@@ -1,0 +1,1 @@
+"""Data as they come: batches, their rows, and samples of them."""

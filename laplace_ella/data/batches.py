@@ -1,0 +1,361 @@
+r"""Inputs of the model: taking them apart, moving them, putting rows together.
+
+What users pass is *raw*: a tensor whose first axis is the batch, or a mapping (a Hugging Face
+batch, say) of tensors, other objects, and lists, tuples and mappings of them. An *input* is a
+tensor, or a :class:`Nested`, which says which of a container's tensors are cut into rows;
+:mod:`laplace_ella.network.cutting` finds that out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .hashing import digest
+
+Raw = Tensor | Mapping[str, Any]
+# The keys and indices that lead to an entry of nested containers.
+Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Takes the place of the i-th tensor that is cut into rows."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A container whose tensors are partly cut into rows, and partly shared by all rows.
+
+    Attributes
+    ----------
+    rows : tuple of Tensor (B, ...)
+        Those that are cut.
+    paths : tuple of Path
+        Where they stand in the container.
+    template : container
+        The container, with slots in their places.
+    """
+
+    rows: tuple[Tensor, ...]
+    paths: tuple[Path, ...]
+    template: Any
+
+    def container(self) -> Any:
+        """Return a container as the user's, made anew at every level: a model may write into it."""
+        return _rebuilt(self.template, lambda path, leaf: self._filled(leaf))
+
+    def _filled(self, leaf: Any) -> Any:
+        return self.rows[leaf.index] if isinstance(leaf, Slot) else leaf
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> Nested:
+        """Apply a function to the tensors that are cut into rows."""
+        return replace(self, rows=tuple(map(function, self.rows)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Nested:
+        """Apply a function to all tensors."""
+        template = _rebuilt(
+            self.template, lambda path, leaf: function(leaf) if isinstance(leaf, Tensor) else leaf
+        )
+        return replace(self.map_rows(function), template=template)
+
+    def shared(self) -> list[tuple[Path, Any]]:
+        """Return the entries that all rows share, with their paths."""
+        return [(path, leaf) for path, leaf in leaves(self.template) if not isinstance(leaf, Slot)]
+
+
+Input = Tensor | Nested
+
+
+def nested(x: Any, paths: Sequence[Path]) -> Nested:
+    """Say which tensors of a container are cut into rows; its containers are copied."""
+    found: dict[Path, Tensor] = {}
+
+    def slot(path: Path, leaf: Any) -> Any:
+        if path not in paths:
+            return leaf
+        found[path] = leaf
+        return Slot(len(found) - 1)
+
+    template = _rebuilt(x, slot)
+    return Nested(tuple(found.values()), tuple(found), template)
+
+
+def leaves(x: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield the entries of nested containers that are none themselves, with their paths."""
+    for key, value in items(x):
+        if is_container(value):
+            yield from leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def items(x: Any) -> Iterable[tuple[Any, Any]]:
+    """Return the entries of one container, with their keys or indices."""
+    return x.items() if isinstance(x, Mapping) else enumerate(x)
+
+
+def is_container(value: Any) -> bool:
+    """Tell whether a value is a container whose tensors may be cut into rows."""
+    # Rows of a packed sequence lie across its tensors.
+    return isinstance(value, (Mapping, list, tuple)) and not isinstance(value, PackedSequence)
+
+
+def _rebuilt(x: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """Copy nested containers, with what a function of (path, entry) returns in place of each entry."""
+    new = {
+        key: _rebuilt(value, function, (*path, key)) if is_container(value) else function((*path, key), value)
+        for key, value in items(x)
+    }
+    return like(x, new) if isinstance(x, Mapping) else sequence_like(x, list(new.values()))
+
+
+def replaced(x: Any, path: Path, function: Callable[[Any], Any]) -> Any:
+    """Copy nested containers, with what a function returns in place of the entry at one path."""
+    first, *rest = path
+    entries = {
+        key: value
+        if key != first
+        else replaced(value, tuple(rest), function)
+        if rest
+        else _as(value, function(value))
+        for key, value in items(x)
+    }
+    return like(x, entries) if isinstance(x, Mapping) else sequence_like(x, list(entries.values()))
+
+
+def _as(before: Any, now: Any) -> Any:
+    return sequence_like(before, now) if isinstance(before, (list, tuple)) else now
+
+
+def sequence_like(x: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
+    """Put values into a list, a tuple, or a named tuple, as ``x`` is."""
+    if isinstance(x, list):
+        return values
+    return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
+
+
+def like(x: Mapping[str, Any], entries: dict[str, Any]) -> Mapping[str, Any]:
+    """Put entries into a mapping of the type of ``x``, which models may rely on."""
+    if type(x) is dict or not isinstance(x, MutableMapping):
+        return entries
+    new = copy(x)
+    if not isinstance(x, dict):
+        if not hasattr(new, "__dict__"):
+            return entries
+        # A copy may share the mapping that it wraps, which is the user's.
+        wrapped = {k: copy(v) for k, v in vars(new).items() if isinstance(v, MutableMapping)}
+        vars(new).update(wrapped)
+    new.clear()
+    new.update(entries)
+    return new
+
+
+def name_of(path: Path) -> str:
+    """Write a path as it is indexed: ``'in'[0]``."""
+    return repr(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+
+
+def tensors(x: Raw | Input) -> list[Tensor]:
+    """Return all tensors of an input, raw or not."""
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, Nested):
+        return [*x.rows, *(leaf for _, leaf in x.shared() if isinstance(leaf, Tensor))]
+    return [leaf for _, leaf in leaves(x) if isinstance(leaf, Tensor)]
+
+
+def raw_size(x: Raw, dict_key_x: str, expected: int | None = None) -> int:
+    """Return how many inputs there are, as far as lengths tell.
+
+    Of a mapping: the length of the first tensor under ``dict_key_x``; without such an entry
+    ``expected`` where a tensor has that length, or else the length of the first tensor.
+
+    Raises
+    ------
+    ValueError
+        If a mapping holds no tensor with an axis.
+    """
+    if isinstance(x, Tensor):
+        return x.shape[0] if x.ndim else 0
+    entries = {dict_key_x: x[dict_key_x]} if dict_key_x in x else x
+    lengths = [len(t) for t in tensors(entries) if t.ndim] or [len(t) for t in tensors(x) if t.ndim]
+    if not lengths:
+        raise ValueError(
+            "A mapping input must hold a tensor whose first axis is the batch; "
+            f"got the keys {sorted(map(str, x))} without one."
+        )
+    return expected if dict_key_x not in x and expected in lengths else lengths[0]
+
+
+def check_tensors(x: Raw, what: str) -> None:
+    """Require tensors that can be cut along their first axis.
+
+    Raises
+    ------
+    ValueError
+        Naming the entry that is sparse, nested or a packed sequence.
+    """
+    entries = [((), x)] if isinstance(x, Tensor) else leaves(x)
+    for path, leaf in entries:
+        where = f" under {name_of(path)}" if path else ""
+        if isinstance(leaf, PackedSequence):
+            raise ValueError(
+                f"{what} hold a packed sequence{where}, which cannot be cut into rows. Pass the padded tensor and "
+                "a tensor of lengths, and pack them inside the model."
+            )
+        if isinstance(leaf, Tensor) and (leaf.layout != torch.strided or leaf.is_nested):
+            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+            raise ValueError(
+                f"{what} must be dense tensors; got a {kind} tensor of shape {_shape(leaf)}{where}. Convert it in the "
+                "collate function, with to_dense() or to_padded_tensor()."
+            )
+
+
+def _shape(x: Tensor) -> str:
+    return f"({x.size(0)}, ...)" if x.is_nested else str(tuple(x.shape))
+
+
+def batch_size(x: Input) -> int:
+    """Return the length of the batch axis."""
+    if isinstance(x, Nested):
+        return x.rows[0].shape[0] if x.rows else 0
+    return x.shape[0] if x.ndim else 0
+
+
+def each(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
+    """Apply a function to all tensors of an input."""
+    return x.map(function) if isinstance(x, Nested) else function(x)
+
+
+def each_row(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
+    """Apply a function to the tensors of an input that are cut into rows."""
+    return x.map_rows(function) if isinstance(x, Nested) else function(x)
+
+
+def moved(x: Input, device: torch.device, dtype: torch.dtype | None = None) -> Input:
+    """Move an input to a device; floating point to ``dtype``, if one is given.
+
+    Tensors made under ``torch.inference_mode`` are cloned, as forward-mode AD
+    cannot use them.
+    """
+
+    def move(t: Tensor) -> Tensor:
+        # Waits for the copy: a loader may fill its buffer again at once.
+        t = t.to(device, dtype if t.is_floating_point() else None)
+        return t.clone() if t.is_inference() else t
+
+    return each(x, move)
+
+
+def detached(x: Input) -> Input:
+    """Cut an input from the graph that led to it."""
+    return each(x, Tensor.detach)
+
+
+def is_finite(x: Raw | Input) -> bool:
+    """Tell whether no floating-point entry of an input is NaN or infinite."""
+    return all(bool(t.isfinite().all()) for t in tensors(x) if t.is_floating_point() or t.is_complex())
+
+
+def rows(x: Input, start: int, stop: int) -> Input:
+    """Slice the batch axis."""
+    return each_row(x, lambda t: t[start:stop])
+
+
+def doubled(x: Input) -> Input:
+    """Repeat all rows once."""
+    return each_row(x, lambda t: torch.cat([t, t]))
+
+
+def in_slices(x: Input, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[tuple[slice, Input]]:
+    """Cut a batch by a function that returns its parts in order; yield which rows they are, and the parts."""
+    start = 0
+    for part in bounded(x):
+        stop = start + batch_size(part)
+        yield slice(start, stop), part
+        start = stop
+
+
+def copied(x: Input) -> Input:
+    """Copy all tensors, so that what they are copied from can be freed, or filled again by its loader."""
+    return each(x, lambda t: t.detach().clone())
+
+
+def single_row(x: Input, index: int) -> Input:
+    """Copy one row out of a batch."""
+    return copied(rows(x, index, index + 1))
+
+
+def n_bytes(x: Input) -> int:
+    """Return the bytes of all tensors of an input."""
+    return sum(t.numel() * t.element_size() for t in tensors(x))
+
+
+def digest_of(x: Raw | Input) -> str:
+    """Return a hash of all tensors and plain values of an input, raw or not."""
+    if isinstance(x, Tensor):
+        return digest(x)
+    whole = x.container() if isinstance(x, Nested) else x
+    return digest(*(part for path, leaf in leaves(whole) for part in (name_of(path), leaf)))
+
+
+def signature(x: Input) -> Any:
+    """Tell inputs apart whose rows have other shapes or dtypes, or stand in other places."""
+    if isinstance(x, Tensor):
+        return (x.shape[1:], x.dtype)
+    of_rows = tuple((path, t.shape[1:], t.dtype) for path, t in zip(x.paths, x.rows))
+    return of_rows, tuple((path, t.shape, t.dtype) for path, t in x.shared() if isinstance(t, Tensor))
+
+
+# ---------------------------------------------------------------------- rows of several batches
+
+
+def collate(inputs: Sequence[Input], batch: int) -> Iterator[tuple[list[int], Input]]:
+    """Join single rows into batches of at most ``batch`` rows of equal shape.
+
+    Yields
+    ------
+    indices, x : list of int, input
+        Which of ``inputs`` the rows of ``x`` are. Inputs of different shapes
+        (sequences padded batch by batch) never meet in one batch.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(inputs):
+        groups.setdefault((signature(x), _shared_values(x)), []).append(i)
+    for indices in groups.values():
+        for start in range(0, len(indices), batch):
+            part = indices[start : start + batch]
+            yield part, _join([inputs[i] for i in part])
+
+
+def _shared_values(x: Input) -> Any:
+    # Rows may only meet where what their batches share is the same.
+    return () if isinstance(x, Tensor) else tuple((path, _value(leaf)) for path, leaf in x.shared())
+
+
+def is_plain(value: Any) -> bool:
+    """Tell whether a value is a tensor, or of a type that checkpoints and other processes take."""
+    return isinstance(value, Tensor) or type(value) in (str, bytes, bool, int, float, type(None))
+
+
+def _value(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return digest(leaf)
+    return leaf if is_plain(leaf) else id(leaf)
+
+
+def _join(inputs: Sequence[Input]) -> Input:
+    first = inputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(inputs))  # type: ignore[arg-type]
+    columns = zip(*(x.rows for x in inputs))  # type: ignore[union-attr]
+    return replace(first, rows=tuple(torch.cat(column) for column in columns))

@@ -1,0 +1,70 @@
+r"""One sample from the samples of all ranks, and who gets which of its rows.
+
+The smallest keys of all ranks are among the smallest of each: ranks tell each other keys
+first, and rows only of what stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..parallel.ranks import Ranks
+from .batches import Input
+from .landmarks import BottomK
+from .packing import packed, unpacked
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """The part of a sample that this rank has, in the order of the keys.
+
+    Attributes
+    ----------
+    size : int
+        n, of the whole sample.
+    rows : list of (index, position, input)
+        With the index in the whole sample, of which the ranks hold every W-th.
+    """
+
+    size: int
+    rows: list[tuple[int, int, Input]]
+
+
+def pooled(sample: BottomK, ranks: Ranks) -> BottomK:
+    """Return the sample of the data of all ranks, rows (input, number of outputs) included, on every rank."""
+    if ranks.size == 1:
+        return sample
+    whole = _winners(sample, ranks)
+    with ranks.together("the choice of landmarks"):
+        example = sample.rows()[0][0] if sample.positions() else None
+        own = [p for _, p, _ in whole.entries() if whole.row(p) == ranks.rank]
+        sent = {p: (packed(x), n) for p in own for x, n in [sample.row(p)]}
+    everyone = ranks.gathered(sent, "the choice of landmarks")
+    rows = {p: (unpacked(x, example), n) for theirs in everyone for p, (x, n) in theirs.items()}
+    return BottomK.of(sample.capacity, whole.entries(), rows)
+
+
+def dealt(sample: BottomK, ranks: Ranks) -> Dealt:
+    """Return this rank's part of the sample (of inputs) of all ranks."""
+    if ranks.size == 1:
+        entries = sample.entries()
+        return Dealt(len(entries), [(i, p, sample.row(p)) for i, (_, p, _) in enumerate(entries)])
+    whole = _winners(sample, ranks)
+    order = [(i, p) for i, (_, p, _) in enumerate(whole.entries())]
+    with ranks.together("the choice of curvature inputs"):
+        example = sample.rows()[0] if sample.positions() else None
+        sent: list[dict[int, Any]] = [{} for _ in range(ranks.size)]
+        for i, p in order:
+            if whole.row(p) == ranks.rank:
+                sent[i % ranks.size][p] = packed(sample.row(p))
+    received = ranks.exchanged(sent, "the choice of curvature inputs")
+    rows = {p: unpacked(x, example) for theirs in received for p, x in theirs.items()}
+    return Dealt(len(order), [(i, p, rows[p]) for i, p in order[ranks.turns()]])
+
+
+def _winners(sample: BottomK, ranks: Ranks) -> BottomK:
+    """Return the sample of all ranks, with the rank that has it in place of a row."""
+    found = ranks.gathered(sample.entries(), "the choice of a sample")
+    owners = {p: rank for rank, entries in enumerate(found) for _, p, _ in entries}
+    return BottomK.of(sample.capacity, [entry for entries in found for entry in entries], owners)

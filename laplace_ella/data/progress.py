@@ -1,0 +1,22 @@
+"""Progress bars: what wraps the items of long work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+# (items, name of the work) -> items
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def progress_bars(enabled: bool) -> Progress:
+    """Return what wraps an iterable in a named progress bar, or does nothing."""
+    # tqdm.auto's bars start an iterable twice, and with it the workers of a loader.
+    return lambda iterable, name: tqdm(iterable, desc=name) if enabled else iterable
+
+
+def no_progress(iterable: Iterable[Any], name: str) -> Iterable[Any]:
+    """Return an iterable as it is."""
+    return iterable

@@ -1,0 +1,168 @@
+r"""Data as they come: batches, and where each of their inputs stands in the data of all ranks.
+
+What is drawn from the data (landmarks, curvature inputs, sampled labels) is a function of
+these positions, so that it depends neither on batches nor on how the data are divided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DistributedSampler
+
+from ..parallel.ranks import ALONE, Ranks
+from .batches import Input, batch_size, digest_of, in_slices, rows
+from .hashing import digest
+from .loading import Prepare, named_batches, named_inputs
+from .progress import Progress, no_progress
+
+# Where nothing is known of how data are divided, positions of rank r start at r times this.
+RANK_STRIDE = 2**40
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of inputs and targets.
+
+    Attributes
+    ----------
+    name : str
+        For messages.
+    positions : LongTensor (B,)
+    x : input of B rows
+    y : Tensor (B, ...)
+    """
+
+    name: str
+    positions: Tensor
+    x: Input
+    y: Tensor
+
+    def digest(self) -> str:
+        """Return a hash of inputs and targets."""
+        return digest(digest_of(self.x), self.y)
+
+
+class Stream:
+    """A loader's batches, with the positions of their inputs, and no more of them than wanted.
+
+    With a ``torch.utils.data.DistributedSampler``, the j-th input of rank r has the position r + j W on W
+    ranks, and those that the sampler repeats to fill the last round are left out. Else, also with a sampler of
+    whole batches, it has a position of its own that only depends on r and j.
+
+    Parameters
+    ----------
+    loader : iterable
+        Of this rank.
+    dict_key_x, dict_key_y : str
+    prepare : callable
+        (inputs as the loader has them, how many there are) -> inputs that can be cut into rows.
+    ranks : Ranks
+    progress : callable
+    first_position : int
+        How many inputs came before those of the loader.
+    max_samples : int, optional
+        Of all ranks together; the batch that completes them is cut, and is the last to be asked for.
+
+    Raises
+    ------
+    ValueError
+        If the loader's sampler is one for other ranks.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        dict_key_x: str,
+        dict_key_y: str,
+        prepare: Prepare,
+        ranks: Ranks = ALONE,
+        progress: Progress = no_progress,
+        first_position: int = 0,
+        max_samples: int | None = None,
+    ) -> None:
+        self.loader, self.progress = loader, progress
+        self.keys, self.prepare = (dict_key_x, dict_key_y), prepare
+        self.start, self.step = first_position + ranks.rank * RANK_STRIDE, 1
+        self.limit = None if max_samples is None else ranks.lengths(max_samples)[ranks.rank]
+        self.n_batches: int | None = None
+        sampler, of_inputs = (None, False) if ranks.size == 1 else distributed_sampler(loader, ranks)
+        if sampler is None:
+            return
+        size = len(sampler.dataset)  # type: ignore[arg-type]
+        if of_inputs:
+            self.start, self.step = first_position + ranks.rank, ranks.size
+            wanted = size if max_samples is None else min(size, max_samples)
+            self.limit = len(range(ranks.rank, wanted, ranks.size))
+        else:  # of batches, whose lengths are not known
+            self.n_batches = len(range(ranks.rank, size, ranks.size))
+
+    def batches(self, title: str) -> Iterator[Batch]:
+        """Read the loader once; ``title`` is that of the progress bar.
+
+        Raises
+        ------
+        ValueError
+            If a batch has the wrong structure, or its inputs are not finite.
+        """
+        for n, stop, (name, x, y) in self._limited(named_batches, title, self.keys):
+            size = stop - n
+            if size < batch_size(x):
+                x, y = rows(x, 0, size), y[:size]
+            yield Batch(
+                name, self.start + self.step * torch.arange(n, stop, dtype=torch.int64, device="cpu"), x, y
+            )
+
+    def parts(self, title: str, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[Batch]:
+        """Read the loader once, its batches cut by a function that returns the parts of an input in order."""
+        for batch in self.batches(title):
+            for i, x in in_slices(batch.x, bounded):
+                yield replace(batch, x=x, y=batch.y[i], positions=batch.positions[i])
+
+    def inputs(self, title: str) -> Iterator[Input]:
+        """Read the loader once, whose batches may be inputs without targets."""
+        for n, stop, (_, x) in self._limited(named_inputs, title, self.keys[:1]):
+            yield rows(x, 0, stop - n) if stop - n < batch_size(x) else x
+
+    def _limited(
+        self, read: Callable[..., Iterable[Any]], title: str, keys: Any
+    ) -> Iterator[tuple[int, int, Any]]:
+        """Yield items (name, inputs, ...) with the numbers of their first input, and of the first of the next."""
+        n = 0
+        if self.limit == 0:
+            return
+        for item in read(islice(self.progress(self.loader, title), self.n_batches), *keys, self.prepare):
+            size = batch_size(item[1])
+            stop = n + size if self.limit is None else min(n + size, self.limit)
+            yield n, stop, item
+            n = stop
+            if n == self.limit:
+                return
+
+
+def distributed_sampler(loader: Any, ranks: Ranks) -> tuple[DistributedSampler[Any] | None, bool]:
+    """Return the DistributedSampler that a loader reads by, in order, and whether it is one of inputs, not of batches.
+
+    Raises
+    ------
+    ValueError
+        If the sampler is one for other ranks.
+    """
+    batch_sampler: Any = getattr(loader, "batch_sampler", None)
+    of_inputs = type(batch_sampler) is BatchSampler
+    sampler = batch_sampler.sampler if of_inputs else getattr(loader, "sampler", None)
+    in_order = getattr(loader, "in_order", True)
+    if type(sampler) is not DistributedSampler or not in_order or not (of_inputs or batch_sampler is None):
+        return None, False
+    if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
+        raise ValueError(
+            f"The loader's DistributedSampler is for rank {sampler.rank} of {sampler.num_replicas}, and this is rank "
+            f"{ranks.rank} of {ranks.size}. Build it from the same process group, or pass process_group=None to fit in "
+            "this process alone."
+        )
+    return sampler, of_inputs

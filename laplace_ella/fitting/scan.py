@@ -1,0 +1,188 @@
+r"""The one pass over the training data: loss, size, landmark inputs, curvature inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import batch_size, single_row
+from ..data.hashing import CURVATURE_INPUT, LANDMARK_INPUT, hash_keys
+from ..data.landmarks import BottomK, Entry
+from ..data.packing import packed, unpacked
+from ..data.pooling import pooled
+from ..data.stream import Batch
+from ..data.validation import NamingShape, check_some
+from ..parallel.ranks import Ranks
+from ..posterior.likelihoods import Likelihood, checked_targets, warn_of_two_readings
+
+
+@dataclass
+class Scan:
+    """What one pass over N inputs found, or has found so far.
+
+    Attributes
+    ----------
+    landmarks, curvature : BottomK
+        Independent samples: of (input, number of its outputs) for the landmarks, and of
+        inputs for G.
+    n_data : int
+        N.
+    n_predictions : int
+        Inputs times positions.
+    n_outputs : int
+        C.
+    loss : Tensor ()
+        Negative log likelihood summed over the data (and positions), float64.
+    longest : int
+        The longest batch seen.
+    n_batches : int
+        How many batches were read.
+    """
+
+    landmarks: BottomK
+    curvature: BottomK
+    n_data: int = 0
+    n_predictions: int = 0
+    n_outputs: int = 0
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu"))
+    longest: int = 0
+    n_batches: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return tensors and plain types, for :meth:`restore`."""
+        return {
+            **{name: getattr(self, name) for name in COUNTS},
+            "loss": self.loss,
+            "landmarks": [
+                (entry, *_packed_pair(self.landmarks, entry)) for entry in self.landmarks.entries()
+            ],
+            "curvature": [
+                (entry, packed(self.curvature.row(entry[1]))) for entry in self.curvature.entries()
+            ],
+        }
+
+    def restore(self, state: dict[str, Any], example: Any) -> None:
+        """Become what a scan was; ``example`` is an input, if they are mappings of a type of their own."""
+        for name in COUNTS:
+            setattr(self, name, state[name])
+        self.loss = state["loss"]
+        pairs = {entry[1]: (unpacked(x, example), n) for entry, x, n in state["landmarks"]}
+        inputs = {entry[1]: unpacked(x, example) for entry, x in state["curvature"]}
+        self.landmarks = BottomK.of(self.landmarks.capacity, [e for e, *_ in state["landmarks"]], pairs)
+        self.curvature = BottomK.of(self.curvature.capacity, [e for e, *_ in state["curvature"]], inputs)
+
+
+COUNTS = ("n_data", "n_predictions", "n_outputs", "longest", "n_batches")
+
+
+def _packed_pair(sample: BottomK, entry: Entry) -> tuple[Any, int]:
+    x, n = sample.row(entry[1])
+    return packed(x), n
+
+
+def scan(
+    batches: Iterable[Batch],
+    forward: Callable[[Any], Tensor],
+    likelihood: Likelihood,
+    *,
+    found: Scan,
+    seed: int,
+    balanced: bool = False,
+    after: Callable[[Batch], None] = lambda batch: None,
+) -> None:
+    """Read batches once, and add to what was found before.
+
+    Parameters
+    ----------
+    batches : iterable of Batch
+    forward : callable
+        Input -> outputs (B, ..., C), on the device it likes.
+    found : Scan
+    balanced : bool
+        Landmark inputs evenly over the classes.
+    after : callable
+        Called with every batch once it is part of ``found``.
+
+    Raises
+    ------
+    ValueError
+        If a batch has outputs that are not finite or not of the number before, or targets that
+        do not fit the outputs.
+
+    Notes
+    -----
+    Cost: a plain forward pass an input.
+    """
+    for batch in batches:
+        x, size = batch.x, batch_size(batch.x)
+        with NamingShape(x):
+            raw = forward(x)
+        f = raw.flatten(0, -2)
+        if not found.n_batches:
+            warn_of_two_readings(batch.y, raw.shape, batch.name)
+        y = checked_targets(likelihood, batch.y, f, raw.shape[1:-1], batch.name)
+        if found.n_outputs not in (0, f.shape[-1]):
+            raise ValueError(
+                f"The model returned {f.shape[-1]} outputs in {batch.name} and {found.n_outputs} before; "
+                "every batch must have the same number."
+            )
+        for sample, purpose, groups, row in (
+            (
+                found.landmarks,
+                LANDMARK_INPUT,
+                _classes(y, size) if balanced else None,
+                partial(_with_count, x, raw.shape[1:].numel()),
+            ),
+            (found.curvature, CURVATURE_INPUT, None, partial(single_row, x)),
+        ):
+            if sample.capacity:
+                keys = hash_keys(seed, purpose, batch.positions)
+                sample.offer(batch.positions, keys, groups, row)
+        found.loss = found.loss.to(f.device) + likelihood.loss(f, y)
+        found.n_outputs, found.longest = f.shape[-1], max(found.longest, size)
+        found.n_data, found.n_predictions = found.n_data + size, found.n_predictions + len(f)
+        found.n_batches += 1
+        after(batch)
+
+
+def over_all(found: Scan, ranks: Ranks) -> Scan:
+    """Return what the ranks found together, with the landmarks of all, and without curvature inputs.
+
+    Raises
+    ------
+    ValueError
+        If there are no data, or models with different numbers of outputs.
+    """
+    sums = torch.tensor([found.n_data, found.n_predictions], dtype=torch.int64, device="cpu")
+    n_data, n_predictions = ranks.total(sums).tolist()
+    check_some(n_data, "training loader")
+    n_outputs = {n for n in ranks.gathered(found.n_outputs, "the number of outputs") if n}
+    if len(n_outputs) > 1:
+        raise ValueError(f"The models of the ranks have different numbers of outputs: {sorted(n_outputs)}.")
+    return replace(
+        found,
+        landmarks=pooled(found.landmarks, ranks),
+        curvature=BottomK(0),
+        n_data=n_data,
+        n_predictions=n_predictions,
+        n_outputs=n_outputs.pop(),
+        loss=ranks.total(found.loss),
+        longest=ranks.greatest(found.longest, "the longest batch"),
+    )
+
+
+def _with_count(x: Any, n_coordinates: int, index: int) -> tuple[Any, int]:
+    return single_row(x, index), n_coordinates
+
+
+def _classes(y: Tensor, n_inputs: int) -> list[int]:
+    if len(y) != n_inputs:
+        raise ValueError(
+            f"balanced=True needs one class for each input; got {len(y)} targets for {n_inputs} inputs. Leave it out."
+        )
+    return (y if y.ndim == 1 else y.argmax(-1)).tolist()

@@ -1,0 +1,313 @@
+r"""The Nystrom basis: gradient rows R -> Gram matrix -> directions V in weight space.
+
+:math:`R R^T = U \operatorname{diag}(\lambda) U^T` and
+:math:`V = R^T U_K \operatorname{diag}(\lambda_K)^{-1/2}`, so that :math:`V^T V = I`
+(Deng, Zhou, Zhu, NeurIPS 2022, section 3; arXiv 2210.12642).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.hashing import digest
+from ..data.landmarks import Landmarks
+from ..data.progress import Progress, no_progress
+from ..network.functional import Weights, flat, is_dense
+from ..parallel.ranks import ALONE, Ranks
+from .caching import keep
+from .gram import FRESH, SampleBlocks, Spill, Unfinished, choose_rows
+from .rows import RowSource, gram
+
+
+@dataclass(frozen=True)
+class NystromBasis:
+    r"""K orthonormal directions in weight space.
+
+    Attributes
+    ----------
+    directions : dict of Tensor (K, *shape)
+        V, one block per trainable weight, in the weight's dtype and memory format.
+    eigenvalues : Tensor (K,)
+        The leading eigenvalues of the Gram matrix, descending, float64.
+    trace : float
+        Trace of the Gram matrix: the sum of all its eigenvalues.
+    spectrum : Tensor (M,)
+        All of them, descending, float64.
+    ranks : Ranks
+        Over which the directions are spread, dealt like cards, so that each has (K_rank, *shape) of
+        them; one by default.
+    grams : Tensor (L, K, K), optional
+        :attr:`weight_grams`, where no rank has all directions.
+    of_model : str, optional
+        The hash of the model whose gradients they come from; None if that is not known.
+    landmarks : Landmarks, optional
+        The M landmarks, whose inputs take little memory next to V.
+    coefficients : Tensor (M, K), optional
+        a with :math:`V = R^T a`, float64, where R are the gradients of the landmarks. None if the rows were
+        rounded to another precision than the model's before V was made of them.
+    """
+
+    directions: Weights
+    eigenvalues: Tensor
+    trace: float
+    spectrum: Tensor
+    ranks: Ranks = ALONE
+    grams: Tensor | None = None
+    of_model: str | None = None
+    landmarks: Landmarks | None = field(default=None, repr=False)
+    coefficients: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def n_landmarks(self) -> int:
+        """M, the number of landmarks."""
+        return len(self.spectrum)
+
+    @property
+    def rank(self) -> int:
+        """K, the number of directions."""
+        return len(self.eigenvalues)
+
+    @property
+    def retained(self) -> float:
+        """Share of the Gram matrix's trace that the K directions retain, in (0, 1]."""
+        return float(self.eigenvalues.sum()) / self.trace
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the directions are spread over several ranks."""
+        return self.ranks.size > 1
+
+    def fingerprint(self) -> str:
+        """Return a hash of the basis, the same on all ranks that share its directions: then, of the spectrum."""
+        directions = {} if self.sharded else self.directions
+        return digest(self.spectrum, self.eigenvalues, directions)
+
+    def leading(self, rank: int) -> NystromBasis:
+        """Return the basis of the first ``rank`` directions: what a fit with that rank would have found."""
+        kept = len(range(rank)[self.ranks.turns()])
+        # Copies, so that the memory of the others is freed.
+        directions = {k: v[:kept].clone() for k, v in self.directions.items()}
+        return replace(
+            self,
+            directions=directions,
+            eigenvalues=self.eigenvalues[:rank].clone(),
+            grams=None if self.grams is None else self.grams[:, :rank, :rank].clone(),
+            coefficients=None if self.coefficients is None else self.coefficients[:, :rank].clone(),
+        )
+
+    def spread(self, ranks: Ranks) -> NystromBasis:
+        """Return the basis whose directions here are those of one of several ranks; all of them have to call."""
+        lengths = [len(range(self.rank)[r :: ranks.size]) for r in range(ranks.size)]
+        # The Gram matrices are in the order of the ranks.
+        every = torch.arange(self.rank, dtype=torch.int64, device="cpu")
+        order = torch.cat([every[r :: ranks.size] for r in range(ranks.size)]).argsort()
+        device = self.eigenvalues.device
+        found = (gram(flat(v), device, ranks=ranks, lengths=lengths) for v in self.directions.values())
+        grams = torch.stack([g[order][:, order] for g in found])
+        return replace(self, ranks=ranks, grams=grams, landmarks=None, coefficients=None)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the spectrum of the Gram matrix, and the share of its trace that K directions retain.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ImportError
+            Without matplotlib, which the extra ``plot`` installs.
+        ValueError
+            If ``ax`` is something else.
+        """
+        import matplotlib.pyplot as plt
+
+        if ax is not None and not isinstance(ax, plt.Axes):
+            raise ValueError(f"ax must be one of matplotlib's Axes, or None; got {ax!r}.")
+        if ax is None:
+            _, ax = plt.subplots(layout="constrained")
+        values = self.spectrum.clamp_min(0).cpu().numpy()
+        ranks = range(1, len(values) + 1)
+        ax.loglog(ranks, values / values.sum(), color="C0")
+        ax.set_xlabel("index of the eigenvalue, or K")
+        ax.set_ylabel("eigenvalue / trace", color="C0")
+        ax.axvline(self.rank, color="0.6", ls="--")
+        right = ax.twinx()
+        right.semilogx(ranks, (values / values.sum()).cumsum(), color="C1")
+        right.set_ylim(0, 1)
+        right.set_ylabel("retained share", color="C1")
+        ax.set_title(f"K = {self.rank} of M = {self.n_landmarks} retain {self.retained:.1%} of the trace")
+        return ax
+
+    @property
+    def weight_grams(self) -> Tensor:
+        r""":math:`V_l^T V_l` (L, K, K) of each weight tensor l, float64; they sum to the identity."""
+        if self.grams is not None:
+            return self.grams
+        kept = self.__dict__.get("_weight_grams")
+        if kept is None or not kept.is_of((), self.directions.values()):
+            with torch.inference_mode(False), torch.no_grad():  # they are kept, and may meet a graph later
+                grams = [gram(flat(v), self.eigenvalues.device) for v in self.directions.values()]
+                kept = keep(torch.stack(grams), (), self.directions.values())
+            self.__dict__["_weight_grams"] = kept
+        return kept.value
+
+    def project_precision(self, prior_precision: Tensor) -> Tensor:
+        r"""Project a prior precision onto the span: :math:`V^T \Delta V` (K, K), float64.
+
+        Parameters
+        ----------
+        prior_precision : Tensor (1,), (L,) or (P,)
+            One for all weights, one per weight tensor, or one per weight.
+            Differentiable.
+        """
+        delta = prior_precision.double()
+        if delta.numel() == 1:
+            return delta * torch.eye(self.rank, dtype=torch.float64, device=delta.device)
+        blocks = [flat(v) for v in self.directions.values()]
+        if delta.numel() == sum(b.shape[1] for b in blocks):
+            parts = delta.split([b.shape[1] for b in blocks])
+            return sum((b.double() * d) @ b.double().T for b, d in zip(blocks, parts))
+        return torch.einsum("l,lkj->kj", delta, self.weight_grams)
+
+    def combine(self, coordinates: Tensor) -> Weights:
+        r"""Map coordinates z (S, K) to weight offsets :math:`V z`, a dict of (S, *shape)."""
+        with torch.autocast(coordinates.device.type, enabled=False):
+            own = coordinates[:, self.ranks.turns()]
+            return {
+                k: self.ranks.total(torch.tensordot(own.to(v.dtype), v, 1))
+                for k, v in self.directions.items()
+            }
+
+    def overlap(self, tangents: Weights) -> Tensor:
+        r"""Return :math:`V^T g` (K, S) of S tangents (S, *shape), float64."""
+        products = (flat(v).double() @ flat(tangents[k]).double().T for k, v in self.directions.items())
+        return self.ranks.interleaved(torch.stack(list(products)).sum(0).T, self.rank).T
+
+
+def identity_basis(weights: Weights) -> NystromBasis:
+    """Return all P unit directions, in which ELLA is exact linearised Laplace. Memory: P x P numbers."""
+    n_params = sum(w.numel() for w in weights.values())
+    device = next(iter(weights.values())).device
+    units = torch.eye(n_params, dtype=torch.float32, device=device)
+    blocks = units.split([w.numel() for w in weights.values()], dim=1)
+    directions = {k: _like(w, b.reshape(n_params, *w.shape)) for (k, w), b in zip(weights.items(), blocks)}
+    ones = torch.ones(n_params, dtype=torch.float64, device=device)
+    return NystromBasis(directions, ones, float(n_params), ones)
+
+
+def build_basis(
+    source: RowSource,
+    rank: int | float,
+    *,
+    budget: int,
+    spill: Spill | None = None,
+    progress: Progress,
+    unfinished: Unfinished = FRESH,
+) -> NystromBasis:
+    """Compute the leading directions of the landmarks' gradients.
+
+    Parameters
+    ----------
+    source : RowSource
+        Gradient rows of M landmarks.
+    rank : int or float
+        K wanted, or the share of the Gram matrix's trace to retain; fewer are returned if the
+        numerical rank of the rows is lower, or if a share would need more than the budget.
+    budget : int
+        Bytes that gradient rows may take; see :func:`laplace_ella.nystrom.gram.choose_rows`. The same on all ranks.
+    spill : Spill, optional
+        Where rows go that do not fit.
+    progress : callable
+        Wraps an iterable in a progress bar: (iterable, description) -> iterable.
+    unfinished : Unfinished
+        The Gram matrix of a fit that was interrupted, and what keeps it.
+
+    Raises
+    ------
+    ValueError
+        If a gradient is not finite, or all of them vanish.
+
+    Notes
+    -----
+    Cost: 3 or more forward passes a landmark if all rows fit or are spilled; else as
+    many times as ``choose_rows(...).gradients`` counts.
+    """
+    rows = choose_rows(source, budget, spill)
+    found = rows.gram(progress, unfinished)
+    # All ranks have the same matrix; that they find the same vectors too is not left to chance.
+    ranks = source.ranks
+    with ranks.together("the eigenvectors"):
+        pairs = torch.linalg.eigh(found)
+    spectrum, vectors = (ranks.of_first(t) for t in pairs)
+    spectrum, vectors = spectrum.flip(0), vectors.flip(1)
+    if isinstance(rank, float):
+        rank = min(rank_of_share(spectrum, rank), max(1, budget // source.row_bytes))
+    eigenvalues, coefficients = _leading_eigenpairs(spectrum, vectors, rank, rows.eps)
+    values = rows.combine(coefficients, progress)
+    with ranks.together("the directions"):
+        directions = _directions(source, values)
+    basis = NystromBasis(
+        directions,
+        eigenvalues,
+        float(found.trace()),
+        spectrum,
+        landmarks=source.landmarks,
+        coefficients=coefficients if rows.eps <= torch.finfo(source.dtype).eps else None,
+    )
+    return basis.spread(ranks) if source.sharded and ranks.size > 1 else basis
+
+
+def combined(source: RowSource, coefficients: Tensor, budget: int) -> Weights:
+    r"""Compute :math:`V = R^T a` from landmarks and coefficients (M, K). Cost: 3 or more forward passes a landmark."""
+    rows = SampleBlocks(source, max(1, min(budget // source.row_bytes, len(source))), 1)
+    return _directions(source, rows.combine(coefficients, no_progress))
+
+
+def _directions(source: RowSource, values: Mapping[str, Tensor]) -> Weights:
+    return {k: _like(w, values[k].reshape(values[k].shape[0], *w.shape)) for k, w in source.weights.items()}
+
+
+def rank_of_share(spectrum: Tensor, share: float) -> int:
+    """Return the smallest K whose eigenvalues make up a share of the trace."""
+    reached = spectrum.clamp_min(0).cumsum(0) >= share * spectrum.clamp_min(0).sum()
+    return 1 + int((~reached).sum())
+
+
+def _leading_eigenpairs(eigenvalues: Tensor, vectors: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:
+    r"""Return eigenvalues (K,), descending, and :math:`U_K \operatorname{diag}(\lambda_K)^{-1/2}` (M, K).
+
+    Eigenvalues up to max(eps of the rows, M eps of float64) times the largest are
+    rounding: a Weyl bound for a float64 Gram matrix of rounded rows.
+    """
+    if eigenvalues[0] <= 0:
+        raise ValueError(
+            "All landmark gradients are zero, so they span no direction; at least one must differ. "
+            "Check that the outputs depend on weights that require grad."
+        )
+    floor = max(eps, len(eigenvalues) * torch.finfo(torch.float64).eps) * eigenvalues[0]
+    kept = min(rank, int((eigenvalues > floor).sum()))
+    eigenvalues, vectors = eigenvalues[:kept].clone(), vectors[:, :kept]
+    # Eigenvectors have a sign of their own on every machine; fix it.
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return eigenvalues, vectors * signs / eigenvalues.sqrt()
+
+
+def _like(weight: Tensor, values: Tensor) -> Tensor:
+    """Store (K, *shape) so that each slice has the weight's dtype and order of axes in memory.
+
+    A tangent whose strides differ from its weight's is copied at every use. The strides of a slice of a
+    larger tensor, or of an expanded one, are no order of axes: directions would overlap.
+    """
+    own = weight if is_dense(weight) else torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    strides = (own.numel(), *own.stride())
+    return weight.new_empty(0).new_empty_strided(tuple(values.shape), strides).copy_(values)

@@ -1,0 +1,1 @@
+"""The Gaussian over the K coordinates, and what it predicts."""

@@ -1,0 +1,1 @@
+"""What validation data say about the parameters of the predictive."""

@@ -1,0 +1,161 @@
+r"""Scoring predictions on validation data that the model has seen once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torchmetrics
+from torch import Tensor
+
+from ..data.validation import NonFiniteSamplesError
+from ..parallel.ranks import ALONE, Ranks
+from ..posterior.gaussian import Linearised, NotPositiveDefiniteError
+from ..posterior.likelihoods import Likelihood, Prediction
+from .store import Store
+
+Loss: TypeAlias = torchmetrics.Metric | Callable[..., Any]
+# Errors of a setting, not of the data: it is skipped.
+SKIPPED = (NotPositiveDefiniteError, NonFiniteSamplesError)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some of the validation data: all that any candidate's prediction needs.
+
+    Attributes
+    ----------
+    linearised : Linearised
+    targets : Tensor
+        Class indices (B,) or probabilities (B, C); or targets (B, C).
+    last_layer : Tensor (B,), optional
+        Squared norms of what the last layer takes.
+    """
+
+    linearised: Linearised
+    targets: Tensor
+    last_layer: Tensor | None
+
+
+class ValidationData:
+    """Validation data reduced to what predictions need, on one rank: the model runs once.
+
+    Parameters
+    ----------
+    likelihood : Likelihood
+    store : Store
+    """
+
+    def __init__(self, likelihood: Likelihood, store: Store) -> None:
+        self.likelihood, self.store, self.n_inputs = likelihood, store, 0
+        self.lacks_last_layer = False
+
+    def append(self, n_inputs: int, block: Block) -> None:
+        """Add what is known of so many inputs."""
+        self.n_inputs += n_inputs
+        self.lacks_last_layer |= block.last_layer is None
+        seen = block.linearised
+        # Copies of what may share its memory with the loader's buffers, which it may fill again.
+        f, targets = seen.f.clone(), block.targets.clone()
+        self.store.append(f, seen.phi, seen.pushed, seen.gram, targets, block.last_layer)
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield the data block by block."""
+        for f, phi, pushed, gram, targets, norms in self.store:
+            assert f is not None
+            assert phi is not None
+            assert targets is not None
+            yield Block(Linearised(f, phi, pushed, gram), targets, norms)
+
+
+def score(
+    pairs_of: Callable[[], Iterable[tuple[Prediction, Tensor]]],
+    likelihood: Likelihood,
+    loss: Loss | None,
+    noise_variance: Any,
+    ranks: Ranks = ALONE,
+    device: torch.device | str = "cpu",
+) -> float:
+    r"""Score predictions as laplace-torch does, except that the default is NLL for regression too.
+
+    Parameters
+    ----------
+    pairs_of : callable
+        Returns this rank's pairs of (prediction, targets).
+    likelihood : Likelihood
+    loss : torchmetrics.Metric or callable, optional
+        A metric is reset, updated batch by batch with (prediction, targets), or
+        (mean, covariance, targets) if it takes three, and computed. A callable gets
+        all predictions and targets joined: (probabilities, targets) or (means,
+        covariances, targets). Default: mean NLL an input.
+    noise_variance : float or Tensor ()
+        :math:`\sigma^2`, for the default loss.
+    ranks : Ranks
+        Whose predictions are scored together. They exchange two numbers; a loss of the user's,
+        which need not be a mean, is evaluated by the first of them on all predictions.
+    device : torch.device
+        Where that one's loss gets them.
+    """
+    if loss is None:
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")
+        with ranks.together("the score of a setting", SKIPPED):
+            for prediction, y in pairs_of():
+                values = likelihood.nll(prediction, y, noise_variance).detach()
+                sums += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64, device="cpu")
+        total, n = ranks.total(sums).tolist()
+        return total / n
+    evaluate = partial(_metric_score if isinstance(loss, torchmetrics.Metric) else _joined_score, loss=loss)
+    if ranks.size == 1:
+        return evaluate(pairs_of())
+    with ranks.together("the predictions of a setting", SKIPPED):
+        mine = list(pairs_of())
+
+    def evaluate_all(everyone: list[Any]) -> float:
+        pairs = (pair for theirs in everyone for pair in theirs)
+        return evaluate(_on_device(prediction, y, device) for prediction, y in pairs)
+
+    # On one rank, as a loss may be random, or round in another way elsewhere.
+    return ranks.on_first(mine, evaluate_all, "the loss of a setting", SKIPPED)
+
+
+def _on_device(prediction: Prediction, y: Tensor, device: Any) -> tuple[Prediction, Tensor]:
+    moved = (
+        prediction.to(device) if isinstance(prediction, Tensor) else tuple(p.to(device) for p in prediction)
+    )
+    return moved, y.to(device)  # type: ignore[return-value]
+
+
+def _joined_score(pairs: Iterable[tuple[Prediction, Tensor]], *, loss: Any) -> float:
+    predictions, targets = zip(*pairs)
+    columns = zip(*(p if isinstance(p, tuple) else (p,) for p in predictions))
+    return float(loss(*(torch.cat(column) for column in columns), torch.cat(targets)))
+
+
+def _metric_score(pairs: Iterable[tuple[Prediction, Tensor]], *, loss: Any) -> float:
+    loss.reset()
+    with _alone(loss):
+        for prediction, y in pairs:
+            parts = (prediction,) if isinstance(prediction, Tensor) else prediction
+            try:
+                loss.update(*parts, y)
+            except TypeError:  # a metric of two arguments, as in laplace-torch
+                loss.update(parts[0], y)
+        return float(loss.compute().sum())
+
+
+@contextmanager
+def _alone(metric: torchmetrics.Metric) -> Iterator[None]:
+    """Keep a metric, and those it is made of, from adding up what the ranks of the default group have."""
+    parts = [m for m in metric.modules() if isinstance(m, torchmetrics.Metric)]
+    before = [m.distributed_available_fn for m in parts]
+    for m in parts:
+        m.distributed_available_fn = lambda: False
+    try:
+        yield
+    finally:
+        for m, available in zip(parts, before):
+            m.distributed_available_fn = available

@@ -1,0 +1,286 @@
+"""Many fits and predictions in one process, and many threads at once: nothing is left behind, nothing changes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import ConvNet, Residual
+from helpers import C, D, build, fitted, inputs, loader, mlp, targets, train_loader
+from torch import nn
+
+import laplace_ella
+from laplace_ella.posterior.links import quasi_normal
+
+N_FITS, N_PREDICTIONS = 30, 200
+N_THREADS = 8
+
+# Networks of a few weights on random labels often have their optimum on an edge of the grid.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The best (prior_precision|temperature)",
+    "ignore:.*validation inputs",
+    "ignore:No setting predicts better than the network itself",
+    "ignore:curvature='mc' estimates G",
+)
+
+
+class Encoder(nn.Module):
+    """A transformer layer over short sequences, with outputs at every position."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 5, 0.1, batch_first=True)
+        self.head = nn.Linear(6, C)
+
+    def forward(self, x):
+        return self.head(self.layer(x))
+
+
+MODELS = {
+    "mlp": (lambda: mlp(dtype=torch.float32), (D,)),
+    "batchnorm": (ConvNet, (2, 3, 3)),
+    "residual_inplace": (Residual, (2,)),
+    "encoder": (Encoder, (5, 6)),
+}
+FITS = (
+    {},
+    {"curvature_size": None},
+    {"curvature": "mc", "n_eigenvalues": 3},
+    {"memory_budget": 2**14},
+    {"n_eigenvalues": 0.9, "residual": "isotropic"},
+)
+LINKS = ("probit", "mc", "bridge", "bridge_norm")
+BATCHES = (7, 1, 11, 3)
+
+
+def batches(name, likelihood, seed):
+    shape = MODELS[name][1]
+    x = torch.randn(23, *shape, generator=torch.Generator().manual_seed(seed))
+    positions = shape[:1] if name == "encoder" else ()
+    y = torch.randint(C, (23, *positions), generator=torch.Generator().manual_seed(seed + 1))
+    if likelihood != "classification":
+        y = nn.functional.one_hot(y, C).float()
+    return loader(x, y, 3 + seed % 5)
+
+
+def one_fit(model, name, i):
+    likelihood = ("classification", "regression", "bernoulli")[i % 3]
+    options = {"subsample_size": 9, "n_eigenvalues": 4, "temperature": None, **FITS[i % len(FITS)]}
+    la = laplace_ella.ELLALaplace(model, likelihood, **options)
+    data = batches(name, likelihood, i)
+    la.fit(data, val_loader=data if i % 2 else None)
+    if i % 3 == 0:
+        la.optimize_prior_precision(method="gridsearch", val_loader=data, grid_size=3)
+    if i % 4 == 1:
+        la.optimize_hyperparameters(data, ["temperature"], n_samples=8)
+    la.fit(data, override=False)
+    return la
+
+
+def one_prediction(la, name, i):
+    x = torch.randn(BATCHES[i % len(BATCHES)], *MODELS[name][1], generator=torch.Generator().manual_seed(i))
+    generator = torch.Generator().manual_seed(i)
+    if i % 6 == 4:
+        return la.functional_samples(x, n_samples=5, generator=generator)
+    if i % 6 == 5:
+        return la(x, "nn", link_approx="mc", n_samples=3, generator=generator)
+    links = LINKS[:2] if la.likelihood == "bernoulli" else LINKS
+    return la(x, link_approx=links[i % len(links)])
+
+
+def held(models):
+    """Count what a process holds, but for the points of Monte-Carlo links, of which the latest eight sets stay."""
+    quasi_normal.cache_clear()
+    gc.collect()
+    modules = [m for model in models for m in model.modules()]
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "tensors": sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),
+        "hooks": sum(len(getattr(m, kind)) for m in modules for kind in hooks),
+        "threads": threading.active_count(),
+        "descriptors": len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0,
+        "tasks": len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 0,
+        "training": [m.training for m in modules],
+        "attributes": [sorted(vars(m)) for m in modules],
+        "grad": [p.grad is None and p.requires_grad and p.is_leaf for m in modules for p in m.parameters()],
+        "switches": [torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()],
+    }
+
+
+def test_the_count_sees_what_is_left():
+    model = mlp()
+    before = held([model])
+    kept = [torch.zeros(3)]
+    hook = model[0].register_forward_hook(lambda *args: None)
+    model[1].eval()
+    file = open(os.devnull)  # noqa: SIM115
+    after = held([model])
+    hook.remove()
+    file.close()
+    assert after["tensors"] == before["tensors"] + len(kept)
+    assert after["hooks"] == before["hooks"] + 1
+    assert after["training"] != before["training"]
+    if before["descriptors"]:
+        assert after["descriptors"] == before["descriptors"] + 1
+
+
+def test_many_fits_and_predictions_leave_nothing_behind():
+    torch.manual_seed(0)
+    models = {name: make() for name, (make, _) in MODELS.items()}
+    for i, model in enumerate(models.values()):
+        model.train(i % 2 == 0)
+    weights = [t.clone() for m in models.values() for t in (*m.parameters(), *m.buffers())]
+    names = list(models)
+    for i, name in enumerate(names):  # what is loaded at the first use
+        one_prediction(one_fit(models[name], name, i), name, i)
+    before = held(models.values())
+    estimators = {}
+    for i in range(N_FITS):
+        name = names[i % len(names)]
+        estimators[name] = one_fit(models[name], name, i)
+        for j in range(i * N_PREDICTIONS // N_FITS, (i + 1) * N_PREDICTIONS // N_FITS):
+            which = names[j % (i + 1) % len(names)]
+            out = one_prediction(estimators[which], which, j)
+            assert all(t.isfinite().all() for t in (out if isinstance(out, tuple) else (out,)))
+    assert j == N_PREDICTIONS - 1
+    del estimators, out
+    after = held(models.values())
+    assert after == before
+    now = [t for m in models.values() for t in (*m.parameters(), *m.buffers())]
+    assert all(torch.equal(a, b) for a, b in zip(weights, now, strict=True))
+
+
+def test_a_fit_that_fails_leaves_nothing_behind():
+    model = mlp()
+    la = fitted(model=model)
+    x, y = inputs(), targets("classification")
+    broken = [(x[:7], y[:7]), (x[:7] * torch.nan, y[:7])]
+
+    def failures():
+        for data in (broken, [], [(x, y + C)]):
+            with pytest.raises(ValueError, match=r"."):
+                la.fit(data)
+            with pytest.raises(ValueError, match=r"."):
+                build(model=model).fit(data)
+
+    failures()
+    before = held([model])
+    for _ in range(20):
+        failures()
+    assert held([model]) == before
+
+
+def test_a_fitted_estimator_does_not_grow_with_predictions():
+    la = fitted(model=mlp(), residual="isotropic")
+    x = inputs()
+
+    def predictions():
+        for size in (1, 5, 23):
+            la(x[:size])
+            la(x[:size], link_approx="mc")
+            la.functional_samples(x[:size], n_samples=3)
+            la.novelty(x[:size])
+
+    predictions()
+    before = held([la.model])
+    for _ in range(10):
+        predictions()
+    assert held([la.model]) == before
+
+
+# ---------------------------------------------------------------------------- threads
+
+
+def calls(la, x, i):
+    generator = torch.Generator().manual_seed(i)
+    return {
+        "probit": lambda: la(x),
+        "mc": lambda: la(x, link_approx="mc"),
+        "mc with a generator": lambda: la(x, link_approx="mc", generator=generator),
+        "features": lambda: la.features(x),
+        "nn": lambda: la(x, "nn", link_approx="mc", n_samples=3, generator=generator),
+        "functional_samples": lambda: la.functional_samples(x, n_samples=5, generator=generator),
+    }
+
+
+KINDS = tuple(calls(None, None, 0))
+
+
+def tensors(found):
+    return found if isinstance(found, tuple) else (found,)
+
+
+def in_threads(work, repeats):
+    """Call ``work(thread, repeat)`` in threads that start together."""
+    barrier = threading.Barrier(N_THREADS)
+
+    def run(thread):
+        barrier.wait(timeout=60)
+        return [work(thread, repeat) for repeat in range(repeats)]
+
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        return [future.result() for future in [pool.submit(run, i) for i in range(N_THREADS)]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_threads_at_once_get_what_one_thread_gets(likelihood, kind):
+    model = mlp()
+    state = fitted(likelihood, model).state_dict()
+    x = inputs(61, seed=8)
+
+    def work_of(la):
+        return lambda thread, repeat: calls(la, x[thread : thread + 9 + repeat], 10 * thread + repeat)[kind]()
+
+    one, many = build(likelihood, model), build(likelihood, model)
+    one.load_state_dict(state)
+    many.load_state_dict(state)  # so that threads meet at what is computed at the first call too
+    expected = [[work_of(one)(i, j) for j in range(5)] for i in range(N_THREADS)]
+    found = in_threads(work_of(many), 5)
+    for row, expected_row in zip(found, expected, strict=True):
+        for a, b in zip(row, expected_row, strict=True):
+            for t, u in zip(tensors(a), tensors(b), strict=True):
+                assert torch.equal(t, u)
+    assert not torch.equal(tensors(expected[0][0])[0], tensors(expected[1][0])[0])
+
+
+def test_threads_with_kinds_and_models_mixed_get_what_one_thread_gets():
+    model = mlp()
+    estimators = [
+        fitted("classification", model),
+        fitted("regression", model, residual="isotropic"),
+        fitted("classification", model, train_loader(), curvature="exact", seed=3),
+    ]
+    x = inputs(61, seed=8)
+    flags = [m.training for m in model.modules()]
+
+    def work(thread, repeat):
+        i = thread + repeat
+        la = estimators[i % len(estimators)]
+        return calls(la, x[i : i + 9], i)[KINDS[(thread + 3 * repeat) % len(KINDS)]]()
+
+    expected = [[work(i, j) for j in range(12)] for i in range(N_THREADS)]
+    found = in_threads(work, 12)
+    for row, expected_row in zip(found, expected, strict=True):
+        for a, b in zip(row, expected_row, strict=True):
+            for t, u in zip(tensors(a), tensors(b), strict=True):
+                assert torch.equal(t, u)
+    assert [m.training for m in model.modules()] == flags
+
+
+def test_threads_that_fit_at_once_get_what_one_thread_gets():
+    model = mlp()
+
+    def work(thread, repeat):
+        la = fitted(model=model, seed=thread, curvature_size=(None, 11)[repeat % 2])
+        return la.H, la.basis.eigenvalues, la(inputs(9, seed=thread))
+
+    expected = [[work(i, j) for j in range(2)] for i in range(N_THREADS)]
+    found = in_threads(work, 2)
+    for row, expected_row in zip(found, expected, strict=True):
+        for a, b in zip(row, expected_row, strict=True):
+            assert all(torch.equal(t, u) for t, u in zip(a, b, strict=True))

@@ -1,0 +1,37 @@
+"""docs/api.md shows everything public, and nothing that does not exist."""
+
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import laplace_ella
+from laplace_ella.ella import ELLALaplace
+
+SHOWN = re.findall(r"^::: (\S+)$", (Path(__file__).parents[2] / "docs/api.md").read_text(), re.M)
+
+
+def found(path):
+    """Import what a dotted path names."""
+    return pkgutil.resolve_name(path)
+
+
+def public_members():
+    """Return the names of what the package adds to laplace-torch's estimator, or does in another way."""
+    ours = [c for c in ELLALaplace.__mro__ if c.__module__.startswith("laplace_ella.")]
+    return {n for c in ours for n, v in vars(c).items() if not n.startswith("_") and not isinstance(v, str)}
+
+
+@pytest.mark.parametrize("path", SHOWN)
+def test_what_is_shown_exists_and_is_documented(path):
+    assert found(path).__doc__
+
+
+def test_everything_public_is_shown():
+    assert {f"laplace_ella.{name}" for name in laplace_ella.__all__} <= set(SHOWN)
+    assert public_members() - {path.rpartition(".")[2] for path in SHOWN} == set()
+
+
+def test_nothing_is_shown_twice():
+    assert len(SHOWN) == len(set(SHOWN))

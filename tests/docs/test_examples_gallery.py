@@ -1,0 +1,46 @@
+"""The gallery names every example, quotes what the scripts say, and has their figures."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GALLERY = (ROOT / "docs/gallery.md").read_text()
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+# A section is what follows a heading of the second level.
+SECTIONS = [part for part in re.split(r"^## ", GALLERY, flags=re.M)[1:] if "examples/" in part]
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_example_is_in_the_gallery_and_in_make_examples(script):
+    assert f"examples/{script.name}" in GALLERY
+    target = (ROOT / "Makefile").read_text().split("\nexamples:")[1].split("\n\n")[0]
+    assert f"examples/{script.name}" in target, "add it to the target `examples`, in its quick mode"
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda text: text.splitlines()[0])
+def test_quoted_code_is_that_of_the_script(section):
+    name = re.search(r"examples/(\w+\.py)", section)[1]
+    script = squeezed((ROOT / "examples" / name).read_text())
+    quotes = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    assert quotes
+    for quote in quotes:
+        assert squeezed(quote) in script, f"not in {name}:\n{quote}"
+
+
+def test_every_section_is_one_example():
+    named = {re.search(r"examples/(\w+\.py)", section)[1] for section in SECTIONS}
+    assert len(named) == len(SECTIONS) == len(SCRIPTS)
+
+
+def test_figures_exist_and_are_small():
+    figures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", GALLERY)
+    assert len(figures) == len(SCRIPTS) - 1, "one each; that of several processes has none"
+    for figure in figures:
+        size = (ROOT / "docs" / figure).stat().st_size
+        assert size < 150_000, f"{figure} has {size} bytes"

@@ -1,0 +1,288 @@
+"""``fit(val_loader=...)``: the paper's early stopping, which is a temperature and a prior."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from conftest import C, K, Problem, assert_close, make_problem
+from helpers import nll_of_calls
+from torch import nn
+
+from laplace_ella import ELLALaplace
+from laplace_ella.data.hashing import CURVATURE_INPUT, hash_keys
+
+F64 = torch.float64
+DELTA = 0.6
+N_VAL, VAL_BATCH = 17, 5
+
+
+@pytest.fixture
+def free_problem(likelihood, dtype) -> Problem:
+    return make_problem("mlp", likelihood, dtype)
+
+
+def validation(problem: Problem, y: torch.Tensor | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(11)
+    x = torch.randn(N_VAL, 2, generator=generator, dtype=F64)
+    if y is None and problem.likelihood == "regression":
+        y = oracle.outputs(problem.model, x) + torch.randn(N_VAL, C, generator=generator, dtype=F64)
+    elif y is None:
+        y = torch.randint(C, (N_VAL,), generator=generator)
+    return list(zip(x.split(VAL_BATCH), y.split(VAL_BATCH)))
+
+
+def build(problem: Problem, **options) -> ELLALaplace:
+    options = {"n_eigenvalues": K, "temperature": None, "prior_precision": DELTA, **options}
+    return ELLALaplace(problem.model, **problem.options(**options))
+
+
+def fit(problem: Problem, val=None, *, val_steps=1, link_approx="probit", **options) -> ELLALaplace:
+    la = build(problem, **options)
+    la.fit(
+        problem.loader(),
+        landmarks=problem.landmarks,
+        val_loader=validation(problem) if val is None else val,
+        val_steps=val_steps,
+        link_approx=link_approx,
+    )
+    return la
+
+
+def chosen(la: ELLALaplace) -> int:
+    scores = la.fit_history_["val_nll"]
+    return int(la.fit_history_["processed_examples"][scores.index(min(scores))])
+
+
+def naive_scores(la: ELLALaplace, problem: Problem, val, **options) -> dict[int, float]:
+    """Score G_n + (n/N) delta I, for every snapshot, by calls; on an estimator of its own."""
+    other = fit(problem, curvature_size=la.curvature_size)
+    scores = {}
+    for n, G in la.snapshots:
+        other.H = G
+        other.temperature = la.n_data / n
+        other.prior_precision = DELTA * n / la.n_data
+        scores[n] = nll_of_calls(other, val, **options)
+    return scores
+
+
+@pytest.mark.parametrize("curvature_size", [1000, 13])
+def test_posterior_precision_is_that_of_the_first_n_inputs(free_problem, curvature_size):
+    """[G_n + (n/N) delta I], G_n from the n training inputs with the smallest keys."""
+    p = free_problem
+    la, n_data = fit(p, curvature_size=curvature_size), len(p.x)
+    n = chosen(la)
+    order = hash_keys(la.seed, CURVATURE_INPUT, torch.arange(n_data)).argsort()[:n]
+    phi, f = la.features(p.x[order])
+    G_n = oracle.curvature(phi, f, p.likelihood) / p.sigma_noise**2
+    expected = G_n + n / n_data * DELTA * torch.eye(K, dtype=F64)
+    assert_close(la.posterior_precision, expected)
+    assert_close(la.posterior_covariance, torch.linalg.inv(expected), 1e-8)
+
+
+def test_early_stopping_is_a_temperature_and_a_prior(free_problem):
+    p = free_problem
+    la, n_data = fit(p), len(p.x)
+    n = chosen(la)
+    assert la.n_data == n_data
+    assert la.temperature == pytest.approx(n_data / n)
+    assert_close(la.prior_precision, torch.tensor([DELTA * n / n_data], dtype=F64))
+    assert_close(la.H, dict(la.snapshots)[n])
+
+
+def test_a_layerwise_prior_is_scaled_as_a_whole(free_problem):
+    prior = torch.tensor([0.2, 1.7, 0.6, 3.1], dtype=F64)
+    la = fit(free_problem, prior_precision=prior)
+    assert_close(la.prior_precision, prior * chosen(la) / la.n_data)
+
+
+@pytest.mark.parametrize("val_steps", [1, 2, None])
+def test_snapshots_follow_the_curvature_batches(free_problem, val_steps):
+    la = fit(free_problem, val_steps=val_steps)
+    expected = [10, 20, 23] if val_steps == 2 else [5, 10, 15, 20, 23]
+    assert la.fit_history_["processed_examples"] == expected
+    assert len(la.fit_history_["val_nll"]) == len(expected)
+    assert [n for n, _ in la.snapshots] == expected
+
+
+def test_a_snapshot_is_scaled_to_all_data(free_problem):
+    p = free_problem
+    la = fit(p, curvature_size=13)
+    order = hash_keys(la.seed, CURVATURE_INPUT, torch.arange(len(p.x))).argsort()
+    assert [n for n, _ in la.snapshots] == [5, 10, 13]
+    for n, G in la.snapshots:
+        phi, f = la.features(p.x[order[:n]])
+        assert_close(G, len(p.x) / n * oracle.curvature(phi, f, p.likelihood), name=f"n={n}")
+
+
+@pytest.mark.parametrize("curvature_size", [1000, 13])
+def test_recorded_scores_are_those_of_a_loop_over_calls(free_problem, curvature_size):
+    val = validation(free_problem)
+    la = fit(free_problem, val, curvature_size=curvature_size)
+    expected = naive_scores(la, free_problem, val)
+    assert la.fit_history_["processed_examples"] == list(expected)
+    assert la.fit_history_["val_nll"] == pytest.approx(list(expected.values()), abs=1e-9)
+    assert len(set(la.fit_history_["val_nll"])) == len(expected)
+    assert la.temperature == pytest.approx(la.n_data / min(expected, key=expected.__getitem__))
+    assert nll_of_calls(la, val) == pytest.approx(min(expected.values()), abs=1e-9)
+
+
+@pytest.mark.parametrize("link", ["probit", "mc", "bridge", "bridge_norm"])
+def test_the_link_that_scores_is_the_one_asked_for(dtype, link):
+    p = make_problem("mlp", "classification", dtype)
+    val = validation(p)
+    la = fit(p, val, link_approx=link)
+    expected = list(naive_scores(la, p, val, link_approx=link).values())
+    assert la.fit_history_["val_nll"] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_wrong_labels_stop_early_and_right_ones_late(dtype, right):
+    p = make_problem("mlp", "classification", dtype)
+    with torch.no_grad():
+        p.model[-1].weight.mul_(4)
+    x = torch.cat([x for x, _ in validation(p)])
+    f = oracle.outputs(p.model, x)
+    la = fit(p, validation(p, f.argmax(1) if right else f.argmin(1)))
+    assert chosen(la) == (23 if right else 5)
+
+
+def test_fitting_again_gives_the_same(free_problem):
+    p, val = free_problem, validation(free_problem)
+    la = fit(p, val)
+    before = (la.temperature, la.prior_precision.clone(), la.posterior_precision.clone(), la.fit_history_)
+    la.fit(p.loader(), landmarks=p.landmarks, val_loader=val, val_steps=1)
+    assert la.temperature == pytest.approx(before[0])
+    assert_close(la.prior_precision, before[1])
+    assert_close(la.posterior_precision, before[2])
+    assert la.fit_history_["val_nll"] == pytest.approx(before[3]["val_nll"])
+
+
+def test_temperature_stays_free(free_problem):
+    la = fit(free_problem)
+    assert not la._temperature_fixed
+    la.fit(free_problem.loader(), landmarks=free_problem.landmarks, val_loader=validation(free_problem))
+
+
+def test_a_fit_without_validation_chooses_nothing(free_problem):
+    la = build(free_problem)
+    la.fit(free_problem.loader(), landmarks=free_problem.landmarks)
+    assert la.temperature == 1.0
+    assert la.prior_precision.item() == DELTA
+    assert la.fit_history_["val_nll"] == []
+
+
+def test_the_choice_is_restored_from_a_checkpoint(free_problem, tmp_path):
+    p = free_problem
+    la = fit(p, validation(p))
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    other = build(p)
+    other.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
+    assert_close(other.posterior_precision, la.posterior_precision)
+    assert other.temperature == la.temperature
+    assert not other._temperature_fixed
+
+
+# ---------------------------------------------------------------------------- cost
+
+
+class Counting(nn.Module):
+    """Counts the forward passes of batches of one size."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.sizes = net, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(x))
+        return self.net(x)
+
+
+class Once:
+    """A loader that can be read once."""
+
+    def __init__(self, batches) -> None:
+        self.batches, self.reads = batches, 0
+
+    def __iter__(self):
+        self.reads += 1
+        assert self.reads == 1, "read twice"
+        return iter(self.batches)
+
+
+def test_validation_data_are_read_and_passed_through_the_model_once(likelihood, dtype):
+    counts = []
+    for val_steps in (1, 5):
+        p = make_problem("mlp", likelihood, dtype)
+        model = Counting(p.model)
+        p = Problem("counted", likelihood, model, p.x, p.y, p.x_test, p.landmarks, p.sigma_noise)
+        x = torch.cat([x for x, _ in validation(p)])
+        y = torch.cat([y for _, y in validation(p)])
+        loader = Once([(x, y), (x, y)])  # 17 rows: no other batch has that many
+        la = fit(p, loader, val_steps=val_steps)
+        assert len(la.snapshots) == (5 if val_steps == 1 else 1)
+        assert loader.reads == 1
+        counts.append(model.sizes.count(N_VAL))
+    assert counts[0] == counts[1] > 0
+
+
+# ---------------------------------------------------------------------------- errors
+
+
+def test_adding_data_records_the_score_of_the_whole_and_chooses_nothing(free_problem):
+    p = free_problem
+    la = build(p)
+    la.fit(p.loader(), landmarks=p.landmarks)
+    la.fit(p.loader(), override=False, val_loader=validation(p))
+    assert la.fit_history_["processed_examples"] == [2 * len(p.x)]
+    assert len(la.fit_history_["val_nll"]) == 1
+    assert la.temperature == 1
+    assert la.n_curvature == 2 * len(p.x)
+
+
+def test_a_temperature_fixed_by_the_user_stays_and_scores_are_recorded(free_problem):
+    la = fit(free_problem, temperature=1.0)
+    plain = build(free_problem, temperature=1.0)
+    plain.fit(free_problem.loader(), landmarks=free_problem.landmarks)
+    assert la.temperature == 1
+    assert_close(la.posterior_precision, plain.posterior_precision)
+    assert la.fit_history_["processed_examples"][-1] == len(free_problem.x)
+    assert len(la.fit_history_["val_nll"]) == len(la.fit_history_["processed_examples"]) > 1
+
+
+def test_an_empty_validation_loader_is_refused_and_leaves_the_estimator_as_it_was(free_problem):
+    p = free_problem
+    la = fit(p)
+    before = (la.posterior_precision.clone(), la.temperature, la.fit_history_)
+    with pytest.raises(ValueError, match="validation"):
+        la.fit(p.loader(), landmarks=p.landmarks, val_loader=[])
+    assert torch.equal(la.posterior_precision, before[0])
+    assert (la.temperature, la.fit_history_) == before[1:]
+
+
+def test_an_error_of_the_validation_loader_leaves_the_estimator_as_it_was(free_problem):
+    p = free_problem
+    la = fit(p)
+    before = (la.posterior_precision.clone(), la.temperature, la.fit_history_)
+
+    def broken():
+        yield validation(p)[0]
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        la.fit(p.loader(3), landmarks=p.landmarks, val_loader=broken(), val_steps=1)
+    assert torch.equal(la.posterior_precision, before[0])
+    assert (la.temperature, la.fit_history_) == before[1:]
+
+
+@pytest.mark.parametrize("link", ["laplace", "", None])
+def test_an_unknown_link_is_refused(free_problem, link):
+    with pytest.raises(ValueError, match="link_approx"):
+        fit(free_problem, link_approx=link)
+
+
+def test_scores_are_numbers(free_problem):
+    scores = fit(free_problem).fit_history_["val_nll"]
+    assert all(isinstance(s, float) and math.isfinite(s) for s in scores)

@@ -1,0 +1,218 @@
+"""The plan's seconds: those of chunks that were run, on a clock that the model itself moves."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_close
+from helpers import C, D, DictModel, N, build, dict_batches, inputs, loader, targets, train_loader
+from torch import nn
+
+from laplace_ella.fitting import rehearsal
+from laplace_ella.fitting.rehearsal import FEATURE_COST, LONG, REPEATS, seconds_of
+from laplace_ella.network import engine, memory
+
+
+class Clock:
+    """Seconds that pass only where a model says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(rehearsal, "perf_counter", lambda: self.now)
+
+
+class Priced(nn.Module):
+    """A network whose forward takes a fixed time, as reading its weights does, and some for every row."""
+
+    def __init__(self, clock, fixed, per_row, width=7):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(D, width), nn.Tanh(), nn.Linear(width, C)).double()
+        self.clock, self.fixed, self.per_row, self.calls = clock, fixed, per_row, 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.clock.now += self.fixed + self.per_row * len(x)
+        return self.net(x)
+
+
+def priced(monkeypatch, fixed=1.0, per_row=0.01, **options):
+    clock = Clock(monkeypatch)
+    return build(model=Priced(clock, fixed, per_row), **options), clock
+
+
+def fit_on(clock, la, data):
+    start = clock.now
+    la.fit(data)
+    return clock.now - start
+
+
+# The clock stands still in backward passes, so that autodiff="double" is not here.
+OPTIONS = [
+    {},
+    {"chunk_size": 2},
+    {"chunk_size": 3, "curvature_size": 11},
+    {"memory_budget": 9000},
+    {"memory_budget": 2000},
+    {"autodiff": "reverse"},
+    {"curvature": "mc"},
+    {"curvature": "mc", "curvature_samples": 3},
+    {"curvature_size": 10},
+    {"curvature_size": None},
+    {"n_eigenvalues": 1},
+    {"subsample_size": 3, "n_eigenvalues": 2},
+]
+
+
+@pytest.mark.filterwarnings("ignore:curvature='mc' estimates G")
+@pytest.mark.parametrize("fixed", [0.0, 1.0])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_planned_seconds_are_those_of_the_fit(monkeypatch, options, fixed):
+    monkeypatch.setattr(engine, "CPU_WORKING_SET", 6 * 7 * 8)  # bytes of six rows
+    la, clock = priced(monkeypatch, fixed, 0.01, **options)
+    plan = la.plan(train_loader(), verbose=False)
+    taken = fit_on(clock, la, train_loader())
+    assert taken / 1.5 < plan.total_seconds < 1.5 * taken
+    assert plan.total_seconds == sum(s.seconds for s in plan.stages)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_planned_predictions_are_those_of_calls(monkeypatch, chunk_size):
+    monkeypatch.setattr(engine, "CPU_WORKING_SET", 6 * 7 * 8)
+    la, clock = priced(monkeypatch, chunk_size=chunk_size)
+    plan = la.plan(train_loader(), verbose=False)
+    la.fit(train_loader())
+    for x, planned in ((inputs()[:7], 7 * plan.prediction), (inputs()[:1], plan.single_prediction)):
+        start = clock.now
+        la(x)
+        assert (clock.now - start) / 1.5 < planned < 1.5 * (clock.now - start)
+
+
+def test_a_call_that_is_long_is_timed_once(monkeypatch):
+    la, _ = priced(monkeypatch, fixed=10 * LONG)
+    la.plan(train_loader(), verbose=False)
+    before = la.model.calls
+    la.plan(train_loader(), verbose=False)
+    # The forward pass, the gradients, and features of a chunk and of a row.
+    assert la.model.calls - before == 4
+
+
+def test_calls_that_are_short_are_repeated_after_a_warm_up(monkeypatch):
+    clock = Clock(monkeypatch)
+    prices = iter([LONG / 2, 0.01, 0.03, 0.02, 0.01, 0.04, 7.0])
+
+    def call():
+        clock.now += next(prices)
+        return torch.zeros(())
+
+    assert seconds_of(call) == pytest.approx(0.02)
+    assert REPEATS == 5
+    assert next(prices) == 7.0
+
+
+def test_every_way_of_computing_features_has_a_cost():
+    from laplace_ella.network.features import FEATURES
+
+    assert set(FEATURE_COST) == set(FEATURES)
+
+
+def test_a_plan_leaves_estimator_model_and_generators_as_they_were():
+    la = build()
+    la.fit(train_loader())
+    generator = torch.Generator().manual_seed(3)
+    data = loader(inputs(), targets("classification"), shuffle=True, generator=generator)
+    la.model.train()
+    before = copy.deepcopy(la.state_dict())
+    expected, examples = la(inputs()[:3]), set(vars(la))
+    states = torch.get_rng_state(), random.getstate(), generator.get_state()
+    of_numpy = np.random.get_state()[1].copy()  # noqa: NPY002
+    la.plan(data, verbose=False)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert torch.equal(generator.get_state(), states[2])
+    assert (np.random.get_state()[1] == of_numpy).all()  # noqa: NPY002
+    assert all(m.training for m in la.model.modules())
+    assert all(p.grad is None and p.requires_grad for p in la.model.parameters())
+    assert set(vars(la)) == examples
+    after = la.state_dict()
+    assert after.keys() == before.keys()
+    assert torch.equal(after["H"], before["H"])
+    assert torch.equal(la(inputs()[:3]), expected)
+
+
+def test_a_plan_of_a_fit_leaves_the_same_fit():
+    planned, other = build(), build()
+    planned.plan(train_loader(), verbose=False)
+    for la in (planned, other):
+        la.fit(train_loader())
+    assert torch.equal(planned.H, other.H)
+
+
+def test_tangents_are_stored_as_a_basis_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, C)).double()
+    model.to(memory_format=torch.channels_last)
+    la = build(model=model)
+    x = torch.randn(7, 2, 4, 4, dtype=torch.float64)
+    found = rehearsal.Rehearsal(la.backend.engine, x, rank=4, n_curvature=7, sampled=0)._tangents()
+    la.fit(loader(x, torch.arange(7) % C))
+    for name, stored in la.basis.directions.items():
+        assert found[name].stride()[1:] == stored.stride()[1:]
+        assert found[name].shape[1:] == stored.shape[1:]
+    lengths = sum(v.flatten(1).square().sum(1) for v in found.values())
+    assert_close(lengths, torch.ones_like(lengths), rtol=0.3)
+
+
+def test_a_plan_says_what_exceeds_the_budget():
+    within = build().plan(train_loader(), verbose=False)
+    assert within.over_budget == ()
+    assert "WARNING" not in str(within)
+    beyond = build(memory_budget=3000).plan(train_loader(), verbose=False)
+    assert beyond.over_budget
+    names = [s.name for s in beyond.stages if s.n_bytes > 3000]
+    assert [s.name for s in beyond.over_budget] == names
+    (line,) = (row for row in str(beyond).splitlines() if row.startswith("WARNING"))
+    assert memory.gigabytes(3000) in line
+    assert all(name in line for name in names)
+
+
+def test_the_printed_plan_has_the_seconds_of_each_stage(monkeypatch):
+    la, _ = priced(monkeypatch, fixed=20.0, per_row=0.0)
+    plan = la.plan(train_loader(), verbose=False)
+    lines = str(plan).splitlines()
+    assert f"{plan.stages[0].seconds:.0f} s" in lines[2]
+    assert plan.stages[0].seconds == pytest.approx(N / 7 * 20)
+    assert plan.seconds == pytest.approx(20 / 7)
+    la, _ = priced(monkeypatch, fixed=0.5, per_row=0.0)
+    assert "500 ms alone" in str(la.plan(train_loader(), verbose=False))
+    assert "a prediction takes 2.9 s an input in batches like the first, 20 s alone" in str(plan)
+
+
+def test_a_plan_of_mappings_and_of_a_share_of_the_trace():
+    plan = build(model=DictModel(), n_eigenvalues=0.9).plan(dict_batches(), verbose=False)
+    assert plan.total_seconds > 0
+    assert plan.prediction > 0
+
+
+def test_a_plan_compiles_nothing(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: refuse)
+    la = build(compile=True)
+    assert la.plan(train_loader(), verbose=False).total_seconds > 0
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward loop", "reverse", "reverse loop"])
+def test_planned_seconds_of_every_way_to_compute_features(monkeypatch, mode):
+    monkeypatch.setattr(engine, "CPU_WORKING_SET", 6 * 7 * 8)
+    monkeypatch.setattr(engine.Engine, "mode", lambda self, x, rank: mode)
+    la, clock = priced(monkeypatch)
+    plan = la.plan(train_loader(), verbose=False)
+    assert plan.mode == mode
+    taken = fit_on(clock, la, train_loader())
+    assert taken / 1.5 < plan.total_seconds < 1.5 * taken

@@ -1,0 +1,437 @@
+"""Layers and wrappers of every kind: features against plain backward passes, and nothing left behind.
+
+One case for each way in which a model may resist differentiation: operators without a
+forward-mode rule, without a batching rule, hooks and parametrisations, wrappers.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers import C, DictModel, build, dict_batches, loader, reference_features, targets
+from laplace.curvature import AsdlGGN
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from untouched import Untouched
+
+# Checkpoints call it in older versions of torch.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")
+
+N_TRAIN, N_TEST, M, K = 7, 3, 5, 2
+STEPS, WIDTH, PIXELS, CHANNELS = 3, 4, 5, 2
+
+# Parts of the warnings: what falls back, features or landmark gradients; and what batches slowly.
+FEATURES, ROWS, SLICES = "forward mode", "one by one", "slice by slice"
+
+# ------------------------------------------------------------------ inputs
+
+
+def vectors(n: int) -> Tensor:
+    return torch.randn(n, WIDTH, dtype=torch.float64)
+
+
+def sequences(n: int) -> Tensor:
+    return torch.randn(n, STEPS, WIDTH, dtype=torch.float64)
+
+
+def images(n: int) -> Tensor:
+    return torch.randn(n, CHANNELS, PIXELS, PIXELS, dtype=torch.float64)
+
+
+def tokens(n: int) -> Tensor:
+    return torch.randint(11, (n, STEPS))
+
+
+def mapping(n: int) -> dict[str, Tensor]:
+    batch = dict_batches(n=n, batch_size=n)[0]
+    return {k: batch[k] for k in ("input_ids", "attention_mask")}
+
+
+# ------------------------------------------------------------------ models
+
+
+class Pooled(nn.Module):
+    """A layer, the mean of its output over all axes between batch and width, and a linear head."""
+
+    def __init__(self, layer: nn.Module, width: int = WIDTH) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(width, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        out = out[0] if isinstance(out, tuple) else out
+        return self.head(out.flatten(1, -2).mean(1) if out.ndim > 2 else out)
+
+
+def with_head(*layers: nn.Module, width: int = WIDTH) -> nn.Module:
+    return Pooled(nn.Sequential(*layers), width)
+
+
+def convolutional(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(CHANNELS, 4, 2), *layers, nn.Tanh(), nn.Flatten(), nn.LazyLinear(C))
+
+
+def with_statistics(model: nn.Module) -> nn.Module:
+    """Give running means and variances values that are not 0 and 1."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    return model
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.attention(x, x, x)
+
+
+class ScaledDotProduct(nn.Module):
+    def __init__(self, mask: Tensor | None = None, is_causal: bool = False) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.is_causal = is_causal
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.is_causal)[:, 0]
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 7, batch_first=True)
+    return Pooled(nn.TransformerEncoder(layer, 2))
+
+
+class SpatialTransformer(nn.Module):
+    """Moves its input by an affine map that it computes from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.localise = nn.Linear(CHANNELS * PIXELS**2, 6)
+        self.head = nn.Linear(CHANNELS * PIXELS**2, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        theta = self.localise(x.flatten(1)).reshape(-1, 2, 3).tanh()
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+        return self.head(F.grid_sample(x, grid, align_corners=False).flatten(1))
+
+
+def pooled_channels_last() -> nn.Module:
+    """Pool to one pixel, which in this memory format calls an operator that has no batching rule."""
+    layers = [nn.Conv2d(CHANNELS, 4, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, C)]
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+class Distances(nn.Module):
+    """Distances to learned centres; ``p`` = 2 multiplies matrices, others have kernels of their own."""
+
+    def __init__(self, p: float = 2.0) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, self.centres, p=self.p)
+
+
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
+    return with_head(layer, nn.Tanh())
+
+
+class InPlace(nn.Module):
+    """A residual sum and an activation, both in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.branch = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).tanh()
+        out = self.branch(self.relu(self.stem(h)))
+        out += h
+        return self.relu(out)
+
+
+class _Cube(torch.autograd.Function):
+    """New style, reverse mode only, without a rule for batches."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+class _CubeBatched(_Cube):
+    generate_vmap_rule = True
+
+
+class _CubeForward(_Cube):
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * tangent
+
+
+class _CubeForwardBatched(_CubeForward):
+    generate_vmap_rule = True
+
+
+class _OldCube(torch.autograd.Function):
+    """Old style: no transform of ``torch.func`` takes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+class Apply(nn.Module):
+    """A custom function as a layer."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(x)
+
+
+def custom(function: type[torch.autograd.Function]) -> Callable[[], nn.Module]:
+    return lambda: with_head(nn.Linear(WIDTH, WIDTH), Apply(function))
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its block in the backward pass, unless ``use_reentrant`` is None."""
+
+    def __init__(self, use_reentrant: bool | None) -> None:
+        super().__init__()
+        self.stem = nn.Linear(WIDTH, WIDTH)  # re-entrant checkpoints need an input that requires grad
+        self.block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, C))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).tanh()
+        if self.use_reentrant is None:
+            return self.block(h)
+        return checkpoint(self.block, h, use_reentrant=self.use_reentrant)
+
+
+def without_checkpoints(model: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(model)
+    twin.use_reentrant = None
+    return twin
+
+
+class LowRank(nn.Module):
+    """A frozen layer and a trainable update of rank 2 (LoRA), away from its initial value 0."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down = nn.Parameter(torch.randn(2, layer.in_features))
+        self.up = nn.Parameter(torch.randn(layer.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+def adapted() -> nn.Module:
+    frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    return nn.Sequential(frozen, nn.Tanh(), LowRank(nn.Linear(WIDTH, WIDTH)), nn.Tanh(), nn.Linear(WIDTH, C))
+
+
+class Tied(nn.Module):
+    """Reads its tokens and scores its outputs with one matrix, as language models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, WIDTH)
+        self.decoder = nn.Linear(WIDTH, 11, bias=False)
+        self.decoder.weight = self.embedding.weight
+        self.head = nn.Linear(11, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.decoder(self.embedding(x).mean(1).tanh()))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.Linear(5, C))
+
+
+# ------------------------------------------------------------------ the table
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its inputs, and what is expected of it.
+
+    ``oracle`` returns the module that plain backward passes differentiate: the inner
+    one of a wrapper, whose names are those of the basis.
+    """
+
+    name: str
+    make_model: Callable[[], nn.Module]
+    make_input: Callable[[int], Any] = vectors
+    fallbacks: tuple[str, ...] | None = ()  # parts of the warnings; None: as the version of torch has it
+    training: bool = False  # the model's mode when it is fitted and called
+    oracle: Callable[[nn.Module], nn.Module] = lambda model: model
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.make_model().double()
+        if any(isinstance(p, nn.UninitializedParameter) for p in model.parameters()):
+            model(self.make_input(2))
+        return with_statistics(model).train(self.training)
+
+
+BOTH = (FEATURES, ROWS)
+CASES = [
+    # attention
+    Case("multi-head attention", lambda: Pooled(SelfAttention()), sequences),
+    Case("transformer encoder", encoder, sequences),
+    Case("transformer encoder, training", encoder, sequences, training=True),
+    Case("scaled dot product", lambda: Pooled(ScaledDotProduct()), sequences),
+    Case(
+        "scaled dot product, mask",
+        lambda: Pooled(ScaledDotProduct(torch.ones(STEPS, STEPS).tril().bool())),
+        sequences,
+    ),
+    Case("scaled dot product, causal", lambda: Pooled(ScaledDotProduct(is_causal=True)), sequences),
+    # recurrent layers
+    Case("LSTM", lambda: Pooled(nn.LSTM(WIDTH, 5, batch_first=True), 5), sequences, (ROWS,)),
+    Case("GRU", lambda: Pooled(nn.GRU(WIDTH, 5, batch_first=True), 5), sequences, (ROWS,)),
+    # operators that lack a rule
+    Case("embedding bag", lambda: Pooled(nn.EmbeddingBag(11, WIDTH)), tokens, (FEATURES,)),
+    Case("grid sample", SpatialTransformer, images, None),
+    Case("cdist", lambda: with_head(nn.Linear(WIDTH, WIDTH), Distances()), vectors, (FEATURES,)),
+    Case("cdist, p = 1.5", lambda: with_head(nn.Linear(WIDTH, WIDTH), Distances(1.5)), vectors, (FEATURES,)),
+    Case("pooling, channels last", pooled_channels_last, images, None),
+    # parametrisations
+    Case("weight norm, hooks", old_weight_norm, vectors, (FEATURES,)),
+    Case(
+        "weight norm",
+        lambda: with_head(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh()),
+        vectors,
+        (FEATURES,),
+    ),
+    # normalisation and dropout
+    Case("group norm", lambda: convolutional(nn.GroupNorm(2, 4)), images),
+    Case("layer norm", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)), sequences),
+    Case("instance norm", lambda: convolutional(nn.InstanceNorm2d(4, affine=True)), images),
+    Case(
+        "instance norm, statistics",
+        lambda: convolutional(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
+        images,
+        training=True,
+    ),
+    Case("batch norm 1d", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))),
+    Case("batch norm 2d", lambda: convolutional(nn.BatchNorm2d(4)), images),
+    Case("batch norm 2d, training", lambda: convolutional(nn.BatchNorm2d(4)), images, training=True),
+    Case("dropout", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)), training=True),
+    # others
+    Case("transposed convolution", lambda: convolutional(nn.Tanh(), nn.ConvTranspose2d(4, 3, 2, 2)), images),
+    Case("in-place residual", lambda: with_head(InPlace())),
+    Case("tied weights", Tied, tokens),
+    Case("frozen backbone and LoRA", adapted),
+    Case("mapping in, logits out", DictModel, mapping),
+    # custom functions
+    Case("function, no rules", custom(_Cube), vectors, BOTH),
+    Case("function, batches", custom(_CubeBatched), vectors, (FEATURES,)),
+    Case("function, jvp", custom(_CubeForward), vectors, BOTH),
+    Case("function, jvp and batches", custom(_CubeForwardBatched), vectors),
+    Case("function, old style", custom(_OldCube), vectors, BOTH),
+    # wrappers
+    Case("checkpoint", lambda: Checkpointed(False), vectors, None),
+    Case("checkpoint, re-entrant", lambda: Checkpointed(True), vectors, BOTH, oracle=without_checkpoints),
+    Case("compiled", lambda: torch.compile(mlp(), backend="eager"), oracle=lambda model: model._orig_mod),
+    # On a machine with a GPU, DataParallel moves the model there at once.
+    Case("data parallel", lambda: nn.DataParallel(mlp()).cpu(), oracle=lambda model: model.module),
+]
+
+
+# ------------------------------------------------------------------ tests
+
+
+def batches(x: Any) -> Any:
+    """Labelled batches of 4 rows."""
+    y = targets("classification", N_TRAIN)
+    if isinstance(x, Tensor):
+        return loader(x, y, batch_size=4)
+    columns = [{**x, "labels": y}[k].split(4) for k in (*x, "labels")]
+    return [dict(zip((*x, "labels"), values)) for values in zip(*columns)]
+
+
+def check_fallbacks(case: Case, support: Any, messages: list[Warning | str]) -> None:
+    """Require one warning for each thing that fell back, no other, and those of the table."""
+    assert support.features in {"forward", "forward loop", "double", "reverse", "reverse loop"}
+    assert support.rows in {"vmap", "loop"}
+    fell_back = {FEATURES: support.features != "forward", ROWS: support.rows == "loop"}
+    if case.fallbacks is not None:
+        assert fell_back == {part: part in case.fallbacks for part in fell_back}, support
+    slow = [m for m in messages if SLICES in str(m)]
+    assert len(slow) <= 2, slow  # features, and landmark gradients
+    assert len(messages) - len(slow) == sum(fell_back.values()), messages
+    for part, expected in fell_back.items():
+        assert sum(part in str(m) for m in messages) == expected, messages
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_architecture(case: Case) -> None:
+    model = case.model()
+    untouched = Untouched(model)
+    data, x = batches(case.make_input(N_TRAIN)), case.make_input(N_TEST)
+    la = build(model=model, subsample_size=M, n_eigenvalues=K)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always", UserWarning)
+        # Re-entrant checkpoints say so in plain forward passes too.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
+        la.fit(data)
+        phi, f = la.features(x)
+        probs = la(x, link_approx="mc")
+    untouched.check()
+    assert probs.shape == (N_TEST, C)
+    assert probs.isfinite().all()
+    expected_phi, expected_f = reference_features(case.oracle(model), la.basis, x)
+    torch.testing.assert_close(f, expected_f)
+    torch.testing.assert_close(phi, expected_phi)
+    assert phi.abs().max() > 0
+    check_fallbacks(case, la.backend.support(x), [w.message for w in record])
+
+
+def test_a_library_that_cannot_differentiate_a_layer_says_what_to_do():
+    model = nn.Sequential(nn.Conv2d(1, 2, 2, dilation=2), nn.Flatten(), nn.Linear(2 * 3 * 3, 3))
+    la = build(model=model, backend=AsdlGGN)
+    x = torch.randn(7, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"ASDL cannot differentiate this model.*Leave `backend` out"):
+        la.fit([(x, torch.arange(7) % 3)])

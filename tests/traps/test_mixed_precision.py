@@ -1,0 +1,203 @@
+"""Networks whose outputs have another precision than what computes them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import assert_close
+from helpers import N_TEST, C, D, H, fitted, inputs, reference_features, train_loader
+from torch import nn
+
+from laplace_ella import NystromGGN
+from laplace_ella.network.adjoint import LARGEST_RATIO
+from laplace_ella.network.recording import Recording, coarsest, tolerance
+
+SEEDS = range(10)
+X = inputs(N_TEST, seed=7, dtype=torch.float32)
+BF16 = torch.bfloat16
+
+
+def layers():
+    middle = [nn.Linear(H, H), nn.ReLU(), nn.LayerNorm(H)]
+    return nn.Sequential(nn.Linear(D, H), nn.Tanh(), *middle, nn.Linear(H, C))
+
+
+class Autocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = layers()
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, BF16):
+            f = self.net(x)
+        return f.float()
+
+
+class Body(nn.Module):
+    """A body in bfloat16 and a head in float32, with something in between."""
+
+    def __init__(self, between=lambda h: h):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H), nn.Tanh()).to(BF16)
+        self.head = nn.Linear(H, C)
+        self.between = between
+
+    def forward(self, x):
+        return self.head(self.between(self.body(x.to(BF16))).float())
+
+
+class LoRA(nn.Module):
+    """A frozen layer in bfloat16, and trainable updates of rank 2 in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H)).to(BF16).requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, H)), nn.Parameter(torch.randn(H, 2))
+        self.head = nn.Linear(H, C)
+
+    def forward(self, x):
+        h = self.base[:2](x.to(BF16))
+        h = self.base[2](h) + (h.float() @ self.down.T @ self.up.T).to(BF16)
+        return self.head(h.float().tanh())
+
+
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = layers()
+
+    def forward(self, x):
+        return self.net(x).double()
+
+
+class Halved(Autocast):
+    """float16 inside."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, C)]
+        self.net = nn.Sequential(*layers).half()
+
+    def forward(self, x):
+        return self.net(x.half()).float()
+
+
+CASES = [(Autocast, BF16), (Body, BF16), (LoRA, BF16), (Doubled, torch.float32), (Halved, torch.float16)]
+
+
+def built(kind, seed, *args):
+    torch.manual_seed(seed)
+    return kind(*args)
+
+
+@pytest.mark.filterwarnings("ignore:.*one by one")  # layer norms under autocast
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("kind", "precision"), CASES, ids=[kind.__name__ for kind, _ in CASES])
+def test_mixed_precision_fits(kind, precision, seed):
+    model = built(kind, seed)
+    la = fitted(model=model, data=train_loader(dtype=torch.float32), n_eigenvalues=2)
+    support = la.backend.support(X)
+    assert (support.features, support.precision) == ("forward", precision)
+    phi, f = la.features(X)
+    expected_phi, expected_f = reference_features(model, la.basis, X)
+    eps = torch.finfo(precision).eps
+    assert_close(f, expected_f, rtol=4 * eps)
+    assert_close(phi, expected_phi, rtol=8 * eps)
+
+
+# ------------------------------------------------------------------ real faults
+
+
+def halved_gradient(h):
+    with torch.no_grad():
+        kept = h / 2
+    return h / 2 + kept
+
+
+class WrongJvp(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0].cos() * grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return ctx.saved_tensors[0].cos() * tangent * 1.5
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("fault", [halved_gradient, WrongJvp.apply], ids=["no_grad", "wrong jvp"])
+def test_faults_in_bodies_are_found(fault, dtype, seed):
+    model = built(Body, seed, fault)
+    if dtype == torch.float32:
+        model.body.float()
+        model.forward = lambda x: model.head(fault(model.body(x)))
+    with pytest.raises(ValueError, match="Forward and reverse mode disagree"):
+        NystromGGN(model, "classification").support(X)
+
+
+def test_a_coarse_tensor_beside_the_way_makes_nobody_blind():
+    def fault(h):
+        with torch.no_grad():
+            kept = h / 50
+        return h * 49 / 50 + kept + h.new_ones((), dtype=BF16)
+
+    model = built(Body, 0, fault)
+    model.body.float()
+    model.forward = lambda x: model.head(fault(model.body(x)))
+    with pytest.raises(ValueError, match="Forward and reverse mode disagree"):
+        NystromGGN(model, "classification").support(X)
+
+
+# ------------------------------------------------------------------ rewriting
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_rewriting_goes_on_in_mixed_precision(seed):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolutions = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Tanh()).to(BF16)
+            self.head = nn.Linear(5, C)
+
+        def forward(self, x):
+            return self.head(self.convolutions(x.to(BF16)).float().mean((2, 3)))
+
+    model = built(Net, seed)
+    x = torch.randn(3, 2, 7, 7)
+    backend = NystromGGN(model, "classification")
+    assert backend.support(x).features == "forward"
+    assert list(backend.engine.facts(x).rewritten.rewrites.folds) == [0]
+
+
+# ------------------------------------------------------------------ parts
+
+
+def test_the_recording_sees_types_and_draws():
+    with Recording() as record:
+        x = torch.ones(3, dtype=torch.float64).to(torch.float16).float()
+        x.bernoulli_(0.5)
+        torch.rand(2, generator=torch.Generator())
+    assert record.dtypes == {torch.float64, torch.float16, torch.float32}
+    assert record.draws == ["bernoulli_", "rand"]
+
+
+def test_the_coarsest_precision():
+    assert coarsest([torch.int64, torch.bool]) == torch.float64
+    assert coarsest([torch.float32, torch.int8, torch.float64]) == torch.float32
+    assert coarsest([torch.float16, torch.bfloat16, torch.float32]) == BF16
+    assert coarsest([torch.complex64, torch.float64]) == torch.complex64
+    assert coarsest([torch.float8_e4m3fn]) == BF16  # of what is computed with it
+    assert tolerance(torch.float64) < 1e-7 < 1e-4 < tolerance(torch.float32, torch.float64) < 2e-3
+    assert LARGEST_RATIO > 1

@@ -1,0 +1,405 @@
+"""Padding rows of embeddings, and gradients scaled by frequency: one derivative in every mode."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_close
+from helpers import build, reference_features
+from laplace.curvature import AsdlGGN, BackPackGGN
+from torch import nn
+from torch.nn import functional as F
+
+from laplace_ella.network.features import FEATURES
+from laplace_ella.network.functional import FunctionalModel
+from laplace_ella.network.lookups import padding_rows
+from laplace_ella.network.memory import Chunks
+from laplace_ella.network.safety import safe_autodiff
+
+F64 = torch.float64
+TOKENS, PAD, WIDTH, C, LENGTH = 11, 2, 5, 3, 4
+
+
+def falls_back(test):
+    """Some of the models have no forward mode, or no batched gradients."""
+    for message in ("This model", "An operator has no batching rule"):
+        test = pytest.mark.filterwarnings(f"ignore:{message}:UserWarning")(test)
+    return test
+
+
+def randomised(module):
+    """Fill padding rows too: a lookup of a row of zeros hides what is done to it."""
+    torch.manual_seed(0)
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5)
+    return module.to(F64)
+
+
+class Pooled(nn.Module):
+    """Tokens, averaged, classified."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH, **{"padding_idx": PAD, **options})
+        self.hidden = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, C)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.embedding(x)).tanh().mean(1))
+
+
+class TokenClassifier(nn.Module):
+    """What BertForTokenClassification is, in small: outputs (B, L, C), padding among the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(TOKENS, WIDTH, padding_idx=PAD)
+        self.positions = nn.Embedding(LENGTH + 3, WIDTH, padding_idx=1)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, C)
+
+    def forward(self, x):
+        seen = x != self.words.padding_idx  # which a model may ask at any time
+        h = self.norm(self.words(x) + self.positions(torch.where(seen, seen.cumsum(1) + 1, 1)))
+        scores = self.query(h) @ self.key(h).mT
+        h = h + (scores - 2.0 * (~seen[:, None])).softmax(-1) @ self.value(h)
+        return self.head(h.tanh())
+
+
+class Raw(nn.Module):
+    """A parameter that is looked up by the function, padding counted from its end."""
+
+    def __init__(self, lookup):
+        super().__init__()
+        self.lookup = lookup
+        self.weight = nn.Parameter(torch.zeros(TOKENS, WIDTH))
+        self.head = nn.Linear(WIDTH, C)
+
+    def forward(self, x):
+        return self.head(self.lookup(x, self.weight).tanh().mean(1))
+
+
+class Tied(nn.Module):
+    """A language model whose head is its embedding: the padding row has a gradient from there."""
+
+    def __init__(self, by_function=False):
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH, padding_idx=PAD)
+        self.hidden = nn.Linear(WIDTH, WIDTH)
+        if not by_function:
+            self.head = nn.Linear(WIDTH, TOKENS, bias=False)
+            self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        h = self.hidden(self.embedding(x)).tanh().mean(1)
+        return h @ self.embedding.weight.T
+
+
+class Bag(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(TOKENS, WIDTH, mode="mean", padding_idx=PAD, **options)
+        self.head = nn.Linear(WIDTH, C)
+
+    def forward(self, x):
+        return self.head(self.embedding(x).tanh())
+
+
+def negative(x, weight):
+    return F.embedding(x, weight, padding_idx=PAD - TOKENS)
+
+
+def low_level(x, weight):
+    return torch.embedding(weight, x, PAD, True)
+
+
+MODELS = {
+    "pooled": Pooled,
+    "by frequency": lambda: Pooled(scale_grad_by_freq=True),
+    "by frequency alone": lambda: Pooled(scale_grad_by_freq=True, padding_idx=None),
+    "negative": lambda: Pooled(padding_idx=PAD - TOKENS),
+    "sparse": lambda: Pooled(sparse=True),
+    "tokens": TokenClassifier,
+    "function": lambda: Raw(negative),
+    "low-level": lambda: Raw(low_level),
+    "tied": Tied,
+    "tied by function": lambda: Tied(by_function=True),
+    "bag": Bag,
+    "bag by frequency": lambda: Bag(scale_grad_by_freq=True),
+}
+# With rules of forward mode.
+FORWARD = [name for name in MODELS if not name.startswith("bag")]
+
+
+def make(name):
+    return randomised(MODELS[name]())
+
+
+def tokens(n=13, seed=1):
+    x = torch.randint(TOKENS, (n, LENGTH), generator=torch.Generator().manual_seed(seed))
+    x[:, -1] = PAD
+    x[1], x[2, :2] = PAD, 4  # nothing but padding; a token that comes twice
+    return x
+
+
+def data_of(model, x, batch=5):
+    f = model(x)
+    y = torch.randint(f.shape[-1], f.shape[:-1], generator=torch.Generator().manual_seed(2))
+    return list(zip(x.split(batch), y.split(batch)))
+
+
+def reference(model):
+    """The model whose derivatives by plain backward passes are meant: not divided by frequencies, and dense."""
+    model = copy.deepcopy(model)
+    for m in model.modules():
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)):
+            m.scale_grad_by_freq = m.sparse = False
+    if isinstance(model, Raw):
+        model.lookup = negative
+    return model
+
+
+class Flat(nn.Module):
+    """Outputs (B, L C)."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).flatten(1)
+
+
+def true_features(model, directions, x):
+    """J(x) V (B, L C, K) by plain backward passes, one for each row and output."""
+    flat = Flat(reference(model))
+    renamed = type(
+        "Basis",
+        (),
+        {
+            "rank": len(next(iter(directions.values()))),
+            "directions": {f"model.{k}": v for k, v in directions.items()},
+        },
+    )
+    return reference_features(flat, renamed, x)[0]
+
+
+def fit(model, **kwargs):
+    la = build(model=model, subsample_size=17, **kwargs)
+    la.fit(data_of(model, tokens()))
+    return la
+
+
+def modes(name):
+    return ["auto", "forward", "double", "reverse"] if name in FORWARD else ["auto"]
+
+
+@falls_back
+@pytest.mark.parametrize("mode", FEATURES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_mode_has_the_derivative_of_a_plain_backward_pass(name, mode):
+    if mode in ("forward", "forward loop", "double") and name not in FORWARD:
+        pytest.skip("no rule for bags")
+    model, x = make(name), tokens(7)
+    function = FunctionalModel(model)
+    weights = function.weights()
+    generator = torch.Generator().manual_seed(3)
+    v = {k: torch.randn(2, *w.shape, generator=generator, dtype=F64) for k, w in weights.items()}
+    if name == "sparse" and mode == "reverse":
+        pytest.skip("vmap has no sparse gradients")
+    with safe_autodiff(model):
+        phi, f = FEATURES[mode](function, weights, v, x, Chunks(3, 2))
+    assert_close(phi, true_features(model, v, x))
+    assert_close(f, model(x).flatten(1).detach())
+
+
+@falls_back
+@pytest.mark.parametrize("name", MODELS)
+def test_fits_of_all_modes_agree(name):
+    model, x = make(name), tokens(7, seed=4)
+    found = {mode: fit(model, autodiff=mode, residual="isotropic") for mode in modes(name)}
+    first = found["auto"]
+    for la in found.values():
+        phi, _ = la.features(x)
+        expected = true_features(model, la.basis.directions, x)
+        assert_close(phi, expected.reshape(-1, phi.shape[1], la.basis.rank), name="phi")
+        assert_close(la.H, first.H, name="G")
+        assert_close(la._outputs(la._linearised(x)).variance, first._outputs(first._linearised(x)).variance)
+        assert_close(la.novelty(x), first.novelty(x), name="novelty")
+
+
+@pytest.mark.parametrize("name", ["pooled", "by frequency", "negative", "tokens"])
+def test_padding_rows_have_no_part_in_directions(name):
+    model = make(name)
+    la = fit(model)
+    rows = padding_rows(model)
+    assert len(rows) == (2 if name == "tokens" else 1)
+    for weight, row in rows.items():
+        assert la.basis.directions[weight].any()
+        assert not la.basis.directions[weight][:, row].any()
+
+
+@pytest.mark.parametrize("name", ["tied", "tied by function"])
+def test_a_padding_row_that_the_head_shares_keeps_the_heads_part(name):
+    model = make(name)
+    la = build(model=model, n_eigenvalues=3)
+    la.fit(data_of(model, tokens()), landmarks=(tokens(5), torch.tensor([PAD, 0, PAD, 1, PAD])))
+    assert la.basis.directions["embedding.weight"][:, PAD].any()
+    assert padding_rows(make("tied")) == {}
+
+
+@falls_back
+@pytest.mark.parametrize("name", ["pooled", "by frequency", "tokens", "tied", "function", "bag"])
+def test_the_exact_residual_is_that_of_plain_backward_passes(name):
+    model, x = make(name), tokens(5, seed=4)
+    la = fit(model, residual="exact", prior_precision=0.6)
+    weights = FunctionalModel(model).weights()
+    n_params = sum(w.numel() for w in weights.values())
+    units = torch.eye(n_params, dtype=F64).split([w.numel() for w in weights.values()], 1)
+    J = true_features(model, {k: u.reshape(-1, *w.shape) for (k, w), u in zip(weights.items(), units)}, x)
+    n_outputs = model(x).shape[-1]
+    J = J.reshape(-1, n_outputs, n_params)
+    assert_close(la.backend.output_grams(x), J @ J.mT)
+    V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1)
+    outside = J - J @ V.T @ V
+    covariance = outside @ outside.mT / 0.6 + J @ V.T @ la.posterior_covariance @ V @ J.mT
+    assert_close(la._outputs(la._linearised(x)).covariance(), covariance)
+
+
+@falls_back
+@pytest.mark.parametrize("padded_first", [True, False])
+@pytest.mark.parametrize("name", ["pooled", "tokens", "tied"])
+def test_the_first_input_decides_nothing(name, padded_first, tmp_path):
+    model, x = make(name), tokens()
+    x = x[(x == PAD).sum(1).argsort(descending=padded_first)]
+    x[-1 if padded_first else 0] = torch.arange(3, 3 + LENGTH)
+    la = build(model=model, subsample_size=17)
+    la.fit(data_of(model, x, batch=1))
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    restored = build(model=model)
+    restored.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
+    padded = torch.full((2, LENGTH), PAD)
+    assert torch.equal(restored(padded), la(padded))
+
+
+@pytest.mark.parametrize("name", ["pooled", "tokens", "tied", "function", "tied by function"])
+def test_networks_at_sampled_weights_look_padding_up_where_it_was(name):
+    """As the linearised network does: its limit for small offsets."""
+    model, x = make(name), tokens(5, seed=4)
+    la = fit(model)
+    generator = torch.Generator().manual_seed(3)
+    weights = FunctionalModel(model).weights()
+    v = {k: torch.randn(1, *w.shape, generator=generator, dtype=F64) for k, w in weights.items()}
+    h = 1e-6
+    moved = [la.backend.forward_at({k: s * h * t for k, t in v.items()}, x)[0] for s in (1, -1)]
+    slope = (moved[0] - moved[1]) / (2 * h)
+    assert_close(slope.flatten(), true_features(model, v, x).flatten(), rtol=1e-6)
+
+
+def test_sampled_weights_leave_padding_rows_alone():
+    model = make("pooled")
+    la = fit(model, residual="exact")
+    samples = la.sample(3)[:, : TOKENS * WIDTH].reshape(3, TOKENS, WIDTH)
+    assert torch.equal(samples[:, PAD], model.embedding.weight[PAD].detach().expand(3, WIDTH))
+    assert (samples[:, PAD + 1] != model.embedding.weight[PAD + 1]).all()
+    # A row that the head shares is no constant.
+    tied = fit(make("tied"), residual="exact").sample(3)[:, : TOKENS * WIDTH].reshape(3, TOKENS, WIDTH)
+    assert (tied[:, PAD] != make("tied").embedding.weight[PAD]).all()
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("backend", [AsdlGGN, BackPackGGN])
+@pytest.mark.parametrize("name", ["plain", "padding", "negative", "by frequency"])
+def test_landmark_gradients_of_the_libraries_are_the_same(name, backend):
+    options = {
+        "plain": {},
+        "padding": {"padding_idx": PAD},
+        "negative": {"padding_idx": PAD - TOKENS},
+        "by frequency": {"padding_idx": PAD, "scale_grad_by_freq": True},
+    }[name]
+    embedding = nn.Embedding(TOKENS, WIDTH, **options)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(LENGTH * WIDTH, C))
+    model = randomised(model).float()  # the libraries' rules are of float32
+    ours, theirs = (fit(model, backend=b, n_eigenvalues=3) for b in (None, backend))
+    for k, v in ours.basis.directions.items():
+        assert_close(theirs.basis.directions[k], v, name=k, rtol=1e-4)
+    assert (embedding.padding_idx is None) == (name == "plain")
+    assert embedding.scale_grad_by_freq == (name == "by frequency")
+
+
+class Weighted(nn.Module):
+    """Tokens with weights, through which gradients may flow."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH, padding_idx=PAD)
+        self.head = nn.Linear(WIDTH, C)
+
+    def forward(self, batch):
+        return self.head((self.embedding(batch["tokens"]) * batch["weights"][..., None]).tanh().mean(1))
+
+
+@pytest.mark.parametrize("autodiff", ["forward", "double", "reverse"])
+def test_gradients_reach_inputs_that_meet_padding(autodiff):
+    model, x = randomised(Weighted()), tokens(5)
+    weights = torch.rand(5, LENGTH, generator=torch.Generator().manual_seed(5), dtype=F64)
+    y = torch.arange(5) % C
+    la = build(model=model, enable_backprop=True, dict_key_x="tokens", autodiff=autodiff, n_eigenvalues=3)
+    la.fit([{"tokens": x, "weights": weights, "labels": y}])
+
+    def features(w):
+        return la.features({"tokens": x, "weights": w})[0]
+
+    w = weights.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(features(w).sum(), w)
+    h = 1e-6
+    steps = h * torch.eye(w.numel(), dtype=F64).reshape(-1, *w.shape)
+    slopes = [(features(weights + s).sum() - features(weights - s).sum()).detach() / (2 * h) for s in steps]
+    assert_close(gradient, torch.stack(slopes).reshape(w.shape), rtol=1e-6)
+
+
+def test_a_computed_embedding_is_looked_up_alike():
+    """A weight that is itself a function of parameters has a padding row too."""
+    model = Pooled()
+    nn.utils.parametrize.register_parametrization(model.embedding, "weight", nn.Tanh())
+    model, x = randomised(model), tokens(7)
+    function = FunctionalModel(model)
+    weights = function.weights()
+    v = {k: torch.ones(1, *w.shape, dtype=F64) for k, w in weights.items()}
+    with safe_autodiff(model):
+        for mode in ("forward", "double", "reverse"):
+            phi, _ = FEATURES[mode](function, weights, v, x, Chunks(3, 2))
+            assert_close(phi, true_features(model, v, x))
+
+
+class Keywords(nn.Module):
+    """Hands a mapping to a model as its arguments."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+
+
+@falls_back
+def test_bert_for_token_classification():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 11}
+    config = transformers.BertConfig(
+        vocab_size=TOKENS, num_labels=C, max_position_embeddings=7, pad_token_id=PAD, **sizes
+    )
+    torch.manual_seed(0)
+    model = Keywords(transformers.BertForTokenClassification(config).double())
+    x = tokens(5)
+    batch = {"input_ids": x, "attention_mask": (x != PAD).long()}
+    y = torch.randint(C, x.shape, generator=torch.Generator().manual_seed(2))
+    la = {}
+    for mode in ("forward", "reverse"):
+        la[mode] = build(model=model, autodiff=mode, subsample_size=7, n_eigenvalues=3)
+        la[mode].fit([{**batch, "labels": y}])
+    assert_close(la["forward"](batch), la["reverse"](batch))

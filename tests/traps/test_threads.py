@@ -1,0 +1,407 @@
+"""What another thread does in the middle of a call: a prediction gives the old answer or the new one, never a mixture.
+
+``interleaved`` stops a call wherever it enters or leaves a function of the package without holding a lock, lets
+another thread do something from beginning to end, and goes on. Every such place is tried, or a spread of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import as_tuple, build, fitted, inputs, loader, mlp, targets, train_loader, val_loader
+
+import laplace_ella
+from laplace_ella.network.safety import LOCK
+from laplace_ella.posterior.consistency import SWAP
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The best (prior_precision|temperature) ",
+    "ignore:The best (prior_precision|temperature), ",
+    "ignore:No setting",
+    "ignore:Only 17 validation inputs",
+    "ignore:The checkpoint has",
+)
+
+X = inputs(7, seed=7)
+PACKAGE = str(Path(laplace_ella.__file__).parent)
+
+
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
+def in_thread(action):
+    """Run an action in another thread, and return what it returns."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(action).result(60)
+
+
+class Interleaved:
+    """Run ``call``, and at the place numbered ``at`` let another thread do ``other``."""
+
+    def __init__(self, call, other=None, at=-1):
+        self.other, self.at, self.places, self.found = other, at, 0, None
+        sys.setprofile(self._see)
+        try:
+            self.result = call()
+        finally:
+            sys.setprofile(None)
+
+    def _see(self, frame, event, argument):
+        if event not in ("call", "return") or not frame.f_code.co_filename.startswith(PACKAGE):
+            return
+        if LOCK._is_owned() or SWAP._is_owned():
+            return
+        if self.places == self.at:
+            sys.setprofile(None)
+            self.found = in_thread(self.other)
+            sys.setprofile(self._see)
+        self.places += 1
+
+
+def places(call, most):
+    n = Interleaved(call).places
+    assert n > 0
+    return range(0, n, -(-n // most))
+
+
+def same(left, right):
+    pairs = list(zip(as_tuple(left), as_tuple(right), strict=True))
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def assert_one_of(found, allowed, where):
+    assert any(same(found, a) for a in allowed), f"a mixture at place {where}"
+
+
+def states(likelihood="classification", residual="none", second_rank=5):
+    """Two states of one model that differ in all that predictions read."""
+    options = {"residual": residual, "model": mlp()}
+    first = fitted(likelihood, **options, sigma_noise=0.4 if likelihood == "regression" else 1.0)
+    second = fitted(
+        likelihood,
+        **options,
+        seed=5,
+        n_eigenvalues=second_rank,
+        prior_precision=0.3,
+        temperature=7.0,
+        residual_scale=3.0,
+        residual_samples=3,
+        logit_scale=1.0 if likelihood == "regression" else 1.4,
+        sigma_noise=0.9 if likelihood == "regression" else 1.0,
+    )
+    return first, [first.state_dict(), second.state_dict()]
+
+
+PREDICTIONS = {
+    "probit": lambda la: la(X),
+    "mc": lambda la: la(X, link_approx="mc", n_samples=8),
+    "bridge": lambda la: la(X, link_approx="bridge"),
+    "bridge_norm": lambda la: la(X, link_approx="bridge_norm"),
+    "predictive": lambda la: la.predictive(X),
+    "nn": lambda la: la(X, pred_type="nn", link_approx="mc", n_samples=3, generator=generator()),
+    "features": lambda la: la.features(X),
+    "functional_samples": lambda la: la.functional_samples(X, n_samples=3, generator=generator()),
+    "nn samples": lambda la: la.functional_samples(X, "nn", n_samples=3, generator=generator()),
+    "diagonal samples": lambda la: la.functional_samples(
+        X, n_samples=3, diagonal_output=True, generator=generator()
+    ),
+    "predictive_samples": lambda la: la.predictive_samples(X, n_samples=3, generator=generator()),
+    "sample": lambda la: la.sample(3, generator()),
+    "residual_share": lambda la: la.residual_share(X),
+    "novelty": lambda la: la.novelty(X),
+    "approximation_error": lambda la: torch.tensor(
+        la.approximation_error(X, train_loader()).covariance_error
+    ),
+    "evidence": lambda la: la.log_marginal_likelihood(),
+    "log_det_ratio": lambda la: la.log_det_ratio,
+    "scatter": lambda la: la.scatter,
+    "posterior_covariance": lambda la: la.posterior_covariance,
+}
+REGRESSION = {
+    "moments": lambda la: la(X),
+    "joint": lambda la: la(X, joint=True),
+    "diagonal": lambda la: la(X, diagonal_output=True),
+    "nn": PREDICTIONS["nn"],
+    "evidence": PREDICTIONS["evidence"],
+}
+CASES = [
+    *[("classification", "isotropic", name) for name in PREDICTIONS],
+    *[("classification", "exact", name) for name in ("probit", "functional_samples", "nn", "sample")],
+    *[("regression", "exact", name) for name in REGRESSION],
+]
+
+
+@pytest.mark.parametrize("second_rank", [5, 3])
+@pytest.mark.parametrize(("likelihood", "residual", "name"), CASES)
+def test_a_prediction_is_of_one_state_while_another_thread_loads(likelihood, residual, name, second_rank):
+    la, (first, second) = states(likelihood, residual, second_rank)
+    predict = (PREDICTIONS if likelihood == "classification" else REGRESSION)[name]
+    allowed = []
+    for state in (second, first):
+        la.load_state_dict(state)
+        allowed.append(predict(la))
+    assert not same(*allowed) or name == "scatter"
+    for at in places(lambda: predict(la), 12):
+        found = Interleaved(lambda: predict(la), lambda: la.load_state_dict(second), at).result
+        assert_one_of(found, allowed, at)
+        assert same(predict(la), allowed[0])  # nothing of the old state was kept
+        la.load_state_dict(first)
+
+
+def test_variances_of_given_features_are_of_one_state():
+    la, (first, second) = states()
+    phi = la.features(X)[0]
+    for predict in (lambda: la.functional_variance(phi), lambda: la.functional_covariance(phi)):
+        allowed = []
+        for state in (second, first):
+            la.load_state_dict(state)
+            allowed.append(predict())
+        for at in places(predict, 20):
+            la.load_state_dict(first)
+            assert_one_of(Interleaved(predict, lambda: la.load_state_dict(second), at).result, allowed, at)
+
+
+def test_a_saved_state_is_of_one_moment():
+    la, (first, second) = states("regression", "isotropic", 3)
+    known = {state["seed"]: state for state in (first, second)}
+    other = build("regression", model=la.model)
+    for at in places(la.state_dict, 30):
+        la.load_state_dict(first)
+        found = Interleaved(la.state_dict, lambda: la.load_state_dict(second), at).result
+        expected = known[found["seed"]]
+        assert found["temperature"] == expected["temperature"]
+        for name in ("H", "prior_precision", "sigma_noise"):
+            assert torch.equal(found[name], expected[name])
+        other.load_state_dict(found)
+
+
+ASSIGNED = {
+    "prior_precision": 9.0,
+    "temperature": 5.0,
+    "logit_scale": 2.0,
+    "residual_scale": 4.0,
+    "residual": "none",
+    "residual_samples": 2,
+    "seed": 8,
+    "sigma_noise": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", ASSIGNED)
+def test_a_prediction_is_of_one_state_while_another_thread_assigns(name):
+    likelihood = "regression" if name == "sigma_noise" else "classification"
+    la, _ = states(likelihood, "isotropic")
+    link = {} if likelihood == "regression" else {"link_approx": "mc", "n_samples": 8}
+    before = getattr(la, name)
+
+    def predict():
+        return la(X, **link)
+
+    def assign():
+        setattr(la, name, ASSIGNED[name])
+
+    old = predict()
+    assign()
+    allowed = [predict(), old]
+    assert not same(*allowed)
+    setattr(la, name, before)
+    for at in places(predict, 25):
+        assert_one_of(Interleaved(predict, assign, at).result, allowed, at)
+        assert same(predict(), allowed[0])
+        setattr(la, name, before)
+
+
+def halves():
+    x, y = inputs(), targets("classification")
+    return loader(x[:12], y[:12]), loader(x[12:], y[12:])
+
+
+def merged(la):
+    other = build(model=la.model)
+    other.fit(halves()[1], basis=la.basis)
+    return lambda: la.merge(other)
+
+
+# What changes several attributes of an estimator, given the estimator
+CHANGES = {
+    "fit": lambda la: lambda: la.fit(halves()[1]),
+    "fit with fewer directions": lambda la: lambda: (setattr(la, "n_eigenvalues", 2), la.fit(halves()[1])),
+    "add": lambda la: lambda: la.fit(halves()[1], override=False),
+    "stop early": lambda la: lambda: la.fit(train_loader(), val_loader=val_loader()),
+    "merge": merged,
+    "forget": lambda la: lambda: la.forget(loader(inputs()[:3], targets("classification")[:3])),
+    "grid": lambda la: (
+        lambda: la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), grid_size=3)
+    ),
+    "grid nn": lambda la: (
+        lambda: la.optimize_prior_precision(
+            "nn", method="gridsearch", val_loader=val_loader(), grid_size=2, n_samples=2, link_approx="mc"
+        )
+    ),
+    "evidence": lambda la: lambda: la.optimize_prior_precision(n_steps=3),
+    "jointly": lambda la: (
+        lambda: la.optimize_hyperparameters(
+            val_loader(), {"temperature": [10.0, 100.0], "n_eigenvalues": [2], "residual_scale": [0.5, 2.0]}
+        )
+    ),
+    "calibrate": lambda la: lambda: la.calibrate_novelty(val_loader()),
+}
+
+
+def start(name):
+    free = name in ("grid", "jointly", "stop early")
+    la = build(model=mlp(), residual="isotropic", temperature=None if free else 1.0)
+    la.fit(halves()[0])
+    return la, CHANGES[name](la)
+
+
+@pytest.mark.filterwarnings("ignore:n_eigenvalues was reduced", "ignore:The evidence tunes the prior only")
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_several_things_appears_at_once(name):
+    la, change = start(name)
+    kinds = [lambda: la(X), lambda: la.residual_share(X), lambda: la.novelty(X)]
+    old = [kind() for kind in kinds]
+    change()
+    new = [kind() for kind in kinds]
+    assert not all(map(same, old, new))
+    steps = places(start(name)[1], 4 if name in ("grid nn", "jointly") else 9)
+    for i, at in enumerate(steps):
+        la, change = start(name)
+        kind = i % len(kinds)
+        kinds = [lambda la=la: la(X), lambda la=la: la.residual_share(X), lambda la=la: la.novelty(X)]
+        seen = Interleaved(change, kinds[kind], at).found
+        assert_one_of(seen, (old[kind], new[kind]), at)
+        assert same(kinds[kind](), new[kind])
+
+
+@pytest.mark.parametrize("name", ["add", "merge", "forget", "calibrate"])
+def test_what_was_derived_from_a_fit_is_not_mixed_with_another(name):
+    la, change = start(name)
+    change()
+    derived = la.state_dict()
+    la, change = start(name)
+    state = la.state_dict()
+    la.fit(halves()[1])
+    second = la.state_dict()
+    refused = 0
+    for at in places(start(name)[1], 10):
+        la, change = start(name)
+
+        def run(change=change):
+            try:
+                change()
+            except (RuntimeError, ValueError) as error:
+                return str(error)
+            return ""
+
+        said = Interleaved(run, lambda la=la: la.load_state_dict(second), at).result
+        refused += "Another thread has fitted" in said
+        found = la.state_dict()
+        if said:
+            assert torch.equal(found["H"], second["H"])
+            assert found["n_data"] == second["n_data"]
+            assert found["novelty_reference"] is None
+        else:  # one after the other, in either order
+            assert found["n_data"] in (
+                second["n_data"],
+                derived["n_data"] - state["n_data"] + second["n_data"],
+            )
+    assert refused
+
+
+def test_a_prediction_waits_in_the_model_while_another_thread_fits():
+    """As it happens: the model runs for long, the other thread waits for its turn and gets it in between."""
+    inside, queued = threading.Event(), threading.Event()
+
+    class Slow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.armed = mlp(), False
+
+        def forward(self, x):
+            if self.armed and threading.current_thread() is threading.main_thread():
+                inside.set()
+                assert queued.wait(60)
+            return self.net(x)
+
+    model = Slow()
+    la = fitted(model=model, residual="exact")
+    first = la.state_dict()
+    allowed = [la(X)]
+    la.seed, la.n_eigenvalues, la.prior_precision = 5, 3, 0.1
+    la.fit(train_loader())
+    second = la.state_dict()
+    allowed.append(la(X))
+    la.load_state_dict(first)
+
+    def load():
+        assert inside.wait(60)
+        queued.set()
+        la.load_state_dict(second)
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(load)
+        model.armed = True
+        found = la(X)
+        done.result(60)
+    assert_one_of(found, allowed, "the model")
+    assert same(la(X), allowed[1])
+
+
+def test_many_predictions_while_another_thread_loads_are_of_one_state_each():
+    la, (first, second) = states("classification", "isotropic", 3)
+    allowed = []
+    for state in (second, first):
+        la.load_state_dict(state)
+        allowed.append(la(X))
+    barrier, done = threading.Barrier(3), threading.Event()
+
+    def load():
+        barrier.wait(60)
+        for state in (second, first) * 15:
+            la.load_state_dict(state)
+        done.set()
+
+    def predict():
+        barrier.wait(60)
+        found = []
+        while not done.is_set():
+            found.append(la(X))
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        jobs = [pool.submit(f) for f in (load, predict, predict)]
+        _, *found = [job.result(120) for job in jobs]
+    for each in found:
+        for prediction in each:
+            assert_one_of(prediction, allowed, "random")
+
+
+def test_the_backend_has_the_basis_of_the_estimator():
+    la, (_, second) = states("classification", "none", 3)
+    assert la.backend.basis is la.basis
+    assert same(la.backend.jacobians(X), la.features(X))
+    la.load_state_dict(second)
+    assert la.backend.basis is la.basis
+    assert same(la.backend.jacobians(X), la.features(X))
+    la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [2]})
+    assert la.backend.basis is la.basis
+    assert la.basis.rank == 2
+    assert same(la.backend.jacobians(X), la.features(X))
+
+
+def test_what_is_kept_between_predictions_belongs_to_the_numbers_it_was_made_from():
+    la = fitted()
+    la(X)
+    la.prior_precision.fill_(50.0)
+    expected = fitted(prior_precision=50.0)(X)
+    assert same(la(X), expected)
+    kept = la._cache["scale"]
+    la(X)
+    assert la._cache["scale"] is kept

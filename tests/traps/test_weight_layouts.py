@@ -1,0 +1,192 @@
+"""Weights of any layout in memory: slices of larger tensors, expanded ones, channels-last, scalars, empty ones."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from conftest import assert_close
+from helpers import C, D, H, K, M, N, build, fitted, inputs, loader, targets
+from laplace.curvature import AsdlGGN
+from torch import nn
+from torch.nn import functional as F
+
+from laplace_ella.network.functional import FunctionalModel, flat, is_dense
+from laplace_ella.nystrom.basis import identity_basis
+
+F64 = torch.float64
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=F64)
+
+
+# What is stored at weights of (D, H).
+LAYOUTS = {
+    "contiguous": lambda: drawn(D, H),
+    "columns": lambda: drawn(D, H + 4)[:, :H],
+    "every other row": lambda: drawn(2 * D, H)[::2],
+    "every other column": lambda: drawn(D, 2 * H)[:, ::2],
+    "rows": lambda: drawn(D + 3, H)[1 : D + 1],
+    "transposed": lambda: drawn(H, D).T,
+    "transposed slice": lambda: drawn(H, D + 2)[:, 1 : D + 1].T,
+    "expanded rows": lambda: drawn(1, H).expand(D, H),
+    "expanded columns": lambda: drawn(D, 1).expand(D, H),
+    "one number": lambda: drawn(1, 1).expand(D, H),
+}
+
+
+class Net(nn.Module):
+    """A network with one weight (D, H) that is stored as it was given, a scalar and an empty one."""
+
+    def __init__(self, weight):
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(weight)
+        self.scale = nn.Parameter(torch.tensor(0.7, dtype=F64))
+        self.empty = nn.Parameter(torch.zeros(0, H, dtype=F64))
+        self.head = nn.Linear(H, C, dtype=F64)
+
+    def forward(self, x):
+        return self.head((x @ self.weight * self.scale).tanh()) + self.empty.sum()
+
+
+def landmarks():
+    return inputs(M, seed=20), torch.arange(M) % C
+
+
+def fit(model, **kwargs):
+    la = build(model=model, **kwargs)
+    la.fit(loader(inputs(), targets("classification")), landmarks=landmarks())
+    return la
+
+
+def dense(directions):
+    """V (P, K)."""
+    return torch.cat([flat(v) for v in directions.values()], 1).T
+
+
+@pytest.fixture(params=["columns", "transposed", "expanded rows"])
+def model(request):
+    return Net(LAYOUTS[request.param]())
+
+
+def check_against_dense(la, model):
+    """Compare with a dense oracle: directions, curvature, features and variances."""
+    rows = oracle.gradient_rows(model, *landmarks())
+    V = dense(la.basis.directions)
+    assert_close(V.T @ V, torch.eye(la.basis.rank, dtype=F64), name="V^T V")
+    expected, eigenvalues, _ = oracle.basis(rows, la.basis.rank)
+    assert_close(la.basis.eigenvalues, eigenvalues, name="eigenvalues")
+    assert_close(oracle.with_signs_of(expected, V), V, name="V")
+    x = inputs()
+    G = oracle.curvature(oracle.features(model, x, V), oracle.outputs(model, x), "classification")
+    assert_close(la.H, G, name="G")
+    assert_close(la.features(x)[0], oracle.features(model, x, V), name="phi")
+
+
+@pytest.mark.parametrize("autodiff", ["forward", "double", "reverse"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_directions_and_curvature_are_those_of_a_dense_oracle(layout, autodiff):
+    model = Net(LAYOUTS[layout]())
+    check_against_dense(fit(model, autodiff=autodiff), model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"memory_budget": 2000}, {"memory_budget": 2000, "spill": "cpu", "spill_dtype": torch.float32}],
+)
+def test_in_blocks_and_spilled(model, options):
+    la = fit(model, **options)
+    V = dense(la.basis.directions)
+    atol = 1e-5 if "spill" in options else 1e-9
+    assert_close(V.T @ V, torch.eye(la.basis.rank, dtype=F64), rtol=atol, name="V^T V")
+    x = inputs()
+    G = oracle.curvature(oracle.features(model, x, V), oracle.outputs(model, x), "classification")
+    assert_close(la.H, G, name="G")
+
+
+def test_restored_shortened_and_merged(model, tmp_path):
+    la = fit(model)
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    restored = build(model=model)
+    restored.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
+    assert torch.equal(restored(inputs()), la(inputs()))
+    V = dense(la.basis.leading(K).directions)
+    assert_close(V.T @ V, torch.eye(K, dtype=F64), name="V^T V")
+    other = build(model=model)
+    other.fit(loader(inputs(seed=8), targets("classification", seed=9)), basis=la.basis)
+    G = la.H + other.H
+    la.merge(other)
+    assert_close(la.H, G)
+
+
+def test_the_exact_residual_and_sampled_weights(model):
+    la = fit(model, residual="exact", prior_precision=0.6)
+    x = inputs(7, seed=5)
+    J = oracle.jacobian(model, x)
+    outside = J - oracle.features(model, x, dense(la.basis.directions)) @ dense(la.basis.directions).T
+    A = oracle.precision(la.H, 0.6 * torch.eye(la.basis.rank, dtype=F64), 1.0, 1.0)
+    expected = oracle.covariance(oracle.features(model, x, dense(la.basis.directions)), A)
+    expected = expected + outside @ outside.mT / 0.6
+    assert_close(la._outputs(la._linearised(x)).covariance(), expected)
+    assert la.sample(3).shape == (3, la.n_params)
+    assert la(x, "nn", link_approx="mc", n_samples=3).isfinite().all()
+
+
+def test_exact_linearised_laplace_is_found_with_all_directions(model):
+    weights = FunctionalModel(model).weights()
+    V = dense(identity_basis(weights).directions)
+    assert torch.equal(V, torch.eye(len(V), dtype=F64))
+    assert (
+        fit(model)
+        .approximation_error(inputs(7), loader(inputs(), targets("classification")))
+        .covariance_error
+        < 1
+    )
+
+
+def test_landmark_gradients_of_a_library(model):
+    layers = nn.Sequential(nn.Linear(D, H, bias=False), nn.Tanh(), nn.Linear(H, C)).double()
+    layers[0].weight = nn.Parameter(model.weight.detach().T)
+    la = fit(layers, backend=AsdlGGN)
+    check_against_dense(la, layers)
+
+
+def test_a_network_keeps_the_strides_of_its_dense_weights():
+    """Tangents whose strides differ from their weight's are copied at every use."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 2).double().to(memory_format=torch.channels_last)
+    model = nn.Sequential(conv, nn.Flatten(), nn.Linear(5 * 4, C).double())
+    model[2].weight = nn.Parameter(model[2].weight.detach().T.contiguous().T)
+    x = torch.randn(N, 3, 3, 3, dtype=F64)
+    la = fitted(model=model, data=loader(x, targets("classification")))
+    assert conv.weight.stride() != torch.empty(conv.weight.shape).stride()
+    for name, p in model.named_parameters():
+        assert la.basis.directions[name][0].stride() == p.stride(), name
+    assert model[2].weight.stride() == (1, C)
+
+
+def test_a_slice_is_pruned_as_people_do():
+    """Structured pruning: hidden units are cut off, and the layers hold what is left of the larger weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(D, 2 * H), nn.Tanh(), nn.Linear(2 * H, C)).double()
+    model[0].weight = nn.Parameter(model[0].weight[::2])
+    model[0].bias = nn.Parameter(model[0].bias[::2])
+    model[2].weight = nn.Parameter(model[2].weight[:, ::2])
+    before = [(id(p), p.data_ptr(), p.stride()) for p in model.parameters()]
+    check_against_dense(fit(model), model)
+    assert [(id(p), p.data_ptr(), p.stride()) for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 5), (5, 0), (2, 3), (1, 3, 1), (2, 3, 2, 2)])
+def test_what_is_dense(shape):
+    t = torch.zeros(shape)
+    assert is_dense(t)
+    if t.ndim > 1:
+        assert is_dense(t.mT)
+    if t.ndim == 4:
+        assert is_dense(t.to(memory_format=torch.channels_last))
+    if t.ndim and t.numel() > 1:
+        assert not is_dense(F.pad(t, (0, 1))[..., :-1])
+        assert not is_dense(F.pad(t, (0, 1))[..., :-1].expand(2, *shape))
