@@ -1,12 +1,16 @@
-r"""The estimator: laplace-torch's contract, kept by the modules that do the work."""
+r"""The estimator: laplace-torch's contract, kept by the modules that do the work.
+
+Each method checks what it is given, takes the posterior of this moment, and calls the function that does the work. What
+changes is a new posterior, assigned in one statement.
+"""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy, deepcopy
+from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import laplace
 import torch
@@ -15,29 +19,41 @@ from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
 from .backends import OPTIONS, backend_options, nystrom_backend
-from .data import validation
-from .fitting import checkpoint
-from .fitting.fitting import Fitting
-from .fitting.merging import Merging
+from .data.batches import Input, Raw
+from .data.checks import check_choice, check_flag, check_key, check_options
+from .data.landmarks import Scheme
+from .data.loading import check_loader
+from .data.notices import warn_user
+from .data.progress import progress_bars
+from .data.stream import Stream
+from .fitting import asked, merging
+from .fitting import checkpoint as checkpoints
+from .fitting.fit import FitInterrupted, fit
+from .fitting.plan import Plan
+from .fitting.state import posterior_of, state_of
+from .network.checks import check_model, check_module
+from .network.engine import Engine
 from .network.functional import n_trainable, unwrap
 from .network.safety import LOCK, exclusively
 from .nystrom.basis import NystromBasis
-from .nystrom.caching import Kept, outside_inference, without_inference
+from .nystrom.caching import outside_inference, without_inference
 from .nystrom.compact import STORED
-from .parallel.ranks import ALONE, Ranks, ranks_of
-from .posterior import gaussian as posterior
-from .posterior.consistency import of_one_moment
-from .posterior.copying import Copying, given
-from .posterior.hyperparameters import Hyperparameters
-from .posterior.likelihoods import LIKELIHOODS
-from .posterior.novelty import Novelty
-from .posterior.predictive import Predictive
+from .parallel.ranks import ALONE, Ranks, check_process_group, ranks_of
+from .posterior import attributes, checks, copying, novelty, prediction, sampling
+from .posterior.attributes import become, of_fit, of_posterior, of_setting
+from .posterior.fit import Fit
+from .posterior.likelihoods import LIKELIHOODS, Prediction, name_of
+from .posterior.links import Noise
+from .posterior.novelty import ApproximationError
+from .posterior.posterior import Posterior
 from .posterior.residual import RESIDUALS
-from .tuning.joint import JointTuning
-from .tuning.prior import PriorTuning
+from .posterior.sampling import Draws
+from .tuning import early_stopping, joint, prior
+from .tuning.checks import check_loss
+from .tuning.result import TuningResult
+from .tuning.scoring import Loss
 
-DEFAULT_SUBSAMPLE_SIZE = 500
-DEFAULT_N_EIGENVALUES = 20
+Self = TypeVar("Self", bound="ELLALaplace")
 
 
 def Laplace(
@@ -66,9 +82,9 @@ def Laplace(
     *args, **kwargs
         Passed to the estimator.
     """
-    validation.check_module(model)
-    validation.check_choice("subset_of_weights", subset_of_weights, ("last_layer", "subnetwork", "all"))
-    validation.check_choice("hessian_structure", hessian_structure, _structures())
+    check_module(model)
+    check_choice("subset_of_weights", subset_of_weights, ("last_layer", "subnetwork", "all"))
+    check_choice("hessian_structure", hessian_structure, _structures())
     if hessian_structure == "ella" and subset_of_weights != "all":
         raise ValueError(
             f"hessian_structure='ella' needs subset_of_weights='all'; got {subset_of_weights!r}. Pass both."
@@ -86,17 +102,7 @@ def _structures() -> list[str]:
     return sorted(found)
 
 
-class ELLALaplace(
-    Copying,
-    Fitting,
-    Merging,
-    Hyperparameters,
-    Predictive,
-    Novelty,
-    PriorTuning,
-    JointTuning,
-    ParametricLaplace,
-):
+class ELLALaplace(ParametricLaplace):
     r"""Linearised Laplace over all weights, through a Nystrom approximation of the NTK.
 
     The posterior lives on :math:`\theta^* + V z`, with K orthonormal directions V that
@@ -145,10 +151,10 @@ class ELLALaplace(
         landmarks' Gram matrix that they have to retain. What is named here and exceeds the data or
         their numerical rank is reduced with a warning, a default without.
     curvature_size : int or None
-        From how many inputs G is estimated (without bias); all if there are fewer.
-        None: all, in a second pass.
+        How many inputs G is estimated from, without bias; all of them if there are fewer.
+        None takes all of them, in a second pass.
     seed : int
-        Of landmarks, curvature inputs and Monte-Carlo links.
+        Seeds the draws of landmarks and curvature inputs, and the Monte-Carlo link.
     chunk_size : int, optional
         Directions per forward-mode call; default by memory.
     memory_budget : int or float, optional
@@ -160,13 +166,13 @@ class ELLALaplace(
         Run forward mode through :func:`torch.compile`: minutes of compiling for each
         shape of batch, then faster.
     spill : str or path, optional
-        Where gradient rows go that do not fit, instead of being computed again: "cpu", or a folder.
+        "cpu" or a folder: keeps there the gradient rows that do not fit, which otherwise are computed again.
     spill_dtype : torch.dtype
-        In which precision; see :class:`NystromGGN`.
+        The precision of spilled rows; see :class:`NystromGGN`.
     curvature : {"exact", "mc"}
         "mc" estimates G from labels sampled from the model: cheaper, and fine from 20 K inputs on.
     curvature_samples : int
-        How many labels an input.
+        How many labels are sampled for each curvature input.
     logit_scale : float
         s: the mean of the logits is multiplied by it, their covariance is not.
     residual : {"none", "isotropic", "exact"}
@@ -194,7 +200,7 @@ class ELLALaplace(
     snapshots : list of (n, Tensor (K, K))
         G as estimated from the first n curvature inputs, scaled to all N.
     n_curvature : int
-        From how many inputs H is estimated.
+        How many inputs H is estimated from.
     mean : Tensor (P,)
         The weights at the time of the fit.
     n_data, n_outputs, loss
@@ -206,14 +212,11 @@ class ELLALaplace(
     Raises
     ------
     ValueError
-        On any argument out of its range; see each message.
+        If an argument is out of its range; the message says what is allowed.
     """
 
     _key = ("all", "ella")
-
-    n_data: int
-    loss: Any  # Tensor () after a fit
-    H: Any  # Tensor (K, K) after a fit, None before
+    _posterior: Posterior
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -259,31 +262,26 @@ class ELLALaplace(
         temperature_fixed: bool | None = None,
     ) -> None:
         with LOCK:  # while another thread has the model's weights exchanged, none requires grad
-            validation.check_model(model)
-            validation.check_choice("likelihood", likelihood, LIKELIHOODS)
-            validation.check_choice("residual", residual, RESIDUALS)
-            validation.check_key("dict_key_x", dict_key_x)
-            validation.check_key("dict_key_y", dict_key_y)
-            validation.check_process_group(process_group)
-            validation.check_flag("enable_backprop", enable_backprop)
-            validation.check_residual(residual, prior_precision, enable_backprop)
-            validation.check_sharding(shard_directions, prior_precision, n_trainable(model), enable_backprop)
-            validation.check_noise(sigma_noise)
-            self._named_by_user = given(subsample_size=subsample_size, n_eigenvalues=n_eigenvalues)
-            self.subsample_size = DEFAULT_SUBSAMPLE_SIZE if subsample_size is None else subsample_size
-            self.n_eigenvalues = DEFAULT_N_EIGENVALUES if n_eigenvalues is None else n_eigenvalues
+            check_model(model)
+            check_flag("enable_backprop", enable_backprop)
+            checks.check_kinds(likelihood, residual, prior_precision, sigma_noise, enable_backprop)
+            checks.check_sharding(shard_directions, prior_precision, n_trainable(model), enable_backprop)
+            check_key("dict_key_x", dict_key_x)
+            check_key("dict_key_y", dict_key_y)
+            check_process_group(process_group)
+            self._named_by_user = asked.named(subsample_size=subsample_size, n_eigenvalues=n_eigenvalues)
+            self._posterior = Posterior.unfitted(LIKELIHOODS[name_of(likelihood)], RESIDUALS[residual])
+            self.subsample_size, self.n_eigenvalues = subsample_size, n_eigenvalues
             self.curvature_size, self.seed = curvature_size, seed
             self.curvature, self.curvature_samples = curvature, curvature_samples
-            self.residual_samples, self._residual = residual_samples, residual
-            self._check_settings()
+            self.residual_samples = residual_samples
+            asked.check_sizes(self)
             self.process_group, self.shard_directions = process_group, bool(shard_directions)
-            self.backend_kwargs = validation.check_options("backend_kwargs", backend_kwargs)
-            self.asdl_fisher_kwargs = validation.check_options("asdl_fisher_kwargs", asdl_fisher_kwargs)
-            self._begin()
+            self.backend_kwargs = check_options("backend_kwargs", backend_kwargs)
+            self.asdl_fisher_kwargs = check_options("asdl_fisher_kwargs", asdl_fisher_kwargs)
             super().__init__(
                 unwrap(model),
-                # which the host does not know
-                "classification" if likelihood == "bernoulli" else likelihood,
+                self._posterior.likelihood.host_name,
                 sigma_noise,
                 prior_precision,
                 prior_mean,
@@ -292,114 +290,123 @@ class ELLALaplace(
                 dict_key_x,
                 dict_key_y,
                 nystrom_backend(backend),
+                # in the order of OPTIONS
                 backend_options(
                     backend,
-                    {
-                        "chunk_size": chunk_size,
-                        "memory_budget": memory_budget,
-                        "autodiff": autodiff,
-                        "compile": compile,
-                        "spill": spill,
-                        "spill_dtype": spill_dtype,
-                    },
+                    (chunk_size, memory_budget, autodiff, compile, spill, spill_dtype),
                     self.backend_kwargs,
                 ),
                 self.asdl_fisher_kwargs,
             )
             self.likelihood = likelihood
-            self.mean = self.prior_mean
             self.logit_scale, self.residual_scale = logit_scale, residual_scale
             if temperature_fixed is not None:
-                self._temperature_fixed = validation.check_flag("temperature_fixed", temperature_fixed)
+                become(self, temperature_fixed=check_flag("temperature_fixed", temperature_fixed))
             self._build_backend()
-
-    def _check_settings(self) -> None:
-        """Require values that a fit can use; they may have been assigned since the last one."""
-        self.subsample_size = (
-            validation.check_size("subsample_size", self.subsample_size) or DEFAULT_SUBSAMPLE_SIZE
-        )
-        self.n_eigenvalues = validation.check_rank(self.n_eigenvalues) or DEFAULT_N_EIGENVALUES
-        for name in ("curvature_samples", "residual_samples"):
-            setattr(self, name, validation.check_size(name, getattr(self, name), optional=False))
-        self.curvature_size = validation.check_size("curvature_size", self.curvature_size)
-        self.seed = validation.check_seed(self.seed)
-        validation.check_choice("curvature", self.curvature, validation.CURVATURES)
-
-    def _begin(self) -> None:
-        """Set what a fit will find; the host's constructor assigns hyperparameters, whose setters use it."""
-        self.H = None
-        self._basis: NystromBasis | None = None
-        self._cache: dict[str, Kept] = {}
-        self.snapshots: list[tuple[int, Tensor]] = []
-        self.n_curvature = self.n_predictions = 0
-        self._labels_sampled = False  # whether any part of G was estimated from sampled labels
-        # The largest eigenvalue of G, and the largest loss, that were ever part of these sums: their rounding stays.
-        self._largest_sums = [0.0, 0.0]
-        self._novelty_reference: Tensor | None = None
-        self._novelty_setting: list[Any] = []
-        self._fingerprint = ""
-        self.fit_history_: dict[str, list[float]] = {"processed_examples": [], "val_nll": []}
 
     def _build_backend(self) -> None:
         try:
-            _ = self.backend
+            self.__dict__.update(self.backend.options)  # as they are used
         except TypeError as error:
             raise ValueError(
                 f"backend_kwargs={self._backend_kwargs} do not fit {self._backend_cls.__name__}: {error}. "
                 f"It takes {', '.join(OPTIONS)}."
             ) from error
-        for name in OPTIONS:  # as they were used
-            setattr(self, name, self._backend_kwargs[name])
+
+    # ------------------------------------------------------------------ attributes
+
+    @of_fit
+    def H(self) -> Any:
+        """G (K, K), the curvature summed over the data, float64; None before a fit."""
+
+    @of_fit
+    def snapshots(self) -> Any:
+        """Pairs (n, Tensor (K, K)): G as estimated from the first n curvature inputs, scaled to all N."""
+        return []
+
+    @of_fit
+    def n_curvature(self) -> Any:
+        """From how many inputs ``H`` is estimated."""
+        return 0
+
+    @of_fit
+    def loss(self) -> Any:
+        """Negative log likelihood summed over the data, up to constants."""
+        return 0.0
+
+    @of_fit
+    def n_data(self) -> Any:
+        """N, the number of inputs."""
+        return 0
+
+    @of_fit
+    def n_predictions(self) -> Any:
+        """N times the positions of an input."""
+        return 0
+
+    @of_fit
+    def n_outputs(self) -> Any:
+        """C, the number of outputs."""
+        return 0
+
+    @of_fit
+    def mean(self) -> Any:
+        """The weights (P,) at the time of the fit; the prior mean before."""
+        return self.prior_mean
+
+    @of_fit
+    def fit_history_(self) -> Any:
+        """Validation NLL of each snapshot of G, after early stopping."""
+        return {"processed_examples": [], "val_nll": []}
+
+    @attributes.of_temperature
+    def temperature(self) -> Any:
+        """T, which divides the curvature; assigning it fixes it, None frees it at 1."""
+
+    @of_setting
+    def prior_precision(self) -> Any:
+        """Delta: (1,), one per weight tensor (L,), or one per weight (P,)."""
+
+    @of_setting
+    def sigma_noise(self) -> Any:
+        """Observation noise, a standard deviation; 1 unless the likelihood is regression."""
+
+    @of_setting
+    def logit_scale(self) -> Any:
+        """s, by which the mean of the logits is multiplied, and not their covariance."""
+
+    @of_setting
+    def residual_scale(self) -> Any:
+        r"""rho: the residual variance is :math:`\rho / \delta` times what lies outside the span."""
+
+    @attributes.of_residual
+    def residual(self) -> Any:
+        """What is added for the directions outside the span: "none", "isotropic" or "exact"."""
+
+    @attributes.of_prior_mean
+    def prior_mean(self) -> Any:
+        """Prior mean: () or (1,), or one per weight (P,)."""
+
+    @attributes.of_choice
+    def seed(self) -> Any:
+        """Seeds the draws of landmarks and curvature inputs, the tangents of the residual, and the Monte-Carlo link."""
+
+    @attributes.of_choice
+    def residual_samples(self) -> Any:
+        """S, from how many random tangents the isotropic residual is made."""
 
     @property
-    def _ranks(self) -> Ranks:
-        """The processes that share the work."""
-        return ranks_of(self.process_group)
-
-    # ------------------------------------------------------------------ what a fit leaves
-
-    def _init_H(self) -> None:
-        self.H = None
-
-    def _check_H_init(self) -> None:
-        """Require a fit, and the model in its dtype; what was fitted follows the model to its device.
-
-        Raises
-        ------
-        AttributeError
-            Before a fit.
-        ValueError
-            If the model's dtype has changed since.
-        """
-        super()._check_H_init()
-        assert self._basis is not None
-        checkpoint.check_dtypes(self._basis, self.params)
-        if self._prior_precision.device != self._device:
-            self._follow_model()
-
-    @exclusively
-    def _follow_model(self) -> None:
-        """Move what was assigned and fitted to the model's device."""
-        settled, named = self.backend.engine.function.names, self.model.named_parameters()
-        params = [p for k, p in named if k in settled]  # some devices need new parameters
-        with self._changes() as view:
-            view.params = params
-            for name in ("_prior_precision", "_prior_mean", "_sigma_noise"):
-                setattr(view, name, getattr(view, name).to(self._device, self._dtype))
-            if view.H is None:
-                return
-            view.snapshots = [(n, G.to(self._device)) for n, G in view.snapshots]
-            for name in ("H", "loss", "mean"):
-                setattr(view, name, getattr(view, name).to(self._device))
-            view._basis = checkpoint.on_device_of(view._basis, self.model)
-
-    def _view(self) -> Any:
-        if not self._is_view and self.H is not None and self._prior_precision.device != self._device:
-            self._follow_model()
-        return super()._view()
+    def temperature_fixed(self) -> bool:
+        """Whether tuning leaves T alone."""
+        return self._posterior.temperature_fixed
 
     @property
-    def basis(self) -> NystromBasis:
+    def residual_variance(self) -> float:
+        r""":math:`\rho / \delta`, the variance of each weight outside the span; 0 without a residual."""
+        return self._posterior.residual_variance
+
+    @of_posterior
+    def basis(now: Posterior) -> NystromBasis:
         """The K directions and the spectrum they come from.
 
         Raises
@@ -407,66 +414,18 @@ class ELLALaplace(
         AttributeError
             Before a fit.
         """
-        self._check_H_init()
-        assert self._basis is not None
-        return self._basis
+        return now.fit.basis
 
-    @exclusively
-    def _set_fit(
-        self,
-        basis: NystromBasis,
-        snapshots: list[tuple[int, Tensor]],
-        loss: Tensor,
-        counts: tuple[int, int, int],
-        largest_sums: Sequence[float] = (0.0, 0.0),
-    ) -> None:
-        n_curvature, H = snapshots[-1]
-        n_data, n_predictions, n_outputs = counts
-        loss = loss.to(self._device)
-        sizes = [float(torch.linalg.eigvalsh(H)[-1]), float(loss)]
-        found = {
-            "_basis": basis,
-            "snapshots": snapshots,
-            "n_curvature": n_curvature,
-            "H": H,
-            "loss": loss,
-            "n_data": n_data,
-            "n_predictions": n_predictions,
-            "n_outputs": n_outputs,
-            "mean": torch.cat([p.detach().reshape(-1) for p in self.params]).to(self._dtype),
-            "_fingerprint": checkpoint.fingerprint(self.model),
-            "_largest_sums": [max(pair) for pair in zip(sizes, largest_sums)],
-            "fit_history_": {"processed_examples": [float(n_curvature)], "val_nll": []},
-            "_novelty_reference": None,
-        }
-        with self._changes(replaces_fit=True) as view:
-            vars(view).update(found)
-
-    def _keep_snapshot(self, n: int) -> None:
-        """Let G be what was found from the first n curvature inputs."""
-        self.n_curvature, self.H = n, dict(self.snapshots)[n]
-
-    def _keep_leading(self, rank: int) -> None:
-        """Drop all but the leading directions."""
-        self._basis = self.basis.leading(rank)
-        self.snapshots = [(n, G[:rank, :rank].clone()) for n, G in self.snapshots]
-        self.H = self.H[:rank, :rank].clone()
-
-    # ------------------------------------------------------------------ posterior
-
-    @property
-    @of_one_moment
-    def posterior_precision(self) -> Tensor:
+    @of_posterior
+    def posterior_precision(now: Posterior) -> Tensor:
         r""":math:`A = G / (\sigma^2 T) + V^T \Delta V` (K, K), float64.
 
         Differentiable in the prior precision and the noise.
         """
-        self._check_H_init()
-        return self._H_factor * self.H + self.basis.project_precision(self.prior_precision)
+        return now.precision
 
-    @property
-    @of_one_moment
-    def posterior_scale(self) -> Tensor:
+    @of_posterior
+    def posterior_scale(now: Posterior) -> Tensor:
         """S (K, K) with S S^T the posterior covariance, float64; a copy.
 
         Computed again if prior, noise, temperature, H or directions have changed, also in place.
@@ -476,60 +435,612 @@ class ELLALaplace(
         ValueError
             If prior precision or noise have got a value that would have been refused.
         """
-        self._check_H_init()
-        small = (self.prior_precision, self.sigma_noise, self.temperature, self.H)
-        # The directions enter through V^T Delta V.
-        large = self.basis.directions.values() if self.prior_precision.numel() > 1 else ()
-        return self._cached("scale", self._computed_scale, small, large).clone()
+        return now.scale.clone()
 
-    @torch.inference_mode(False)  # it is kept, and may meet a graph later
-    @torch.no_grad()
-    def _computed_scale(self) -> Tensor:
-        validation.check_positive("prior_precision", self.prior_precision)
-        self._check_noise(self.sigma_noise)
-        return posterior.posterior_scale(self.posterior_precision)
-
-    @property
-    @of_one_moment
-    def posterior_covariance(self) -> Tensor:
+    @of_posterior
+    def posterior_covariance(now: Posterior) -> Tensor:
         r"""Covariance :math:`A^{-1}` (K, K) of the coordinates, float64."""
-        scale = self.posterior_scale
-        return scale @ scale.T
+        return now.covariance
 
-    @property
-    @of_one_moment
-    def log_likelihood(self) -> Tensor:
-        """Log likelihood of the training data; the host's, for models with positions too."""
-        found = super().log_likelihood
-        if self.likelihood != "regression":
-            return found
-        # The host counts a normaliser for each of N x C outputs, and not for further positions.
-        further = (self.n_predictions - self.n_data) * self.n_outputs
-        return found - further * torch.log(self.sigma_noise * math.sqrt(2 * math.pi))
+    @of_posterior
+    def log_likelihood(now: Posterior) -> Tensor:
+        """Log likelihood of the training data."""
+        return now.log_likelihood
 
-    @property
-    @of_one_moment
-    def scatter(self) -> Tensor:
-        r""":math:`(\theta^* - \mu_0)^T \Delta (\theta^* - \mu_0)`; the host's."""
-        return super().scatter
+    @of_posterior
+    def scatter(now: Posterior) -> Tensor:
+        r""":math:`(\theta^* - \mu_0)^T \Delta (\theta^* - \mu_0)`."""
+        return now.scatter
 
-    @property
-    @of_one_moment
-    def log_det_ratio(self) -> Tensor:
-        """Log determinant of A, less that of the prior precision; the host's."""
-        return super().log_det_ratio
+    @of_posterior
+    def log_det_ratio(now: Posterior) -> Tensor:
+        """Log determinant of A, less that of the prior precision."""
+        return now.log_det_ratio
 
-    @property
-    @of_one_moment
-    def log_det_prior_precision(self) -> Tensor:
+    @of_posterior
+    def log_det_prior_precision(now: Posterior) -> Tensor:
         r"""Log determinant of :math:`V^T \Delta V`, the prior precision of the K coordinates."""
-        return posterior.log_det(self.basis.project_precision(self.prior_precision))
+        return now.log_det_prior_precision
+
+    @of_posterior
+    def log_det_posterior_precision(now: Posterior) -> Tensor:
+        """Log determinant of A."""
+        return now.log_det_posterior_precision
 
     @property
-    @of_one_moment
-    def log_det_posterior_precision(self) -> Tensor:
-        """Log determinant of A."""
-        return posterior.log_det(self.posterior_precision)
+    def _H_factor(self) -> Tensor:
+        return self._posterior.setting.curvature_factor
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        # fp16 holds no number above 65504, so hyperparameters of such models are fp32.
+        return torch.promote_types(super()._dtype, torch.float32)
+
+    @property
+    def backend(self) -> Any:
+        """The backend, with the basis of the last fit."""
+        backend, now = super().backend, self._posterior.current
+        backend.basis = None if now is None else now.basis
+        return backend
+
+    # ------------------------------------------------------------------ this moment
+
+    @property
+    def _engine(self) -> Engine:
+        return self.backend.engine
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The processes that share the work."""
+        return ranks_of(self.process_group)
+
+    def _now(self) -> Posterior:
+        """Return the posterior of this moment, where the model is."""
+        if self._posterior.setting.prior_precision.device != self._device:
+            self._follow_model()
+        return self._posterior
+
+    @exclusively
+    def _follow_model(self) -> None:
+        settled, named = self._engine.function.names, self.model.named_parameters()
+        self.params = [p for k, p in named if k in settled]  # some devices need new parameters
+        attributes.follow(self, self._device, self._dtype)
+
+    def _fitted(self) -> Posterior:
+        """Return the posterior of this moment, which there is after a fit.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If the model's dtype has changed since.
+        """
+        now = self._now()
+        if now.current is None:
+            super()._check_H_init()
+        checkpoints.check_dtypes(now.fit.basis, self.params)
+        return now
+
+    def _check_H_init(self) -> None:
+        self._fitted()
+
+    def _init_H(self) -> None:
+        self.H = None
+
+    def _unchanged(self) -> Posterior:
+        """Return the posterior of this moment, which belongs to the model as it is.
+
+        Raises
+        ------
+        ValueError
+            If the model has changed since the fit.
+        """
+        now = self._fitted()
+        checkpoints.check_unchanged(now.fit.fingerprint, self.model)
+        return now
+
+    def _stream(
+        self, loader: Iterable[Any], progress_bar: bool = False, ranks: Ranks | None = None, **more: Any
+    ) -> Stream:
+        ranks = ranks or self._ranks
+        bars = progress_bars(progress_bar and ranks.rank == 0)
+        return Stream(loader, self.dict_key_x, self.dict_key_y, self._engine.inputs, ranks, bars, **more)
+
+    # ------------------------------------------------------------------ fitting
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fit(
+        self,
+        train_loader: Iterable[Any],
+        override: bool = True,
+        progress_bar: bool = False,
+        *,
+        landmarks: tuple[Raw, Tensor] | Scheme | None = None,
+        balanced: bool = False,
+        val_loader: Iterable[Any] | None = None,
+        val_steps: int | None = None,
+        link_approx: str = "probit",
+        basis: NystromBasis | None = None,
+        max_samples: int | None = None,
+        n_total: int | None = None,
+        checkpoint: str | PathLike[str] | None = None,
+        checkpoint_every: int = 100,
+    ) -> None:
+        r"""Fit the posterior at the model's weights.
+
+        On several ranks of a process group, all call it, each with its part of the data, and all
+        end with the same posterior; see docs/scaling.md.
+
+        Parameters
+        ----------
+        train_loader : iterable
+            Any iterable of batches ``(x, y)`` or mappings; read once, twice with
+            ``curvature_size=None``. Inputs are moved to the model's device, and converted to
+            its dtype only if it does not take them as they are. Tensors of a mapping that are as
+            long as the batch, also in containers inside it, are cut into rows.
+        override : bool
+            False keeps the basis and adds data to loss, N and G.
+        progress_bar : bool
+            Show the progress of each stage.
+        landmarks : tuple or callable, optional
+            (inputs, outputs): M inputs in one batch, and a LongTensor (M,) of output
+            coordinates, instead of a random draw. Or how inputs are drawn: a function (batch, seed) -> (keys,
+            groups), see :mod:`laplace_ella.data.landmarks`.
+        balanced : bool
+            Draw landmark inputs evenly over the classes.
+        val_loader : iterable, optional
+            Stop early, as the paper does: of the first n curvature inputs, n up to
+            ``curvature_size``, the n with the smallest validation NLL is kept, and with it
+            :math:`[G_n + (n / N) \delta I]^{-1}`. That is a temperature: T = N / n with the
+            prior precision :math:`\delta n / N`, and both are set so (T stays free, so that a grid
+            search may still tune it). ``fit_history_`` has the NLL of every n. With a temperature that
+            you fixed, or ``override=False``, the NLL is only recorded, as ``laplace.ELLA`` does.
+        val_steps : int, optional
+            Score, and take a snapshot of G, after every so many curvature batches; default 1. The
+            first n inputs are a random sample, except with ``curvature_size=None``, where they are those that come first: shuffle.
+        link_approx : str
+            The link that validation predictions use.
+        basis : NystromBasis, optional
+            That of another fit of the same model, instead of landmarks: estimators with one basis can be
+            merged.
+        max_samples : int, optional
+            Read so many inputs (on all ranks together), and ask the loader for no batch after them.
+        n_total : int, optional
+            N, where the loader shows a sample of the data only: loss and G are scaled to it.
+        checkpoint : str or path, optional
+            Where to keep what each stage has found, so that a fit that was interrupted, called again with the
+            same arguments, goes on. The loader has to replay the same order; the states of torch's, numpy's
+            and Python's generators, and of the loader's own, are restored for it. The files ``checkpoint``,
+            ``checkpoint.gram``, ``checkpoint.basis`` and ``checkpoint.curvature`` are deleted once they are not
+            needed any more. A symbolic link is followed, and stays.
+        checkpoint_every : int
+            Batches between two checkpoints.
+
+        Raises
+        ------
+        ValueError
+            If an argument is out of range, the loader empty, a batch malformed or not
+            finite, or the features not finite; if a checkpoint cannot be used, or the loader does not replay its
+            data; if ranks differ in what must be alike. A previous fit stays intact.
+        RankError
+            If another rank failed.
+        KeyboardInterrupt
+            When interrupted. Before G has an input the previous fit stays intact; after that, in a single process,
+            G is kept as estimated from the inputs so far, with a warning. With ``override=False`` and ``checkpoint``
+            the previous fit stays intact in any case.
+
+        Notes
+        -----
+        Cost in forward passes: N, plus 3 or more for each landmark, plus 1 + 2K for each curvature
+        input (with ``curvature="mc"``, 2 + 3 for each sampled label); with ``val_loader``, 1 + 2K for each
+        validation input, however many n are scored. Memory: M x P numbers if the budget allows, K x P
+        afterwards.
+        """
+        more = (landmarks, balanced, val_loader, val_steps, link_approx, basis, max_samples, n_total)
+        request = asked.Request(train_loader, override, progress_bar, *more, checkpoint, checkpoint_every)
+        job, recipe, before = asked.prepare(self, request)
+
+        def finished(new: Fit) -> dict[str, Any]:
+            """Return what the estimator is to take over, having chosen among snapshots of G."""
+            if val_loader is None:
+                return {"current": new}
+            stream, now = self._stream(val_loader, progress_bar), replace(self._posterior, current=new)
+            free = before is None and not now.temperature_fixed
+            return early_stopping.stopped_early(now, self._engine, stream, job.ranks, link_approx, free)
+
+        try:
+            found = fit(job, recipe, before, finished)
+        except FitInterrupted as stop:
+            become(self, before, current=stop.fit)
+            warn_user(
+                f"{stop} The estimator is fitted with G as estimated from these, scaled to N = {self.n_data}."
+            )
+            raise
+        with job.ranks.together("the last stage of fit"):
+            pass  # no rank deletes its files while another still needs its own
+        become(self, before, **found)
+        job.files.delete_all()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def plan(self, train_loader: Iterable[Any], verbose: bool = True) -> Plan:
+        """Work out what :meth:`fit` will compute, and what it will cost, without doing it.
+
+        Seconds are those of a chunk of each stage, which is run and timed here, times the number of chunks:
+        on a machine that does something else meanwhile they are off by as much as that changes. What the loader
+        takes is not in them.
+
+        In a process group, the plan is that of this rank, with its share of the landmarks and curvature inputs.
+
+        Parameters
+        ----------
+        train_loader : iterable
+            The training data; only the first batch is read.
+        verbose : bool
+            Whether to print the plan: forward passes, seconds and bytes of each stage. Where
+            ``n_eigenvalues`` is a share, it counts as many directions as the budget allows.
+
+        Returns
+        -------
+        Plan
+
+        Raises
+        ------
+        ValueError
+            If the loader is a one-shot iterator or empty, or its first batch malformed, or gradients of its
+            inputs are not finite.
+
+        Notes
+        -----
+        Cost: of each of about eight chunks, as large as the fit's, a warm-up and up to five calls, none once they have
+        taken .7 seconds; so seconds at most where a chunk takes less than one. Memory: no more than the fit.
+        Estimator, model and random generators, the loader's too, are left as they were.
+        """
+        check_flag("verbose", verbose)
+        plan = asked.plan(self, train_loader)
+        if verbose:
+            print(plan)
+        return plan
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def merge(self, other: Any) -> None:
+        r"""Add what another estimator was fitted to: G, loss and N of its data.
+
+        The result is that of ``fit(their_data, override=False)``, up to rounding; ``other`` stays as it is.
+
+        Parameters
+        ----------
+        other : ELLALaplace
+            Fitted to other data with ``basis=`` of this one, with the same model, likelihood, noise,
+            temperature and prior.
+
+        Raises
+        ------
+        AttributeError
+            If one of the two is not fitted.
+        ValueError
+            If they differ in what has to be the same. Both stay as they are.
+        """
+        merging.check_other(self, other, ELLALaplace)
+        mine, theirs = self._unchanged(), other._unchanged()
+        become(self, mine.fit, current=merging.merged(mine, theirs))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def forget(self, loader: Iterable[Any], progress_bar: bool = False) -> None:
+        r"""Take data away that this estimator was fitted to: from G, loss and N.
+
+        The result is that of a fit to the remaining data *with the same basis*, up to rounding. This is no
+        unlearning: landmarks among the forgotten inputs stay in the basis, and the network was trained on them.
+
+        In a process group, all ranks call it, each with its part of what is to be forgotten.
+
+        Parameters
+        ----------
+        loader : iterable
+            Batches of those data, as in :meth:`fit`; read once.
+        progress_bar : bool
+            Show the progress.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If G is not the exact one of all N inputs, if the loader is empty or holds all data that there are, or
+            data that were not among those fitted, as far as G and the loss can tell: their differences must
+            not be negative. The estimator stays as it is.
+        RankError
+            If another rank failed.
+
+        Notes
+        -----
+        Cost: 1 + 2K forward passes for each input.
+        """
+        ranks = self._ranks
+        with ranks.together("the arguments of forget()"):
+            now = self._unchanged()
+            merging.check_exact(now.fit)
+            check_loader("loader", loader)
+            stream = self._stream(loader, check_flag("progress_bar", progress_bar))
+        become(self, now.fit, current=merging.without(now, self._engine, stream, ranks))
+
+    # ------------------------------------------------------------------ predictions
+
+    def __call__(
+        self,
+        x: Input,
+        pred_type: str = "glm",
+        joint: bool = False,
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+        fitting: bool = False,
+        **model_kwargs: Any,
+    ) -> Prediction:
+        """Predict; see :meth:`laplace.ParametricLaplace.__call__`, from which it differs in this.
+
+        - ``pred_type="gp"`` means "glm".
+        - ``link_approx="mc"`` draws quasi-random noise from the estimator's seed, or
+          from ``generator``, one vector for all inputs: the same call gives the same
+          result.
+        - No link forms a (B, C, C) tensor.
+
+        Returns
+        -------
+        Tensor (B, C), or pair of Tensor
+            Probabilities; or mean (B, C) and covariance (B, C, C), its diagonal
+            (B, C) with ``diagonal_output``, or (BC,) and (BC, BC) with ``joint``. The
+            observation noise is not included. With outputs (B, ..., C), B counts positions.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If ``pred_type`` or ``link_approx`` is unknown, or inputs are not finite.
+        """
+        pred_type = checks.check_prediction(pred_type, link_approx, n_samples, generator, self._device)
+        checks.check_link(self._posterior.likelihood, link_approx)
+        flags = {"joint": joint, "diagonal_output": diagonal_output, "fitting": fitting}
+        checks.check_call(pred_type, model_kwargs, **flags)
+        now, engine = self._fitted(), self._engine
+        likelihood = now.likelihood if fitting else now.likelihood.of_calls
+        if pred_type == "nn":
+            sampling.check_enough(likelihood, n_samples)
+            offsets = sampling.weight_offsets(now, Draws(n_samples, generator))
+            samples = sampling.outputs_at(engine, offsets, x, self.enable_backprop, **model_kwargs)
+            return sampling.averaged(samples, likelihood)
+        if not likelihood.has_probabilities:
+            return prediction.output_moments(now, engine, x, joint, diagonal_output, self.enable_backprop)
+        noise = Noise.seeded(n_samples, generator, now.seed, diagonal_output)
+        return prediction.probabilities(now, engine, x, likelihood, link_approx, noise, self.enable_backprop)
+
+    def predictive(
+        self, x: Input, pred_type: str = "glm", link_approx: str = "probit", n_samples: int = 100
+    ) -> Prediction:
+        """Predict; the host's shorthand for a call."""
+        return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
+
+    def _glm_predictive_distribution(
+        self, X: Input, joint: bool = False, diagonal_output: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        now = self._fitted()
+        return prediction.output_moments(now, self._engine, X, joint, diagonal_output, self.enable_backprop)
+
+    def features(self, x: Input) -> tuple[Tensor, Tensor]:
+        r"""Compute :math:`\phi(x) = J(x) V` and f(x).
+
+        Returns
+        -------
+        phi, f : Tensor (B, C, K), Tensor (B, C)
+            For a model with outputs (B, ..., C), positions are flattened into the batch, input by input.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If inputs or features are not finite.
+
+        Notes
+        -----
+        Cost: at least 1 + 2K forward passes for each input.
+        """
+        return prediction.checked_features(self._fitted(), self._engine, x, self.enable_backprop)
+
+    def functional_variance(self, Js: Tensor) -> Tensor:
+        """Return the covariance (B, C, C) of each input's outputs, without the residual.
+
+        Parameters
+        ----------
+        Js : Tensor (B, C, K)
+            What ``backend.jacobians`` returns: the features.
+        """
+        return prediction.of_features(self._fitted(), Js).covariance().to(Js.dtype)
+
+    def functional_covariance(self, Js: Tensor) -> Tensor:
+        """Return the joint covariance (BC, BC) of all inputs' outputs, without the residual.
+
+        Parameters
+        ----------
+        Js : Tensor (B, C, K)
+            What ``backend.jacobians`` returns: the features.
+        """
+        return prediction.of_features(self._fitted(), Js).joint_covariance().to(Js.dtype)
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        r"""Draw weights :math:`\theta^* + V z` (S, P), in the order of ``parameters()``.
+
+        With ``residual="exact"`` they leave the span, as those of exact linearised
+        Laplace do; the isotropic residual is one of functions and leaves weights alone.
+        Padding rows of embeddings stay as they are.
+        """
+        draws = Draws.checked(n_samples, generator)
+        return sampling.sampled_weights(self._fitted(), self._engine, draws)
+
+    def functional_samples(
+        self,
+        x: Input,
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw functions, evaluated at the inputs: (S, B, C).
+
+        Each draw uses one noise vector for all inputs, in the K dimensions of the span and in
+        those of the residual, so that a function is smooth, and two calls with equal
+        generators agree. With the exact residual that noise has P dimensions.
+
+        Parameters
+        ----------
+        x : Tensor or mapping
+            B inputs.
+        pred_type : {"glm", "nn"}
+            Whether functions are draws of the linearised network, or networks with sampled weights.
+        n_samples : int
+            S.
+        diagonal_output : bool
+            Draw outputs and inputs independently instead (glm).
+        generator : torch.Generator, optional
+            Default: torch's own.
+
+        Raises
+        ------
+        AttributeError, ValueError
+            As for a call.
+        """
+        samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
+        return samples.to(dtype)
+
+    def predictive_samples(
+        self,
+        x: Input,
+        pred_type: str = "glm",
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw :meth:`functional_samples`, turned into probabilities where the likelihood has them: (S, B, C)."""
+        samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
+        # Before they are rounded: fp16 holds no logit above 65504.
+        return self._posterior.likelihood.of_calls.inverse_link(samples).to(dtype)
+
+    def _functions(
+        self, x: Input, pred_type: str, n_samples: int, diagonal_output: bool, generator: Any
+    ) -> tuple[Tensor, torch.dtype]:
+        """Draw functions (S, B, C) in the precision of their moments; and the dtype of the model's outputs."""
+        pred_type = checks.check_prediction(pred_type, "mc", n_samples, generator)
+        check_flag("diagonal_output", diagonal_output)
+        draws, backprop = Draws.checked(n_samples, generator), self.enable_backprop
+        now, engine = self._fitted(), self._engine
+        if pred_type == "nn":
+            samples = sampling.outputs_at(engine, sampling.weight_offsets(now, draws), x, backprop)
+            return samples, samples.dtype
+        return sampling.sampled_functions(now, engine, x, draws, diagonal_output, backprop)
+
+    @torch.no_grad()
+    def residual_share(self, x: Input) -> Tensor:
+        r"""Return the share of an input's gradient outside the span, :math:`1 - |\phi|^2 / \operatorname{tr} J J^T`.
+
+        Exact with ``residual="exact"``; else estimated from ``residual_samples`` random
+        tangents, the same for all inputs.
+
+        Returns
+        -------
+        Tensor (B,)
+            In [0, 1]: 0 where the landmarks explain an input's gradients, 1 where they say nothing about it.
+
+        Raises
+        ------
+        AttributeError, ValueError
+            As for a call.
+
+        Notes
+        -----
+        Cost: features, plus 1 + 2S forward passes for each input (exact: about 5C).
+        """
+        seen = novelty.seen_with_shares(self._fitted(), self._engine, x, self.enable_backprop)
+        return seen.residual_share.to(seen.f.dtype)
+
+    @torch.no_grad()
+    def novelty(self, x: Input) -> Tensor:
+        """Return how novel inputs are (B,): larger is further from the training data.
+
+        The :meth:`residual_share`; once :meth:`calibrate_novelty` was called, the normal score of the
+        predictive entropy plus half that of the share. It is a score of its own, not part of the
+        predictive, and finds inputs from elsewhere, not errors: docs/tuning.md shows where it fails.
+
+        Raises
+        ------
+        AttributeError, ValueError
+            As for a call; ValueError also if the setting has changed since the calibration.
+        """
+        return novelty.novelty(self._fitted(), self._engine, x, self.enable_backprop)
+
+    @torch.no_grad()
+    def calibrate_novelty(self, in_distribution_loader: Iterable[Any]) -> None:
+        """Learn what entropy and residual share are usual, for :meth:`novelty`.
+
+        Parameters
+        ----------
+        in_distribution_loader : iterable
+            Batches of inputs the model is meant for, which it was not fitted to: (x, y), mappings, or
+            x alone; hundreds at least, since scores end where theirs do. No labels are used, and
+            no other data.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If the likelihood is regression, which has no entropy, or there are fewer than two inputs.
+        """
+        ranks = self._ranks
+        with ranks.together("the data to calibrate novelty on"):
+            now = self._fitted()
+            novelty.check_probabilities(now.likelihood)
+            check_loader("in_distribution_loader", in_distribution_loader)
+            stream = self._stream(in_distribution_loader)
+        new = novelty.calibrated(now, self._engine, stream, ranks, self.enable_backprop)
+        become(self, now.fit, current=new)
+
+    def approximation_error(self, x: Input, train_loader: Iterable[Any] | None = None) -> ApproximationError:
+        r"""Say how much of the model's derivatives at given inputs the basis captures.
+
+        Parameters
+        ----------
+        x : Tensor or mapping
+            B inputs.
+        train_loader : iterable, optional
+            The training data: compares with exact linearised Laplace too, for networks of up to 5 000 weights.
+            In a process group all ranks have to pass it, each with its part of the data.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If the network is too large for the exact comparison, or there are no inputs, or no training data.
+
+        Notes
+        -----
+        Cost: as :meth:`residual_share`; with training data, C backward passes for each of
+        them and P x P matrices.
+        """
+        now, stream = self._fitted(), None
+        if train_loader is not None:
+            check_loader("train_loader", train_loader)
+            novelty.check_exact_size(self.n_params)
+            stream = self._stream(train_loader)
+        return novelty.approximation_error(now, self._engine, x, stream, self._ranks, self.enable_backprop)
+
+    # ------------------------------------------------------------------ tuning
 
     def log_marginal_likelihood(
         self, prior_precision: Tensor | None = None, sigma_noise: Tensor | None = None
@@ -548,26 +1059,185 @@ class ELLALaplace(
         ValueError
             If a value is not positive and finite, or noise is given to a classifier.
         """
-        self._check_H_init()
-        if prior_precision is not None:
-            validation.check_prior_precision("prior_precision", prior_precision, self.n_layers, self.n_params)
+        now = self._fitted()
+        given = {"prior_precision": prior_precision, "sigma_noise": sigma_noise}
+        values = {k: attributes.checked(self, k, v) for k, v in given.items() if v is not None}
         if sigma_noise is not None:
-            self._check_noise(sigma_noise)
-            validation.check_has_noise(self._likelihood_name)
-        with self._changes() as view:
-            if prior_precision is not None:
-                view.prior_precision = prior_precision
-            if sigma_noise is not None:
-                view.sigma_noise = sigma_noise
-            return view._evidence()  # before the values become current, which they do not if it fails
+            checks.check_noise_is_tunable(now.likelihood)
+        evidence = replace(now, setting=now.setting.at(**values)).log_evidence
+        become(self, setting=values)  # which they do not if it fails
+        return evidence
 
-    def _evidence(self) -> Tensor:
-        return super().log_marginal_likelihood()
+    def optimize_prior_precision(
+        self,
+        pred_type: str = "glm",
+        method: str = "marglik",
+        n_steps: int = 100,
+        lr: float = 1e-1,
+        init_prior_prec: float | Tensor = 1.0,
+        prior_structure: str = "scalar",
+        val_loader: Iterable[Any] | None = None,
+        loss: Loss | None = None,
+        log_prior_prec_min: float = -4,
+        log_prior_prec_max: float = 6,
+        grid_size: int = 100,
+        link_approx: str = "probit",
+        n_samples: int = 100,
+        verbose: bool = False,
+        progress_bar: bool = False,
+        log_prior_prec_base: float = 10.0,
+    ) -> None:
+        """Tune the prior precision; with ``temperature=None``, a grid search tunes T too.
 
-    # ------------------------------------------------------------------ checkpoints
+        See :meth:`laplace.BaseLaplace.optimize_prior_precision` for the parameters; what
+        differs:
+
+        - "gridsearch" runs the model once over ``val_loader`` (glm). The default loss is
+          the mean NLL, for regression too (with the noise in the variance).
+        - A temperature given as a number stays; None is tuned together with the prior,
+          from 1e-3 to 1e6. After "marglik" it stays 1, with a warning.
+        - A loss that is the same over the whole grid leaves the setting as it was; an optimum
+          on an edge of the grid, a candidate that fails, and predictions that do no better
+          than MAP's are each warned of.
+        - A loss is minimised; it gets probabilities, or means and covariances. A metric that is
+          better when higher is refused.
+        - If tuning fails, the estimator is as it was.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            On an unknown option, an empty grid, without ``val_loader`` where it is needed, or
+            if no candidate has a finite loss.
+
+        Notes
+        -----
+        Cost: 1 + 2K forward passes for each validation input, whatever the grid; with
+        ``pred_type="nn"``, n_samples forward passes for each input and candidate (temperature
+        and prior: about 500 candidates). Memory: N_val x C x K numbers, the part of them beyond
+        the memory budget in a temporary file.
+        """
+        interval = (log_prior_prec_min, log_prior_prec_max, log_prior_prec_base, grid_size)
+        options = (pred_type, link_approx, n_samples, loss)
+        of_evidence = (n_steps, lr, init_prior_prec, prior_structure)
+        check_choice("method", method, ("marglik", "gridsearch"))
+        # The evidence is the same on all ranks, each of which may maximise it by itself.
+        ranks = self._ranks if method == "gridsearch" else ALONE
+        with ranks.together("the arguments of optimize_prior_precision()"):
+            check_flag("verbose", verbose)
+            check_flag("progress_bar", progress_bar)
+            steps = prior.checked_evidence(*of_evidence, self.n_layers, self.n_params, self._device)
+            likelihood = self._posterior.likelihood
+            search = prior.checked_search(method, interval, options, val_loader, likelihood)
+            now = self._fitted()
+        with torch.inference_mode(False):
+            if method == "marglik":
+                new, remarks = self._maximised(*steps, val_loader, progress_bar)
+            else:
+                stream = self._stream(val_loader, progress_bar)  # type: ignore[arg-type]
+                new, remarks = prior.tuned_prior(now, self._engine, stream, ranks, search)
+        become(self, now.fit, setting=new)
+        for remark in remarks:
+            warn_user(remark)
+        if verbose:
+            print(f"Optimized prior precision is {self.prior_precision}, temperature {self.temperature:.4g}.")
+
+    def _maximised(self, *arguments: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return the prior precision that laplace-torch finds for the evidence, on a copy; and what is to be said."""
+        n_steps, lr, init, structure, val_loader, progress_bar = arguments
+        twin = copy(self)
+        # The host's optimiser keeps its steps on the default device.
+        with prior.quiet_host(), torch.enable_grad(), self._device:
+            super(ELLALaplace, twin).optimize_prior_precision(
+                "glm",
+                "marglik",
+                n_steps,
+                lr,
+                init,
+                structure,
+                val_loader=val_loader,
+                progress_bar=progress_bar,
+            )
+        return {"prior_precision": twin.prior_precision}, prior.remarks_on_evidence(twin._posterior)
+
+    def optimize_hyperparameters(
+        self,
+        val_loader: Iterable[Any],
+        search: Sequence[str] | Mapping[str, Sequence[float] | None] | None = None,
+        *,
+        link_approx: str = "mc",
+        n_samples: int = 128,
+        loss: Loss | None = None,
+        apply: bool = True,
+        progress_bar: bool = False,
+    ) -> TuningResult:
+        r"""Tune any of the parameters of the predictive jointly, and compare with simpler methods.
+
+        Parameters
+        ----------
+        val_loader : iterable
+            Batches of data that the model was not fitted to; read once.
+        search : sequence of str, or mapping, optional
+            Any of "temperature" T, "logit_scale" s, "residual_scale" rho, "prior_precision",
+            "n_eigenvalues" (leading K' <= K directions), "curvature_size" (n, from the snapshots of
+            the fit) and "sigma_noise". A mapping gives the values of the grid, None the
+            default. Default: ("temperature", "logit_scale"); for regression ("temperature",
+            "sigma_noise"); with a residual, "residual_scale" too. A temperature fixed by the user is
+            left out. A parameter on which the loss does not depend keeps its value.
+        link_approx : str
+            The link of the predictions that the setting is for.
+        n_samples : int
+            How many samples "mc" takes.
+        loss : torchmetrics.Metric or callable, optional
+            Of (probabilities, targets), or (means, covariances, targets) for regression; lower is better.
+            Default: the mean NLL of an input (or position), which is refined by L-BFGS; any
+            other loss by golden-section search.
+        apply : bool
+            Give the estimator the best setting. Directions beyond K' are dropped until the next fit.
+        progress_bar : bool
+            Show the progress.
+
+        Returns
+        -------
+        TuningResult
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            On parameters that cannot be searched, or if no setting has a finite loss. The
+            estimator is then as it was.
+
+        Notes
+        -----
+        Cost: one pass of features (and a plain forward pass) over the validation data. The
+        candidates take N_val x C x K operations each, times the samples with "mc".
+        """
+        ranks = self._ranks
+        with torch.inference_mode(False):
+            with ranks.together("the arguments of optimize_hyperparameters()"):
+                now = self._fitted()
+                checks.check_prediction("glm", link_approx, n_samples)
+                checks.check_link(now.likelihood, link_approx)
+                check_loss(loss)
+                check_loader("val_loader", val_loader)
+                check_flag("apply", apply)
+                stream = self._stream(val_loader, check_flag("progress_bar", progress_bar))
+                wanted = joint.JointSearch(
+                    joint.grids_of(now, search), name_of(link_approx), int(n_samples), loss, apply
+                )
+            result, remarks = joint.tuned(now, self._engine, stream, ranks, wanted)
+            if apply:
+                become(self, now.fit, **joint.applied(now, result.best, result.searched))
+        for remark in remarks:
+            warn_user(remark)
+        return result
+
+    # ------------------------------------------------------------------ saving and copying
 
     @exclusively
-    @of_one_moment
     def state_dict(self, *, directions: str = "full") -> dict[str, Any]:
         """Return the fitted state: tensors and plain types, loadable with ``weights_only=True``.
 
@@ -593,44 +1263,14 @@ class ELLALaplace(
             ranks only in full, and as landmarks only those of a fit (also with ``basis=`` of one), or of a state
             that was stored so, whose rows were not spilled in lower precision.
         """
-        validation.check_choice("directions", directions, STORED)
-        self._check_H_init()
-        self._check_unchanged()
-        state = checkpoint.copied(self._state())
-        state["basis"] = checkpoint.pack_saved_basis(self.basis, directions)
-        return {**state, "digest": checkpoint.digest_of_state(state)}
-
-    def _state(self) -> dict[str, Any]:
-        """Return all entries of a state apart from the basis and the digest; they are the estimator's own."""
-        return {
-            "format": checkpoint.FORMAT,
-            "cls_name": type(self).__name__,
-            "likelihood": self._likelihood_name,
-            "fingerprint": self._fingerprint,
-            "named_by_user": sorted(self._named_by_user),
-            "basis": None,
-            "H": self.H,
-            "loss": self.loss,
-            "n_data": self.n_data,
-            "n_predictions": self.n_predictions,
-            "n_outputs": self.n_outputs,
-            "temperature": self.temperature,
-            "temperature_fixed": self._temperature_fixed,
-            "snapshots": self.snapshots,
-            "labels_sampled": self._labels_sampled,
-            "largest_sums": self._largest_sums,
-            "novelty_reference": self._novelty_reference,
-            "novelty_setting": self._novelty_setting,
-            "fit_history": self.fit_history_,
-            **{name: getattr(self, name) for name in (*checkpoint.TENSOR_STATE, *checkpoint.PLAIN_STATE)},
-        }
-
-    def _check_unchanged(self) -> None:
-        if self._fingerprint != checkpoint.fingerprint(self.model):
-            raise ValueError(
-                "The model's weights or buffers have changed since the fit, which belongs to the old ones. "
-                "Fit again, or restore them."
-            )
+        check_choice("directions", directions, STORED)
+        now = self._unchanged()
+        own = {name: getattr(self, name) for name in checkpoints.OF_ESTIMATOR}
+        named = sorted(self._named_by_user)
+        return checkpoints.whole_state(
+            {**state_of(now), **own, "cls_name": type(self).__name__, "named_by_user": named},
+            checkpoints.pack_saved_basis(now.fit.basis, directions),
+        )
 
     @exclusively
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -648,77 +1288,85 @@ class ELLALaplace(
         M x 5 forward passes, or what it takes to read and write M x P numbers. A state of laplace_ella 0.1.0 holds no hash, so that damage is found only where
         it breaks a type, a shape, a range, a symmetry or orthonormality.
         """
-        weights = self.backend.engine.function.weights()
-        checkpoint.check_state(state_dict, type(self).__name__, self._likelihood_name, self.model, weights)
-        ranks = self._ranks if self.shard_directions else ALONE
-        checkpoint.check_shard(state_dict["basis"]["shard"], ranks, "The checkpoint")
-        self._warn_of_differences(state_dict)
-        self.backend.engine.forget()
+        engine, now, name = self._engine, self._now(), type(self).__name__
+        checkpoints.check_state(state_dict, name, now.likelihood.name, self.model, engine.function.weights())
+        ranks = asked.sharing(self)
+        checkpoints.check_shard(state_dict["basis"]["shard"], ranks, "The checkpoint")
+        chosen = now.setting.temperature if now.temperature_fixed else None
+        for remark in checkpoints.differences(state_dict, self.enable_backprop, chosen):
+            warn_user(remark)
+        engine.forget()
         with outside_inference():  # what is loaded may meet a graph later
-            state_dict = without_inference(state_dict)
-            basis = checkpoint.unpack_saved_basis(state_dict["basis"], self.backend, ranks)
-            with self._changes(replaces_fit=True) as view:
-                view._restore(checkpoint.copied({k: v for k, v in state_dict.items() if k != "basis"}), basis)
-
-    def _restore(self, state: dict[str, Any], basis: NystromBasis) -> None:
-        # The residual decides what priors are allowed: none first, and its own last.
-        self.residual = "none"
-        for name in (*checkpoint.TENSOR_STATE, *checkpoint.PLAIN_STATE):
-            setattr(self, name, state[name])
-        self.temperature = state["temperature"]
-        self._temperature_fixed = state["temperature_fixed"]
+            state = without_inference(state_dict)
+            basis = checkpoints.unpack_saved_basis(state["basis"], engine, ranks)
+            new = posterior_of(state, basis, now, engine.function.flat_weights())
+        self.__dict__.update({name: state[name] for name in checkpoints.OF_ESTIMATOR})
         self._named_by_user = set(state["named_by_user"])
-        snapshots = [(n, G.to(self._device)) for n, G in state["snapshots"]]
-        loss, n_curvature = state["loss"].to(self._device), self.n_curvature
-        counts = tuple(state[k] for k in ("n_data", "n_predictions", "n_outputs"))
-        self._set_fit(basis, snapshots, loss, counts)
-        self.n_curvature, self.H = n_curvature, state["H"].to(self._device)
-        self._labels_sampled = state["labels_sampled"]
-        self._largest_sums = list(state["largest_sums"])
-        self._novelty_reference = state["novelty_reference"]
-        self._novelty_setting = state["novelty_setting"]
-        self.fit_history_ = state["fit_history"]
+        attributes.exchange(self, new)
 
-    def _warn_of_differences(self, state: dict[str, Any]) -> None:
-        pairs: dict[str, tuple[Any, Any]] = {
-            "enable_backprop": (self.enable_backprop, state["enable_backprop"])
-        }
-        if self._temperature_fixed:
-            pairs["temperature"] = (self.temperature, state["temperature"])
-        for name, (mine, theirs) in pairs.items():
-            if mine != theirs:
-                warnings.warn(
-                    f"The checkpoint has {name}={theirs}, which replaces {name}={mine}.",
-                    stacklevel=4,  # user, the lock, load_state_dict, here
-                )
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """Return the arguments of an estimator like this one, with the hyperparameters it has now.
 
-    def _more(self) -> str:
-        """Return what differs from the defaults, for ``__repr__``."""
-        values = {
-            "sigma_noise": float(self.sigma_noise),
-            "logit_scale": self.logit_scale,
-            "residual_scale": 1.0 if self.residual == "none" else self.residual_scale,
-        }
-        found = [f", {k}={v:.4g}" for k, v in values.items() if v != 1]
-        found += [f", residual={self.residual!r}"] if self.residual != "none" else []
-        return "".join(found + ([f", curvature={self.curvature!r}"] if self.curvature != "exact" else []))
+        ``type(la)(**la.get_params())`` is that estimator, for the same model, before a fit. The backend is named by
+        its class; sizes that were left at their defaults are None.
 
-    @of_one_moment
+        Parameters
+        ----------
+        deep : bool
+            Makes no difference; scikit-learn's ``clone`` passes it.
+
+        Returns
+        -------
+        dict
+
+        Raises
+        ------
+        AttributeError
+            If a subclass keeps an argument of its constructor under no attribute of the same name.
+        """
+        return copying.arguments_of(self)
+
+    def __sklearn_clone__(self: Self) -> Self:
+        # clone() itself compares arguments by identity, and hyperparameters are converted to tensors.
+        return type(self)(**deepcopy(self.get_params(), {id(self.process_group): self.process_group}))
+
+    @exclusively
+    def __copy__(self: Self) -> Self:
+        new = type(self).__new__(type(self))
+        own = {k: copy(v) if isinstance(v, (list, dict, set)) else v for k, v in vars(self).items()}
+        new.__dict__.update(own, _backend=copy(self._backend))
+        return new
+
+    @exclusively
+    def __deepcopy__(self: Self, memo: dict[int, Any]) -> Self:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        memo[id(self.process_group)] = self.process_group  # which belongs to the process
+        new.__dict__.update(deepcopy(copying.own_state(self), memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return copying.picklable_state(self)
+
     def __repr__(self) -> str:
-        if self.H is None:
-            fitted = f"M={self.subsample_size}, K={self.n_eigenvalues}, P={self.n_params}, not fitted"
-        else:
-            fitted = (
-                f"M={self.basis.n_landmarks}, K={self.basis.rank}, retained trace={self.basis.retained:.3f}, "
-                f"P={self.n_params}, n_data={self.n_data}, n={self.n_curvature}"
-            )
-        prior = (
-            f"{float(self.prior_precision):.4g}"
-            if self.prior_precision.numel() == 1
-            else f"{self.prior_precision.numel()} values"
-        )
-        fixed = "" if self._temperature_fixed else " (free)"
-        return (
-            f"ELLALaplace({self._likelihood_name!r}, {fitted}, prior_precision={prior}, "
-            f"temperature={self.temperature:.4g}{fixed}{self._more()})"
-        )
+        return attributes.description(self, f"M={self.subsample_size}, K={self.n_eigenvalues}")
+
+    # ------------------------------------------------------------------ what the posterior has not
+
+    def log_prob(self, value: Tensor, normalized: bool = True) -> NoReturn:
+        """Refuse: the posterior has no density over all weights.
+
+        Raises
+        ------
+        NotImplementedError
+        """
+        raise NotImplementedError(checks.NO_DENSITY)
+
+    def square_norm(self, value: Tensor) -> NoReturn:
+        """Refuse: the posterior has no precision over all weights.
+
+        Raises
+        ------
+        NotImplementedError
+        """
+        raise NotImplementedError(checks.NO_DENSITY)

@@ -1,4 +1,4 @@
-"""Seeds, comparison, and the table of problems.
+"""Seeds, comparison, and the problems: every model of the table with data and hyperparameters.
 
 Sizes are distinct primes, so that a swapped axis cannot pass: B, C, K, M, N below.
 """
@@ -6,16 +6,19 @@ Sizes are distinct primes, so that a swapped axis cannot pass: B, C, K, M, N bel
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from models import MODELS, N_HIDDEN, N_INPUTS, C, ConvNet, Residual, Tied
+from models import wide_mlp as mlp
 from torch import Tensor, nn
 
-B, C, K, M, N = 7, 3, 5, 11, 23
-N_INPUTS, N_HIDDEN = 2, 13
+__all__ = ["MODELS", "N_HIDDEN", "N_INPUTS", "C", "ConvNet", "Residual", "Tied", "mlp"]
+
+B, K, M, N = 7, 5, 11, 23
 LIKELIHOODS = ("classification", "regression")
 
 torch.set_num_threads(1)  # tensors are tiny here: threads only wait for each other
@@ -68,73 +71,6 @@ def _hint(a: Tensor, e: Tensor, bound: float) -> str:
     if a.ndim >= 2 and a.shape == a.mT.shape and (a.mT - e).abs().max() <= bound:
         return " It is the expected value transposed."
     return ""
-
-
-class ConvNet(nn.Sequential):
-    """Convolution and batch normalisation whose running statistics differ from 0 and 1."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(2, 5, 2), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 2 * 2, C)
-        )
-        with torch.no_grad():
-            self[1].running_mean.copy_(0.3 * torch.randn(5))
-            self[1].running_var.copy_(0.5 + torch.rand(5))
-
-
-class Residual(nn.Module):
-    """A residual block with in-place activations and an in-place sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(N_INPUTS, N_HIDDEN)
-        self.first = nn.Linear(N_HIDDEN, 5)
-        self.second = nn.Linear(5, N_HIDDEN)
-        self.head = nn.Linear(N_HIDDEN, C)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x).tanh()
-        out = self.second(self.relu(self.first(h)))
-        out += h
-        return self.head(self.relu(out))
-
-
-class Tied(nn.Module):
-    """Two layers that share one weight, as embeddings and heads of language models do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(N_INPUTS, N_HIDDEN)
-        self.first = nn.Linear(N_HIDDEN, N_HIDDEN)
-        self.second = nn.Linear(N_HIDDEN, N_HIDDEN)
-        self.second.weight = self.first.weight
-        self.head = nn.Linear(N_HIDDEN, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(self.stem(x).tanh()).tanh()).tanh())
-
-
-def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(N_INPUTS, N_HIDDEN), nn.Tanh(), nn.Linear(N_HIDDEN, C))
-
-
-def partly_frozen() -> nn.Module:
-    model = nn.Sequential(
-        nn.Linear(N_INPUTS, N_HIDDEN), nn.Tanh(), nn.Linear(N_HIDDEN, 5), nn.Tanh(), nn.Linear(5, C)
-    )
-    model[0].weight.requires_grad_(False)
-    model[2].bias.requires_grad_(False)
-    return model
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "mlp": (mlp, (N_INPUTS,)),
-    "conv_batchnorm": (ConvNet, (2, 3, 3)),
-    "residual_inplace": (Residual, (N_INPUTS,)),
-    "tied": (Tied, (N_INPUTS,)),
-    "partly_frozen": (partly_frozen, (N_INPUTS,)),
-}
 
 
 @dataclass(frozen=True)

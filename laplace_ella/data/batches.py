@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .checks import shown
 from .hashing import digest
 
 Raw = Tensor | Mapping[str, Any]
@@ -50,22 +51,8 @@ class Nested:
     template: Any
 
     def container(self) -> Any:
-        """Return a container as the user's, made anew at every level: a model may write into it."""
-        return _rebuilt(self.template, lambda path, leaf: self._filled(leaf))
-
-    def _filled(self, leaf: Any) -> Any:
-        return self.rows[leaf.index] if isinstance(leaf, Slot) else leaf
-
-    def map_rows(self, function: Callable[[Tensor], Tensor]) -> Nested:
-        """Apply a function to the tensors that are cut into rows."""
-        return replace(self, rows=tuple(map(function, self.rows)))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Nested:
-        """Apply a function to all tensors."""
-        template = _rebuilt(
-            self.template, lambda path, leaf: function(leaf) if isinstance(leaf, Tensor) else leaf
-        )
-        return replace(self.map_rows(function), template=template)
+        """Return the user's container, made anew at every level: a model may write into it."""
+        return rebuilt(self.template, lambda path, v: self.rows[v.index] if isinstance(v, Slot) else v)
 
     def shared(self) -> list[tuple[Path, Any]]:
         """Return the entries that all rows share, with their paths."""
@@ -85,7 +72,7 @@ def nested(x: Any, paths: Sequence[Path]) -> Nested:
         found[path] = leaf
         return Slot(len(found) - 1)
 
-    template = _rebuilt(x, slot)
+    template = rebuilt(x, slot)
     return Nested(tuple(found.values()), tuple(found), template)
 
 
@@ -109,31 +96,18 @@ def is_container(value: Any) -> bool:
     return isinstance(value, (Mapping, list, tuple)) and not isinstance(value, PackedSequence)
 
 
-def _rebuilt(x: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
-    """Copy nested containers, with what a function of (path, entry) returns in place of each entry."""
-    new = {
-        key: _rebuilt(value, function, (*path, key)) if is_container(value) else function((*path, key), value)
-        for key, value in items(x)
-    }
-    return like(x, new) if isinstance(x, Mapping) else sequence_like(x, list(new.values()))
+def rebuilt(x: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """Copy nested containers, with what a function of (path, entry) returns in place of each entry.
 
+    A container that the function returns as it is, is copied in turn.
+    """
 
-def replaced(x: Any, path: Path, function: Callable[[Any], Any]) -> Any:
-    """Copy nested containers, with what a function returns in place of the entry at one path."""
-    first, *rest = path
-    entries = {
-        key: value
-        if key != first
-        else replaced(value, tuple(rest), function)
-        if rest
-        else _as(value, function(value))
-        for key, value in items(x)
-    }
+    def copied_entry(here: Path, value: Any) -> Any:
+        new = function(here, value)
+        return rebuilt(new, function, here) if new is value and is_container(value) else new
+
+    entries = {key: copied_entry((*path, key), value) for key, value in items(x)}
     return like(x, entries) if isinstance(x, Mapping) else sequence_like(x, list(entries.values()))
-
-
-def _as(before: Any, now: Any) -> Any:
-    return sequence_like(before, now) if isinstance(before, (list, tuple)) else now
 
 
 def sequence_like(x: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
@@ -196,13 +170,16 @@ def raw_size(x: Raw, dict_key_x: str, expected: int | None = None) -> int:
     return expected if dict_key_x not in x and expected in lengths else lengths[0]
 
 
+# ---------------------------------------------------------------------- checks
+
+
 def check_tensors(x: Raw, what: str) -> None:
     """Require tensors that can be cut along their first axis.
 
     Raises
     ------
     ValueError
-        Naming the entry that is sparse, nested or a packed sequence.
+        If an entry is sparse, nested or a packed sequence; the message names it.
     """
     entries = [((), x)] if isinstance(x, Tensor) else leaves(x)
     for path, leaf in entries:
@@ -224,6 +201,49 @@ def _shape(x: Tensor) -> str:
     return f"({x.size(0)}, ...)" if x.is_nested else str(tuple(x.shape))
 
 
+def check_finite(x: Raw | Input, what: str) -> None:
+    """Require tensors that can be cut along their first axis, without NaN or infinity."""
+    if not isinstance(x, Nested):
+        check_tensors(x, what)
+    if not is_finite(x):
+        raise ValueError(
+            f"{what} hold NaN or infinite values; they must be finite. Clean or drop them first."
+        )
+
+
+def check_finite_input(x: Raw | Input) -> None:
+    """Require an input of a prediction: a tensor with a batch axis or a mapping, without NaN or infinity."""
+    if not isinstance(x, (Tensor, Mapping, Nested)) or (isinstance(x, Tensor) and not x.ndim):
+        raise ValueError(
+            f"x must be a tensor whose first axis is the batch, or a mapping of tensors; got {shown(x)}."
+        )
+    check_finite(x, "The inputs")
+
+
+class NamingShape:
+    """Adds the shapes of its input to an error of the model, as torch only speaks of some product inside."""
+
+    # No generator, whose end may swallow an interrupt.
+    def __init__(self, x: Raw | Input) -> None:
+        self.x = x
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, Exception) or not hasattr(error, "add_note"):  # Python 3.10 has no notes
+            return
+        x = self.x.container() if isinstance(self.x, Nested) else self.x
+        entries = [(name_of(p), v) for p, v in leaves(x)] if isinstance(x, Mapping) else [("x", x)]
+        shapes = [f"{name} of shape {tuple(v.shape)}" for name, v in entries if isinstance(v, Tensor)]
+        note = f"The inputs were {', '.join(shapes) or shown(x)}."
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+
+
+# ---------------------------------------------------------------------- one batch
+
+
 def batch_size(x: Input) -> int:
     """Return the length of the batch axis."""
     if isinstance(x, Nested):
@@ -231,14 +251,17 @@ def batch_size(x: Input) -> int:
     return x.shape[0] if x.ndim else 0
 
 
-def each(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
-    """Apply a function to all tensors of an input."""
-    return x.map(function) if isinstance(x, Nested) else function(x)
-
-
 def each_row(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
     """Apply a function to the tensors of an input that are cut into rows."""
-    return x.map_rows(function) if isinstance(x, Nested) else function(x)
+    return replace(x, rows=tuple(map(function, x.rows))) if isinstance(x, Nested) else function(x)
+
+
+def each(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
+    """Apply a function to all tensors of an input."""
+    if isinstance(x, Tensor):
+        return function(x)
+    template = rebuilt(x.template, lambda path, v: function(v) if isinstance(v, Tensor) else v)
+    return replace(x, rows=tuple(map(function, x.rows)), template=template)
 
 
 def moved(x: Input, device: torch.device, dtype: torch.dtype | None = None) -> Input:
@@ -300,7 +323,7 @@ def n_bytes(x: Input) -> int:
     return sum(t.numel() * t.element_size() for t in tensors(x))
 
 
-def digest_of(x: Raw | Input) -> str:
+def input_digest(x: Raw | Input) -> str:
     """Return a hash of all tensors and plain values of an input, raw or not."""
     if isinstance(x, Tensor):
         return digest(x)
@@ -309,7 +332,7 @@ def digest_of(x: Raw | Input) -> str:
 
 
 def signature(x: Input) -> Any:
-    """Tell inputs apart whose rows have other shapes or dtypes, or stand in other places."""
+    """Return what inputs have in common whose rows have the same shapes and dtypes, and stand in the same places."""
     if isinstance(x, Tensor):
         return (x.shape[1:], x.dtype)
     of_rows = tuple((path, t.shape[1:], t.dtype) for path, t in zip(x.paths, x.rows))
@@ -330,16 +353,14 @@ def collate(inputs: Sequence[Input], batch: int) -> Iterator[tuple[list[int], In
     """
     groups: dict[Any, list[int]] = {}
     for i, x in enumerate(inputs):
-        groups.setdefault((signature(x), _shared_values(x)), []).append(i)
+        # Rows may only meet where what their batches share is the same.
+        shared = [] if isinstance(x, Tensor) else x.shared()
+        values = tuple((path, _value(leaf)) for path, leaf in shared)
+        groups.setdefault((signature(x), values), []).append(i)
     for indices in groups.values():
         for start in range(0, len(indices), batch):
             part = indices[start : start + batch]
             yield part, _join([inputs[i] for i in part])
-
-
-def _shared_values(x: Input) -> Any:
-    # Rows may only meet where what their batches share is the same.
-    return () if isinstance(x, Tensor) else tuple((path, _value(leaf)) for path, leaf in x.shared())
 
 
 def is_plain(value: Any) -> bool:

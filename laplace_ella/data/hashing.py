@@ -80,7 +80,7 @@ def digest(*values: Any) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Return a hash of tensors and plain values in mappings and sequences of any depth."""
+    """Return a hash of a state: tensors and plain values in dicts and sequences of any depth."""
     if isinstance(value, dict):
         return digest(*(part for k, v in value.items() for part in (repr(k), digest_of(v))))
     if isinstance(value, (list, tuple)):

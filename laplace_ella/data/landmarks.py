@@ -4,6 +4,9 @@ Every row of the data gets a key, a hash of (seed, purpose, position in the stre
 the k rows with the smallest keys are a uniform sample without replacement. One pass
 suffices, the size of the data need not be known, and the result depends neither on
 the batch size nor on the machine.
+
+A *scheme* is a function that gives keys to the rows of a batch, and may divide them into groups:
+:func:`uniform` and :func:`balanced` are two.
 """
 
 from __future__ import annotations
@@ -17,11 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Input
-from .hashing import LANDMARK_OUTPUT, LANDMARK_PAIR, hash_keys
+from .batches import Input, Raw, batch_size, check_finite, raw_size, single_row
+from .checks import shown
+from .hashing import LANDMARK_INPUT, LANDMARK_OUTPUT, LANDMARK_PAIR, hash_keys
+from .stream import Batch
 
 # (key, position, group)
 Entry = tuple[int, int, int]
+# (batch, seed) -> keys (B,), and groups (B,) or None for a single group. Of all rows, those with the smallest
+# keys are kept, evenly over the groups. Keys depend on the seed, the positions and the rows alone.
+Scheme = Callable[[Batch, int], tuple[Tensor, "Sequence[int] | None"]]
 
 
 class BottomK:
@@ -49,7 +57,7 @@ class BottomK:
 
     @classmethod
     def of(cls, capacity: int, entries: Iterable[Entry], rows: Mapping[int, Any]) -> BottomK:
-        """Make a sample of rows, by position."""
+        """Return a sample of rows that are given by their positions."""
         sample = cls(capacity)
         for entry in entries:
             sample.insert(entry, partial(rows.__getitem__, entry[1]))
@@ -66,9 +74,10 @@ class BottomK:
 
         Parameters
         ----------
-        positions, keys : LongTensor (B,)
+        positions : LongTensor (B,)
+        keys : Tensor (B,)
         groups : sequence of int (B,), optional
-            None: one group.
+            None: all rows belong to one group.
         row : callable
         """
         labels = [0] * len(positions) if groups is None else groups
@@ -93,14 +102,6 @@ class BottomK:
         largest = max(self._heaps, key=lambda g: (len(self._heaps[g]), g))
         return heapq.heappop(self._heaps[largest])[1]
 
-    def positions(self) -> list[int]:
-        """Return the positions of the rows kept, ascending."""
-        return sorted(self._rows)
-
-    def rows(self) -> list[Any]:
-        """Return the rows kept, in the order of the stream."""
-        return [self._rows[p][1] for p in self.positions()]
-
     def entries(self) -> list[Entry]:
         """Return (key, position, group) of the rows kept, from the smallest key on."""
         return sorted((-key, p, group) for group, heap in self._heaps.items() for key, p in heap)
@@ -108,6 +109,14 @@ class BottomK:
     def row(self, position: int) -> Any:
         """Return the row kept of a position."""
         return self._rows[position][1]
+
+    def positions(self) -> list[int]:
+        """Return the positions of the rows kept, ascending."""
+        return sorted(self._rows)
+
+    def rows(self) -> list[Any]:
+        """Return the rows kept, in the order of the stream."""
+        return [self._rows[p][1] for p in self.positions()]
 
     def groups(self) -> list[int]:
         """Return the group of each row kept, in the order of the stream."""
@@ -132,7 +141,7 @@ class Landmarks:
     positions: Sequence[int] | None = None
 
     def names(self, indices: Sequence[int]) -> str:
-        """Say which inputs these are, for error messages."""
+        """Name the inputs of some landmarks, for error messages."""
         if self.positions is None:
             return f"{list(indices)[:8]} of those given"
         return f"drawn from training inputs {[self.positions[i] for i in indices][:8]}"
@@ -141,24 +150,60 @@ class Landmarks:
         return len(self.inputs)
 
 
-def draw_outputs(sample: BottomK, seed: int, balanced: bool) -> Landmarks:
+# ---------------------------------------------------------------------- drawn landmarks
+
+
+def uniform(batch: Batch, seed: int) -> tuple[Tensor, None]:
+    """Give every input the same chance."""
+    return hash_keys(seed, LANDMARK_INPUT, batch.positions), None
+
+
+def balanced(batch: Batch, seed: int) -> tuple[Tensor, list[int]]:
+    """Draw the same number of inputs of each class, as far as there are so many.
+
+    Raises
+    ------
+    ValueError
+        If there is not one target for each input.
+    """
+    y, n_inputs = batch.y, batch_size(batch.x)
+    if len(y) != n_inputs:
+        raise ValueError(
+            f"balanced=True needs one class for each input; got {len(y)} targets for {n_inputs} inputs. Leave it out."
+        )
+    return uniform(batch, seed)[0], (y if y.ndim == 1 else y.argmax(-1)).tolist()
+
+
+def offer_inputs(sample: BottomK, batch: Batch, n_coordinates: int, scheme: Scheme, seed: int) -> None:
+    """Offer a batch's inputs, each with the number L x C of its outputs, to a sample of landmark inputs.
+
+    Parameters
+    ----------
+    batch : Batch
+        With checked targets.
+    """
+    if not sample.capacity:
+        return
+    keys, groups = scheme(batch, seed)
+    sample.offer(batch.positions, keys, groups, lambda i: (single_row(batch.x, i), n_coordinates))
+
+
+def draw_outputs(sample: BottomK, seed: int) -> Landmarks:
     r"""Give each sampled input an output coordinate, uniformly over its L x C outputs.
 
     While the sample is full, inputs are distinct. If the data ended before (M > N),
-    M of the N x C pairs are drawn without replacement, so that an input may occur
-    with several of its outputs; all pairs are taken where there are no more than M.
+    M of the N x C pairs are drawn without replacement and evenly over the groups of the sample,
+    so that an input may occur with several of its outputs; all pairs are taken where there are no more than M.
 
     Parameters
     ----------
     sample : BottomK
-        Of pairs (input, how many outputs it has); its capacity is M.
-    balanced : bool
-        Also draw the pairs evenly over the groups of the sample.
+        Its rows are pairs (input, how many outputs it has); its capacity is M.
 
     Returns
     -------
     Landmarks
-        With M pairs, or all there are.
+        M pairs, or as many as there are.
     """
     positions = sample.positions()
     inputs = [x for x, _ in sample.rows()]
@@ -169,9 +214,46 @@ def draw_outputs(sample: BottomK, seed: int, balanced: bool) -> Landmarks:
     source = torch.arange(len(inputs), dtype=torch.int64, device="cpu").repeat_interleave(counts)
     pairs = torch.arange(len(source), dtype=torch.int64, device="cpu")
     outputs = pairs - (counts.cumsum(0) - counts)[source]
-    groups = [sample.groups()[i] for i in source.tolist()] if balanced else None
-    chosen = BottomK(sample.capacity)
+    of_inputs, chosen = sample.groups(), BottomK(sample.capacity)
+    groups = [of_inputs[i] for i in source.tolist()]
     chosen.offer(pairs, hash_keys(seed, LANDMARK_PAIR, pairs), groups, lambda i: i)
     index = torch.tensor(chosen.rows(), dtype=torch.int64, device="cpu")
     picked = source[index].tolist()
     return Landmarks([inputs[i] for i in picked], outputs[index], [positions[i] for i in picked])
+
+
+# ---------------------------------------------------------------------- given landmarks
+
+
+def check_landmarks(landmarks: Any, dict_key_x: str) -> tuple[Raw, Tensor]:
+    """Require a pair of M finite inputs and a LongTensor (M,), and return it."""
+    valid = isinstance(landmarks, (tuple, list)) and len(landmarks) == 2
+    if not valid or not isinstance(landmarks[0], (Tensor, Mapping)) or not isinstance(landmarks[1], Tensor):
+        raise ValueError(
+            "landmarks must be a pair (inputs, outputs): one batch of M inputs, and a LongTensor (M,) with "
+            f"the output coordinate of each; got {shown(landmarks)}."
+        )
+    inputs, outputs = landmarks
+    if outputs.dtype != torch.int64 or outputs.ndim != 1 or not len(outputs):
+        raise ValueError(
+            f"The outputs of landmarks must be a LongTensor of shape (M,); got {shown(outputs)}."
+        )
+    check_finite(inputs, "The inputs of landmarks")
+    size = raw_size(inputs, dict_key_x, len(outputs))
+    if size != len(outputs):
+        raise ValueError(f"landmarks must hold as many inputs as outputs; got {size} and {len(outputs)}.")
+    return inputs, outputs
+
+
+def check_coordinates(outputs: Tensor, n_outputs: int) -> None:
+    """Require output coordinates that exist."""
+    if int(outputs.min()) < 0 or int(outputs.max()) >= n_outputs:
+        raise ValueError(
+            f"The outputs of landmarks must lie in 0..{n_outputs - 1}; got {int(outputs.min())}..{int(outputs.max())}."
+        )
+
+
+def explicit_landmarks(given: tuple[Input, Tensor]) -> Landmarks:
+    """Return the landmarks of a pair of M inputs and a LongTensor (M,)."""
+    inputs, outputs = given
+    return Landmarks([single_row(inputs, i) for i in range(len(outputs))], outputs.cpu())

@@ -1,4 +1,4 @@
-r"""What a loader yields: inputs and targets of a batch, told apart and checked."""
+r"""Loaders: what their batches hold, told apart into inputs and targets, and checked."""
 
 from __future__ import annotations
 
@@ -7,10 +7,40 @@ from typing import Any
 
 from torch import Tensor
 
-from .batches import Input, Raw, check_tensors, is_finite, raw_size
+from .batches import Input, Raw, check_finite, raw_size
+from .checks import shown
 
 # (inputs as the loader has them, how many there are) -> inputs that can be cut into rows.
 Prepare = Callable[[Raw, "int | None"], Input]
+
+
+def check_loader(name: str, loader: Any) -> None:
+    """Require an iterable that may yield batches, without asking it for one."""
+    kind = type(loader)
+    iterable = hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
+    if not iterable or isinstance(loader, (str, bytes, Mapping, type)):
+        raise ValueError(
+            f"{name} must be an iterable of batches, a DataLoader for instance; got {shown(loader)}. A single batch "
+            "goes into a list."
+        )
+
+
+def check_some(n: int, loader: str) -> None:
+    """Require at least one input."""
+    if not n:
+        raise ValueError(
+            f"The {loader} yielded no data; at least one input is needed. A generator that was read before is empty: "
+            "pass a fresh one."
+        )
+
+
+def check_total(n_total: int | None, n_read: int) -> None:
+    """Require a total number of inputs that is no less than the number of those read."""
+    if n_total is not None and n_total < n_read:
+        raise ValueError(
+            f"n_total must be at least the number of inputs read, {n_read}; got {n_total}. It is the size of the data "
+            "that the loader shows a sample of."
+        )
 
 
 def split_batch(batch: Any, dict_key_x: str, dict_key_y: str) -> tuple[Raw, Tensor]:
@@ -62,7 +92,7 @@ def _describe(batch: Any) -> str:
 def named_batches(
     loader: Iterable[Any], dict_key_x: str, dict_key_y: str, prepare: Prepare
 ) -> Iterator[tuple[str, Input, Tensor]]:
-    """Yield ``(name, inputs, targets)`` of each batch, with finite inputs.
+    """Yield ``(name, inputs, targets)`` of each batch that is not empty.
 
     The name ("batch 3") is for error messages.
 
@@ -75,12 +105,14 @@ def named_batches(
         x, y = split_batch(batch, dict_key_x, dict_key_y)
         if len(y) == 0:
             continue
-        _check(x, f"The inputs of batch {i}", " Clean or drop them before fitting.")
+        check_finite(x, f"The inputs of batch {i}")
         yield f"batch {i}", prepare(x, len(y)), y
 
 
 def named_inputs(loader: Iterable[Any], dict_key_x: str, prepare: Prepare) -> Iterator[tuple[str, Input]]:
-    """Yield ``(name, inputs)`` of each batch, which may be inputs alone, a sequence that starts with them, or a mapping.
+    """Yield ``(name, inputs)`` of each batch that is not empty.
+
+    A batch may be inputs alone, a sequence that starts with them, or a mapping.
 
     Raises
     ------
@@ -93,12 +125,6 @@ def named_inputs(loader: Iterable[Any], dict_key_x: str, prepare: Prepare) -> It
             raise ValueError(
                 f"Batch {i} must be inputs, a pair (inputs, targets) or a mapping; got {_describe(batch)}."
             )
-        _check(x, f"The inputs of batch {i}")
+        check_finite(x, f"The inputs of batch {i}")
         if raw_size(x, dict_key_x):
             yield f"batch {i}", prepare(x, None)
-
-
-def _check(x: Raw, what: str, remedy: str = "") -> None:
-    check_tensors(x, what)
-    if not is_finite(x):
-        raise ValueError(f"{what} hold NaN or infinite values; every input must be finite.{remedy}")

@@ -23,7 +23,7 @@ from .batches import (
 
 
 def packed(x: Input) -> Any:
-    """Return an input as tensors and plain types, on the CPU, cut from graphs and larger storages.
+    """Return an input as tensors and plain types: on the CPU, without graphs, each tensor in a storage of its own size.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def _plain(value: Any) -> dict[str, Any]:
 
 
 def unpacked(found: Any, example: Input | None) -> Input:
-    """Give back to a packed input the types of containers, and the devices, that an example has."""
+    """Return a packed input with the types of containers, and on the devices, that an example has."""
     if isinstance(found, Tensor):
         return _beside(found, example)
     template = _of_plain(found["template"], example.template if isinstance(example, Nested) else None)

@@ -1,7 +1,7 @@
-r"""One sample from the samples of all ranks, and who gets which of its rows.
+r"""One sample from the samples of all ranks, and which rank gets which of its rows.
 
-The smallest keys of all ranks are among the smallest of each: ranks tell each other keys
-first, and rows only of what stays.
+The smallest keys of all ranks are among the smallest of each. So the ranks tell each other their keys
+first, and then send only those rows that stay.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Dealt:
     Attributes
     ----------
     size : int
-        n, of the whole sample.
+        n, the size of the whole sample.
     rows : list of (index, position, input)
-        With the index in the whole sample, of which the ranks hold every W-th.
+        Each with its index in the whole sample, of which every rank holds every W-th row.
     """
 
     size: int

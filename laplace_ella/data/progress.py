@@ -1,4 +1,4 @@
-"""Progress bars: what wraps the items of long work."""
+"""Progress bars over the items of long work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def progress_bars(enabled: bool) -> Progress:
-    """Return what wraps an iterable in a named progress bar, or does nothing."""
+    """Return a function that wraps an iterable in a named progress bar; or one that does nothing."""
     # tqdm.auto's bars start an iterable twice, and with it the workers of a loader.
     return lambda iterable, name: tqdm(iterable, desc=name) if enabled else iterable
 

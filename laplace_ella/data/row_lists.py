@@ -1,6 +1,6 @@
 r"""Lists with one value for each input (lengths, strings, arrays), which are not tensors and cannot be cut into rows.
 
-Whether a model uses them shows when their values change places.
+A model uses such a list if its outputs change when the values change places.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .batches import Path, is_container, items, leaves, replaced
+from .batches import Path, is_container, items, leaves, rebuilt, sequence_like
 
 
 def row_lists(x: Any, size: int, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield lists, tuples and arrays of ``size`` values that are not all the same, without tensors that long.
+    """Yield lists, tuples and arrays of ``size`` values that are not all the same and hold no tensor of that length.
 
     Parameters
     ----------
@@ -38,7 +38,13 @@ def row_lists(x: Any, size: int, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def rotated(x: Any, path: Path) -> Any:
     """Return a container in which the values of one list have moved on by one place."""
-    return replaced(x, path, lambda v: np.roll(v, 1, 0) if isinstance(v, np.ndarray) else [v[-1], *v[:-1]])
+    return rebuilt(x, lambda here, value: _moved_on(value) if here == path else value)
+
+
+def _moved_on(values: Any) -> Any:
+    if isinstance(values, np.ndarray):
+        return np.roll(values, 1, 0)
+    return sequence_like(values, [values[-1], *values[:-1]])
 
 
 def _holds_rows(value: Any, size: int) -> bool:

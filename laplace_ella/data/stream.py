@@ -1,4 +1,4 @@
-r"""Data as they come: batches, and where each of their inputs stands in the data of all ranks.
+r"""The data as a stream of batches, in which every input has a position among the data of all ranks.
 
 What is drawn from the data (landmarks, curvature inputs, sampled labels) is a function of
 these positions, so that it depends neither on batches nor on how the data are divided.
@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler
 
 from ..parallel.ranks import ALONE, Ranks
-from .batches import Input, batch_size, digest_of, in_slices, rows
+from .batches import Input, batch_size, in_slices, input_digest, rows
 from .hashing import digest
 from .loading import Prepare, named_batches, named_inputs
 from .progress import Progress, no_progress
 
-# Where nothing is known of how data are divided, positions of rank r start at r times this.
+# Where it is not known how the data are divided, positions of rank r start at r times this.
 RANK_STRIDE = 2**40
 
 
@@ -32,8 +32,9 @@ class Batch:
     Attributes
     ----------
     name : str
-        For messages.
+        How messages call it.
     positions : LongTensor (B,)
+        Where its inputs stand in the data of all ranks.
     x : input of B rows
     y : Tensor (B, ...)
     """
@@ -45,20 +46,20 @@ class Batch:
 
     def digest(self) -> str:
         """Return a hash of inputs and targets."""
-        return digest(digest_of(self.x), self.y)
+        return digest(input_digest(self.x), self.y)
 
 
 class Stream:
-    """A loader's batches, with the positions of their inputs, and no more of them than wanted.
+    """A loader's batches with the positions of their inputs, up to the number of inputs that is wanted.
 
     With a ``torch.utils.data.DistributedSampler``, the j-th input of rank r has the position r + j W on W
-    ranks, and those that the sampler repeats to fill the last round are left out. Else, also with a sampler of
-    whole batches, it has a position of its own that only depends on r and j.
+    ranks, and inputs that the sampler repeats to fill the last round are left out. With any other loader, also with
+    a sampler of whole batches, the position of an input depends on r and j alone, and no two inputs share one.
 
     Parameters
     ----------
     loader : iterable
-        Of this rank.
+        The batches of this rank.
     dict_key_x, dict_key_y : str
     prepare : callable
         (inputs as the loader has them, how many there are) -> inputs that can be cut into rows.
@@ -67,7 +68,7 @@ class Stream:
     first_position : int
         How many inputs came before those of the loader.
     max_samples : int, optional
-        Of all ranks together; the batch that completes them is cut, and is the last to be asked for.
+        How many inputs all ranks read together. The batch that completes them is cut, and is the last to be asked for.
 
     Raises
     ------
@@ -103,20 +104,16 @@ class Stream:
             self.n_batches = len(range(ranks.rank, size, ranks.size))
 
     def batches(self, title: str) -> Iterator[Batch]:
-        """Read the loader once; ``title`` is that of the progress bar.
+        """Read the loader once; ``title`` is shown beside the progress bar.
 
         Raises
         ------
         ValueError
             If a batch has the wrong structure, or its inputs are not finite.
         """
-        for n, stop, (name, x, y) in self._limited(named_batches, title, self.keys):
-            size = stop - n
-            if size < batch_size(x):
-                x, y = rows(x, 0, size), y[:size]
-            yield Batch(
-                name, self.start + self.step * torch.arange(n, stop, dtype=torch.int64, device="cpu"), x, y
-            )
+        for first, (name, x, y) in self._limited(named_batches, title, *self.keys):
+            numbers = torch.arange(first, first + batch_size(x), dtype=torch.int64, device="cpu")
+            yield Batch(name, self.start + self.step * numbers, x, y)
 
     def parts(self, title: str, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[Batch]:
         """Read the loader once, its batches cut by a function that returns the parts of an input in order."""
@@ -126,27 +123,31 @@ class Stream:
 
     def inputs(self, title: str) -> Iterator[Input]:
         """Read the loader once, whose batches may be inputs without targets."""
-        for n, stop, (_, x) in self._limited(named_inputs, title, self.keys[:1]):
-            yield rows(x, 0, stop - n) if stop - n < batch_size(x) else x
+        for _, (_, x) in self._limited(named_inputs, title, self.keys[0]):
+            yield x
 
     def _limited(
-        self, read: Callable[..., Iterable[Any]], title: str, keys: Any
-    ) -> Iterator[tuple[int, int, Any]]:
-        """Yield items (name, inputs, ...) with the numbers of their first input, and of the first of the next."""
-        n = 0
+        self, read: Callable[..., Iterable[Any]], title: str, *keys: str
+    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Yield the number of a batch's first input with (name, inputs, ...), of no more inputs than wanted."""
+        first = 0
         if self.limit == 0:
             return
-        for item in read(islice(self.progress(self.loader, title), self.n_batches), *keys, self.prepare):
-            size = batch_size(item[1])
-            stop = n + size if self.limit is None else min(n + size, self.limit)
-            yield n, stop, item
-            n = stop
-            if n == self.limit:
+        for name, x, *y in read(
+            islice(self.progress(self.loader, title), self.n_batches), *keys, self.prepare
+        ):
+            stop = first + batch_size(x)
+            if self.limit is not None and stop > self.limit:
+                size, stop = self.limit - first, self.limit
+                x, y = rows(x, 0, size), [t[:size] for t in y]
+            yield first, (name, x, *y)
+            first = stop
+            if first == self.limit:
                 return
 
 
 def distributed_sampler(loader: Any, ranks: Ranks) -> tuple[DistributedSampler[Any] | None, bool]:
-    """Return the DistributedSampler that a loader reads by, in order, and whether it is one of inputs, not of batches.
+    """Return the DistributedSampler by which a loader reads in order, if any, and whether it deals inputs, not batches.
 
     Raises
     ------

@@ -1,10 +1,9 @@
-r"""Checkpoints: tensors and plain types, with a hash of the model instead of a copy."""
+r"""Saved estimators: tensors and plain types, with a hash of the model in place of its weights."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -13,30 +12,29 @@ from torch import Tensor, nn
 
 from ..data.hashing import add_tensor, digest_of
 from ..data.landmarks import Landmarks
+from ..network.engine import Engine
 from ..network.functional import Weights
 from ..network.safety import LOCK
 from ..nystrom.basis import NystromBasis
 from ..nystrom.compact import pack_directions, unpack_directions
+from ..nystrom.jacobian import directions_of
 from ..parallel.ranks import ALONE, Ranks
-from .state_checks import check_basis, check_entries, check_orthonormal
+from .state_checks import ENTRIES, check_basis, check_entries, check_orthonormal
 
 # States of format 3, which laplace_ella 0.1.0 wrote, hold no digest.
 FORMAT, READABLE = 4, (3, 4)
-PLAIN_STATE = (
-    *("enable_backprop", "subsample_size", "n_eigenvalues", "curvature_size", "seed", "n_curvature"),
-    *("logit_scale", "residual", "residual_scale", "residual_samples", "curvature", "curvature_samples"),
+# Entries that are attributes of the estimator, and not of its posterior.
+OF_ESTIMATOR = (
+    *(
+        "enable_backprop",
+        "subsample_size",
+        "n_eigenvalues",
+        "curvature_size",
+        "curvature",
+        "curvature_samples",
+    ),
 )
-TENSOR_STATE = ("prior_mean", "prior_precision", "sigma_noise")
-STATE_KEYS = {
-    *("format", "cls_name", "likelihood", "fingerprint", "basis", "H", "loss", "n_data", "n_outputs"),
-    "n_predictions",
-    *("temperature", "temperature_fixed", "named_by_user", "snapshots", "labels_sampled"),
-    "largest_sums",
-    "novelty_reference",
-    *("novelty_setting", "fit_history"),
-    *(*TENSOR_STATE, *PLAIN_STATE),
-}
-Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+STATE_KEYS = {"format", "cls_name", "likelihood", "fingerprint", "basis", *ENTRIES}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -53,28 +51,24 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def pack_basis(basis: NystromBasis) -> dict[str, Any]:
-    """Turn a basis, apart from its landmarks and its model, into tensors and plain types."""
-    return {"directions": dict(basis.directions), **_pack_spectrum(basis), "coefficients": basis.coefficients}
-
-
-SPECTRUM = ("eigenvalues", "trace", "spectrum", "shard", "grams")
-
-
-def _pack_spectrum(basis: NystromBasis) -> dict[str, Any]:
+def pack_basis(basis: NystromBasis, stored: str = "full") -> dict[str, Any]:
+    """Turn a basis into tensors and plain types, which may share memory with it; see :mod:`laplace_ella.nystrom.compact`."""
     return {
+        **pack_directions(basis, stored),
         "eigenvalues": basis.eigenvalues,
         "trace": basis.trace,
         "spectrum": basis.spectrum,
         "shard": (basis.ranks.rank, basis.ranks.size),
         "grams": basis.grams,
+        "stored": stored,
+        "model": basis.of_model,
     }
 
 
 def pack_saved_basis(basis: NystromBasis, stored: str) -> dict[str, Any]:
-    """Turn a basis into tensors and plain types that share no memory with it; see :mod:`laplace_ella.nystrom.compact`."""
-    spectrum = copied(_pack_spectrum(basis))
-    return {**pack_directions(basis, stored), **spectrum, "stored": stored, "model": basis.of_model}
+    """Turn a basis into tensors and plain types that share no memory with it."""
+    found: dict[str, Any] = copied(pack_basis(basis, stored))
+    return found
 
 
 def copied(value: Any) -> Any:
@@ -93,21 +87,25 @@ def check_directions(basis: NystromBasis, weights: Weights, what: str) -> None:
     ------
     ValueError
     """
-    n = len(range(basis.rank)[basis.ranks.turns()])
-    _check_shapes(basis.directions, n, _shapes(weights), what)
+    check_shapes(pack_basis(basis), weights, what)
 
 
-def _shapes(weights: Weights, half: bool = False) -> Shapes:
-    """Return shape and dtype of each weight; in half precision, where they are not already."""
-    return {
-        k: (tuple(w.shape), torch.float16 if half and w.element_size() > 2 else w.dtype)
+def check_shapes(packed: dict[str, Any], weights: Weights, what: str) -> None:
+    """Require a packed basis to have directions in the space of an estimator's weights, if it holds any.
+
+    Raises
+    ------
+    ValueError
+    """
+    rank, size = packed["shard"]
+    n, half = len(range(rank, len(packed["eigenvalues"]), size)), "scales" in packed
+    expected = {
+        k: ((n, *w.shape), torch.float16 if half and w.element_size() > 2 else w.dtype)
         for k, w in weights.items()
     }
-
-
-def _check_shapes(directions: Weights, n: int, shapes: Shapes, what: str) -> None:
-    expected = {k: ((n, *shape), dtype) for k, (shape, dtype) in shapes.items()}
-    if {k: (tuple(v.shape), v.dtype) for k, v in directions.items()} != expected:
+    found = packed.get("directions")
+    same = found is None or {k: (tuple(v.shape), v.dtype) for k, v in found.items()} == expected
+    if not same or (half and packed["scales"].keys() != weights.keys()):
         raise ValueError(
             f"{what} belongs to other parameters than those of this estimator, in number, shape or dtype: those of the "
             "model that required grad when the estimator was built. Build the model as it was, and the estimator while "
@@ -130,21 +128,6 @@ def check_dtypes(basis: NystromBasis, params: Iterable[Tensor]) -> None:
             )
 
 
-def on_device_of(basis: NystromBasis, model: nn.Module) -> NystromBasis:
-    """Return a basis whose tensors are where the model is; the same object if they are already."""
-    device = next(model.parameters()).device
-    if all(v.device == device for v in basis.directions.values()):
-        return basis
-    return replace(
-        basis,
-        directions={k: v.to(device) for k, v in basis.directions.items()},
-        eigenvalues=basis.eigenvalues.to(device),
-        spectrum=basis.spectrum.to(device),
-        grams=None if basis.grams is None else basis.grams.to(device),
-        coefficients=None if basis.coefficients is None else basis.coefficients.to(device),
-    )
-
-
 def check_shard(shard: tuple[int, int], ranks: Ranks, what: str) -> None:
     """Require the directions of one rank of so many.
 
@@ -160,110 +143,74 @@ def check_shard(shard: tuple[int, int], ranks: Ranks, what: str) -> None:
 
 
 def unpack_basis(state: dict[str, Any], weights: Weights, ranks: Ranks = ALONE) -> NystromBasis:
-    """Rebuild the basis of :func:`pack_basis` beside an estimator's weights; ``ranks`` are those that share its directions.
-
-    Raises
-    ------
-    ValueError
-        If its directions are not those of these weights.
-    """
-    basis = _with_spectrum(state, state["directions"], weights, ranks)
-    check_directions(basis, weights, "The checkpoint")
-    coefficients = state.get("coefficients")
-    return replace(
-        basis,
-        directions={k: state["directions"][k].to(w) for k, w in weights.items()},
-        coefficients=None if coefficients is None else coefficients.to(basis.eigenvalues.device),
-    )
-
-
-def _with_spectrum(
-    state: dict[str, Any], directions: Weights, weights: Weights, ranks: Ranks
-) -> NystromBasis:
-    check_shard(state["shard"], ranks, "The checkpoint")
-    device = next(iter(weights.values())).device
-    eigenvalues, spectrum = (state[k].to(device, torch.float64) for k in ("eigenvalues", "spectrum"))
-    grams = None if state["grams"] is None else state["grams"].to(device, torch.float64)
-    return NystromBasis(directions, eigenvalues, float(state["trace"]), spectrum, ranks, grams)
-
-
-def unpack_saved_basis(state: dict[str, Any], backend: Any, ranks: Ranks = ALONE) -> NystromBasis:
-    """Rebuild the basis of :func:`pack_saved_basis`, computing directions that are not in it.
+    """Rebuild the basis of :func:`pack_basis` beside an estimator's weights, with whole directions.
 
     Parameters
     ----------
     state : dict
-    backend : NystromGGN
+        With ``"coefficients"`` beside what :func:`pack_basis` returned.
+    weights : dict of Tensor
     ranks : Ranks
         Those that share the directions.
 
     Raises
     ------
     ValueError
-        If its directions are not those of the estimator's weights, or not orthonormal.
+        If its directions are not those of these weights.
     """
-    made_of: dict[str, Any] = {}
-    weights = backend.engine.function.weights()
+    check_shapes(state, weights, "The checkpoint")
+    directions = {k: state["directions"][k].to(w) for k, w in weights.items()}
+    return _with_spectrum(state, directions, ranks, coefficients=state["coefficients"])
+
+
+def _with_spectrum(state: dict[str, Any], directions: Weights, ranks: Ranks, **more: Any) -> NystromBasis:
+    found = (state["eigenvalues"], float(state["trace"]), state["spectrum"], ranks, state["grams"])
+    device = next(iter(directions.values())).device
+    return NystromBasis(directions, *found, **more).to(device)
+
+
+def unpack_saved_basis(state: dict[str, Any], engine: Engine, ranks: Ranks = ALONE) -> NystromBasis:
+    """Rebuild the basis of :func:`pack_saved_basis`, computing directions that are not in it.
+
+    Parameters
+    ----------
+    state : dict
+        That :func:`check_state` has let pass.
+    engine : Engine
+    ranks : Ranks
+        Those that share the directions.
+
+    Raises
+    ------
+    ValueError
+        If its directions are not orthonormal.
+    """
+    made_of: dict[str, Any] = {"of_model": state.get("model")}
 
     def combined(inputs: list[Any], outputs: Tensor, coefficients: Tensor) -> Weights:
-        landmarks = Landmarks(backend.restored_inputs(inputs), outputs)
-        made_of.update(landmarks=landmarks, coefficients=coefficients.to(backend.engine.device))
-        return backend.combined(landmarks, coefficients)
+        landmarks = Landmarks([engine.restored(x) for x in inputs], outputs)
+        made_of.update(landmarks=landmarks, coefficients=coefficients)
+        return directions_of(engine, landmarks, coefficients)
 
-    directions = unpack_directions(state, weights, combined)
-    basis = _with_spectrum(copied({k: state[k] for k in SPECTRUM}), directions, weights, ranks)
-    check_directions(basis, weights, "The checkpoint")
-    of_all = basis.grams.sum(0) if basis.sharded and basis.grams is not None else None
-    check_orthonormal(directions, basis.eigenvalues, of_all, ranks.turns())
-    return replace(basis, of_model=state.get("model"), **made_of)
+    directions = unpack_directions(state, engine.function.weights(), combined)
+    spectrum = copied({k: state[k] for k in ("eigenvalues", "trace", "spectrum", "grams")})
+    basis = _with_spectrum(spectrum, directions, ranks, **made_of)
+    check_orthonormal(basis)
+    return basis
 
 
 def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module, weights: Weights) -> None:
-    """Require a checkpoint of this class, likelihood and model, in the present format.
+    """Require a checkpoint of this class, likelihood and model, in a format that can be read, and undamaged.
 
     Raises
     ------
     ValueError
         Naming what differs.
     """
-    found = state.get("cls_name") if isinstance(state, dict) else type(state).__name__
-    if found != cls_name:
-        raise ValueError(
-            f"The state must come from {cls_name}.state_dict(); got one of {found}. "
-            "Build the estimator with the same subset_of_weights and hessian_structure."
-        )
-    if type(state.get("format")) is not int or state["format"] not in READABLE:
-        raise ValueError(
-            f"The checkpoint has format {state.get('format')}, this version reads {READABLE}; fit again."
-        )
-    keys = STATE_KEYS | ({"digest"} if state["format"] > 3 else set())
-    if keys - state.keys():
-        raise ValueError(
-            f"The checkpoint is incomplete: it lacks {sorted(keys - state.keys())}. Save it again."
-        )
-    if state.keys() - keys:
-        raise ValueError(
-            f"The checkpoint has entries that no estimator saves: {sorted(map(repr, state.keys() - keys))}. Take them out."
-        )
-    if state["likelihood"] != likelihood:
-        raise ValueError(
-            f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."
-        )
-    if state["fingerprint"] != fingerprint(model):
-        raise ValueError(
-            "The checkpoint was made with another model: the hash of parameters and buffers differs. "
-            "Load the model's own weights first, then the checkpoint."
-        )
-    _check_basis_and_entries(state, weights)
-
-
-def _check_basis_and_entries(state: dict[str, Any], weights: Weights) -> None:
+    for objection in _objections(state, cls_name, likelihood, model):
+        raise ValueError(objection)
     check_basis(state["basis"])
-    basis = state["basis"]
-    if "directions" in basis:
-        rank, size = basis["shard"]
-        n = len(range(rank, len(basis["eigenvalues"]), size))
-        _check_shapes(basis["directions"], n, _shapes(weights, "scales" in basis), "The checkpoint")
+    check_shapes(state["basis"], weights, "The checkpoint")
     check_entries(state, weights)
     if "digest" in state and state["digest"] != digest_of_state(state):
         raise ValueError(
@@ -271,6 +218,67 @@ def _check_basis_and_entries(state: dict[str, Any], weights: Weights) -> None:
         )
 
 
+def _objections(state: Any, cls_name: str, likelihood: str, model: nn.Module) -> Iterator[str]:
+    """Say why a state is not one of this class, likelihood and model."""
+    found = state.get("cls_name") if isinstance(state, dict) else type(state).__name__
+    if found != cls_name:
+        yield (
+            f"The state must come from {cls_name}.state_dict(); got one of {found}. "
+            "Build the estimator with the same subset_of_weights and hessian_structure."
+        )
+    if type(state.get("format")) is not int or state["format"] not in READABLE:
+        yield f"The checkpoint has format {state.get('format')}, this version reads {READABLE}; fit again."
+    keys = STATE_KEYS | ({"digest"} if state["format"] > 3 else set())
+    if keys - state.keys():
+        yield f"The checkpoint is incomplete: it lacks {sorted(keys - state.keys())}. Save it again."
+    if state.keys() - keys:
+        extra = sorted(map(repr, state.keys() - keys))
+        yield f"The checkpoint has entries that no estimator saves: {extra}. Take them out."
+    if state["likelihood"] != likelihood:
+        yield f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."
+    if state["fingerprint"] != fingerprint(model):
+        yield (
+            "The checkpoint was made with another model: the hash of parameters and buffers differs. "
+            "Load the model's own weights first, then the checkpoint."
+        )
+
+
 def digest_of_state(state: dict[str, Any]) -> str:
     """Return a hash of all entries but the hash itself. Cost: a pass over V on the CPU."""
     return digest_of({k: v for k, v in state.items() if k != "digest"})
+
+
+def whole_state(entries: dict[str, Any], basis: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with all its entries, the hash of which is one of them."""
+    state = {**entries, "format": FORMAT, "basis": basis}
+    return {**state, "digest": digest_of_state(state)}
+
+
+def check_unchanged(before: str, model: nn.Module) -> None:
+    """Require a model whose hash is what it was at the fit.
+
+    Raises
+    ------
+    ValueError
+    """
+    if before != fingerprint(model):
+        raise ValueError(
+            "The model's weights or buffers have changed since the fit, which belongs to the old ones. "
+            "Fit again, or restore them."
+        )
+
+
+def differences(state: dict[str, Any], enable_backprop: bool, temperature: float | None) -> Iterator[str]:
+    """Yield what is to be said of values in a state that replace others that the user chose.
+
+    Parameters
+    ----------
+    temperature : float or None
+        None: the user has chosen none.
+    """
+    pairs = {"enable_backprop": (enable_backprop, state["enable_backprop"])}
+    if temperature is not None:
+        pairs["temperature"] = (temperature, state["temperature"])  # type: ignore[assignment]
+    for name, (mine, theirs) in pairs.items():
+        if mine != theirs:
+            yield f"The checkpoint has {name}={theirs}, which replaces {name}={mine}."

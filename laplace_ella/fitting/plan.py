@@ -3,18 +3,21 @@ r"""What a fit will cost: stage by stage, in forward passes, seconds and bytes, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ..data.batches import Input, batch_size, n_bytes, rows
-from ..data.landmarks import Landmarks
 from ..data.loading import Prepare, named_batches
 from ..network.engine import Engine
+from ..network.features import FEATURES
 from ..network.memory import Chunks, gigabytes
 from ..network.safety import safely
-from ..nystrom.gram import KeptRows, Rows, RowSource, Spill, choose_rows
-from .rehearsal import FEATURE_COST, Prices, Rehearsal, rehearsed_landmarks
+from ..nystrom.gram import choose_rows
+from ..nystrom.jacobian import row_source
+from ..posterior.likelihoods import Likelihood
+from .rehearsal import Rehearsal, rehearsed_landmarks
 
 # Forward passes a gradient row takes with torch.func; the arithmetic demands 3.
 GRADIENT_COST = 5.0
@@ -102,35 +105,29 @@ class Plan:
         return tuple(s for s in self.stages if s.n_bytes > self.budget)
 
     def __str__(self) -> str:
-        n = "unknown" if self.n_data is None else str(self.n_data)
-        lines = [
-            (
-                f"ELLA with N={n}, C={self.n_outputs}, P={self.n_params}, M={self.n_landmarks}, K={self.rank}; "
-                f"features by {self.mode} mode; memory budget {gigabytes(self.budget)}"
-            ),
-            f"{'stage':<22}{'of':<38}{'forwards':>12}{'time':>10}{'memory':>10}",
-        ]
-        total = "" if self.n_data is not None else "and as many as there are inputs"
-        every = (*self.stages, Stage("total", total, self.forwards, self.peak, self.total_seconds))
-        lines += [
-            f"{s.name:<22}{s.what:<38}{s.forwards:>12.4g}{_duration(s.seconds):>10}{gigabytes(s.n_bytes):>10}"
-            for s in every
-        ]
+        n, total = str(self.n_data), ""
+        if self.n_data is None:
+            n, total = "unknown", "and as many as there are inputs"
+        lines = [f"{'stage':<22}{'of':<38}{'forwards':>12}{'time':>10}{'memory':>10}"]
+        for s in (*self.stages, Stage("total", total, self.forwards, self.peak, self.total_seconds)):
+            numbers = f"{s.forwards:>12.4g}{_duration(s.seconds):>10}{gigabytes(s.n_bytes):>10}"
+            lines.append(f"{s.name:<22}{s.what:<38}{numbers}")
         lines.append(
             f"a prediction takes {_duration(self.prediction)} an input in batches like the first, "
             f"{_duration(self.single_prediction)} alone"
         )
-        return "\n".join([*lines, *self._complaints()])
-
-    def _complaints(self) -> list[str]:
-        if not self.over_budget:
-            return []
-        names = ", ".join(f"{s.name} ({gigabytes(s.n_bytes)})" for s in self.over_budget)
-        why = (
-            "The budget bounds gradient rows and activations; the directions, K x P numbers, and the inputs kept come on "
-            "top. Fewer directions (n_eigenvalues) or inputs (subsample_size, curvature_size) take less."
+        if self.over_budget:
+            names = ", ".join(f"{s.name} ({gigabytes(s.n_bytes)})" for s in self.over_budget)
+            lines.append(
+                f"WARNING: more than the budget of {gigabytes(self.budget)} will be held by {names}. The budget bounds "
+                "gradient rows and activations; the directions, K x P numbers, and the inputs kept come on top. Fewer "
+                "directions (n_eigenvalues) or inputs (subsample_size, curvature_size) take less."
+            )
+        head = (
+            f"ELLA with N={n}, C={self.n_outputs}, P={self.n_params}, M={self.n_landmarks}, K={self.rank}; "
+            f"features by {self.mode} mode; memory budget {gigabytes(self.budget)}"
         )
-        return [f"WARNING: more than the budget of {gigabytes(self.budget)} will be held by {names}. {why}"]
+        return "\n".join([head, *lines])
 
 
 def _duration(seconds: float) -> str:
@@ -161,35 +158,12 @@ def first_batch(loader: Any, dict_key_x: str, dict_key_y: str, prepare: Prepare)
 
 def data_size(loader: Any, batch: int) -> int | None:
     """Return N as far as a loader tells: its sampler, its data set, or its length in batches."""
-    sampler = getattr(loader, "sampler", None)
-    for sized, factor in ((sampler, 1), (getattr(loader, "dataset", None), 1), (loader, batch)):
-        if isinstance(sized, Sized):
-            try:
-                return len(sized) * factor
-            except TypeError:  # an iterable data set without a length
-                continue
+    for name in ("sampler", "dataset"):
+        with suppress(AttributeError, TypeError):  # there is none, or it has no length
+            return len(getattr(loader, name))
+    with suppress(TypeError):
+        return len(loader) * batch
     return None
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """How much there is of everything."""
-
-    n_data: int | None
-    n_landmarks: int
-    rank: int
-    n_curvature: int
-    kept: int  # bytes of the inputs kept
-
-
-def _sizes(
-    x: Input, n_coordinates: int, n_data: int | None, n_landmarks: int, rank: int, n_curvature: int | None
-) -> _Sizes:
-    limit = math.inf if n_data is None else n_data
-    n_landmarks = int(min(n_landmarks, limit * n_coordinates))
-    n = int(min(n_curvature or limit, limit)) if limit < math.inf or n_curvature else 0
-    kept = n_bytes(rows(x, 0, 1)) * (min(n_landmarks, limit) + (n if n_curvature else 0))
-    return _Sizes(n_data, n_landmarks, min(rank, n_landmarks), n, int(kept))
 
 
 def make_plan(
@@ -201,106 +175,91 @@ def make_plan(
     rank: int,
     n_curvature: int | None,
     sampled: int,
-    row_source: Callable[[Landmarks], RowSource],
-    spill: Spill | None,
-    **functions: Callable[..., Any],
+    likelihood: Likelihood,
 ) -> Plan:
     """Work out the stages of a fit from one batch on the model's device.
 
     Parameters
     ----------
-    x : input of B rows
+    x : input of B inputs
         As the model takes it.
     n_data : int or None
-        N; None if unknown, which counts as more than enough.
+        N; None if it is unknown, which counts as more than enough.
     n_landmarks, rank, n_curvature : int
         M, K, n as asked for (None: all).
     sampled : int
-        Labels an input that are sampled for the curvature; 0 for the exact one.
-    row_source : callable
-        Prepares the gradient rows of landmarks.
-    **functions : callable
-        What :meth:`laplace_ella.fitting.rehearsal.Rehearsal.prices` times.
+        How many labels per input are sampled for the curvature; 0 for the exact one.
+    likelihood : Likelihood
 
     Notes
     -----
     Cost: a few chunks of each stage; see :class:`laplace_ella.fitting.rehearsal.Rehearsal`.
     """
-    facts = engine.facts(x)
-    sizes = _sizes(x, facts.n_coordinates, n_data, n_landmarks, rank, n_curvature)
-    source = safely(engine.module, lambda: row_source(rehearsed_landmarks(x, sizes.n_landmarks)))
-    held = choose_rows(source, engine.budget(), spill)
-    rehearsal = Rehearsal(
-        engine,
-        x,
-        rank=sizes.rank,
-        n_curvature=sizes.n_curvature,
-        sampled=sampled,
-    )
-    prices = rehearsal.prices(source, spill if held.kind == KeptRows.kind else None, **functions)
-    stages = (
-        _pass_over_data(engine, x, sizes, prices),
-        _gradients(engine, x, sizes, held, prices),
-        _directions(engine, sizes, held, prices),
-        _curvature(engine, x, sizes, sampled, prices),
-    )
-    return Plan(
-        stages=stages,
-        n_data=n_data,
-        n_outputs=facts.n_outputs,
-        n_params=engine.row_count(),
-        n_landmarks=sizes.n_landmarks,
-        rank=sizes.rank,
-        n_curvature=sizes.n_curvature,
-        mode=rehearsal.mode,
-        seconds=prices.forward,
-        budget=engine.budget(),
-        prediction=prices.prediction,
-        single_prediction=prices.single,
-    )
+    limit = math.inf if n_data is None else n_data
+    n_landmarks = int(min(n_landmarks, limit * engine.facts(x).n_coordinates))
+    rank = min(rank, n_landmarks)
+    n = min(n_curvature or limit, limit)
+    n = 0 if n == math.inf else int(n)
+    n_kept = min(n_landmarks, limit) + (n if n_curvature else 0)
+    source = safely(engine.module, lambda: row_source(engine, rehearsed_landmarks(x, n_landmarks)))
+    held = choose_rows(source, engine.budget(), engine.spill)
+    rehearsal = Rehearsal(engine, x, held, rank, n, sampled, likelihood)
+
+    def plan() -> Plan:
+        return Plan(
+            stages=_stages(rehearsal, n_data, int(n_kept) * n_bytes(rows(x, 0, 1))),
+            n_data=n_data,
+            n_outputs=engine.facts(x).n_outputs,
+            n_params=engine.row_count(),
+            n_landmarks=n_landmarks,
+            rank=rank,
+            n_curvature=n,
+            mode=rehearsal.mode,
+            seconds=rehearsal.per_forward,
+            budget=engine.budget(),
+            prediction=rehearsal.per_prediction,
+            single_prediction=rehearsal.of_single_prediction(),
+        )
+
+    return safely(engine.module, plan)
 
 
-def _pass_over_data(engine: Engine, x: Input, sizes: _Sizes, prices: Prices) -> Stage:
-    n = sizes.n_data
-    return Stage(
-        "training data",
-        "all inputs once, number unknown" if n is None else f"{n} inputs once",
-        float(n or 0),
-        int(sizes.kept + _PLAIN_TENSORS * batch_size(x) * engine.facts(x).row_bytes),
-        (n or 0) * prices.forward,
-    )
-
-
-def _gradients(engine: Engine, x: Input, sizes: _Sizes, held: Rows, prices: Prices) -> Stage:
-    return Stage(
-        "landmark gradients",
-        f"{sizes.n_landmarks} landmarks x {held.gradients / sizes.n_landmarks:.3g} ({held.kind})",
-        GRADIENT_COST * held.cost,
-        int(sizes.kept + held.n_bytes + engine.gradient_bytes(x, sizes.n_landmarks)),
-        held.cost * prices.landmark + prices.gram,
-    )
-
-
-def _directions(engine: Engine, sizes: _Sizes, held: Rows, prices: Prices) -> Stage:
-    return Stage(
-        "directions",
-        f"{sizes.rank} x {engine.row_count()} weights",
-        0.0,
-        int(sizes.kept + held.n_bytes + 2 * sizes.rank * engine.row_size()),
-        prices.directions,
-    )
-
-
-def _curvature(engine: Engine, x: Input, sizes: _Sizes, sampled: int, prices: Prices) -> Stage:
-    mode, facts = engine.mode(x, sizes.rank), engine.facts(x)
-    chunks = engine.chunks(mode, x, sizes.rank)
-    chunks = Chunks(min(chunks.rows, batch_size(x)), chunks.directions)
-    cost = 2 + 3 * sampled if sampled else FEATURE_COST[mode](facts.n_coordinates, sizes.rank)
-    held = sizes.rank * engine.row_size() + 8 * batch_size(x) * facts.n_coordinates * sizes.rank
-    return Stage(
-        "curvature",
-        f"{sizes.n_curvature if sizes.n_curvature else 'all'} inputs",
-        sizes.n_curvature * cost,
-        int(sizes.kept + held + engine.feature_bytes(mode, chunks, x)),
-        prices.curvature,
-    )
+def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage, ...]:
+    """Return the stages of a fit, which holds ``kept`` bytes of inputs all the time."""
+    engine, x, held, mode = rehearsal.engine, rehearsal.x, rehearsal.held, rehearsal.mode
+    m, rank, n, sampled = len(held.source), rehearsal.rank, rehearsal.n_curvature, rehearsal.sampled
+    facts, size, directions = engine.facts(x), batch_size(x), rank * engine.row_size()
+    chunks = engine.chunks(mode, x, rank)
+    chunks = Chunks(min(chunks.rows, size), chunks.directions)
+    cost = 2 + 3 * sampled if sampled else FEATURES[mode].forwards(facts.n_coordinates, rank)
+    table = [  # name, of what, forward passes, bytes, seconds
+        (
+            "training data",
+            "all inputs once, number unknown" if n_data is None else f"{n_data} inputs once",
+            n_data or 0,
+            _PLAIN_TENSORS * size * facts.row_bytes,
+            (n_data or 0) * rehearsal.per_forward,
+        ),
+        (
+            "landmark gradients",
+            f"{m} landmarks x {held.gradients / m:.3g} ({held.kind})",
+            GRADIENT_COST * held.gradients,
+            held.n_bytes + engine.gradient_bytes(x, m),
+            held.gradients * rehearsal.per_row() + rehearsal.of_gram(),
+        ),
+        (
+            "directions",
+            f"{rank} x {engine.row_count()} weights",
+            0,
+            held.n_bytes + 2 * directions,
+            rehearsal.of_directions(),
+        ),
+        (
+            "curvature",
+            f"{n or 'all'} inputs",
+            n * cost,
+            directions + 8 * size * facts.n_coordinates * rank + engine.feature_bytes(mode, chunks, x),
+            n * rehearsal.per_curvature(),
+        ),
+    ]
+    return tuple(Stage(name, what, float(f), kept + b, seconds) for name, what, f, b, seconds in table)

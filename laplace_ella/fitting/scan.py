@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import batch_size, single_row
-from ..data.hashing import CURVATURE_INPUT, LANDMARK_INPUT, hash_keys
-from ..data.landmarks import BottomK, Entry
+from ..data.batches import NamingShape, batch_size, single_row
+from ..data.hashing import CURVATURE_INPUT, hash_keys
+from ..data.landmarks import BottomK, Entry, Scheme, offer_inputs, uniform
+from ..data.loading import check_some
 from ..data.packing import packed, unpacked
 from ..data.pooling import pooled
 from ..data.stream import Batch
-from ..data.validation import NamingShape, check_some
 from ..parallel.ranks import Ranks
 from ..posterior.likelihoods import Likelihood, checked_targets, warn_of_two_readings
 
@@ -92,7 +92,7 @@ def scan(
     *,
     found: Scan,
     seed: int,
-    balanced: bool = False,
+    scheme: Scheme = uniform,
     after: Callable[[Batch], None] = lambda batch: None,
 ) -> None:
     """Read batches once, and add to what was found before.
@@ -103,8 +103,8 @@ def scan(
     forward : callable
         Input -> outputs (B, ..., C), on the device it likes.
     found : Scan
-    balanced : bool
-        Landmark inputs evenly over the classes.
+    scheme : callable
+        How landmark inputs are drawn; see :data:`laplace_ella.data.landmarks.Scheme`.
     after : callable
         Called with every batch once it is part of ``found``.
 
@@ -131,18 +131,9 @@ def scan(
                 f"The model returned {f.shape[-1]} outputs in {batch.name} and {found.n_outputs} before; "
                 "every batch must have the same number."
             )
-        for sample, purpose, groups, row in (
-            (
-                found.landmarks,
-                LANDMARK_INPUT,
-                _classes(y, size) if balanced else None,
-                partial(_with_count, x, raw.shape[1:].numel()),
-            ),
-            (found.curvature, CURVATURE_INPUT, None, partial(single_row, x)),
-        ):
-            if sample.capacity:
-                keys = hash_keys(seed, purpose, batch.positions)
-                sample.offer(batch.positions, keys, groups, row)
+        offer_inputs(found.landmarks, replace(batch, y=y), raw.shape[1:].numel(), scheme, seed)
+        keys = hash_keys(seed, CURVATURE_INPUT, batch.positions)
+        found.curvature.offer(batch.positions, keys, None, partial(single_row, x))
         found.loss = found.loss.to(f.device) + likelihood.loss(f, y)
         found.n_outputs, found.longest = f.shape[-1], max(found.longest, size)
         found.n_data, found.n_predictions = found.n_data + size, found.n_predictions + len(f)
@@ -174,15 +165,3 @@ def over_all(found: Scan, ranks: Ranks) -> Scan:
         loss=ranks.total(found.loss),
         longest=ranks.greatest(found.longest, "the longest batch"),
     )
-
-
-def _with_count(x: Any, n_coordinates: int, index: int) -> tuple[Any, int]:
-    return single_row(x, index), n_coordinates
-
-
-def _classes(y: Tensor, n_inputs: int) -> list[int]:
-    if len(y) != n_inputs:
-        raise ValueError(
-            f"balanced=True needs one class for each input; got {len(y)} targets for {n_inputs} inputs. Leave it out."
-        )
-    return (y if y.ndim == 1 else y.argmax(-1)).tolist()

@@ -1,219 +1,191 @@
-r"""What each entry of a saved estimator has to be: types, shapes, ranges, and that matrices are what they stand for."""
+r"""What each entry of a saved estimator has to be: its type, shape and range, and that a matrix is what it stands for."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.validation import CURVATURES
 from ..network.functional import Weights
-from ..nystrom.compact import STORED, orthonormal_within, overlaps
+from ..nystrom.basis import NystromBasis
+from ..nystrom.compact import LAYOUTS, overlaps
 from ..posterior.residual import RESIDUALS
+from .curvature import CURVATURES
 
 # Rounding of sums over data, relative to the largest entry or eigenvalue.
 ROUNDING = 1e-8
+F32, F64, I64 = torch.float32, torch.float64, torch.int64
 
+# ---------------------------------------------------------------------- kinds of values
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the shapes of a state depend on.
-
-    Attributes
-    ----------
-    rank : int
-        K.
-    n_params : int
-        P.
-    n_weights : int
-        L, how many weight tensors there are.
-    """
-
-    rank: int
-    n_params: int
-    n_weights: int
-
-    @classmethod
-    def of(cls, state: dict[str, Any], weights: Weights) -> Sizes:
-        """Return those of a state and an estimator's weights."""
-        n_params = sum(w.numel() for w in weights.values())
-        return cls(len(state["basis"]["eigenvalues"]), n_params, len(weights))
-
-
+# What letters in shapes stand for: K directions, M landmarks, L weight tensors of P numbers together.
+Sizes = dict[str, int]
 Holds = Callable[[Any, Sizes], bool]
 
 
-def _number(low: float, high: float = math.inf) -> Holds:
-    return lambda v, _: type(v) in (int, float) and math.isfinite(v) and low < v <= high
+def of_type(*types: type) -> Holds:
+    """Return whether a value has one of these types, not one derived from them."""
+    return lambda v, s: type(v) in types
 
 
-def _whole(low: int) -> Holds:
-    return lambda v, _: type(v) is int and v >= low
+def number(above: float = -math.inf, types: tuple[type, ...] = (int, float)) -> Holds:
+    """Return whether a value is a finite number."""
+    return lambda v, s: type(v) in types and math.isfinite(v) and v > above
 
 
-def _flag(value: Any, sizes: Sizes) -> bool:
-    return type(value) is bool
+def one_of(allowed: tuple[str, ...]) -> Holds:
+    """Return whether a value is one of these strings."""
+    return lambda v, s: type(v) is str and v in allowed
 
 
-def _one_of(allowed: tuple[str, ...]) -> Holds:
-    return lambda v, _: type(v) is str and v in allowed
+def either(*kinds: Holds) -> Holds:
+    """Return whether a value is of any of these kinds."""
+    return lambda v, s: any(holds(v, s) for holds in kinds)
 
 
-def _or_none(holds: Holds) -> Holds:
-    return lambda v, sizes: v is None or holds(v, sizes)
+def listed(kind: Holds, lengths: range | tuple[int, ...] = range(2**62)) -> Holds:
+    """Return whether a value is a list or tuple of values of a kind."""
+    return lambda v, s: type(v) in (list, tuple) and len(v) in lengths and all(kind(e, s) for e in v)
 
 
-def _listed(value: Any, of: Callable[[Any], bool]) -> bool:
-    return type(value) in (list, tuple) and all(map(of, value))
+def mapped(kind: Holds) -> Holds:
+    """Return whether a value is a dictionary of values of a kind."""
+    return lambda v, s: type(v) is dict and all(kind(e, s) for e in v.values())
 
 
-def is_dense(value: Any, dtype: torch.dtype | None = torch.float64) -> bool:
-    """Say whether a value is a plain tensor of finite numbers, of this dtype, or of any floating-point dtype."""
-    if type(value) is not Tensor or value.layout != torch.strided or value.is_meta:
-        return False
-    fits = value.is_floating_point() if dtype is None else value.dtype == dtype
-    return fits and bool(value.isfinite().all())
+def tensor(
+    shapes: str = "*",
+    dtype: torch.dtype | None = F64,
+    above: float = -math.inf,
+    also: Callable[[Tensor], bool] = lambda value: True,
+) -> Holds:
+    """Return whether a value is a plain tensor of finite numbers.
 
+    Like the other functions here, it returns a function of a value and the sizes that letters in shapes stand for.
 
-def _vector(lengths: Callable[[Sizes], tuple[int, ...]], positive: bool) -> Holds:
+    Parameters
+    ----------
+    shapes : str
+        A letter or digit for each axis, "?" for an axis of any length; several shapes with "|" between them; "*": any.
+    dtype : torch.dtype, optional
+        None: any of floating point.
+    above : float
+        What all numbers exceed.
+    also : callable
+        What else must be true.
+    """
+
     def holds(value: Any, sizes: Sizes) -> bool:
-        if not is_dense(value, None) or value.ndim > 1 or value.numel() not in lengths(sizes):
+        if type(value) is not Tensor or value.layout != torch.strided or value.is_meta:
             return False
-        return not positive or bool((value > 0).all())
+        found = [str(n) for n in value.shape]
+        wanted = [[str(sizes.get(axis, axis)) for axis in shape] for shape in shapes.split("|")]
+        fits = value.is_floating_point() if dtype is None else value.dtype == dtype
+        fits &= shapes == "*" or any(
+            len(shape) == len(found) and all(a in (b, "?") for a, b in zip(shape, found)) for shape in wanted
+        )
+        return fits and bool(value.isfinite().all() & (value > above).all()) and also(value)
 
     return holds
 
 
-def _is_curvature(value: Any, sizes: Sizes) -> bool:
-    if not is_dense(value) or value.shape != (sizes.rank, sizes.rank):
-        return False
+def descends(value: Tensor) -> bool:
+    """Say whether there are numbers, and none is larger than the one before."""
+    return len(value) > 0 and bool((value.diff() <= 0).all())
+
+
+def symmetric(value: Tensor, rounding: float = ROUNDING) -> bool:
+    """Say whether matrices are symmetric up to rounding."""
+    return bool(((value - value.mT).abs() <= rounding).all())
+
+
+def semi_definite(value: Tensor) -> bool:
+    """Say whether a matrix is symmetric and has no negative eigenvalue, up to rounding."""
     rounding = ROUNDING * float(value.abs().max())
-    if float((value - value.mT).abs().max()) > rounding:
-        return False
-    return float(torch.linalg.eigvalsh(value)[0]) >= -rounding
+    return symmetric(value, rounding) and float(torch.linalg.eigvalsh(value)[0]) >= -rounding
 
 
-def _are_snapshots(value: Any, sizes: Sizes) -> bool:
-    def is_snapshot(pair: Any) -> bool:
-        return type(pair) in (list, tuple) and len(pair) == 2 and _whole(1)(pair[0], sizes)
+def is_snapshot(pair: Any, sizes: Sizes) -> bool:
+    """Say whether a value is a pair of a number of inputs and a curvature."""
+    return (
+        listed(of_type(int, Tensor), (2,))(pair, sizes)
+        and COUNT(pair[0], sizes)
+        and CURVATURE(pair[1], sizes)
+    )
 
-    if not _listed(value, is_snapshot) or not value:
+
+def are_snapshots(value: Any, sizes: Sizes) -> bool:
+    """Say whether a value is a list of snapshots of ever more inputs."""
+    if not listed(is_snapshot, range(1, 2**62))(value, sizes):
         return False
     counts = [n for n, _ in value]
-    return counts == sorted(set(counts)) and all(_is_curvature(G, sizes) for _, G in value)
+    return counts == sorted(set(counts))
 
 
-def _is_reference(value: Any, sizes: Sizes) -> bool:
-    return (
-        is_dense(value) and value.ndim == 2 and value.shape[1] == 2 and bool((value.diff(dim=0) >= 0).all())
-    )
+# ---------------------------------------------------------------------- what entries must be, in words and in code
 
-
-def _is_history(value: Any, sizes: Sizes) -> bool:
-    names = {"processed_examples", "val_nll"}
-    return (
-        type(value) is dict
-        and value.keys() == names
-        and all(_listed(v, lambda e: type(e) is float) for v in value.values())
-    )
-
-
-def _is_loss(value: Any, sizes: Sizes) -> bool:
-    return is_dense(value, None) and value.ndim == 0 and float(value) >= 0
-
-
-def _is_rank(value: Any, sizes: Sizes) -> bool:
-    return _whole(1)(value, sizes) or (type(value) is float and 0 < value < 1)
-
-
-_ONE = ("a number, positive and finite", _number(0))
-_COUNT = ("a positive integer", _whole(1))
+NONE, FLAG, INTEGER = of_type(type(None)), of_type(bool), number(types=(int,))
+COUNT, POSITIVE, CURVATURE = number(0, (int,)), number(0), tensor("KK", also=semi_definite)
+NAMED = ("subsample_size", "n_eigenvalues")
+BASIS: dict[str, tuple[str, Holds]] = {
+    "eigenvalues": ("positive numbers in float64, descending", tensor("?", above=0, also=descends)),
+    "spectrum": ("numbers in float64, descending", tensor("?", also=descends)),
+    "trace": ("a positive number", POSITIVE),
+    "shard": ("a rank and a number of ranks", lambda v, s: listed(INTEGER, (2,))(v, s) and 0 <= v[0] < v[1]),
+    "grams": ("symmetric matrices (L, K, K), or None", either(NONE, tensor("?KK", also=symmetric))),
+    "model": ("a string or None", of_type(str, type(None))),
+    "directions": ("a dictionary of finite tensors", mapped(tensor(dtype=None))),
+    "scales": ("K positive numbers in float32 for each weight", mapped(tensor("K", F32, above=0))),
+    "inputs": ("a list of inputs", listed(of_type(Tensor, dict, list, tuple))),
+    "which": ("M integers of at least 0, in int64", tensor("M", I64, above=-1)),
+    "outputs": ("M integers of at least 0, in int64", tensor("M", I64, above=-1)),
+    "coefficients": ("a matrix (M, K) in float64", tensor("MK")),
+}
+COMMON = BASIS.keys() - set().union(*LAYOUTS.values())
 ENTRIES: dict[str, tuple[str, Holds]] = {
-    "H": ("a (K, K) matrix in float64, symmetric and positive semi-definite", _is_curvature),
-    "snapshots": ("a list of pairs (n, matrix as H), n ascending", _are_snapshots),
-    "loss": ("a floating-point tensor () of at least 0", _is_loss),
-    **dict.fromkeys(("n_data", "n_predictions", "n_outputs", "n_curvature"), _COUNT),
-    **dict.fromkeys(("subsample_size", "residual_samples", "curvature_samples"), _COUNT),
-    "curvature_size": ("a positive integer or None", _or_none(_whole(1))),
-    "n_eigenvalues": ("a positive integer, or a share in (0, 1)", _is_rank),
-    "seed": ("an integer", lambda v, _: type(v) is int),
-    **dict.fromkeys(("temperature", "logit_scale", "residual_scale"), _ONE),
-    **dict.fromkeys(("temperature_fixed", "labels_sampled", "enable_backprop"), ("True or False", _flag)),
-    "residual": (f"one of {RESIDUALS}", _one_of(RESIDUALS)),
-    "curvature": (f"one of {CURVATURES}", _one_of(CURVATURES)),
-    "prior_precision": (
-        "a floating-point tensor of 1, L or P positive numbers",
-        _vector(lambda s: (1, s.n_weights, s.n_params), positive=True),
+    "H": ("a (K, K) matrix in float64, symmetric and positive semi-definite", CURVATURE),
+    "snapshots": ("a list of pairs (n, matrix as H), n ascending", are_snapshots),
+    "loss": ("a floating-point tensor () of at least 0", tensor("", None, also=lambda v: bool(v >= 0))),
+    **dict.fromkeys(("n_data", "n_predictions", "n_outputs", "n_curvature"), ("a positive integer", COUNT)),
+    **dict.fromkeys(
+        ("subsample_size", "residual_samples", "curvature_samples"), ("a positive integer", COUNT)
     ),
-    "prior_mean": ("a floating-point tensor of 1 or P numbers", _vector(lambda s: (1, s.n_params), False)),
-    "sigma_noise": ("a floating-point tensor of 1 positive number", _vector(lambda s: (1,), True)),
-    "named_by_user": (
-        "a list of 'subsample_size' and 'n_eigenvalues'",
-        lambda v, _: _listed(v, lambda e: type(e) is str and e in ("subsample_size", "n_eigenvalues")),
+    "curvature_size": ("a positive integer or None", either(NONE, COUNT)),
+    "n_eigenvalues": (
+        "a positive integer, or a share in (0, 1)",
+        lambda v, s: COUNT(v, s) or (type(v) is float and 0 < v < 1),
     ),
+    "seed": ("an integer", INTEGER),
+    **dict.fromkeys(
+        ("temperature", "logit_scale", "residual_scale"), ("a positive and finite number", POSITIVE)
+    ),
+    **dict.fromkeys(("temperature_fixed", "labels_sampled", "enable_backprop"), ("True or False", FLAG)),
+    "residual": (f"one of {tuple(RESIDUALS)}", one_of(tuple(RESIDUALS))),
+    "curvature": (f"one of {CURVATURES}", one_of(CURVATURES)),
+    "prior_precision": ("1, L or P positive numbers in a tensor", tensor("|1|L|P", None, above=0)),
+    "prior_mean": ("1 or P numbers in a tensor", tensor("|1|P", None)),
+    "sigma_noise": ("1 positive number in a tensor", tensor("|1", None, above=0)),
+    "named_by_user": (f"a list of some of {NAMED}", listed(one_of(NAMED))),
     "largest_sums": (
         "a list of 2 numbers of at least 0",
-        lambda v, s: _listed(v, lambda e: _number(-math.ulp(0.0))(e, s)) and len(v) == 2,
+        lambda v, s: listed(number(), (2,))(v, s) and min(v) >= 0,
     ),
-    "novelty_reference": ("a float64 tensor (n, 2), ascending, or None", _or_none(_is_reference)),
+    "novelty_reference": (
+        "a float64 tensor (n, 2), ascending, or None",
+        either(NONE, tensor("?2", also=lambda v: bool((v.diff(dim=0) >= 0).all()))),
+    ),
     "novelty_setting": (
         "a list of numbers, strings and None",
-        lambda v, _: _listed(v, lambda e: type(e) in (int, float, str, bool, type(None))),
+        listed(of_type(int, float, str, bool, type(None))),
     ),
-    "fit_history": ("two lists of numbers, processed_examples and val_nll", _is_history),
+    "fit_history": (
+        "two lists of numbers, processed_examples and val_nll",
+        lambda v, s: mapped(listed(of_type(float)))(v, s) and v.keys() == {"processed_examples", "val_nll"},
+    ),
 }
-
-
-def check_entries(state: dict[str, Any], weights: Weights) -> None:
-    """Require that entries are of the right type, shape and range; the basis, see :func:`check_basis`, comes first.
-
-    Raises
-    ------
-    ValueError
-        Naming the entry.
-    """
-    sizes = Sizes.of(state, weights)
-    for name, (what, holds) in ENTRIES.items():
-        if not holds(state[name], sizes):
-            raise ValueError(_wrong(name, what, state[name]))
-
-
-def _wrong(name: str, what: str, value: Any) -> str:
-    if isinstance(value, Tensor):
-        unlike = value.layout != torch.strided or value.is_meta
-        kind = "without numbers" if unlike else "" if value.isfinite().all() else "that is not finite"
-        got = f"a tensor {tuple(value.shape)} of {value.dtype} {kind}".strip()
-    else:
-        got = repr(value)
-    return f"The checkpoint's {name} must be {what}; got {got[:99]}. The file is damaged, or was edited. Save it again."
-
-
-def _descends(value: Any, positive: bool) -> bool:
-    if not is_dense(value) or value.ndim != 1 or not len(value):
-        return False
-    return bool((value.diff() <= 0).all()) and (not positive or bool(value[-1] > 0))
-
-
-def _is_shard(value: Any) -> bool:
-    return _listed(value, lambda e: type(e) is int) and len(value) == 2 and 0 <= value[0] < value[1]
-
-
-def _is_grams(value: Any, rank: int) -> bool:
-    if not is_dense(value) or value.ndim != 3 or value.shape[1:] != (rank, rank):
-        return False
-    return bool((value - value.mT).abs().max() <= ROUNDING)
-
-
-_LAYOUTS = {
-    "full": {"directions"},
-    "half": {"directions", "scales"},
-    "landmarks": {"inputs", "which", "outputs", "coefficients"},
-}
-_BASIS = {"eigenvalues", "trace", "spectrum", "shard", "grams"}
 
 
 def check_basis(state: Any) -> None:
@@ -225,103 +197,67 @@ def check_basis(state: Any) -> None:
         Naming the entry.
     """
     stored = state.get("stored", "full") if type(state) is dict else None
-    if type(stored) is not str or stored not in STORED:
-        raise ValueError(_wrong("basis", f"a dictionary, with directions stored as one of {STORED}", state))
-    wanted = _BASIS | _LAYOUTS[stored]
-    if not wanted <= state.keys() <= wanted | {"stored", "model"}:
-        raise ValueError(
-            _wrong("basis", f"a dictionary with the entries {sorted(wanted)}", sorted(map(str, state)))
-        )
-    checks: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "eigenvalues": ("positive numbers in float64, descending", lambda v: _descends(v, True)),
-        "spectrum": ("numbers in float64, descending", lambda v: _descends(v, False)),
-        "trace": ("a positive number", lambda v: _number(0)(v, None)),  # type: ignore[arg-type]
-        "shard": ("a rank and a number of ranks", _is_shard),
-    }
-    for name, (what, holds) in checks.items():
-        if not holds(state[name]):
-            raise ValueError(_wrong(f"basis[{name!r}]", what, state[name]))
-    if type(state.get("model")) not in (str, type(None)):
-        raise ValueError(_wrong("basis['model']", "a string or None", state["model"]))
-    rank = len(state["eigenvalues"])
-    if state["grams"] is not None and not _is_grams(state["grams"], rank):
-        raise ValueError(
-            _wrong("basis['grams']", "symmetric matrices (L, K, K) in float64, or None", state["grams"])
-        )
-    if stored == "landmarks":
-        _check_landmarks(state, rank)
+    if type(stored) is not str or stored not in LAYOUTS:
+        what = f"a dictionary, with directions stored as one of {tuple(LAYOUTS)}"
+        raise ValueError(_wrong("basis", what, state))
+    names = COMMON | LAYOUTS[stored]
+    whole = {"model": None, **state}  # which laplace_ella 0.1.0 did not save
+    if whole.keys() - {"stored"} != names:
+        raise ValueError(_wrong("basis", f"a dictionary with the entries {sorted(names)}", state))
+    sizes: Sizes = {}
+    for name in (k for k in BASIS if k in names):
+        what, holds = BASIS[name]
+        if not holds(whole[name], sizes):
+            raise ValueError(_wrong(f"basis[{name!r}]", what, whole[name]))
+        if name in ("eigenvalues", "spectrum"):
+            sizes["K" if name == "eigenvalues" else "M"] = len(whole[name])
+
+
+def check_entries(state: dict[str, Any], weights: Weights) -> None:
+    """Require the other entries; those of the basis, see :func:`check_basis`, come first.
+
+    Raises
+    ------
+    ValueError
+        Naming the entry.
+    """
+    n_params = sum(w.numel() for w in weights.values())
+    sizes = {"K": len(state["basis"]["eigenvalues"]), "L": len(weights), "P": n_params}
+    for name, (what, holds) in ENTRIES.items():
+        if not holds(state[name], sizes):
+            raise ValueError(_wrong(name, what, state[name]))
+
+
+def _wrong(name: str, what: str, value: Any) -> str:
+    if isinstance(value, Tensor):
+        unlike = value.layout != torch.strided or value.is_meta
+        kind = "without numbers" if unlike else "" if value.isfinite().all() else "that is not finite"
+        got = f"a tensor {tuple(value.shape)} of {value.dtype} {kind}".strip()
     else:
-        _check_directions(state)
+        got = repr(sorted(map(str, value)) if isinstance(value, dict) else value)
+    return f"The checkpoint's {name} must be {what}; got {got[:99]}. The file is damaged, or was edited. Save it again."
 
 
-def _check_directions(state: dict[str, Any]) -> None:
-    directions, scales = state["directions"], state.get("scales")
-    if type(directions) is not dict or not all(is_dense(v, None) for v in directions.values()):
-        raise ValueError(
-            _wrong("basis['directions']", "a dictionary of finite tensors", _outline(directions))
-        )
-    if scales is None:
-        return
-    fits = type(scales) is dict and scales.keys() == directions.keys()
-    if not fits or not all(
-        is_dense(s, torch.float32) and s.shape == directions[k].shape[:1] and bool((s > 0).all())
-        for k, s in scales.items()
-    ):
-        raise ValueError(
-            _wrong("basis['scales']", "K positive numbers in float32 a weight", _outline(scales))
-        )
+def check_orthonormal(basis: NystromBasis) -> None:
+    r"""Require :math:`V^T V = I`, up to what the precision of the weights allows.
 
-
-def _outline(value: Any) -> Any:
-    return sorted(map(str, value)) if isinstance(value, dict) else value
-
-
-def _check_landmarks(state: dict[str, Any], rank: int) -> None:
-    size = len(state["spectrum"])
-
-    def are_indices(value: Any, below: float) -> bool:
-        if type(value) is not Tensor or value.dtype != torch.int64 or value.shape != (size,):
-            return False
-        return bool((value >= 0).all()) and bool((value < below).all())
-
-    inputs, coefficients = state["inputs"], state["coefficients"]
-    if type(inputs) is not list or not all(type(x) in (Tensor, dict, list, tuple) for x in inputs):
-        raise ValueError(_wrong("basis['inputs']", "a list of inputs", inputs))
-    if not is_dense(coefficients) or coefficients.shape != (size, rank):
-        raise ValueError(_wrong("basis['coefficients']", "a matrix (M, K) in float64", coefficients))
-    for name, below in (("which", len(inputs)), ("outputs", math.inf)):
-        if not are_indices(state[name], below):
-            raise ValueError(_wrong(f"basis[{name!r}]", "M integers of at least 0 in int64", state[name]))
-
-
-def check_orthonormal(directions: Weights, eigenvalues: Tensor, of_all: Tensor | None, kept: slice) -> None:
-    r"""Require :math:`V^T V = I` up to the precision of the weights.
-
-    Parameters
-    ----------
-    directions : dict of Tensor (K_rank, *shape)
-        Those of this rank.
-    eigenvalues : Tensor (K,)
-    of_all : Tensor (K, K), optional
-        The products of the directions of all ranks, where they are spread.
-    kept : slice
-        Which directions this rank has.
+    Directions are gradients divided by the roots of their eigenvalues, so that rounding grows with the ratio of
+    the largest eigenvalue to theirs.
 
     Raises
     ------
     ValueError
     """
-    eps = max(torch.finfo(v.dtype).eps for v in directions.values())
-    allowed = orthonormal_within(eigenvalues, eps)
-    identity = torch.eye(len(eigenvalues), dtype=torch.float64, device=eigenvalues.device)
-    own = overlaps(directions)
-    pairs = [(own, identity[kept][:, kept], allowed[kept][:, kept])]
-    if of_all is not None:
-        pairs.append((of_all, identity, allowed))
-    for found, expected, bound in pairs:
-        error = (found - expected).abs()
-        if not bool((error <= bound).all()):
-            raise ValueError(
-                f"The checkpoint's directions must be orthonormal; V^T V differs from the identity by up to "
-                f"{float(error.max()):.3g}. The file is damaged, or was edited. Save it again."
-            )
+    eps = max(torch.finfo(v.dtype).eps for v in basis.directions.values())
+    roots = (basis.eigenvalues / basis.eigenvalues[0]).sqrt()
+    allowed = 4 * math.sqrt(eps) + 100 * eps / torch.outer(roots, roots)
+    identity, mine = torch.eye(basis.rank, dtype=F64, device=roots.device), basis.ranks.turns()
+    found = identity.clone()
+    found[mine, mine] = overlaps(basis.directions)
+    of_all = found if basis.grams is None else basis.grams.sum(0)
+    error = torch.maximum((found - identity).abs(), (of_all - identity).abs())
+    if not bool((error <= allowed).all()):
+        raise ValueError(
+            f"The checkpoint's directions must be orthonormal; V^T V differs from the identity by up to "
+            f"{float(error.max()):.3g}. The file is damaged, or was edited. Save it again."
+        )

@@ -18,8 +18,8 @@ Push = Callable[[Weights], Tensor]
 # A derivative is linear, so that tangents and cotangents of other lengths show how products scatter by rounding.
 SCALES = (1.0, 1.1, 1.25, 1.4, 1.6, 1.8)
 N_PRODUCTS = 4
-# How often the scatter two means may be apart. Roundings that all scales share made it up to 9 (attention and layer
-# norms in bfloat16); a `no_grad` for half of a layer's output makes it 50 and more.
+# Two means may be apart by this many times their scatter. Roundings that all scales share made it up to 9 times
+# (attention and layer norms in bfloat16); a `no_grad` for half of a layer's output makes it 50 times and more.
 LARGEST_RATIO = 32.0
 
 
@@ -28,8 +28,9 @@ def check_adjoint(
 ) -> None:
     r"""Require :math:`\langle u, J v \rangle = \langle J^T u, v \rangle`.
 
-    For u along :math:`J v`, where nothing cancels; ones if that is zero. The outputs' precision says how much
-    rounding there may be; where a coarser one is on the way, how much there is says what the products scatter.
+    u points along :math:`J v`, where nothing cancels, and consists of ones if that is zero. How much rounding
+    there may be follows from the precision of the outputs; where something coarser is on the way, it is
+    measured by how much such products scatter.
 
     Parameters
     ----------
@@ -39,7 +40,7 @@ def check_adjoint(
     push : callable
         Tangents -> J times the tangents.
     precision : torch.dtype
-        The coarsest on the way.
+        The coarsest on the way from the input to the outputs.
 
     Raises
     ------
@@ -89,7 +90,7 @@ def _dot(gradient: Weights, tangents: Weights) -> Tensor:
 
 
 def _scatter(model: FunctionalModel, x: Input, push: Push) -> tuple[float, float]:
-    """Return how far forward and reverse mode are apart, and how much each scatters, relative to the products.
+    """Return how far forward and reverse mode are apart, and how much their products scatter, both relative to these.
 
     Cost: 24 directions and backward passes of two rows.
     """

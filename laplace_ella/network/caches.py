@@ -8,11 +8,10 @@ transform that has ended.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from inspect import getattr_static
-from operator import is_
 from types import MethodType
 from typing import Any
 
@@ -20,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 _MAPPINGS = (dict, OrderedDict, defaultdict)
-_CONTAINERS = frozenset((*_MAPPINGS, list, deque))
 _OF_TORCH = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks have their own care
 _MISSING = object()
 
 
-ParametrisationCache = tuple[int, dict[tuple[int, str], Tensor | None] | None]
+ParametrisationCache = tuple[int, dict[tuple[int, str], Tensor | None]]
 
 
 def parametrisation_cache() -> ParametrisationCache:
@@ -34,60 +32,8 @@ def parametrisation_cache() -> ParametrisationCache:
 
 
 def set_parametrisation_cache(value: ParametrisationCache) -> None:
-    """Set both; None: nothing is kept yet."""
-    count, cache = value
-    parametrize._cache_enabled, parametrize._cache = count, {} if cache is None else cache
-
-
-class Containers:
-    """The attributes of modules, and what those that are containers hold."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._noted = [_Contents(vars(m)) for m in modules]
-
-    def restore(self) -> None:
-        """Take out the tensors that came in, and put back those that went; leave all else, such as counts."""
-        for contents in self._noted:
-            contents.restore()
-
-
-class _Contents:
-    """The attributes of one module."""
-
-    def __init__(self, attributes: dict[str, Any]) -> None:
-        self.attributes, self.before = attributes, dict(attributes)
-        self.entries = [
-            (v, copy(v)) for k, v in attributes.items() if type(v) in _CONTAINERS and k not in _OF_TORCH
-        ]
-
-    def restore(self) -> None:
-        """See :meth:`Containers.restore`."""
-        _restore_mapping(self.attributes, self.before)
-        for container, entries in self.entries:
-            if type(container) in _MAPPINGS:
-                _restore_mapping(container, entries)
-            elif not _same(container, entries) and (holds_tensors(container) or holds_tensors(entries)):
-                container.clear()
-                container.extend(entries)
-
-
-def _same(left: Any, right: Any) -> bool:
-    return len(left) == len(right) and all(map(is_, left, right))
-
-
-def _restore_mapping(mapping: dict[Any, Any], before: dict[Any, Any]) -> None:
-    if _same(mapping.values(), before.values()):
-        return
-    for key in [k for k, v in mapping.items() if _tensors_differ(v, before.get(k, _MISSING))]:
-        if key in before:
-            mapping[key] = before[key]
-        else:
-            del mapping[key]
-    mapping.update({k: v for k, v in before.items() if k not in mapping and holds_tensors(v)})
-
-
-def _tensors_differ(value: Any, before: Any) -> bool:
-    return value is not before and (holds_tensors(value) or holds_tensors(before))
+    """Set both."""
+    parametrize._cache_enabled, parametrize._cache = value
 
 
 def holds_tensors(value: Any, depth: int = 4) -> bool:

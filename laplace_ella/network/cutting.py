@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
 from functools import partial
 from itertools import combinations, islice
 from typing import Any
@@ -37,15 +38,15 @@ from ..data.batches import (
     tensors,
 )
 from ..data.row_lists import rotated, row_lists
-from .functional import FunctionalModel, first_weight
+from .functional import FunctionalModel, first_weight, setting_of, with_batch_statistics
 from .memory import attempt
 from .recording import Recording, coarsest, with_graph
 from .repeating import plain_passes
 from .safety import safely
 
-# So many ways of reading a mapping are tried.
+# At most this many ways of reading a mapping are tried.
 READINGS = 32
-# Of a batch that is one tensor, whose rows are known, so many are looked at.
+# At most this many rows are looked at where a batch is one tensor: then it is known what its rows are.
 TENSOR_ROWS = 8
 
 
@@ -62,29 +63,22 @@ class Cutting:
     def __init__(self, function: FunctionalModel, dict_key_x: str = "input_ids") -> None:
         self.function, self.dict_key_x = function, dict_key_x
         self._shared: set[Path] = set()  # entries known not to be cut
-        self._unused: set[Path] = set()  # lists of which the model does not use the order
+        self._unused: set[Path] = set()  # lists whose order does not matter to the model
         self._known: dict[Any, torch.dtype | None] = {}  # kinds of inputs, and what they are converted to
         self._warned = False
 
     def knowledge(self) -> Any:
-        """Return what was found out of the model's inputs, for :meth:`learn`."""
-        return (
-            set(self._shared),
-            set(self._unused),
-            dict(self._known),
-            self._warned,
-            self.function.in_pairs,
-        )
+        """Return what was found out about the model's inputs, for :meth:`learn`."""
+        found = self._shared, self._unused, self._known, self._warned
+        return (*map(copy, found), self.function.in_pairs)
 
     def learn(self, knowledge: Any) -> None:
-        """Know what was found out of a copy of the model."""
+        """Take over what was found out about a copy of the model."""
         self._shared, self._unused, self._known, self._warned, self.function.in_pairs = knowledge
 
     def forget(self) -> None:
         """Find everything out again, the model having changed."""
-        self._shared.clear()
-        self._unused.clear()
-        self._known.clear()
+        self._shared, self._unused, self._known = set(), set(), {}
 
     def __call__(self, x: Raw | Input, size: int | None = None) -> Input:
         """Say which tensors of an input are cut into rows.
@@ -141,82 +135,66 @@ class Cutting:
         ]
 
     def _lists(self, x: Raw, size: int) -> Iterator[Path]:
-        """Yield where there are lists of a value for each input that the model may use."""
+        """Yield the paths of lists that have one value for each input, and that the model may use."""
         if isinstance(x, Mapping):
             yield from (path for path, _ in row_lists(x, size) if path not in self._unused)
 
     def _kind(self, x: Input) -> Any:
-        """Tell apart what the model may treat differently: entries, how they are cut, dtypes, devices, autocast."""
-        reference = first_weight(self.function.module)
-        kind, enabled = reference.device.type, torch.is_autocast_enabled(reference.device.type)
-        setting = reference.device, reference.dtype, torch.get_autocast_dtype(kind) if enabled else None
+        """Tell apart what the model may treat differently: its setting, entries and how they are cut, dtypes."""
+        setting = setting_of(self.function.module)
         if isinstance(x, Tensor):
             return setting, x.dtype
-        return (
-            setting,
-            x.paths,
-            tuple((path, getattr(leaf, "dtype", None)) for path, leaf in x.shared()),
-            tuple(t.dtype for t in x.rows),
-        )
+        shared = tuple((path, getattr(leaf, "dtype", None)) for path, leaf in x.shared())
+        return setting, x.paths, shared, tuple(t.dtype for t in x.rows)
 
     # ------------------------------------------------------------------ at the first batch of a kind
 
     def _verified(self, x: Raw, size: int | None) -> Input:
-        device = first_weight(self.function.module).device
-        f, dtype, paths = safely(self.function.module, lambda: self._confirmed(x, size, device))
-        if isinstance(x, Tensor):
-            self._known[self._kind(x)] = self._known[self._kind(_converted(x, dtype))] = dtype
-            return x
-        cut = nested(x, paths)
+        f, dtype, paths = safely(self.function.module, lambda: self._confirmed(x, size))
+        cut = x if isinstance(x, Tensor) else nested(x, paths)
         self._known[self._kind(cut)] = self._known[self._kind(_converted(cut, dtype))] = dtype
-        if len(f) > 1:  # of one row, all tensors with one are cut, whether they are shared or not
+        if isinstance(cut, Nested) and len(f) > 1:  # of one row, all tensors with one are cut, shared or not
             self._shared |= {path for path, leaf in cut.shared() if isinstance(leaf, Tensor)}
         return cut
 
-    def _confirmed(
-        self, x: Raw, size: int | None, device: torch.device
-    ) -> tuple[Tensor, torch.dtype | None, list[Path]]:
+    def _confirmed(self, x: Raw, size: int | None) -> tuple[Tensor, torch.dtype | None, list[Path]]:
         """Return the outputs of a batch, the dtype that inputs are converted to, and the entries that are cut."""
         if isinstance(x, Tensor):
-            some: Input = detached(x[:TENSOR_ROWS])
+            some: Input = x[:TENSOR_ROWS]
         else:  # a single row may have to be doubled
             some = nested(x, self._paths(x, 1) if (size or self._size(x)) == 1 else [])
+        device = first_weight(self.function.module).device
         with Recording() as record:
-            f, dtype = self._plain_outputs(moved(some, device))
-        eps = _coarsest_eps(f, record.dtypes, self.function.module)
+            f, dtype = self._plain_outputs(moved(detached(some), device))
         n = len(some) if isinstance(some, Tensor) else size
         if n is not None and len(f) != n:
             raise ValueError(
                 f"The model returned outputs of shape {tuple(f.shape)} for {n} inputs; their first axis must be the "
                 "batch, with one row for each input. Wrap the model so that its forward returns such outputs."
             )
-        paths = self._reading(x, some, f, dtype, device, eps)
+
+        def enter(cut: Input) -> Input:
+            return moved(detached(cut), device, dtype)
+
+        eps = _coarsest_eps(f, record.dtypes, self.function.module)
+        paths = self._reading(x, some, f, enter, eps)
         for path in list(self._lists(x, len(f))):
-            assert isinstance(x, Mapping)
-            self._check_unused(x, path, paths, f, dtype, device)
+            other = enter(nested(rotated(x, path), []))
+            self._check_unused(path, f, other, self._refusal(x, paths, f))
         return f, dtype, paths
 
-    def _check_unused(
-        self,
-        x: Mapping[str, Any],
-        path: Path,
-        paths: list[Path],
-        f: Tensor,
-        dtype: torch.dtype | None,
-        device: torch.device,
-    ) -> None:
+    def _check_unused(self, path: Path, f: Tensor, other: Input, refusal: str) -> None:
         """Require that the outputs are the same when the values of a list have changed places."""
-        other = _converted(moved(nested(rotated(x, path), []), device), dtype)
         found, _ = attempt(partial(self._run, other))
         bound = 100 * torch.finfo(f.dtype).eps * f.abs().max()  # the same pass, but for sums in another order
         if found is None or found.shape != f.shape or (found - f).abs().max() > bound:
-            raise ValueError(self._refusal(x, paths, f))
+            raise ValueError(refusal)
         self._unused.add(path)
 
     def _plain_outputs(self, x: Input) -> tuple[Tensor, torch.dtype | None]:
         """Run the model as its user does, and return its outputs, and the dtype that inputs are converted to."""
         run = partial(self._run, x)
-        # Of a tensor, there are few rows; the graph of a whole batch may not fit.
+        # There are few rows of a tensor; of a mapping, the graph of a whole batch may not fit.
         f, error = attempt(lambda: with_graph(run)[0].detach() if isinstance(x, Tensor) else run())
         if f is None:
             f = self._in_pairs(x)
@@ -230,18 +208,7 @@ class Cutting:
             if f is not None:
                 self._say_converted(others, reference, error)
                 return f, reference
-        if isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex():
-            f, _ = attempt(lambda: self._run(x.to(reference)))
-            if f is not None:
-                raise ValueError(
-                    f"The model does not take inputs of {x.dtype}, and takes {reference}. Convert them in the data set, "
-                    "with the scale that the model was trained with."
-                ) from error
-        of_complex = {str(t.dtype) for t in tensors(x) if t.is_complex()}
-        if of_complex:
-            raise ValueError(
-                f"The model does not take inputs of {', '.join(sorted(of_complex))}. Pass real and imaginary parts as real numbers."
-            ) from error
+        self._refuse_dtype(x, reference, error)
         raise error
 
     def _in_pairs(self, x: Input) -> Tensor | None:
@@ -257,12 +224,27 @@ class Cutting:
         if self._warned:
             return
         self._warned = True
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         warnings.warn(
             f"The model does not take inputs of {', '.join(sorted(map(str, others)))}, so that they are converted to "
-            f"{reference}, the dtype of its first weight. Convert them in the data set to silence this. The reason: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}",
+            f"{reference}, the dtype of its first weight. Convert them in the data set to silence this. The reason: {reason}",
             stacklevel=2,
         )
+
+    def _refuse_dtype(self, x: Input, reference: torch.dtype, error: Exception) -> None:
+        """Say what is wrong with inputs whose dtype the model does not take, if that is what failed."""
+        if isinstance(x, Tensor) and not x.is_floating_point() and not x.is_complex():
+            f, _ = attempt(lambda: self._run(x.to(reference)))
+            if f is not None:
+                raise ValueError(
+                    f"The model does not take inputs of {x.dtype}, and takes {reference}. Convert them in the data set, "
+                    "with the scale that the model was trained with."
+                ) from error
+        of_complex = {str(t.dtype) for t in tensors(x) if t.is_complex()}
+        if of_complex:
+            raise ValueError(
+                f"The model does not take inputs of {', '.join(sorted(of_complex))}. Pass real and imaginary parts as real numbers."
+            ) from error
 
     def _run(self, x: Input) -> Tensor:
         """Run the model on copies, and require that it leaves them as they are."""
@@ -270,7 +252,8 @@ class Cutting:
         f = self.function.own_outputs(given)
         names = [""] if isinstance(x, Tensor) else [f" under {name}" for name in _names(x)]
         pairs = zip(tensors(given), tensors(x), names)
-        changed = [name for copy, original, name in pairs if not _equal(copy, original)]
+        # Whether anything is written may depend on the values: a count of writes tells too.
+        changed = [name for t, old, name in pairs if t._version or not torch.equal(t, old)]
         if changed:
             raise ChangedInputError(
                 f"The model's forward pass changes its input{', '.join(changed)} in place, and every input is passed to it many "
@@ -279,25 +262,23 @@ class Cutting:
         return f
 
     def _reading(
-        self, x: Raw, some: Input, f: Tensor, dtype: torch.dtype | None, device: torch.device, eps: float
+        self, x: Raw, some: Input, f: Tensor, enter: Callable[[Input], Input], eps: float
     ) -> list[Path]:
         """Return the entries that are cut, so that rows alone have the outputs that they have in the batch."""
-        readings = [[]] if isinstance(x, Tensor) else islice(self._readings(x, len(f)), READINGS)
-        first: list[Path] | None = None
+        readings = [[]] if isinstance(x, Tensor) else list(islice(self._readings(x, len(f)), READINGS))
         for paths in readings:
-            first = paths if first is None else first
             cut = some if isinstance(x, Tensor) else nested(x, paths)
-            if self._agrees(_converted(moved(detached(cut), device), dtype), f, eps):
+            if self._agrees(enter(cut), f, eps):
                 return paths
-        if first is None:
+        if not readings:
             raise ValueError(
                 f"The model returned outputs of shape {tuple(f.shape)}, and the input has no tensor with {len(f)} rows; one "
                 "must have a row for each input."
             )
-        if _has_batch_statistics(self.function.module):  # of which probing warns
-            return first
-        plain_passes(self.function, _converted(moved(some, device), dtype))  # is it random?
-        raise ValueError(self._refusal(x, first, f))
+        if not with_batch_statistics(self.function.module):  # of which probing warns
+            plain_passes(self.function, enter(some))  # is it random?
+            raise ValueError(self._refusal(x, readings[0], f))
+        return readings[0]
 
     def _readings(self, x: Mapping[str, Any], size: int) -> Iterator[list[Path]]:
         """Yield sets of entries that may be cut: all that are long enough, then fewer."""
@@ -322,10 +303,10 @@ class Cutting:
 
     def _refusal(self, x: Raw, paths: list[Path], f: Tensor) -> str:
         cause = "The outputs of an input depend on the other inputs of its batch"
-        if not isinstance(x, Tensor):
-            whole = [f"{name_of(path)} ({_describe(leaf)})" for path, leaf in leaves(x) if path not in paths]
-            if whole:
-                cause += f", or on entries that cannot be cut into {len(f)} rows: {', '.join(whole)}"
+        whole = [] if isinstance(x, Tensor) else [entry for entry in leaves(x) if entry[0] not in paths]
+        if whole:
+            named = ", ".join(f"{name_of(path)} ({_describe(leaf)})" for path, leaf in whole)
+            cause += f", or on entries that cannot be cut into {len(f)} rows: {named}"
         return (
             f"{cause}: its row alone has other outputs than in the batch. Every prediction here is of rows on their own. Pass "
             "tensors whose first axis is the batch (lists of lengths as a tensor, graphs as padded tensors with masks), "
@@ -346,18 +327,8 @@ def _names(x: Nested) -> list[str]:
     return [name_of(path) for path in (*x.paths, *shared)]
 
 
-def _equal(copy: Tensor, original: Tensor) -> bool:
-    # Whether anything is written may depend on the values: a count of writes tells too.
-    return copy._version == 0 and copy.shape == original.shape and bool(torch.equal(copy, original))
-
-
 def _describe(leaf: Any) -> str:
     return f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-
-
-def _has_batch_statistics(module: nn.Module) -> bool:
-    norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return any(m.running_mean is None for m in norms)
 
 
 def _alike(found: Tensor, expected: Tensor, f: Tensor, eps: float) -> bool:

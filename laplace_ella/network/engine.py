@@ -1,18 +1,23 @@
-r"""One model and how it is differentiated: the mode, the chunks, and what is remembered of it."""
+r"""One model and how it is differentiated: the way, the chunks, and what is remembered of it."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from copy import copy
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..data.batches import Input, Raw, batch_size, detached, doubled, rows, signature
+from ..data.batches import Input, NamingShape, Nested, Raw, batch_size, detached, doubled, rows, signature
+from ..data.packing import unpacked
 from .cutting import Cutting
-from .features import FEATURES, Features, forward_features, pulled_cotangents
-from .functional import FunctionalModel, Weights, activation_bytes, first_weight
+from .facts import InputFacts, find_facts
+from .features import AUTODIFF, FEATURES, Features, Way, pulled_cotangents, reverse_is_cheaper
+from .functional import FunctionalModel, Weights, first_weight, last_layer_norms, setting_of
+from .gradients import RowEngine
 from .memory import (
     CPU_GRADIENT_SET,
     CPU_WORKING_SET,
@@ -25,50 +30,9 @@ from .memory import (
     with_smaller_chunks,
 )
 from .probing import Support, probe
-from .rewriting import rewritten
 from .safety import safely
 
-AUTODIFF = ("auto", "forward", "double", "reverse")
-# Reverse mode is chosen if this many times C is at most K ...
-REVERSE_COST = 8
-# ... and a row's activations take at least this share of its gradient's bytes: where they are
-# few, as in an MLP, writing C gradients of P numbers costs more than K tangents.
-SHARED_WEIGHTS = 1 / 4
-
-
-def reverse_is_cheaper(n_outputs: int, rank: int) -> bool:
-    """Say whether C backward passes cost less than K tangents; docs/performance.md has the figures."""
-    return REVERSE_COST * n_outputs <= rank
-
-
-@dataclass(frozen=True)
-class InputFacts:
-    """What was found out about inputs of one shape.
-
-    Attributes
-    ----------
-    positions : tuple of int
-        The axes of the outputs between batch and C: () for one prediction an input.
-    n_outputs : int
-        C.
-    row_bytes : int
-        Bytes a row takes in the largest intermediate tensor.
-    graph_bytes : int
-        Bytes a row takes in all of them: what a backward pass keeps, at most.
-    rewritten : FunctionalModel
-        The model for forward mode.
-    """
-
-    positions: tuple[int, ...]
-    n_outputs: int
-    row_bytes: int
-    graph_bytes: int
-    rewritten: FunctionalModel
-
-    @property
-    def n_coordinates(self) -> int:
-        """Outputs of one input: C times the positions."""
-        return math.prod(self.positions) * self.n_outputs
+__all__ = ["AUTODIFF", "Engine"]
 
 
 class Engine:
@@ -77,9 +41,14 @@ class Engine:
     Parameters
     ----------
     module : torch.nn.Module
-    autodiff : {"auto", "forward", "double", "reverse"}
+    autodiff : str
+        "auto", or the name of a way in :data:`laplace_ella.network.features.FEATURES`.
     chunk_size, memory_budget, compiled, dict_key_x
         As in :class:`laplace_ella.NystromGGN`.
+    row_engine : callable, optional
+        Computes the gradients of landmarks. Default: torch.func, or a loop where that fails.
+    spill : optional
+        Where gradient rows go that do not fit the budget; see :class:`laplace_ella.nystrom.gram.Spill`.
     """
 
     def __init__(
@@ -90,28 +59,44 @@ class Engine:
         memory_budget: int | float | None = None,
         compiled: bool = False,
         dict_key_x: str = "input_ids",
+        row_engine: RowEngine | None = None,
+        spill: Any = None,
     ) -> None:
         self.module, self.autodiff = module, autodiff
         self.chunk_size, self.memory_budget, self.compiled = chunk_size, memory_budget, compiled
+        self.row_engine, self.spill = row_engine, spill
+        self._example: Input | None = None  # an input, for the types of its containers
         self.function = FunctionalModel(module)
         self.cutting = Cutting(self.function, dict_key_x)
-        self.forward_features: Features = torch.compile(forward_features) if compiled else forward_features
         let_malloc_adapt()
         self._support: dict[Any, Support] = {}
         self._facts: dict[Any, InputFacts] = {}
         self._smaller: dict[Any, Chunks] = {}
         self._free: dict[torch.device, int] = {}
+        self._prepared: Any = (
+            WeakTensorKeyDictionary()
+        )  # of the first of some directions: what ways make of them
 
     # A copy finds out by itself what is of this module or process; weights and how inputs are read do not change.
     def __getstate__(self) -> Any:
         of_model = self.module, self.autodiff, self.chunk_size, self.memory_budget, self.compiled
-        return (*of_model, self.cutting.dict_key_x), self.function.names, self.cutting.knowledge()
+        more = self.cutting.dict_key_x, self.row_engine, self.spill
+        return (*of_model, *more), self.function.names, self.cutting.knowledge(), self._example
 
     def __setstate__(self, state: Any) -> None:
-        arguments, names, knowledge = state
+        arguments, names, knowledge, example = state
         self.__init__(*arguments)  # type: ignore[misc]
         self.function.names = names  # the model may be frozen by now
         self.cutting.learn(knowledge)
+        self._example = example
+
+    def eager(self) -> Engine:
+        """Return the engine, or one that compiles nothing: that takes minutes a shape."""
+        if not self.compiled:
+            return self
+        new = copy(self)
+        new.compiled = False
+        return new
 
     @property
     def device(self) -> torch.device:
@@ -120,9 +105,78 @@ class Engine:
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
-        for found in (self._support, self._facts, self._smaller, self._free):
+        for found in (self._support, self._facts, self._smaller, self._free, self._prepared):
             found.clear()
         self.cutting.forget()
+
+    # ------------------------------------------------------------------ safe from outside, with inputs as they come
+
+    def inputs(self, x: Raw | Input, size: int | None = None) -> Input:
+        """Say which tensors of an input are cut into rows; see :class:`laplace_ella.network.cutting.Cutting`.
+
+        Parameters
+        ----------
+        x : Tensor or mapping
+        size : int, optional
+            How many inputs there are, if that is known.
+
+        Raises
+        ------
+        Exception
+            Whatever the model raises.
+        ValueError
+            If the model does not treat the rows of the input one by one.
+        """
+        with NamingShape(x):
+            x = self.cutting(x, size)
+        if isinstance(x, Nested) and self._example is None:
+            self._example = rows(x, 0, 1)
+        return x
+
+    def restored(self, x: Any) -> Input:
+        """Give an input that was packed as plain types containers of the types that inputs have here."""
+        return unpacked(x, self._example)
+
+    def forward(self, x: Raw | Input, **model_kwargs: Any) -> Tensor:
+        """Return the model's outputs (B, ..., C), in evaluation mode and without a graph."""
+        return safely(self.module, lambda: self.function.own_outputs(self.to_model(x), **model_kwargs))
+
+    def forward_at(
+        self, offsets: Weights, x: Raw | Input, enable_backprop: bool = False, **model_kwargs: Any
+    ) -> Tensor:
+        """Return the outputs (S, B, C) at the weights plus each of S offsets (S, *shape)."""
+        n_samples = next(iter(offsets.values())).shape[0]
+
+        def compute() -> Tensor:
+            entered, weights = self.to_model(x), self.function.weights()
+            near = ({k: v[s] for k, v in offsets.items()} for s in range(n_samples))
+            found = (self.function.outputs_near(weights, o, entered, **model_kwargs) for o in near)
+            return torch.stack([f.flatten(0, -2) for f in found])
+
+        return safely(self.module, compute, enable_backprop)
+
+    def push(self, x: Raw | Input, tangents: Weights, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
+        """Push S tangents (S, *shape) forward: J g (B, C, S), and f (B, C)."""
+        return safely(self.module, lambda: self.features(self.to_model(x), tangents), enable_backprop)
+
+    def positions(self, x: Raw | Input) -> tuple[int, ...]:
+        """Return the axes of the outputs for ``x`` between batch and C."""
+        return self.facts(self.to_model(x)).positions
+
+    def last_layer_norms(self, x: Raw | Input) -> Tensor | None:
+        """Return the squared norms (B,) of what the last layer takes; None without such a layer."""
+        return safely(self.module, lambda: last_layer_norms(self.function, self.to_model(x)))
+
+    def bounded(self, x: Raw | Input, width: int) -> Iterator[Input]:
+        """Cut a batch into parts with ``width`` float64 numbers for each output in a quarter of the memory budget."""
+        x = self.inputs(x)
+        size = batch_size(x)
+        per_row = 8 * width * self.facts(self.to_model(x)).n_coordinates
+        step = max(1, self.budget() // 4 // per_row)
+        for start in range(0, size, step):
+            yield x if step >= size else rows(x, start, start + step)
+
+    # ------------------------------------------------------------------ what was found out
 
     def to_model(self, x: Raw | Input) -> Input:
         """Cut an input into rows, and move it to the model; see :class:`laplace_ella.network.cutting.Cutting`."""
@@ -137,9 +191,10 @@ class Engine:
 
     def free(self) -> int:
         """Return the free memory that the budget is made of."""
-        if self.device not in self._free:
-            self._free[self.device] = free_memory(self.device)
-        return self._free[self.device]
+        found = self._free.get(self.device)  # which another thread may forget
+        if found is None:
+            self._free[self.device] = found = free_memory(self.device)
+        return found
 
     def assume_free(self, n_bytes: int) -> None:
         """Cut calls as if so many bytes were free: into the chunks of an earlier process."""
@@ -155,49 +210,36 @@ class Engine:
 
     def known_support(self) -> Support | None:
         """Return what was found out on this device, if anything."""
-        return self._support.get(self._setting())
+        return self._support.get(setting_of(self.module))
 
     def support(self, x: Input) -> Support:
-        """Say what the model supports; found out once a device, on two copies of a row of ``x``."""
-        setting = self._setting()
+        """Say what the model supports; this is found out once per device, on two copies of a row of ``x``."""
+        setting = setting_of(self.module)
         if setting not in self._support:
             self._support[setting] = safely(
                 self.module, lambda: probe(self.function, _pair(x), self.autodiff)
             )
         return self._support[setting]
 
-    def _setting(self) -> Any:
-        """Tell apart what the same model can support differently: devices, dtypes, and the user's autocast."""
-        kind, dtype = self.device.type, next(self.module.parameters()).dtype
-        return self.device, dtype, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
     def facts(self, x: Input) -> InputFacts:
-        """Describe inputs of the shape of ``x``; found out once a shape. Cost: three or four passes of a row or two."""
-        kind = (self._setting(), signature(x))
+        """Describe inputs of the shape of ``x``; this is found out once per shape."""
+        kind = setting_of(self.module), signature(x)
         if kind not in self._facts:
-            self._facts[kind] = safely(self.module, lambda: self._find_facts(x))
+            support = self.support(x)
+            forward = FEATURES[support.features].forward and not self.compiled
+            precision = support.precision if forward else None
+            self._facts[kind] = safely(self.module, lambda: find_facts(self.function, _pair(x), precision))
         return self._facts[kind]
 
-    def _find_facts(self, x: Input) -> InputFacts:
-        pair = _pair(x)
-        support = self.support(x)
-        forward = support.features.startswith("forward") and not self.compiled
-        shape = self.function.outputs(self.function.weights(), pair).shape
-        return InputFacts(
-            tuple(shape[1:-1]),
-            shape[-1],
-            *activation_bytes(self.function, pair),
-            rewritten(self.function, pair, support.precision) if forward else self.function,
-        )
-
     def mode(self, x: Input, rank: int) -> str:
-        """Choose among the ways to compute features: what the model supports, then C, K and its kind."""
+        """Choose a way to compute features: one that the model supports, by C, K and the kind of network."""
         support = self.support(x)
-        if self.autodiff != "auto" or support.rows != "vmap":
-            return support.features
-        facts = self.facts(x)
-        shared = facts.graph_bytes >= SHARED_WEIGHTS * self.row_size()
-        return "reverse" if shared and reverse_is_cheaper(facts.n_coordinates, rank) else support.features
+        if self.autodiff == "auto" and FEATURES[support.features].directions != "all":
+            facts = self.facts(x)
+            if reverse_is_cheaper(facts.n_coordinates, rank, facts.graph_bytes / self.row_size()):
+                of_rows = (k for k, way in FEATURES.items() if way.rows == support.rows == "vmap")
+                return next(of_rows, support.features)
+        return support.features
 
     def features(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B L, C, K) and f(x) (B L, C); inside ``safely``.
@@ -212,7 +254,7 @@ class Engine:
             f = self.function.outputs(self.function.weights(), x).flatten(0, -2)
             return f.new_zeros(*f.shape, rank), f
         mode = self.mode(x, rank)
-        kind = (self._setting(), mode, rank, signature(x))
+        kind = setting_of(self.module), mode, rank, signature(x)
         chunks = self._smaller.get(kind) or self.chunks(mode, x, rank)
         result, used = with_smaller_chunks(
             lambda c: self._compute(mode, x, directions, c),
@@ -228,50 +270,61 @@ class Engine:
 
     def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safely``."""
-        chunks = Chunks(self.gradients_per_call(x), 1)
-        looped = self.support(x).rows != "vmap"
+        function, looped = self.function, self.support(x).rows != "vmap"
         found, _ = with_smaller_chunks(
-            lambda c: pulled_cotangents(
-                self.function, self.function.weights(), directions, x, cotangents, c, looped
-            ),
-            chunks,
+            lambda c: pulled_cotangents(function, function.weights(), directions, x, cotangents, c, looped),
+            Chunks(self.gradients_per_call(x), 1),
             self.device,
-            lambda c: self.feature_bytes("reverse", c, x),
+            lambda c: self.gradient_bytes(x, c.rows),
         )
         return found
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
-        function = self.facts(x).rewritten if mode.startswith("forward") else self.function
-        compute = self.forward_features if mode == "forward" else FEATURES[mode]
-        return compute(function, function.weights(), directions, x, chunks)
+        way = FEATURES[mode]
+        function = self.facts(x).rewritten if way.forward else self.function
+        compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
+        return compute(function, function.weights(), self._prepared_by(way, directions), x, chunks)
+
+    def _prepared_by(self, way: Way, directions: Weights) -> Any:
+        """Return what a way takes in place of directions, made once for as long as their first tensor lives."""
+        if way.prepare is None:
+            return directions
+        kept = self._prepared.setdefault(next(iter(directions.values())), {})
+        if way not in kept:
+            kept[way] = way.prepare(self.function, directions)
+        return kept[way]
 
     def feature_bytes(self, mode: str, chunks: Chunks, x: Input) -> int:
         """Estimate what one call of the features holds."""
         facts = self.facts(x)
-        if mode.startswith("reverse"):
-            return chunks.rows * (2 * self.row_size() + facts.graph_bytes)
-        if mode == "double":
-            return 2 * chunks.rows * facts.graph_bytes
-        return LIVE_TENSORS * chunks.rows * chunks.directions * facts.row_bytes
+        sizes = facts.row_bytes, facts.graph_bytes, self.row_size()
+        return chunks.rows * chunks.directions * sum(n * size for n, size in zip(FEATURES[mode].held, sizes))
 
     def gradient_bytes(self, x: Input, n_rows: int) -> int:
         """Estimate what a call of the landmark gradients holds, for at most so many of them."""
-        return min(n_rows, self.gradients_per_call(x)) * (2 * self.row_size() + self.facts(x).graph_bytes)
+        return min(n_rows, self.gradients_per_call(x)) * self._bytes_per_gradient(x)
+
+    def _bytes_per_gradient(self, x: Input) -> int:
+        return 2 * self.row_size() + self.facts(x).graph_bytes
 
     def chunks(self, mode: str, x: Input, rank: int) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within cache or budget."""
-        if mode == "reverse":
-            return Chunks(self.gradients_per_call(x), 1)
-        # Only batched forward mode holds several directions at once.
-        at_once = rank if mode == "forward" else 1
+        way = FEATURES[mode]
+        if way.rows == "loop":
+            return Chunks(1, 1)
+        if way.directions == "all":
+            return Chunks(self._rows_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
+        at_once = rank if way.directions == "several" else 1
         return plan_chunks(self.facts(x).row_bytes, at_once, self._working_set(), self.chunk_size)
 
     def gradients_per_call(self, x: Input) -> int:
         """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
-        facts = self.facts(x)
-        by_budget = self.budget() // 4 // (2 * self.row_size() + facts.graph_bytes)
+        return self._rows_within_budget(x, self._bytes_per_gradient(x))
+
+    def _rows_within_budget(self, x: Input, bytes_per_row: int) -> int:
+        by_budget = self.budget() // 4 // bytes_per_row
         if self.device.type == "cpu":
-            by_budget = min(by_budget, CPU_GRADIENT_SET // facts.row_bytes)
+            by_budget = min(by_budget, CPU_GRADIENT_SET // self.facts(x).row_bytes)
         return max(1, by_budget)
 
     def _working_set(self) -> int:
@@ -282,3 +335,9 @@ class Engine:
 def _pair(x: Input) -> Input:
     """Return two copies of the first row, cut from any graph."""
     return doubled(detached(rows(x, 0, 1)))
+
+
+@cache
+def _compiled(compute: Features) -> Features:
+    """Compile a way once for all engines: that takes minutes per shape."""
+    return torch.compile(compute)

@@ -3,19 +3,19 @@ r"""The user's module as a pure function of its weights."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..data.batches import Input, Nested, batch_size, detached, doubled, rows
+from ..data.batches import Input, Nested, batch_size, detached, doubled
+from .interrupts import raise_held_back
 from .lookups import Lookups
-from .memory import OutOfMemory
-from .module_state import Watch
+from .memory import attempt
 from .safety import LOCK
 
 Weights = dict[str, Tensor]
@@ -47,7 +47,7 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def first_weight(module: nn.Module) -> nn.Parameter:
-    """Return the first of ``module.parameters()``, without the five generators that are made and closed for that."""
+    """Return the first of ``module.parameters()``, without leaving generators unfinished, which may swallow Ctrl-C."""
     waiting = [module]
     while waiting:
         m = waiting.pop()
@@ -58,13 +58,27 @@ def first_weight(module: nn.Module) -> nn.Parameter:
     return next(module.parameters())  # there is none: StopIteration
 
 
+def setting_of(module: nn.Module) -> Any:
+    """Tell apart what the same model can support differently: its device, its dtype, and the user's autocast."""
+    weight = first_weight(module)
+    kind = weight.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return weight.device, weight.dtype, autocast
+
+
 def n_trainable(module: nn.Module) -> int:
     """Return P, the number of weights that require grad."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
+def with_batch_statistics(module: nn.Module) -> list[str]:
+    """Return the names of the batch normalisations that use the batch's own statistics in evaluation mode too."""
+    norms = nn.modules.batchnorm._BatchNorm
+    return [k for k, m in module.named_modules() if isinstance(m, norms) and m.running_mean is None]
+
+
 class _Within(nn.Module):
-    """Hands its module to an action, so that weights stay exchanged while more than a forward runs."""
+    """Hands its module to an action, so that weights stay exchanged while more than a forward pass runs."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -77,7 +91,7 @@ class _Within(nn.Module):
 class FunctionalModel:
     r"""A module seen as :math:`\theta \mapsto f(x; \theta)` over its trainable weights.
 
-    Which these are is settled here: parameters may be frozen later, as they are for serving, or
+    Which weights these are is settled here: some may be frozen later, as they are for serving, and
     others unfrozen. Tied weights appear once, frozen weights not at all. Buffers are handed to the
     module as copies, so that no call can alter them.
 
@@ -86,9 +100,9 @@ class FunctionalModel:
     module : torch.nn.Module
         Takes a tensor or a mapping, returns a tensor (B, ..., C) or an object whose
         ``.logits`` is one. The axes between, positions in a sequence or an image, are
-        flattened: differentiation sees L x C outputs an input.
+        flattened: differentiation sees L x C outputs per input.
     names : collection of str, optional
-        Of the weights. By default all that require grad now.
+        The names of the weights; by default, of all that require grad now.
     """
 
     def __init__(self, module: nn.Module, names: Collection[str] | None = None) -> None:
@@ -110,6 +124,11 @@ class FunctionalModel:
             found = {k: p.detach() for k, p in self.module.named_parameters() if k in self.names}
         return {k: w if is_dense(w) else w.contiguous() for k, w in found.items()}
 
+    def flat_weights(self) -> Tensor:
+        """Return all weights in one vector (P,), in float32 at least: fp16 holds no number above 65504."""
+        values = torch.cat([w.reshape(-1) for w in self.weights().values()])
+        return values.to(torch.promote_types(values.dtype, torch.float32))
+
     def own_weights(self) -> dict[str, nn.Parameter]:
         """Return the module's own parameters that are the weights: not what stands in their places."""
         with LOCK:
@@ -121,7 +140,7 @@ class FunctionalModel:
             return {k: b.detach().clone() for k, b in self.module.named_buffers()}
 
     def constants(self) -> Weights:
-        """Return what calls see besides the weights: the buffers' copies, and parameters unfrozen later, detached."""
+        """Return what calls see besides the weights: copies of the buffers, and parameters that were unfrozen later."""
         with LOCK:
             named = self.module.named_parameters()
             late = {k: p.detach() for k, p in named if p.requires_grad and k not in self.names}
@@ -133,6 +152,7 @@ class FunctionalModel:
         Every place is exchanged once, whatever its names: functional_call would restore
         the wrong tensor where one submodule is registered twice.
         """
+        raise_held_back()
         named = chain(self.module.named_parameters(), self.module.named_buffers())
         new = {id(t): tensors[k] for k, t in named if k in tensors}
         places = {
@@ -188,20 +208,15 @@ class FunctionalModel:
         return outputs_of(module, x, **model_kwargs)
 
 
-def called(module: nn.Module, x: Input, **model_kwargs: Any) -> Any:
-    """Call a module as its user does; a container is made anew for every call."""
-    return module(x.container() if isinstance(x, Nested) else x, **model_kwargs)
-
-
 def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
-    """Run a module, and return its outputs (B, ..., C).
+    """Call a module as its user does, and return its outputs (B, ..., C).
 
     Raises
     ------
     ValueError
         If the outputs are not a tensor of two axes or more.
     """
-    out = called(module, x, **model_kwargs)
+    out = module(x.container() if isinstance(x, Nested) else x, **model_kwargs)
     f = getattr(out, "logits", out)
     if not isinstance(f, Tensor) or f.ndim < 2:
         got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
@@ -219,14 +234,14 @@ def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
 
 
 def last_layer_norms(model: FunctionalModel, x: Input) -> Tensor | None:
-    r"""Return :math:`|z|^2` (B,) of the inputs z of the layer whose output are the model's outputs.
+    r"""Return :math:`|z|^2` (B,) of the inputs z of the layer that returns the model's outputs.
 
     None if no layer with weights of its own returns them, row by row. Cost: a forward pass.
     Inside :func:`laplace_ella.network.safety.safely`.
     """
     calls: list[tuple[nn.Module, Any, Any]] = []
     leaves = [m for m in model.module.modules() if any(True for _ in m.parameters(recurse=False))]
-    hooks = [m.register_forward_hook(Watch(calls)) for m in leaves]
+    hooks = [m.register_forward_hook(lambda m, args, out: calls.append((m, args, out))) for m in leaves]
     try:
         f = model.own_outputs(x)
     finally:
@@ -245,35 +260,17 @@ Pull = Callable[..., Weights]
 def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, Weights, Pull], Any]) -> Any:
     """Run the model once, and let ``action(f, leaves, pull)`` take gradients by plain backward passes.
 
-    ``leaves`` are the weights f was computed with. ``pull(scalar, names)`` returns the
-    gradient of a scalar made from the outputs f with respect to the weights named. Works where torch.func does not: with old-style
-    autograd functions, and with re-entrant checkpoints, which know ``backward()`` only.
+    ``leaves`` are the weights that f was computed with. ``pull(scalar, names)`` returns the gradient of a
+    scalar made from the outputs f with respect to the weights named. This works where torch.func does not:
+    with old-style autograd functions, and with re-entrant checkpoints, which know ``backward()`` only.
     If gradients are recorded (``enable_backprop``), the result can be differentiated.
     """
     record = torch.is_grad_enabled()
     leaves = {k: w.requires_grad_() for k, w in model.weights().items()}
 
     def pull(scalar: Tensor, names: Iterable[str]) -> Weights:
-        gradients: dict[str, Tensor | None]
-        if not scalar.requires_grad:
-            gradients = dict.fromkeys(leaves)
-        elif not record and model.knows_backward_only:
-            gradients = _accumulated(scalar, leaves)
-        else:
-            try:
-                found = torch.autograd.grad(
-                    scalar, list(leaves.values()), retain_graph=True, create_graph=record, allow_unused=True
-                )
-            except OutOfMemory:
-                raise
-            except RuntimeError:
-                if record:
-                    raise
-                gradients = _accumulated(scalar, leaves)
-                model.knows_backward_only = True
-            else:
-                gradients = dict(zip(leaves, found))
-        return {k: _or_zeros(gradients[k], leaves[k]) for k in names}
+        gradients = _gradients(model, scalar, leaves, record) if scalar.requires_grad else {}
+        return {k: _or_zeros(gradients.get(k), leaves[k]) for k in names}
 
     def run(module: nn.Module) -> Any:
         with torch.enable_grad():
@@ -284,10 +281,20 @@ def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, 
     return model.within({**model.constants(), **leaves}, run)
 
 
-def _accumulated(scalar: Tensor, leaves: Weights) -> dict[str, Tensor | None]:
+def _gradients(
+    model: FunctionalModel, scalar: Tensor, leaves: Weights, record: bool
+) -> Mapping[str, Tensor | None]:
+    if record or not model.knows_backward_only:
+        compute = partial(torch.autograd.grad, scalar, list(leaves.values()), allow_unused=True)
+        found, error = attempt(lambda: compute(retain_graph=True, create_graph=record))
+        if found is not None:
+            return dict(zip(leaves, found))
+        if record and error is not None:
+            raise error
     for leaf in leaves.values():
         leaf.grad = None
     scalar.backward(retain_graph=True)
+    model.knows_backward_only = True
     return {k: leaf.grad for k, leaf in leaves.items()}
 
 
@@ -295,45 +302,3 @@ def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:
     if gradient is None:
         return torch.zeros_like(weight)
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
-
-
-class _TensorSizes(TorchDispatchMode):
-    """Record the bytes behind every tensor that an operator returns; a view has those of its base."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nbytes: list[int] = []
-        self.seen: dict[int, Any] = {}  # keeps them, so that no address is used twice
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        values = out if isinstance(out, (tuple, list)) else [out]
-        for v in values:
-            if isinstance(v, Tensor) and v.layout == torch.strided:
-                storage = v.untyped_storage()
-                # A view, or a result written in place, takes no memory of its own.
-                self.nbytes.append(0 if storage.data_ptr() in self.seen else storage.nbytes())
-                self.seen[storage.data_ptr()] = storage
-        return out
-
-
-def activation_bytes(model: FunctionalModel, pair: Input) -> tuple[int, int]:
-    """Return the bytes one row takes in the largest intermediate tensor, and in all of them.
-
-    Parameters
-    ----------
-    pair : input of two rows
-
-    Notes
-    -----
-    Cost: a forward pass of one row and one of two. Their difference leaves out what
-    does not grow with the batch (weights, masks). Call it inside :func:`laplace_ella.network.safety.safely`.
-    """
-    sizes, n_rows = [], 2 if model.in_pairs else 1
-    for batch in (pair, doubled(pair)) if model.in_pairs else (rows(pair, 0, 1), pair):
-        with torch.no_grad(), _TensorSizes() as record:
-            model(model.weights(), batch)
-        sizes.append(record.nbytes)
-    one, two = sizes
-    grown = [b - a for a, b in zip(one, two)] if len(one) == len(two) else [b // 2 for b in two]
-    return max(1, max(grown) // n_rows), max(1, sum(grown) // n_rows)

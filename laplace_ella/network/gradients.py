@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from ..data.batches import Input, Nested, batch_size, rows
-from .functional import FunctionalModel, Weights, backward_passes, called
+from .functional import FunctionalModel, Weights, backward_passes, outputs_of
 from .lookups import Lookups, without_padding
 
 RowEngine = Callable[[FunctionalModel, Weights, Input, Tensor], Weights]
@@ -52,10 +52,10 @@ def gradient_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
     Parameters
     ----------
     weights : dict of Tensor
-        With respect to these; the module's own stand in for those left out.
+        Those that gradients are taken with respect to; the module's own stand in for the others.
     x : input of B rows
     outputs : LongTensor (B,)
-        Which output of each row.
+        The output of each row whose gradient is taken.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def gradient_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
 
     Notes
     -----
-    Cost: at least 3 forward passes a row. Memory: B x P numbers.
+    Cost: at least 3 forward passes per row. Memory: B x P numbers.
     """
 
     def gradient(row: Input, c: Tensor) -> Weights:
@@ -99,7 +99,7 @@ def backpack_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
     """
     module = extend(_copy(model))
     with warnings.catch_warnings(), backpack(BatchGrad()):
-        # Said of every module that holds others; _verified names the weights that matter.
+        # It is said of every module that holds others; _verified names the weights that matter.
         warnings.filterwarnings("ignore", "Extension saving to grad_batch does not have", UserWarning)
         padding = _backward_of_outputs("BackPACK", module, x, outputs)
     found = {k: getattr(p, "grad_batch", None) for k, p in module.named_parameters()}
@@ -146,9 +146,9 @@ def _backward_of_outputs(library: str, module: nn.Module, x: Input, outputs: Ten
         x = x.detach().requires_grad_()  # else BackPACK's hooks on the first layer warn
     try:
         with Lookups():
-            out = called(module, x)
+            f = outputs_of(module, x)
         padding = without_padding(module)
-        getattr(out, "logits", out).gather(1, outputs[:, None]).sum().backward()
+        f.gather(1, outputs[:, None]).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -165,7 +165,7 @@ def _verified(
     """Bring a library's rows into shape, and check them: their sum is the ordinary gradient.
 
     A weight that a library has no rule for has no row; one that is shared between
-    layers, or used outside of a layer, would have a wrong one. Padding rows, by the names of
+    layers, or used outside of a layer, would have a wrong one. Padding rows, given by the names of
     their weights, have no gradient.
     """
     result, wrong = {}, []

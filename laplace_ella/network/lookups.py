@@ -10,6 +10,7 @@ padding row is constant, and without dividing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class Lookups(TorchFunctionMode):
-    """Inside, padding rows of embeddings are constants, and frequencies change no gradient.
+    """Inside it, padding rows of embeddings are constants, and frequencies change no gradient.
 
     Parameters
     ----------
     held : mapping of int to Tensor, optional
-        By the id of the tensor that is looked up in: the tensor that its padding row comes from instead.
-        By default it is its own, which is right where the weights are those of the model.
+        The tensor that a padding row comes from, by the id of the tensor that is looked up in. By default it
+        comes from the latter, which is right where the weights are those of the model.
     """
 
     def __init__(self, held: Mapping[int, Tensor] | None = None) -> None:
@@ -39,25 +40,22 @@ class Lookups(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if rule is None else rule(self.held, *args, **(kwargs or {}))
 
 
-def _embedding(
-    held: Mapping[int, Tensor],
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
+def _without_frequencies(function: Callable[..., Tensor], args: Any, kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a lookup by their names, such that no gradient is divided by a frequency."""
+    return {**dict(zip(_NAMES[function], args)), **kwargs, "scale_grad_by_freq": False}
+
+
+def _embedding(held: Mapping[int, Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Compute :func:`torch.nn.functional.embedding`."""
+    call = _without_frequencies(F.embedding, args, kwargs)
+    weight, padding = call["weight"], call.get("padding_idx")
     # The padding row is named all the same: a sparse gradient then has no entries for it.
-    out = F.embedding(input, weight, padding_idx, max_norm, norm_type, False, sparse)
-    if padding_idx is None:
+    out = F.embedding(**call)
+    if padding is None:
         return out
-    row = padding_idx % len(weight)
-    source = held.get(id(weight))
+    row, source = padding % len(weight), held.get(id(weight))
     constant = out.detach() if source is None else source[row].to(out.dtype)
-    return torch.where((input == row).unsqueeze(-1), constant, out)
+    return torch.where((call["input"] == row).unsqueeze(-1), constant, out)
 
 
 def _raw_embedding(
@@ -72,21 +70,12 @@ def _raw_embedding(
     return _embedding(held, indices, weight, None if padding_idx < 0 else padding_idx, sparse=sparse)
 
 
-def _embedding_bag(
-    held: Mapping[int, Tensor],
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
-    *args: Any,
-    **kwargs: Any,
-) -> Tensor:
+def _embedding_bag(held: Mapping[int, Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """Compute :func:`torch.nn.functional.embedding_bag`, whose sums leave padding out by themselves."""
-    return F.embedding_bag(input, weight, offsets, max_norm, norm_type, False, *args, **kwargs)
+    return F.embedding_bag(**_without_frequencies(F.embedding_bag, args, kwargs))
 
 
+_NAMES = {function: tuple(signature(function).parameters) for function in (F.embedding, F.embedding_bag)}
 _RULES: dict[Any, Callable[..., Tensor]] = {
     F.embedding: _embedding,
     torch.embedding: _raw_embedding,

@@ -16,7 +16,7 @@ from typing import TypeVar
 import psutil
 import torch
 
-from .interrupts import contained, interrupt_behind
+from .interrupts import raise_held_back
 
 # Share of the free memory that is planned with, when the user names no budget.
 DEFAULT_SHARE = 0.25
@@ -46,15 +46,13 @@ def free_memory(device: torch.device) -> int:
 
 def _left_to_container() -> int:
     # psutil sees the machine; a container may have less.
-    folder, handled = Path("/sys/fs/cgroup"), sys.exc_info()[1]
+    folder = Path("/sys/fs/cgroup")
     try:
         limit = (folder / "memory.max").read_text().strip()
         used = int((folder / "memory.current").read_text())
         counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         used -= int(counts["file"])  # the page cache gives way
-    except (OSError, ValueError, KeyError) as error:
-        if interrupt_behind(error, handled) is not None:  # TimeoutError is an OSError
-            raise
+    except (OSError, ValueError, KeyError):
         return sys.maxsize
     return max(0, int(limit) - used) if limit.isdigit() else sys.maxsize
 
@@ -127,6 +125,7 @@ def with_smaller_chunks(
     """
     first = chunks
     while True:
+        raise_held_back()
         try:
             result = compute(chunks)
         except OutOfMemory as error:
@@ -175,15 +174,13 @@ def let_malloc_adapt() -> None:
 
 
 def attempt(compute: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
-    """Return (result, None), or (None, what was raised); running out of memory says nothing of a model."""
-    handled = sys.exc_info()[1]
-    with contained():
-        try:
-            return compute(), None
-        except Exception as error:
-            if isinstance(error, OutOfMemory) or interrupt_behind(error, handled) is not None:
-                raise
-            return None, error
+    """Return (result, None), or (None, what was raised); lack of memory or of time says nothing of a model."""
+    try:
+        return compute(), None
+    except (OutOfMemory, TimeoutError):
+        raise
+    except Exception as error:
+        return None, error
 
 
 def raise_malloc_thresholds() -> str:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator
 from operator import is_
 from typing import Any
 
 from torch import nn
 
+from .caches import holds_tensors
+
+_LISTS = (list, deque)
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, *_LISTS))
+# Parameters and buffers are noted by themselves; submodules and hooks are left alone.
+_OF_TORCH = frozenset(vars(nn.Module()))
 _MISSING = object()
 
 
-class Watch:
-    """A forward hook of this package: one that was left behind can be told from the user's."""
-
-    def __init__(self, calls: list[tuple[nn.Module, Any, Any]]) -> None:
-        self.calls = calls
-
-    def __call__(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Keep the call."""
-        self.calls.append((module, args, out))
-
-
 class ModuleState:
-    """Parameters, buffers and training flags of modules.
+    """Training flags of modules, and the tensors they hold: parameters, buffers, attributes, and those in containers.
 
-    They are noted as the very objects that they are, so that putting them back needs no copy of them.
+    Tensors are noted as the very objects that they are, so that putting them back needs no copy of them.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._noted = [
-            (m, m.training, dict(m._parameters), dict(m._buffers), list(m._forward_hooks)) for m in modules
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._training = [(m, m.training) for m in modules]
+        self._holders: list[tuple[Any, Any]] = [
+            (holder, list(holder) if isinstance(holder, _LISTS) else dict(holder))
+            for m in modules
+            for holder in _holders(m)
         ]
 
     def evaluate(self) -> None:
@@ -39,17 +38,25 @@ class ModuleState:
         The flag itself, not ``.eval()``: modules may override ``train()`` with side effects
         (LoRA layers merge their weights there), and each keeps its own flag.
         """
-        for m, *_ in self._noted:
+        for m, _ in self._training:
             _set_training(m, False)
 
     def restore(self) -> None:
-        """Put everything back; may be run again where it was cut short."""
-        for m, training, parameters, buffers, hooks in self._noted:
+        """Take out the tensors that came in, and put back those that went; all else stays, such as counts."""
+        for m, training in self._training:
             _set_training(m, training)
-            _put_back(m._parameters, parameters)
-            _put_back(m._buffers, buffers)
-            if len(m._forward_hooks) > len(hooks):
-                _remove_watches(m, hooks)
+        for holder, before in self._holders:
+            if isinstance(holder, _LISTS):
+                _restore_list(holder, before)
+            else:
+                _restore_mapping(holder, before)
+
+
+def _holders(m: nn.Module) -> Iterator[Any]:
+    """Yield whatever of a module can hold tensors."""
+    attributes = vars(m)
+    yield from (m._parameters, m._buffers, attributes)
+    yield from (v for k, v in attributes.items() if type(v) in _CONTAINERS and k not in _OF_TORCH)
 
 
 def _set_training(m: nn.Module, training: bool) -> None:
@@ -60,21 +67,26 @@ def _set_training(m: nn.Module, training: bool) -> None:
         m.training = training
 
 
-def _put_back(current: MutableMapping[str, Any], before: Mapping[str, Any]) -> None:
-    if _same(current, before):
+def _restore_list(current: Any, before: list[Any]) -> None:
+    if not _same(current, before) and (holds_tensors(current) or holds_tensors(before)):
+        current.clear()
+        current.extend(before)
+
+
+def _restore_mapping(current: Any, before: dict[Any, Any]) -> None:
+    if _same(current.values(), before.values()):
         return
-    for name in [k for k in current if k not in before]:
-        del current[name]
-    for name, value in before.items():
-        if current.get(name, _MISSING) is not value:
-            current[name] = value
+    for key in [k for k, v in current.items() if _tensors_differ(v, before.get(k, _MISSING))]:
+        if key in before:
+            current[key] = before[key]
+        else:
+            del current[key]
+    current.update({k: v for k, v in before.items() if k not in current and holds_tensors(v)})
 
 
-def _same(current: Mapping[str, Any], before: Mapping[str, Any]) -> bool:
-    return len(current) == len(before) and all(map(is_, current.values(), before.values()))
+def _same(left: Any, right: Any) -> bool:
+    return len(left) == len(right) and all(map(is_, left, right))
 
 
-def _remove_watches(m: nn.Module, hooks: list[int]) -> None:
-    for number, hook in list(m._forward_hooks.items()):
-        if number not in hooks and isinstance(hook, Watch):
-            del m._forward_hooks[number]
+def _tensors_differ(value: Any, before: Any) -> bool:
+    return value is not before and (holds_tensors(value) or holds_tensors(before))

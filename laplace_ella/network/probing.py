@@ -1,10 +1,10 @@
 r"""What a model's operators support, found out once, on two rows.
 
 Forward mode has no rule for some operators, vmap none for others, torch.func none
-for old-style autograd functions. Each way of computing features and landmark
-gradients is tried in the order of its cost; the first that works is used, and a
+for old-style autograd functions. The ways of computing features and landmark
+gradients are tried in the order of their cost; the first that works is used, and a
 warning says what is lost. Nothing is decided by the text of an exception, and
-nothing again for every batch.
+nothing is decided again for every batch.
 """
 
 from __future__ import annotations
@@ -16,27 +16,22 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..data.batches import Input
 from ..data.hashing import normal_like
 from .adjoint import SCALES, check_adjoint
-from .features import FEATURES
-from .functional import FunctionalModel, Weights, flat
+from .features import AUTODIFF, FEATURES
+from .functional import FunctionalModel, Weights, flat, with_batch_statistics
 from .gradients import RowEngine, gradient_rows, looped_rows
 from .memory import Chunks, attempt
 from .reaching import check_reached
 from .repeating import plain_passes
 from .safety import switched
 
-_LADDER = ("forward", "forward loop", "double", "reverse")
-_COST = {
-    "forward loop": "one direction at a time, at 3 K instead of 1 + 2 K forward passes a row",
-    "double": "two backward passes a direction, at about 3 K instead of 1 + 2 K forward passes a row",
-    "reverse": "one backward pass for each of C outputs, at about 1 + 4 C forward passes a row",
-    "reverse loop": "one backward pass for each row and output, at 1 + 4 C or more forward passes of single rows",
-}
+# What a call takes of two rows: all directions at once.
+PAIR = Chunks(2, len(SCALES))
 
 
 @dataclass(frozen=True)
@@ -45,10 +40,10 @@ class Support:
 
     Attributes
     ----------
-    features : {"forward", "forward loop", "double", "reverse", "reverse loop"}
+    features : str
         A key of :data:`laplace_ella.network.features.FEATURES`.
     rows : {"vmap", "loop"}
-        Gradients of many inputs at once, or one by one.
+        Whether gradients of many inputs are computed at once, or one by one.
     precision : torch.dtype
         The coarsest floating-point type on the way from the input to the outputs.
     """
@@ -64,7 +59,7 @@ class Support:
 
 
 class _FailedFunction(TorchFunctionMode):
-    """Remember which function failed."""
+    """Remembers which function failed first."""
 
     name = ""
 
@@ -76,34 +71,30 @@ class _FailedFunction(TorchFunctionMode):
             raise
 
 
-def _attempt(compute: Callable[[], Any], slow_batching: bool = False) -> tuple[Any, str]:
+def _attempt(compute: Callable[[], Any], batched: str = "") -> tuple[Any, str]:
     """Return (result, ""), or (None, why it failed).
 
-    ``slow_batching``: where vmap has no rule for an operator, let it run slice by slice.
+    Where vmap has no rule for an operator, it may run the operator slice by slice. With ``batched``, the name of
+    what is computed for many at once, that is the second attempt, and a warning says so if it works.
     """
     functorch: Any = torch._C._functorch
     switch = functorch._is_vmap_fallback_enabled, functorch._set_vmap_fallback_enabled
-    failed = _FailedFunction()
-    with switched(*switch, slow_batching), failed:
-        found, error = attempt(compute)
-    if error is None:
-        return found, ""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return None, failed.name + lines[0]
-
-
-def _attempt_batched(compute: Callable[[], Any], what: str) -> tuple[Any, str]:
-    """Try :func:`_attempt`, then again with operators that have no batching rule run slice by slice."""
-    found, why = _attempt(compute)
-    if found is None:
-        found, _ = _attempt(compute, slow_batching=True)
-        if found is not None:
-            warnings.warn(
-                f"An operator has no batching rule, so that {what} run it slice by slice, which is slower. "
-                f"The reason: {why}",
-                stacklevel=2,
-            )
-    return found, why
+    reason = ""
+    for slice_by_slice in (False, True) if batched else (True,):
+        failed = _FailedFunction()
+        with switched(*switch, slice_by_slice), failed:
+            found, error = attempt(compute)
+        if error is None:
+            if reason:
+                warnings.warn(
+                    f"An operator has no batching rule, so that {batched} run it slice by slice, which is slower. "
+                    f"The reason: {reason}",
+                    stacklevel=2,
+                )
+            return found, ""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = reason or failed.name + lines[0]
+    return None, reason
 
 
 def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
@@ -112,8 +103,8 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
     Parameters
     ----------
     x : input of two rows
-    mode : {"auto", "forward", "double", "reverse"}
-        "auto" takes the first that works; a name is taken at its word.
+    mode : str
+        "auto" takes the first way that works; a name, such as "reverse", takes ways of this name only.
 
     Raises
     ------
@@ -129,30 +120,27 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
     Plain forward passes come first: what the model keeps of one (an attention mask, say) is then a plain tensor.
     Cost: about 25 forward passes of two rows. Call it inside ``safely``.
     """
-    precision = _look_at(model, x)
+    plain, precision = plain_passes(model, x)
+    check_reached(model, x, plain)
     weights = model.weights()
-    f = model(weights, x)
-    tangents = normal_like(weights, 2, seed=0)
     rows, why_rows = _probe_rows(model, weights, x)
-    ladder = _LADDER if mode == "auto" else [m for m in _LADDER if m.split()[0] == mode]
-    features, phi, why = _probe_features(model, weights, x, tangents, ladder, rows)
-    if features is None:
+    ladder = [k for k, w in FEATURES.items() if mode in ("auto", w.autodiff) and w.rows in (None, rows)]
+    tangents = normal_like(weights, 2, seed=0)
+    name, phi, why = _probe_features(model, weights, x, tangents, ladder)
+    if name is None:
+        *others, last = map(repr, AUTODIFF)
         raise ValueError(
             f"{'This model' if mode == 'auto' else f'autodiff={mode!r}'} cannot be differentiated: {why}. "
-            "Allowed are 'auto', 'forward', 'double' and 'reverse'; the last needs no more than backward()."
+            f"Allowed are {', '.join(others)} and {last}; 'reverse' needs no more than backward()."
         )
-    if phi is not None and not features.startswith("reverse"):
-
-        def push(pushed: Weights) -> Tensor:
-            phi, _ = FEATURES[features](model, weights, pushed, x, Chunks(2, len(SCALES)))
-            return phi
-
-        check_adjoint(model, x, tangents, phi, push, precision)
+    way = FEATURES[name]
+    if not way.reference:
+        check_adjoint(model, x, tangents, phi, lambda v: way(model, weights, v, x, PAIR)[0], precision)
     _warn_of_batch_statistics(model.module)
-    if features != "forward" and mode in ("auto", "forward"):
+    if name != ladder[0]:
         warnings.warn(
-            f"This model has no batched forward mode, so features are computed by {_COST[features]} "
-            f"(C = {f.shape[-1]}). The reason: {why}",
+            f"This model has no {FEATURES[ladder[0]].words}, so features are computed by {way.words} "
+            f"(C = {plain.flatten(1).shape[-1]}). The reason: {why}",
             stacklevel=2,
         )
     if rows == "loop":
@@ -161,20 +149,13 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
             f"computed one by one, which is slower. The reason: {why_rows}",
             stacklevel=2,
         )
-    return Support(features, rows, precision)
-
-
-def _look_at(model: FunctionalModel, x: Input) -> torch.dtype:
-    """Require that the forward pass can be differentiated at all, and return the coarsest precision on the way."""
-    plain, precision = plain_passes(model, x)
-    check_reached(model, x, plain)
-    return precision
+    return Support(name, rows, precision)
 
 
 def _probe_rows(model: FunctionalModel, weights: Weights, x: Input) -> tuple[str, str]:
     device = next(iter(weights.values())).device
     outputs = torch.zeros(2, dtype=torch.int64, device=device)
-    found, why = _attempt_batched(
+    found, why = _attempt(
         # Embeddings may have sparse gradients, which cannot be laid out in rows.
         lambda: [flat(g) for g in gradient_rows(model, weights, x, outputs).values()],
         "landmark gradients of many inputs at once",
@@ -183,17 +164,14 @@ def _probe_rows(model: FunctionalModel, weights: Weights, x: Input) -> tuple[str
 
 
 def _probe_features(
-    model: FunctionalModel, weights: Weights, x: Input, tangents: Weights, ladder: Any, rows: str
-) -> tuple[Any, Any, str]:
-    """Return the first mode that works, its features of two directions, and why the first did not."""
+    model: FunctionalModel, weights: Weights, x: Input, tangents: Weights, ladder: list[str]
+) -> tuple[str | None, Any, str]:
+    """Return the first way that works, its features of two directions, and why the first of all did not."""
     reason = ""
-    for mode in ladder:
-        name = "reverse loop" if mode == "reverse" and rows == "loop" else mode
-        compute = partial(FEATURES[name], model, weights, tangents, x, Chunks(2, 2))
-        if name == "forward":
-            found, why = _attempt_batched(compute, "features")
-        else:
-            found, why = _attempt(compute, slow_batching=True)
+    for name in ladder:
+        way = FEATURES[name]
+        compute = partial(way, model, weights, tangents, x, PAIR)
+        found, why = _attempt(compute, "features" if way.directions == "several" else "")
         if found is not None:
             return name, found[0], reason
         reason = reason or why
@@ -201,11 +179,7 @@ def _probe_features(
 
 
 def _warn_of_batch_statistics(module: nn.Module) -> None:
-    names = [
-        name
-        for name, m in module.named_modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None
-    ]
+    names = with_batch_statistics(module)
     if names:
         warnings.warn(
             f"The outputs of this model depend on the other rows of a batch: {', '.join(names)} normalise by the batch's "

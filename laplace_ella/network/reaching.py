@@ -11,8 +11,7 @@ exactly that share.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -80,21 +79,14 @@ def _missed(model: FunctionalModel, x: Input, own: dict[str, nn.Parameter]) -> l
 
 def _by_backward(f: Tensor, own: dict[str, nn.Parameter], pull: Pull) -> list[str]:
     # A re-entrant checkpoint has a graph within the graph, which shows in what is accumulated only.
-    with _gradients_kept(own.values()):
-        pull(f.sum(), ())
-        return [k for k, p in own.items() if p.is_leaf and p.grad is not None]
-
-
-@contextmanager
-def _gradients_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let ``backward()`` find no gradients in these parameters, and leave none there."""
-    before = [(p, p.grad) for p in parameters if p.is_leaf]
+    before = [(k, p, p.grad) for k, p in own.items() if p.is_leaf]
     try:
-        for p, _ in before:
+        for _, p, _ in before:
             p.grad = None
-        yield
+        pull(f.sum(), ())
+        return [k for k, p, _ in before if p.grad is not None]
     finally:
-        for p, gradient in before:
+        for _, p, gradient in before:
             p.grad = gradient
 
 
@@ -116,11 +108,8 @@ def _warn_of_constants(model: FunctionalModel, x: Input, plain: Tensor, own: dic
     without_part = {k: p for k, p in own.items() if k not in part}
     if not without_part:
         return
-    with caches_emptied(model.module) as caches:
-        if not caches:
-            return
-        with torch.enable_grad():
-            again, _ = attempt(lambda: model.own_outputs(x))
+    with caches_emptied(model.module) as caches, torch.enable_grad():
+        again, _ = attempt(lambda: model.own_outputs(x)) if caches else (None, None)
     names = [] if again is None else _in_graph(again, without_part)
     if names:
         warnings.warn(
@@ -132,6 +121,5 @@ def _warn_of_constants(model: FunctionalModel, x: Input, plain: Tensor, own: dic
 
 
 def _list(names: Iterable[str]) -> str:
-    quoted: Collection[str] = [repr(name) for name in names]
-    shown = ", ".join(list(quoted)[:8])
-    return shown if len(quoted) <= 8 else f"{shown} and {len(quoted) - 8} more"
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:8]) + (f" and {len(quoted) - 8} more" if len(quoted) > 8 else "")

@@ -26,7 +26,7 @@ class Recording(TorchDispatchMode):
     ----------
     dtypes : set of torch.dtype
     draws : list of str
-        One name a draw; none is missing, whichever generator it used.
+        The name of an operator for each draw, whichever generator it used.
     """
 
     def __init__(self) -> None:
@@ -37,21 +37,17 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in getattr(func, "tags", ()):
-            self.draws.append(self.name_of(func))
+            self.draws.append(str(func.overloadpacket.__name__))
         for value in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(value, Tensor):
                 self.dtypes.add(value.dtype)
         return out
 
-    def name_of(self, func: Any) -> str:
-        """Say what draws."""
-        return str(func.overloadpacket.__name__)
-
 
 def with_graph(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Tensor]]:
-    """Run a forward pass, with a graph if one can be recorded; return the outputs, and what computed them.
+    """Run a forward pass, with a graph if one can be recorded; return the outputs, and the function that computed them.
 
-    For the first pass of all: what a model keeps of it then shows whose weights it came from.
+    This is the first pass of all: what a model keeps of it then shows whose weights it came from.
 
     Raises
     ------
@@ -77,7 +73,7 @@ def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def python_random_state() -> Any:
-    """Return the states of the generators of Python and NumPy, to compare them: operators do not show their draws."""
+    """Return the states of Python's and NumPy's generators, to be compared: no operator shows what they draw."""
     state = np.random.get_state(legacy=False)  # noqa: NPY002 - of the generator that models use
     return random.getstate(), pickle.dumps(state)
 

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..data.batches import Input
 from .functional import FunctionalModel
 from .recording import Recording, coarsest, python_random_state, with_graph
 
-# Of a pass that draws random numbers: so often, as a layer that is left out with a probability of 1/20 makes no
-# difference at first. A fit takes some hundred times as long.
+# A pass that draws random numbers is repeated this often: a layer that is left out with a probability of 1/20 makes
+# no difference at first. A fit takes some hundred times as long.
 PASSES = 128
 
 
@@ -49,7 +48,7 @@ def plain_passes(model: FunctionalModel, x: Input) -> tuple[Tensor, torch.dtype]
         if gap:
             raise ValueError(
                 "The forward pass is random, also in evaluation mode: the same input twice gave outputs that differ by "
-                f"up to {gap:.3g}. {_culprit(model, x)} Linearised Laplace needs outputs that follow from the input and the "
+                f"up to {gap:.3g}. {_culprit(model, x, record.draws)} Linearised Laplace needs outputs that follow from the input and the "
                 "weights, whichever way they are differentiated. Let the layer follow the module's mode "
                 "(F.dropout(x, p, training=self.training)), or draw its numbers once and keep them in a buffer."
             )
@@ -68,54 +67,28 @@ def _gap(left: Tensor, right: Tensor, eps: float, drawn: bool) -> float:
     return float(difference.abs().max()) if difference.norm() > tolerance * b.norm() else 0.0
 
 
-class _Functions(TorchFunctionMode):
-    """Know which function of torch's is being called."""
+class _Followed:
+    """What the modules took and returned in one plain pass, innermost calls first."""
 
-    name = ""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before, self.name = self.name, getattr(func, "__name__", "")
-        try:
-            return func(*args, **(kwargs or {}))
-        finally:
-            self.name = before
-
-
-class _Followed(Recording):
-    """Record draws by function and module, and what modules take and return, innermost calls first."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module, self.functions = module, _Functions()
-        self.names = {id(m): f"{k!r} ({type(m).__name__})" for k, m in module.named_modules() if k}
-        self.entered: list[tuple[nn.Module, list[Tensor]]] = []
+    def __init__(self, model: FunctionalModel, x: Input) -> None:
+        self.names = {
+            id(m): f"module {k!r} ({type(m).__name__})" for k, m in model.module.named_modules() if k
+        }
+        self.entered: list[list[Tensor]] = []
         self.calls: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}  # by module and number
-
-    def name_of(self, func: Any) -> str:
-        """Say which function of torch's draws, and in which module."""
-        return f"{self.functions.name or super().name_of(func)}() in {self._module()}"
-
-    def _module(self) -> str:
-        name = self.names.get(id(self.entered[-1][0])) if self.entered else None
-        return f"module {name}" if name else "the model's own forward()"
-
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        self.entered.append((module, _copies(args)))
-
-    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        where = self._module()
-        number = sum(name == where for name, _ in self.calls)
-        self.calls[where, number] = self.entered.pop()[1], _copies(out)
-
-    def follow(self, model: FunctionalModel, x: Input) -> None:
-        """Run the model once."""
         with ExitStack() as stack:
-            for m in self.module.modules():
+            for m in model.module.modules():
                 stack.callback(m.register_forward_pre_hook(self._enter).remove)
                 stack.callback(m.register_forward_hook(self._leave).remove)
-            stack.enter_context(self.functions)
-            stack.enter_context(self)
             model.own_outputs(x)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.entered.append(_copies(args))
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        where = self.names.get(id(module), "the model's own forward()")
+        number = sum(name == where for name, _ in self.calls)
+        self.calls[where, number] = self.entered.pop(), _copies(out)
 
 
 def _copies(values: Any) -> list[Tensor]:
@@ -123,20 +96,17 @@ def _copies(values: Any) -> list[Tensor]:
     return [v.detach().clone() for v in found if isinstance(v, Tensor)]
 
 
-def _culprit(model: FunctionalModel, x: Input) -> str:
-    """Say what is random: what draws, or the first module that returns something else for equal inputs."""
-    first = _Followed(model.module)
-    first.follow(model, x)
-    if first.draws:
-        return f"Random numbers come from {', '.join(dict.fromkeys(first.draws[:3]))}."
+def _culprit(model: FunctionalModel, x: Input, draws: list[str]) -> str:
+    """Say what is random: what draws, and the first module that returns something else for equal inputs."""
+    drawn = f"Random numbers are drawn by {', '.join(dict.fromkeys(draws[:3]))}(). " if draws else ""
+    first = _Followed(model, x)
     for _ in range(PASSES):
-        again = _Followed(model.module)
-        again.follow(model, x)
+        again = _Followed(model, x)
         for call, (taken, returned) in first.calls.items():
             other = again.calls.get(call)
             if other is not None and _equal(taken, other[0]) and not _equal(returned, other[1]):
-                return f"The first difference arises in {call[0]}."
-    return "torch draws none, so they come from elsewhere."
+                return f"{drawn}The first difference arises in {call[0]}."
+    return drawn.strip() or "torch draws no random numbers, so they come from elsewhere."
 
 
 def _equal(left: list[Tensor], right: list[Tensor]) -> bool:

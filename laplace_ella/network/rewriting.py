@@ -15,7 +15,7 @@ Values agree to rounding; what a pattern does not fit is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -72,29 +72,20 @@ class _DivergedError(Exception):
 class RewrittenModel(FunctionalModel):
     """A :class:`FunctionalModel` for forward mode, with rewrites found by :func:`find_rewrites`."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        rewrites: Rewrites,
-        in_pairs: bool = False,
-        names: Collection[str] | None = None,
-    ) -> None:
-        super().__init__(module, names)
-        self.rewrites, self.in_pairs = rewrites, in_pairs
+    def __init__(self, model: FunctionalModel, rewrites: Rewrites) -> None:
+        super().__init__(model.module, model.names)
+        self.rewrites, self.in_pairs = rewrites, model.in_pairs
 
     def outputs(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at ``weights``, in their own shape."""
         if self.rewrites.channels_last and isinstance(x, Tensor):
             x = x.to(memory_format=torch.channels_last)
         tensors = {**self.constants(), **weights}
-        frozen = {k: p for k, p in self.module.named_parameters() if k not in weights}
-        mode = _Rewriting(self.rewrites.folds, {**frozen, **tensors})
+        mode = _Following({**dict(self.module.named_parameters()), **tensors}, self.rewrites.folds)
 
         def run(module: nn.Module) -> Tensor:
             with mode, Lookups():
-                f = self.outputs_of(module, x, **model_kwargs)
-            mode.finish()
-            return f
+                return self.outputs_of(module, x, **model_kwargs)
 
         try:
             return self.within(tensors, run)
@@ -102,95 +93,67 @@ class RewrittenModel(FunctionalModel):
             return super().outputs(weights, x, **model_kwargs)
 
 
-class _Rewriting(TorchFunctionMode):
-    """Fold normalisations into convolutions, and make left sides of products contiguous."""
+class _Following(TorchFunctionMode):
+    """Follow the outputs of convolutions to where they are used, and make left sides of products contiguous.
 
-    def __init__(self, folds: dict[int, Normalisation], tensors: Weights) -> None:
+    Parameters
+    ----------
+    tensors : dict of Tensor
+        Those that stand in the model's places.
+    folds : dict of int to Normalisation, optional
+        The normalisations that are folded into convolutions. By default none, and all uses are recorded.
+    """
+
+    def __init__(self, tensors: Weights, folds: dict[int, Normalisation] | None = None) -> None:
         super().__init__()
-        self.folds, self.tensors, self.names = folds, tensors, _names(tensors)
-        self.calls = 0
-        self.folded: dict[int, tuple[Tensor, Normalisation]] = {}
+        self.tensors, self.folds = tensors, folds
+        self.names = {id(t): k for k, t in tensors.items()}
+        self.outputs: dict[
+            int, tuple[int, Tensor]
+        ] = {}  # those that are followed, and of which call they are
+        self.uses: list[list[Normalisation | None]] = []  # of the output of every call
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _PRODUCTS and args:
-            return func(args[0].contiguous() if _is_stack(args[0]) else args[0], *args[1:], **kwargs)
-        if func is F.multi_head_attention_forward:
-            return func(*_contiguous(args[:3]), *args[3:], **kwargs)
-        if not self.folds:
-            return func(*args, **kwargs)
+        found = _tensors(args, kwargs) if self.outputs and func not in _QUESTIONS else ()
+        for call, out in [self.outputs[id(t)] for t in found if id(t) in self.outputs]:
+            norm = _normalisation(self.names, *args[1:], **kwargs) if func is F.batch_norm else None
+            self.uses[call].append(norm)
+            if self.folds is not None:
+                if norm != self.folds[call]:
+                    raise _DivergedError
+                del self.outputs[id(out)]
+                return out
         if func in _CONVOLUTIONS:
             return self._convolve(func, *args, **kwargs)
-        if func is F.batch_norm and id(args[0]) in self.folded:
-            return self._skip(*args, **kwargs)
-        if func not in _QUESTIONS and any(id(t) in self.folded for t in _tensors(args, kwargs)):
-            raise _DivergedError
+        if func in _PRODUCTS and args and isinstance(args[0], Tensor) and args[0].ndim > 2:
+            args = (args[0].contiguous(), *args[1:])
+        if func is F.multi_head_attention_forward:
+            args = (*_contiguous(args[:3]), *args[3:])
         return func(*args, **kwargs)
 
     def _convolve(
         self, func: Any, x: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        norm = self.folds.get(self.calls)
-        self.calls += 1
-        if id(x) in self.folded:
-            raise _DivergedError
-        if norm is not None and len(self.tensors[norm.running_var]) != len(weight):
-            raise _DivergedError
-        if norm is None:
-            return func(x, weight, bias, *args, **kwargs)
-        scale = (self.tensors[norm.running_var] + norm.eps).rsqrt()
+        call, norm = len(self.uses), (self.folds or {}).get(len(self.uses))
+        self.uses.append([])
+        if norm is not None:
+            if len(weight) != len(self.tensors[norm.running_var]):  # it stands where another one was
+                raise _DivergedError
+            scale, bias = self._affine(norm, bias)
+            weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        out = func(x, weight, bias, *args, **kwargs)
+        if self.folds is None or norm is not None:
+            self.outputs[id(out)] = call, out
+        return out
+
+    def _affine(self, norm: Normalisation, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return scale and bias (C,) of a convolution with this bias and a normalisation after it."""
+        mean, scale = self.tensors[norm.running_mean], (self.tensors[norm.running_var] + norm.eps).rsqrt()
         if norm.weight is not None:
             scale = scale * self.tensors[norm.weight]
-        mean = self.tensors[norm.running_mean]
         shift = (-mean if bias is None else bias - mean) * scale
-        if norm.bias is not None:
-            shift = shift + self.tensors[norm.bias]
-        out = func(x, weight * scale.view(-1, *[1] * (weight.ndim - 1)), shift, *args, **kwargs)
-        self.folded[id(out)] = (out, norm)
-        return out
-
-    def _skip(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out, norm = self.folded.pop(id(x))
-        if _normalisation(self.names, *args, **kwargs) != norm:
-            raise _DivergedError
-        return out
-
-    def finish(self) -> None:
-        """Make sure that every fold met its normalisation."""
-        if self.folded:
-            raise _DivergedError
-
-
-class _Recording(TorchFunctionMode):
-    """Find convolutions whose output goes to one batch normalisation, and nowhere else."""
-
-    def __init__(self, tensors: Weights) -> None:
-        super().__init__()
-        self.names = _names(tensors)
-        self.calls = 0
-        self.outputs: dict[int, tuple[int, Tensor]] = {}
-        self.uses: dict[int, list[Normalisation | None]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _QUESTIONS:
-            for t in _tensors(args, kwargs):
-                if id(t) in self.outputs:
-                    norm = _normalisation(self.names, *args[1:], **kwargs) if func is F.batch_norm else None
-                    self.uses[self.outputs[id(t)][0]].append(norm)
-        out = func(*args, **kwargs)
-        if func in _CONVOLUTIONS:
-            self.outputs[id(out)] = (self.calls, out)
-            self.uses[self.calls] = []
-            self.calls += 1
-        return out
-
-    def folds(self) -> dict[int, Normalisation]:
-        return {i: u[0] for i, u in self.uses.items() if len(u) == 1 and u[0] is not None}
-
-
-def _names(tensors: Weights) -> dict[int, str]:
-    return {id(t): k for k, t in tensors.items()}
+        return scale, shift if norm.bias is None else shift + self.tensors[norm.bias]
 
 
 def _normalisation(
@@ -219,11 +182,27 @@ def find_rewrites(model: FunctionalModel, x: Input) -> Rewrites:
     """
     # float64 convolutions are not oneDNN's.
     if isinstance(x, Tensor) and x.ndim == 4 and x.device.type == "cpu" and x.dtype != torch.float64:
-        # None: a .view() that wants the layout given, say.
-        recording, _ = attempt(lambda: _record(model, x.to(memory_format=torch.channels_last)))
-        if recording is not None:
-            return Rewrites(recording.folds(), channels_last=recording.calls > 0)
-    return Rewrites(_record(model, x).folds())
+        # Nothing is found with a .view() that wants the layout given, say.
+        uses, _ = attempt(lambda: _uses(model, x.to(memory_format=torch.channels_last)))
+        if uses is not None:
+            return Rewrites(_folds(uses), channels_last=len(uses) > 0)
+    return Rewrites(_folds(_uses(model, x)))
+
+
+def _folds(uses: list[list[Normalisation | None]]) -> dict[int, Normalisation]:
+    """Return the normalisations of convolutions whose output goes to one of them, and nowhere else."""
+    return {i: norms[0] for i, norms in enumerate(uses) if len(norms) == 1 and norms[0] is not None}
+
+
+def _uses(model: FunctionalModel, x: Input) -> list[list[Normalisation | None]]:
+    tensors = {**dict(model.module.named_parameters()), **model.buffers(), **model.weights()}
+
+    def run(module: nn.Module) -> list[list[Normalisation | None]]:
+        with _Following(tensors) as mode:
+            model.outputs_of(module, x)
+        return mode.uses
+
+    return model.within(tensors, run)
 
 
 def rewritten(model: FunctionalModel, pair: Input, precision: torch.dtype) -> FunctionalModel:
@@ -238,7 +217,7 @@ def rewritten(model: FunctionalModel, pair: Input, precision: torch.dtype) -> Fu
         return jvp(lambda w: function(w, pair), (weights,), (tangents,))
 
     def candidate(find: Callable[..., Rewrites]) -> tuple[FunctionalModel, Any]:
-        function = RewrittenModel(model.module, find(model, pair), model.in_pairs, model.names)
+        function = RewrittenModel(model, find(model, pair))
         return function, pushed(function)
 
     expected = pushed(model)
@@ -253,21 +232,6 @@ def _agree(left: Tensor, right: Tensor, precision: torch.dtype) -> bool:
     if not right.isfinite().all():
         return torch.equal(left.isfinite(), right.isfinite())
     return bool((left - right).norm() <= tolerance(right.dtype, precision) * right.norm())
-
-
-def _record(model: FunctionalModel, x: Input) -> _Recording:
-    tensors = {**dict(model.module.named_parameters()), **model.buffers(), **model.weights()}
-
-    def run(module: nn.Module) -> _Recording:
-        with _Recording(tensors) as recording:
-            model.outputs_of(module, x)
-        return recording
-
-    return model.within(tensors, run)
-
-
-def _is_stack(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.ndim > 2
 
 
 def _contiguous(values: Any) -> list[Any]:

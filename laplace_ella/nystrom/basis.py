@@ -7,7 +7,7 @@ r"""The Nystrom basis: gradient rows R -> Gram matrix -> directions V in weight 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,9 +19,9 @@ from ..data.landmarks import Landmarks
 from ..data.progress import Progress, no_progress
 from ..network.functional import Weights, flat, is_dense
 from ..parallel.ranks import ALONE, Ranks
-from .caching import keep
-from .gram import FRESH, SampleBlocks, Spill, Unfinished, choose_rows
-from .rows import RowSource, gram
+from .caching import keep, outside_inference
+from .gram import FRESH, HeldRows, Spill, Unfinished, choose_rows
+from .rows import RowSource, inner_products
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class NystromBasis:
     trace : float
         Trace of the Gram matrix: the sum of all its eigenvalues.
     spectrum : Tensor (M,)
-        All of them, descending, float64.
+        All eigenvalues of the Gram matrix, descending, float64.
     ranks : Ranks
-        Over which the directions are spread, dealt like cards, so that each has (K_rank, *shape) of
-        them; one by default.
+        The processes over which the directions are spread. They are dealt like cards, so that each
+        process has (K_rank, *shape) of them. By default, one process has all.
     grams : Tensor (L, K, K), optional
-        :attr:`weight_grams`, where no rank has all directions.
+        :attr:`weight_grams`, where no process has all directions.
     of_model : str, optional
-        The hash of the model whose gradients they come from; None if that is not known.
+        The hash of the model whose gradients the directions come from; None if that is not known.
     landmarks : Landmarks, optional
         The M landmarks, whose inputs take little memory next to V.
     coefficients : Tensor (M, K), optional
-        a with :math:`V = R^T a`, float64, where R are the gradients of the landmarks. None if the rows were
-        rounded to another precision than the model's before V was made of them.
+        a with :math:`V = R^T a`, float64, where R are the gradient rows of the landmarks. None if the rows
+        were rounded to another precision than the model's before V was made of them.
     """
 
     directions: Weights
@@ -83,32 +83,39 @@ class NystromBasis:
         return self.ranks.size > 1
 
     def fingerprint(self) -> str:
-        """Return a hash of the basis, the same on all ranks that share its directions: then, of the spectrum."""
+        """Return a hash of the basis; if directions are spread, of the spectrum alone, so that all ranks have the same."""
         directions = {} if self.sharded else self.directions
         return digest(self.spectrum, self.eigenvalues, directions)
 
     def leading(self, rank: int) -> NystromBasis:
         """Return the basis of the first ``rank`` directions: what a fit with that rank would have found."""
         kept = len(range(rank)[self.ranks.turns()])
-        # Copies, so that the memory of the others is freed.
-        directions = {k: v[:kept].clone() for k, v in self.directions.items()}
         return replace(
             self,
-            directions=directions,
+            # Copies, so that the memory of the others is freed.
+            directions={k: v[:kept].clone() for k, v in self.directions.items()},
             eigenvalues=self.eigenvalues[:rank].clone(),
             grams=None if self.grams is None else self.grams[:, :rank, :rank].clone(),
             coefficients=None if self.coefficients is None else self.coefficients[:, :rank].clone(),
         )
 
+    def to(self, device: torch.device) -> NystromBasis:
+        """Return the basis with its tensors on a device; the same object if they are there already."""
+        if all(v.device == device for v in (self.eigenvalues, *self.directions.values())):
+            return self
+        tensors = ("eigenvalues", "spectrum", "grams", "coefficients")
+        moved: dict[str, Any] = {
+            k: None if getattr(self, k) is None else getattr(self, k).to(device) for k in tensors
+        }
+        return replace(self, directions={k: v.to(device) for k, v in self.directions.items()}, **moved)
+
     def spread(self, ranks: Ranks) -> NystromBasis:
         """Return the basis whose directions here are those of one of several ranks; all of them have to call."""
-        lengths = [len(range(self.rank)[r :: ranks.size]) for r in range(ranks.size)]
-        # The Gram matrices are in the order of the ranks.
-        every = torch.arange(self.rank, dtype=torch.int64, device="cpu")
-        order = torch.cat([every[r :: ranks.size] for r in range(ranks.size)]).argsort()
-        device = self.eigenvalues.device
-        found = (gram(flat(v), device, ranks=ranks, lengths=lengths) for v in self.directions.values())
-        grams = torch.stack([g[order][:, order] for g in found])
+        turns = [range(self.rank)[r :: ranks.size] for r in range(ranks.size)]
+        found = overlaps_by_weight(self.directions, ranks, [[len(t) for t in turns]])
+        # They are in the order of the ranks.
+        order = torch.tensor([k for t in turns for k in t], dtype=torch.int64, device="cpu").argsort()
+        grams = found[:, order][:, :, order]
         return replace(self, ranks=ranks, grams=grams, landmarks=None, coefficients=None)
 
     def plot(self, ax: Any = None) -> Any:
@@ -133,17 +140,16 @@ class NystromBasis:
 
         if ax is not None and not isinstance(ax, plt.Axes):
             raise ValueError(f"ax must be one of matplotlib's Axes, or None; got {ax!r}.")
-        if ax is None:
-            _, ax = plt.subplots(layout="constrained")
+        ax = plt.subplots(layout="constrained")[1] if ax is None else ax
         values = self.spectrum.clamp_min(0).cpu().numpy()
-        ranks = range(1, len(values) + 1)
-        ax.loglog(ranks, values / values.sum(), color="C0")
+        indices, shares = range(1, len(values) + 1), values / values.sum()
+        ax.loglog(indices, shares, color="C0")
         ax.set_xlabel("index of the eigenvalue, or K")
         ax.set_ylabel("eigenvalue / trace", color="C0")
         ax.axvline(self.rank, color="0.6", ls="--")
         right = ax.twinx()
-        right.semilogx(ranks, (values / values.sum()).cumsum(), color="C1")
-        right.set_ylim(0, 1)
+        right.semilogx(indices, shares.cumsum(), color="C1")
+        right.set(ylim=(0, 1))
         right.set_ylabel("retained share", color="C1")
         ax.set_title(f"K = {self.rank} of M = {self.n_landmarks} retain {self.retained:.1%} of the trace")
         return ax
@@ -153,12 +159,11 @@ class NystromBasis:
         r""":math:`V_l^T V_l` (L, K, K) of each weight tensor l, float64; they sum to the identity."""
         if self.grams is not None:
             return self.grams
-        kept = self.__dict__.get("_weight_grams")
+        kept = vars(self).get("_overlaps")
         if kept is None or not kept.is_of((), self.directions.values()):
-            with torch.inference_mode(False), torch.no_grad():  # they are kept, and may meet a graph later
-                grams = [gram(flat(v), self.eigenvalues.device) for v in self.directions.values()]
-                kept = keep(torch.stack(grams), (), self.directions.values())
-            self.__dict__["_weight_grams"] = kept
+            with outside_inference():  # they are kept, and may meet a graph later
+                kept = keep(overlaps_by_weight(self.directions), (), self.directions.values())
+            vars(self)["_overlaps"] = kept
         return kept.value
 
     def project_precision(self, prior_precision: Tensor) -> Tensor:
@@ -194,15 +199,21 @@ class NystromBasis:
         return self.ranks.interleaved(torch.stack(list(products)).sum(0).T, self.rank).T
 
 
+def overlaps_by_weight(
+    directions: Weights, ranks: Ranks = ALONE, lengths: Sequence[Sequence[int]] | None = None
+) -> Tensor:
+    """Return :math:`V_l^T V_l` (L, K, K) of each weight tensor l, float64; see :func:`inner_products` for the ranks."""
+    blocks = [flat(v) for v in directions.values()]
+    return torch.stack([inner_products(b, device=b.device, ranks=ranks, lengths=lengths) for b in blocks])
+
+
 def identity_basis(weights: Weights) -> NystromBasis:
     """Return all P unit directions, in which ELLA is exact linearised Laplace. Memory: P x P numbers."""
     n_params = sum(w.numel() for w in weights.values())
     device = next(iter(weights.values())).device
     units = torch.eye(n_params, dtype=torch.float32, device=device)
-    blocks = units.split([w.numel() for w in weights.values()], dim=1)
-    directions = {k: _like(w, b.reshape(n_params, *w.shape)) for (k, w), b in zip(weights.items(), blocks)}
     ones = torch.ones(n_params, dtype=torch.float64, device=device)
-    return NystromBasis(directions, ones, float(n_params), ones)
+    return NystromBasis(stored_directions(weights, units), ones, float(n_params), ones)
 
 
 def build_basis(
@@ -248,39 +259,41 @@ def build_basis(
     ranks = source.ranks
     with ranks.together("the eigenvectors"):
         pairs = torch.linalg.eigh(found)
-    spectrum, vectors = (ranks.of_first(t) for t in pairs)
-    spectrum, vectors = spectrum.flip(0), vectors.flip(1)
+    spectrum, vectors = (ranks.of_first(t).flip(-1) for t in pairs)
     if isinstance(rank, float):
         rank = min(rank_of_share(spectrum, rank), max(1, budget // source.row_bytes))
-    eigenvalues, coefficients = _leading_eigenpairs(spectrum, vectors, rank, rows.eps)
+    eps = torch.finfo(rows.dtype).eps
+    eigenvalues, coefficients = _leading_eigenpairs(spectrum, vectors, rank, eps)
     values = rows.combine(coefficients, progress)
     with ranks.together("the directions"):
-        directions = _directions(source, values)
+        directions = stored_directions(source.weights, values)
     basis = NystromBasis(
         directions,
         eigenvalues,
         float(found.trace()),
         spectrum,
         landmarks=source.landmarks,
-        coefficients=coefficients if rows.eps <= torch.finfo(source.dtype).eps else None,
+        coefficients=coefficients if eps <= torch.finfo(source.dtype).eps else None,
     )
     return basis.spread(ranks) if source.sharded and ranks.size > 1 else basis
 
 
 def combined(source: RowSource, coefficients: Tensor, budget: int) -> Weights:
     r"""Compute :math:`V = R^T a` from landmarks and coefficients (M, K). Cost: 3 or more forward passes a landmark."""
-    rows = SampleBlocks(source, max(1, min(budget // source.row_bytes, len(source))), 1)
-    return _directions(source, rows.combine(coefficients, no_progress))
+    rows = HeldRows(source, max(1, min(budget // source.row_bytes, len(source))))
+    return stored_directions(source.weights, rows.combine(coefficients, no_progress))
 
 
-def _directions(source: RowSource, values: Mapping[str, Tensor]) -> Weights:
-    return {k: _like(w, values[k].reshape(values[k].shape[0], *w.shape)) for k, w in source.weights.items()}
+def stored_directions(weights: Weights, values: Tensor) -> Weights:
+    """Store directions (K, P) as a basis does: one tensor (K, *shape) per weight."""
+    blocks = values.split([w.numel() for w in weights.values()], 1)
+    return {k: _like(w, b.reshape(len(b), *w.shape)) for (k, w), b in zip(weights.items(), blocks)}
 
 
 def rank_of_share(spectrum: Tensor, share: float) -> int:
     """Return the smallest K whose eigenvalues make up a share of the trace."""
-    reached = spectrum.clamp_min(0).cumsum(0) >= share * spectrum.clamp_min(0).sum()
-    return 1 + int((~reached).sum())
+    positive = spectrum.clamp_min(0)
+    return 1 + int((positive.cumsum(0) < share * positive.sum()).sum())
 
 
 def _leading_eigenpairs(eigenvalues: Tensor, vectors: Tensor, rank: int, eps: float) -> tuple[Tensor, Tensor]:

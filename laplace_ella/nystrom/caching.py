@@ -34,11 +34,9 @@ class Kept:
 
     def is_of(self, small: Iterable[Any] = (), large: Iterable[Tensor] = ()) -> bool:
         """Tell whether the value was made of the same; NaN is never the same."""
-        others = tuple(large)
-        same_large = len(others) == len(self.large) and all(
-            a is b and writes == _writes(b) for (a, writes), b in zip(self.large, others)
-        )
-        return same_large and all(_equal(a, b) for a, b in zip(self.small, small))
+        found = [(t, _writes(t)) for t in large]
+        same = (a is b and m == n for (a, m), (b, n) in zip(self.large, found))
+        return len(found) == len(self.large) and all(same) and all(map(_equal, self.small, small))
 
 
 def keep(value: Any, small: Iterable[Any] = (), large: Iterable[Tensor] = ()) -> Kept:

@@ -6,24 +6,22 @@ coefficients take M inputs and M x K numbers, whatever P is, and V is computed f
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.landmarks import Landmarks
 from ..data.packing import packed
 from ..network.functional import Weights, flat
-from .basis import NystromBasis
-from .rows import gram
+from .basis import NystromBasis, overlaps_by_weight
 
-STORED = ("full", "half", "landmarks")
+# (packed inputs, output coordinates, coefficients) -> directions
+Combine = Callable[[list[Any], Tensor, Tensor], Weights]
 
 
 def pack_directions(basis: NystromBasis, stored: str) -> dict[str, Any]:
-    """Return the directions as tensors and plain types that share no memory with the basis.
+    """Return the directions as tensors and plain types, which may share memory with the basis.
 
     Raises
     ------
@@ -35,22 +33,11 @@ def pack_directions(basis: NystromBasis, stored: str) -> dict[str, Any]:
             f"directions={stored!r} needs all directions on one device, and these are spread over {basis.ranks.size} "
             "ranks. Save them with directions='full', each rank its own."
         )
-    if stored == "half":
-        rounded = {k: _rounded(v) for k, v in basis.directions.items()}
-        return {
-            "directions": {k: v for k, (v, _) in rounded.items()},
-            "scales": {k: s for k, (_, s) in rounded.items()},
-        }
-    if stored == "landmarks":
-        return _pack_landmarks(basis)
-    return {"directions": {k: v.detach().clone() for k, v in basis.directions.items()}}
+    pack, _ = _WAYS[stored]
+    return pack(basis)
 
 
-def unpack_directions(
-    state: dict[str, Any],
-    weights: Weights,
-    combined: Callable[[list[Any], Tensor, Tensor], Weights],
-) -> Weights:
+def unpack_directions(state: dict[str, Any], weights: Weights, combined: Combine) -> Weights:
     """Return directions (K, *shape) on the devices of the weights; what the state holds is not shared.
 
     Parameters
@@ -61,16 +48,24 @@ def unpack_directions(
     combined : callable
         (packed inputs, output coordinates, coefficients) -> directions.
     """
-    stored = state.get("stored", "full")
-    if stored == "landmarks":
-        inputs = [state["inputs"][i] for i in state["which"].tolist()]
-        return combined(inputs, state["outputs"].clone(), state["coefficients"].clone())
-    kept = state["directions"]
-    if stored == "full":
-        return {k: kept[k].detach().to(w, copy=True) for k, w in weights.items()}
-    # float16 differs from the float32 of the scales, and a bfloat16 weight's rows have no scale.
-    scaled = {k: _scaled(kept[k].to(w.device), state["scales"][k], w.dtype) for k, w in weights.items()}
-    return orthonormalised(scaled)
+    _, unpack = _WAYS[state.get("stored", "full")]
+    return unpack(state, weights, combined)
+
+
+def _pack_full(basis: NystromBasis) -> dict[str, Any]:
+    return {"directions": dict(basis.directions)}
+
+
+def _unpack_full(state: dict[str, Any], weights: Weights, combined: Combine) -> Weights:
+    return {k: state["directions"][k].detach().to(w, copy=True) for k, w in weights.items()}
+
+
+def _pack_half(basis: NystromBasis) -> dict[str, Any]:
+    rounded = {k: _rounded(v) for k, v in basis.directions.items()}
+    return {
+        "directions": {k: v for k, (v, _) in rounded.items()},
+        "scales": {k: s for k, (_, s) in rounded.items()},
+    }
 
 
 def _rounded(directions: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,36 +73,36 @@ def _rounded(directions: Tensor) -> tuple[Tensor, Tensor]:
 
     Divided by their largest entry, numbers of float16 have 11 significant bits where it matters; bfloat16 has 8.
     """
+    scales = torch.ones(len(directions), dtype=torch.float32, device=directions.device)
     if directions.element_size() <= 2:
-        return directions.detach().clone(), torch.ones(len(directions), dtype=torch.float32, device="cpu")
-    # torch.abs().amax() of an axis without entries has no value.
-    largest = (
-        flat(directions).abs().amax(1) if directions[:1].numel() else directions.new_ones(len(directions))
-    )
-    scales = torch.where(largest > 0, largest, torch.ones_like(largest)).float()
-    shape = -1, *[1] * (directions.ndim - 1)
-    return (directions / scales.view(shape).to(directions)).half(), scales.cpu()
+        return directions, scales.cpu()
+    if directions[:1].numel():  # amax of an axis without entries has no value
+        largest = flat(directions).abs().amax(1)
+        scales = torch.where(largest > 0, largest, 1.0).float()
+    return (directions / _column(scales, directions)).half(), scales.cpu()
 
 
-def _scaled(rounded: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    values = rounded.to(dtype, copy=True)
-    return values.mul_(scales.to(values).view(-1, *[1] * (values.ndim - 1)))
+def _unpack_half(state: dict[str, Any], weights: Weights, combined: Combine) -> Weights:
+    def scaled(rounded: Tensor, scales: Tensor, weight: Tensor) -> Tensor:
+        # float16 differs from the float32 of the scales, and a bfloat16 weight's rows have no scale.
+        values = rounded.to(weight.device).to(weight.dtype, copy=True)
+        return values.mul_(_column(scales, values))
+
+    directions, scales = state["directions"], state["scales"]
+    return _orthonormalised({k: scaled(directions[k], scales[k], w) for k, w in weights.items()})
 
 
-def orthonormalised(directions: Weights) -> Weights:
+def _column(scales: Tensor, directions: Tensor) -> Tensor:
+    return scales.to(directions).view(-1, *[1] * (directions.ndim - 1))
+
+
+def _orthonormalised(directions: Weights) -> Weights:
     r"""Return :math:`V (V^T V)^{-1/2}`: of the orthonormal directions with this span, those nearest to V."""
     if any(v.element_size() <= 2 for v in directions.values()):  # whose rounding no rotation removes
         return directions
-    products = overlaps(directions)
-    values, vectors = torch.linalg.eigh(products)
+    values, vectors = torch.linalg.eigh(overlaps(directions))
     root = (vectors / values.sqrt()) @ vectors.T
     return {k: torch.empty_like(v).copy_(torch.tensordot(root.to(v), v, 1)) for k, v in directions.items()}
-
-
-def overlaps(directions: Weights) -> Tensor:
-    """Return :math:`V^T V` (K, K), float64."""
-    device = next(iter(directions.values())).device
-    return torch.stack([gram(flat(v), device) for v in directions.values()]).sum(0)
 
 
 def _pack_landmarks(basis: NystromBasis) -> dict[str, Any]:
@@ -117,38 +112,36 @@ def _pack_landmarks(basis: NystromBasis) -> dict[str, Any]:
             "was restored from a state with directions, or its gradient rows were spilled in a lower precision. "
             "Use directions='half' or 'full', or fit again."
         )
-    places: dict[int, int] = {}  # an input may occur with several of its outputs
-    for x in basis.landmarks.inputs:
-        places.setdefault(id(x), len(places))
-    distinct = {places[id(x)]: x for x in basis.landmarks.inputs}
+    distinct = {id(x): x for x in basis.landmarks.inputs}  # an input may occur with several of its outputs
+    places = {key: i for i, key in enumerate(distinct)}
+    which = [places[id(x)] for x in basis.landmarks.inputs]
     return {
-        "inputs": [_copied(packed(distinct[i])) for i in range(len(distinct))],
-        "which": torch.tensor(
-            [places[id(x)] for x in basis.landmarks.inputs], dtype=torch.int64, device="cpu"
-        ),
-        "outputs": basis.landmarks.outputs.detach().cpu().clone(),
-        "coefficients": basis.coefficients.detach().cpu().clone(),
+        "inputs": [packed(x) for x in distinct.values()],
+        "which": torch.tensor(which, dtype=torch.int64, device="cpu"),
+        "outputs": basis.landmarks.outputs.cpu(),
+        "coefficients": basis.coefficients.cpu(),
     }
 
 
-def _copied(entries: Any) -> Any:
-    if isinstance(entries, Tensor):
-        return entries.clone()
-    if isinstance(entries, dict):
-        return {k: _copied(v) for k, v in entries.items()}
-    return type(entries)(map(_copied, entries)) if isinstance(entries, (list, tuple)) else entries
+def _unpack_landmarks(state: dict[str, Any], weights: Weights, combined: Combine) -> Weights:
+    inputs = [state["inputs"][i] for i in state["which"].tolist()]
+    return combined(inputs, state["outputs"].clone(), state["coefficients"].clone())
 
 
-def landmarks_of(inputs: Sequence[Any], outputs: Tensor) -> Landmarks:
-    """Return landmarks whose places in the training data are not known."""
-    return Landmarks(list(inputs), outputs)
+_WAYS: dict[str, tuple[Callable[[NystromBasis], dict[str, Any]], Callable[..., Weights]]] = {
+    "full": (_pack_full, _unpack_full),
+    "half": (_pack_half, _unpack_half),
+    "landmarks": (_pack_landmarks, _unpack_landmarks),
+}
+# The entries of each.
+LAYOUTS = {
+    "full": {"directions"},
+    "half": {"directions", "scales"},
+    "landmarks": {"inputs", "which", "outputs", "coefficients"},
+}
+STORED = tuple(_WAYS)
 
 
-def orthonormal_within(eigenvalues: Tensor, eps: float) -> Tensor:
-    r"""Return by how much each entry of :math:`V^T V` (K, K) of a fit may differ from the identity's.
-
-    Directions are gradients divided by the roots of their eigenvalues, so that rounding grows with the ratio of
-    the largest eigenvalue to theirs.
-    """
-    roots = (eigenvalues / eigenvalues[0]).sqrt()
-    return 4 * math.sqrt(eps) + 100 * eps / torch.outer(roots, roots)
+def overlaps(directions: Weights) -> Tensor:
+    """Return :math:`V^T V` (K, K), float64."""
+    return overlaps_by_weight(directions).sum(0)

@@ -1,8 +1,7 @@
 r"""The Gram matrix :math:`R R^T` of M gradient rows, and :math:`R^T a`, within a memory budget.
 
-Rows that fit are computed once. Others are kept elsewhere (``spill``), or computed
-again: either in blocks of rows, of which one stays while the others stream past it,
-or in blocks of weights, for all landmarks at once; whichever needs fewer passes.
+Rows that fit are computed once. Others are kept elsewhere (``spill``), or computed again: in blocks, of
+which one stays while the rows after it stream past.
 """
 
 from __future__ import annotations
@@ -19,10 +18,6 @@ from torch import Tensor
 from ..data.progress import Progress
 from .rows import RowSource
 
-# A gradient with respect to few weights costs this much of one with respect to all:
-# two of three passes, the forward and the backward one, are needed in any case.
-PARTIAL_COST = 2 / 3
-
 
 @dataclass(frozen=True)
 class Spill:
@@ -31,19 +26,19 @@ class Spill:
     Attributes
     ----------
     folder : str or None
-        None: CPU memory. Else a temporary file, mapped into memory, in this folder.
+        The folder of a temporary file, which is mapped into memory; None for CPU memory.
     dtype : torch.dtype
         bfloat16, float16 or float32. Rows are divided by their norms first. The error of an
         entry is half the dtype's eps of it (or 3e-8 of the norm, in float16, where entries
-        are small), so that of the Gram matrix, in spectral norm, is at most about eps of its
-        largest eigenvalue times the square root of M.
+        are small), so that the error of the Gram matrix, in spectral norm, is at most about eps
+        of its largest eigenvalue times the square root of M.
     """
 
     folder: str | None
     dtype: torch.dtype
 
     def empty(self, size: int, n_weights: int) -> tuple[Tensor, Any]:
-        """Return an uninitialised tensor (M, P), and what must live as long as it."""
+        """Return an uninitialised tensor (M, P), and what must live as long as it does."""
         if self.folder is None:
             return torch.empty(size, n_weights, dtype=self.dtype, device="cpu"), None
         file = tempfile.NamedTemporaryFile(dir=self.folder, prefix="laplace_ella-rows-")  # noqa: SIM115
@@ -59,12 +54,12 @@ class Spill:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """How far a Gram matrix has come that is made block by block, and what keeps it.
+    """How far a Gram matrix has come that is made block by block, and what saves it.
 
     Attributes
     ----------
     layout : list
-        Of the blocks, in plain types: another one's matrix is of no use.
+        Where the blocks start: a matrix of other blocks is of no use.
     done : int
         How many blocks are in it.
     matrix : Tensor (M, M), optional
@@ -87,172 +82,104 @@ class Unfinished:
 FRESH = Unfinished()
 
 
-class KeptRows:
-    """All M rows at hand: on the device, or spilled."""
+class HeldRows:
+    """Gradient rows in blocks, of which one is kept while the rows after it stream past; all are one block if they fit.
 
-    kind = "kept"
+    Parameters
+    ----------
+    source : RowSource
+    n_kept, n_streamed : int
+        Rows of a block, and of those that are computed at once and stream past, on each rank.
+    spill : Spill, optional
+        Where the rows of the one block are kept; None: on the device.
 
-    def __init__(self, source: RowSource, spill: Spill | None = None) -> None:
-        self.source, self.spill = source, spill
-        self.eps = torch.finfo(source.dtype if spill is None else spill.dtype).eps
-        self.norms: Tensor | None = None  # by which spilled rows were divided
-        self.cost = self.gradients = len(source)
-        self.n_bytes = _largest_share(source) * source.row_bytes if spill is None else 0
+    Attributes
+    ----------
+    kind : str
+        How the rows are held, for people.
+    dtype, device
+        Those of the rows at hand.
+    gradients : int
+        How many rows are computed in all, for the Gram matrix and for the directions.
+    n_bytes : int
+        Bytes on the device that the rows at hand take.
+    """
 
-    def gram(self, progress: Progress, unfinished: Unfinished = FRESH) -> Tensor:
-        """Return the Gram matrix (M, M), float64."""
-        source, out = self.source, None
-        if self.spill is not None:
-            n_rows = len(source.ranks.share(range(len(source))))
-            with source.ranks.together("the place of gradient rows"):
-                out, self._file = self.spill.empty(n_rows, sum(source.sizes.values()))
-            self.norms = torch.empty(n_rows, dtype=torch.float64, device=source.device)
-        self.rows = source(
-            list(range(len(source))),
-            out=out,
-            progress=lambda blocks: progress(blocks, "Landmark gradients"),
-            norms=self.norms,
-        )
-        found = source.gram(self.rows, len(source), lambda slices: progress(slices, "Gram matrix"))
-        if self.norms is None:
-            return found
-        norms = source.ranks.joined(self.norms)
-        return found * torch.outer(norms, norms)
-
-    def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
-        if self.norms is not None:
-            coefficients = coefficients * self.source.ranks.joined(self.norms)[:, None]
-        return _by_weight(self.source.combination(coefficients, self.rows), self.source.sizes)
-
-
-class SampleBlocks:
-    """Blocks of rows: one is kept while those after it stream past."""
-
-    kind = "blocks of rows"
-
-    def __init__(self, source: RowSource, n_kept: int, n_streamed: int) -> None:
-        n_bytes = (n_kept + n_streamed) * source.row_bytes
-        n_kept, n_streamed = n_kept * source.ranks.size, n_streamed * source.ranks.size
-        self.source, self.n_streamed, self.n_bytes = source, n_streamed, n_bytes
-        self.eps = torch.finfo(source.dtype).eps
-        self.blocks = [list(range(a, min(a + n_kept, len(source)))) for a in range(0, len(source), n_kept)]
-        size = len(source)
-        self.kept: Tensor | None = None  # the rows of the last block
-        self.cost = self.gradients = sum(size - b[0] for b in self.blocks) + size - len(self.blocks[-1])
+    def __init__(
+        self, source: RowSource, n_kept: int, n_streamed: int = 0, spill: Spill | None = None
+    ) -> None:
+        self.source, self.spill, size = source, spill, len(source)
+        step, self.n_streamed = n_kept * source.ranks.size, n_streamed * source.ranks.size
+        self.blocks = [range(a, min(a + step, size)) for a in range(0, size, step)]
+        self.kind = "kept" if len(self.blocks) == 1 else "blocks of rows"
+        self.dtype = source.dtype if spill is None else spill.dtype
+        self.device = source.device if spill is None else torch.device("cpu")
+        self.n_bytes = (n_kept + n_streamed) * source.row_bytes if spill is None else 0
+        # The directions need all blocks again but the last, which is still there.
+        self.gradients = sum(size - b.start for b in self.blocks) + self.blocks[-1].start
+        self._kept: Tensor | None = None  # the rows of the last block
+        self._norms: Tensor | None = None  # by which spilled rows were divided
 
     def gram(self, progress: Progress, unfinished: Unfinished = FRESH) -> Tensor:
         """Return the Gram matrix (M, M), float64."""
+        if len(self.blocks) == 1:
+            return self._gram_of_all(progress)
         source, size = self.source, len(self.source)
-        layout = ["rows", *(block[0] for block in self.blocks)]
+        layout = [block.start for block in self.blocks]
         out, done = unfinished.start(layout, size, source.device)
         for i, block in enumerate(progress(self.blocks, "Gram matrix, block by block")):
             if i < done:
                 continue
-            self.kept = None  # before the next is computed
-            self.kept = source(block)
-            a, b = block[0], block[-1] + 1
-            out[a:b, a:b] = source.gram(self.kept, b - a)
+            self._kept = None  # before the next is computed
+            self._kept = source(block)
+            own, a, b = (self._kept, len(block)), block.start, block.stop
+            out[a:b, a:b] = source.products(own)
             for c in range(b, size, self.n_streamed):
-                d = min(c + self.n_streamed, size)
-                out[a:b, c:d] = source.cross(self.kept, b - a, source(list(range(c, d))), d - c)
+                others = range(c, min(c + self.n_streamed, size))
+                out[a:b, c : others.stop] = source.products(own, (source(others), len(others)))
             unfinished.keep(layout, i + 1, out)
         return out.triu() + out.triu(1).T
 
-    def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
-        last = self.blocks[-1]
-        kept = self.source(last) if self.kept is None else self.kept
-        total = self.source.combination(coefficients[last], kept)
-        for block in progress(self.blocks[:-1], "Directions"):
-            del kept  # before the next is computed
-            self.kept = None
+    def _gram_of_all(self, progress: Progress) -> Tensor:
+        source, every, out = self.source, range(len(self.source)), None
+        if self.spill is not None:
+            n_rows = len(source.ranks.share(every))
+            with source.ranks.together("the place of gradient rows"):
+                out, self._file = self.spill.empty(n_rows, source.n_weights)
+            self._norms = torch.empty(n_rows, dtype=torch.float64, device=source.device)
+        self._kept = source(every, out, self._norms, lambda calls: progress(calls, "Landmark gradients"))
+        found = source.products((self._kept, len(every)), progress=lambda s: progress(s, "Gram matrix"))
+        if self._norms is None:
+            return found
+        norms = source.ranks.joined(self._norms)
+        return found * torch.outer(norms, norms)
+
+    def combine(self, coefficients: Tensor, progress: Progress) -> Tensor:
+        """Return the combinations (K, P) of all rows with coefficients (M, K)."""
+        if self._norms is not None:
+            coefficients = coefficients * self.source.ranks.joined(self._norms)[:, None]
+        last, *others = self.blocks[::-1]
+        kept = self.source(last) if self._kept is None else self._kept
+        total = self.source.combination(coefficients[last.start :], kept)
+        for block in progress(others[::-1], "Directions") if others else ():
+            del kept  # before the next are computed
+            self._kept = None
             kept = self.source(block)
-            total += self.source.combination(coefficients[block], kept)
-        return _by_weight(total, self.source.sizes)
+            total += self.source.combination(coefficients[block.start : block.stop], kept)
+        return total
 
 
-class WeightBlocks:
-    """Blocks of weights: rows with respect to some of them, for all landmarks."""
-
-    kind = "blocks of weights"
-
-    def __init__(self, source: RowSource, groups: list[list[str]]) -> None:
-        self.source, self.groups = source, groups
-        self.rows: Tensor | None = None  # those of the last block
-        self.eps = torch.finfo(source.dtype).eps
-        self.gradients = (2 * len(groups) - 1) * len(source)
-        self.cost = PARTIAL_COST * self.gradients
-        largest = max(sum(source.sizes[k] for k in group) for group in groups)
-        self.n_bytes = _largest_share(source) * largest * source.dtype.itemsize
-
-    def gram(self, progress: Progress, unfinished: Unfinished = FRESH) -> Tensor:
-        """Return the Gram matrix (M, M), float64."""
-        source, size = self.source, len(self.source)
-        layout = ["weights", *(group[0] for group in self.groups)]
-        out, done = unfinished.start(layout, size, source.device)
-        for i, group in enumerate(progress(self.groups, "Gram matrix, weight by weight")):
-            if i < done:
-                continue
-            self.rows = None  # before the next are computed
-            self.rows = source(list(range(size)), group)
-            out = out + source.gram(self.rows, size)
-            unfinished.keep(layout, i + 1, out)
-        return out
-
-    def combine(self, coefficients: Tensor, progress: Progress) -> dict[str, Tensor]:
-        """Return the combinations (K, numel) of all rows with coefficients (M, K), by weight."""
-        found: dict[str, Tensor] = {}
-        for group in progress(self.groups[::-1], "Directions"):
-            if self.rows is None or group is not self.groups[-1]:  # else they are still there
-                self.rows = None
-                self.rows = self.source(list(range(len(self.source))), group)
-            sizes = {k: self.source.sizes[k] for k in group}
-            found.update(_by_weight(self.source.combination(coefficients, self.rows), sizes))
-        return found
-
-
-Rows = KeptRows | SampleBlocks | WeightBlocks
-
-
-def choose_rows(source: RowSource, budget: int, spill: Spill | None = None) -> Rows:
+def choose_rows(source: RowSource, budget: int, spill: Spill | None = None) -> HeldRows:
     """Decide how rows are held, so that they take ``budget`` bytes and are computed least often.
 
     The ranks of ``source`` must have the same budget.
     """
-    size, row = _largest_share(source), source.row_bytes
-    if size * row <= budget:
-        return KeptRows(source)
+    row, share = source.row_bytes, source.ranks.lengths(len(source))[0]
+    if share * row <= budget:
+        return HeldRows(source, share)
     if spill is not None:
-        return KeptRows(source, spill)
+        return HeldRows(source, share, spill=spill)
     capacity = max(2, budget // row)  # less than one row against another cannot be
-    streamed = min(source.ranks.least(source.rows_per_call, "the size of blocks"), max(1, capacity // 4))
-    samples = SampleBlocks(source, capacity - streamed, streamed)
-    groups = _groups(source.sizes, budget // (size * source.dtype.itemsize)) if source.separable else []
-    if not groups:
-        return samples
-    weights = WeightBlocks(source, groups)
-    return weights if weights.cost < samples.cost else samples
-
-
-def _groups(sizes: dict[str, int], capacity: int) -> list[list[str]]:
-    """Put weights into groups of at most ``capacity`` numbers; no groups if one is larger."""
-    if max(sizes.values()) > capacity:
-        return []
-    groups: list[list[str]] = []
-    room = 0
-    for name, size in sizes.items():
-        if size > room:
-            groups.append([])
-            room = capacity
-        groups[-1].append(name)
-        room -= size
-    return groups
-
-
-def _largest_share(source: RowSource) -> int:
-    return source.ranks.lengths(len(source))[0]
-
-
-def _by_weight(values: Tensor, sizes: dict[str, int]) -> dict[str, Tensor]:
-    return dict(zip(sizes, values.split(list(sizes.values()), 1)))
+    at_once = source.ranks.least(source.landmarks_per_call, "the size of blocks")
+    streamed = min(at_once, max(1, capacity // 4))
+    return HeldRows(source, capacity - streamed, streamed)

@@ -7,9 +7,11 @@ Everything that crosses process boundaries goes through :class:`Ranks`; a single
 from __future__ import annotations
 
 import io
+import reprlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,12 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 Item = TypeVar("Item")
-# Numbers of a sum up to which every rank adds up all ranks' terms itself, in the same order.
+# Sums of no more numbers are added up by every rank itself, from the terms of all ranks in the same order.
 GATHERED_SUM = 2**16
-# Bytes up to which an object is sent padded to the length of the longest, in one exchange.
-PADDED = 2**20
-# Under which a rank says that it could not send what it should.
-UNSENT = "laplace_ella: not sent"
+# The key under which a rank sends its error in place of an item.
+FAILED = "laplace_ella: failed"
 
 
 class RankError(RuntimeError):
@@ -30,7 +30,7 @@ class RankError(RuntimeError):
 
 
 class _Local(threading.local):
-    """What a thread is in: so many pieces of common work, and an error that all ranks know of."""
+    """Of this thread: in how many nested pieces of common work it is, and an error that all ranks know of."""
 
     depth = 0
     told: BaseException | None = None
@@ -64,10 +64,9 @@ class Ranks:
         return [n // self.size + (r < n % self.size) for r in range(self.size)]
 
     def bounds(self, n: int) -> slice:
-        """Return which of n items, that all ranks know, are this rank's share: some in a row."""
-        lengths = self.lengths(n)
-        start = sum(lengths[: self.rank])
-        return slice(start, start + lengths[self.rank])
+        """Return which of n items, that all ranks know, are this rank's share: some in succession."""
+        start = sum(self.lengths(n)[: self.rank])
+        return slice(start, start + self.lengths(n)[self.rank])
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return this rank's share of items that all ranks know."""
@@ -91,7 +90,7 @@ class Ranks:
         what : str
             The piece of work, for messages.
         alike : tuple of classes
-            Errors, made of a text, that all ranks raise if one does and none fails otherwise.
+            Errors, made of a text, that all ranks raise if one does and none fails with another error.
 
         Raises
         ------
@@ -118,29 +117,21 @@ class Ranks:
         """Tell the others how a piece of work has ended, and raise if it failed anywhere."""
         if error is not None and (isinstance(error, RankError) or error is _LOCAL.told):
             raise error  # all know of it
-        report = None if error is None else _report(error, alike)
         reports: list[Any] = []
         try:
-            reports = self.gathered(report, what)
+            reports = self.gathered(None if error is None else _report(error, alike), what)
         except RankError:
-            if error is None:
+            if error is None or isinstance(error, alike):
                 raise
-        if error is not None and not isinstance(error, alike):
-            _LOCAL.told = error
-            raise error
-        for rank, found in enumerate(reports):
-            if found and found["alike"] is None:
-                raise RankError(
-                    f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {found['error']}"
-                )
         if error is not None:
+            _LOCAL.told = _LOCAL.told if isinstance(error, alike) else error
             raise error
-        for found in filter(None, reports):
-            raise alike[found["alike"]](found["text"])
+        for report in filter(None, reports):
+            raise alike[report["alike"]](report["text"])
 
     @contextmanager
     def lockstep(self, what: str) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-        """Let a loop of exchanges go on when work between them fails; at the end, all ranks fail.
+        """Let a loop of exchanges go on when work between them fails; at its end, all ranks fail.
 
         Yields
         ------
@@ -164,19 +155,6 @@ class Ranks:
             if errors:
                 raise errors[0]
 
-    def in_step(self, items: Iterable[Item]) -> Iterator[Item | None]:
-        """Yield items until every rank has run out of its own; None for this rank after that."""
-        if self.size == 1:
-            yield from items
-            return
-        iterator = iter(items)
-        while True:
-            with self.together("reading data"):
-                item = next(iterator, None)
-            if not self.any(item is not None, "reading data"):
-                return
-            yield item
-
     def require_equal(self, values: dict[str, Any], what: str) -> None:
         """Require that all ranks have the same values.
 
@@ -190,7 +168,7 @@ class Ranks:
             found = [theirs[name] for theirs in everyone]
             if any(value != found[0] for value in found):
                 raise ValueError(
-                    f"All ranks must have the same {name} in {what}; got {_shortened(found)} on ranks 0 to "
+                    f"All ranks must have the same {name} in {what}; got {reprlib.repr(found)} on ranks 0 to "
                     f"{self.size - 1}. Set it alike, or pass process_group=None to work in one process alone."
                 )
 
@@ -202,74 +180,63 @@ class Ranks:
         Raises
         ------
         RankError
-            If the ranks are not at the same step, or one does not answer.
+            If the ranks are not at the same step, or one failed or does not answer.
         """
-        if self.size == 1:
-            return [item]
+        return [item] if self.size == 1 else self._sent([item], what)
+
+    def exchanged(self, items: Sequence[Any], what: str) -> list[Any]:
+        """Send an item to each rank, and return those received, in the order of the ranks.
+
+        Raises
+        ------
+        RankError
+            If the ranks are not at the same step, or one failed or does not answer.
+        """
+        return list(items) if self.size == 1 else self._sent(items, what)
+
+    def _sent(self, items: Sequence[Any], what: str) -> list[Any]:
+        """Send one item to all ranks, or one to each, and return those received."""
         failure: Exception | None = None
         try:
-            payload = _packed((what, item))
+            lengths, sent = self._outgoing([(what, item) for item in items])
         except Exception as error:  # which the others have to hear of, as they wait
-            failure, payload = error, _packed((what, {UNSENT: f"{type(error).__name__}: {error}"}))
-        mine = self._wire(payload)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(self.size)]
-        with self._reached(what):
-            dist.all_gather(
-                lengths, torch.tensor([len(mine)], dtype=torch.int64, device=mine.device), group=self.group
-            )
-            received = [_unpacked(part) for part in self._parts(mine, [int(n) for n in lengths])]
-        steps = [step for step, _ in received]
+            failure, (lengths, sent) = error, self._outgoing([(what, _report(error))])
+        steps, theirs = zip(*self._delivered(lengths, sent, what))
+        failed = {r: item[FAILED] for r, item in enumerate(theirs) if type(item) is dict and FAILED in item}
         if len(set(steps)) > 1:
-            failed = [f" Rank {r} failed: {e['error']}" for r, (_, e) in enumerate(received) if _is_report(e)]
+            causes = "".join(f" Rank {rank} failed: {cause}" for rank, cause in failed.items())
             raise RankError(
-                f"The ranks are out of step: they are in {_shortened(steps)}. All have to make the same calls; pass "
-                f"process_group=None to work in one process alone.{''.join(failed)[:2000]}"
+                f"The ranks are out of step: they are in {reprlib.repr(steps)}. All have to make the same calls; pass "
+                f"process_group=None to work in one process alone.{causes[:2000]}"
             )
         if failure is not None:
             raise failure
-        for rank, (_, theirs) in enumerate(received):
-            if isinstance(theirs, dict) and UNSENT in theirs:
-                raise RankError(
-                    f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {theirs[UNSENT]}"
-                )
-        return [theirs for _, theirs in received]
+        for rank, cause in failed.items():
+            raise RankError(f"Rank {rank} failed in {what}, so that all ranks stop. Its error: {cause}")
+        return list(theirs)
 
-    def _parts(self, mine: Tensor, lengths: list[int]) -> Iterator[Tensor]:
-        """Yield the bytes of every rank: small ones padded, in one exchange, large ones one after the other."""
-        if max(lengths) <= PADDED:
-            padded = torch.cat([mine, mine.new_zeros(max(lengths) - len(mine))])
-            parts = [torch.empty_like(padded) for _ in lengths]
-            dist.all_gather(parts, padded, group=self.group)
-            yield from (part[:n] for part, n in zip(parts, lengths))
-            return
-        for rank, n in enumerate(lengths):
-            part = mine if rank == self.rank else mine.new_empty(n)
-            dist.broadcast(part, dist.get_global_rank(self.group, rank), group=self.group)
-            yield part
+    def _outgoing(self, items: Sequence[Any]) -> tuple[list[int], Tensor]:
+        """Return the bytes for every rank, one after the other, and how many there are for each."""
+        parts = [_packed(item) for item in items]
+        parts *= self.size // len(parts)
+        return [len(part) for part in parts], self._wire(torch.cat(parts))
 
-    def exchanged(self, items: Sequence[Any], what: str) -> list[Any]:
-        """Send an item to each rank, and return those received, in the order of the ranks."""
-        if self.size == 1:
-            return list(items)
-        outgoing = [_packed(item) for item in items]
-        lengths = self._wire(torch.tensor([len(b) for b in outgoing], dtype=torch.int64, device="cpu"))
-        coming = torch.empty_like(lengths)
+    def _delivered(self, lengths: list[int], sent: Tensor, what: str) -> list[Any]:
+        """Send bytes to each rank, and return what those received mean."""
+        leaving = self._wire(torch.tensor(lengths, dtype=torch.int64, device="cpu"))
+        coming = torch.empty_like(leaving)
         with self._reached(what):
-            dist.all_to_all_single(coming, lengths, group=self.group)
+            dist.all_to_all_single(coming, leaving, group=self.group)
             sizes = coming.tolist()
-            received = self._wire(torch.empty(sum(sizes), dtype=torch.uint8, device="cpu"))
-            dist.all_to_all_single(
-                received, self._wire(torch.cat(outgoing)), sizes, lengths.tolist(), group=self.group
-            )
+            received = sent.new_empty(sum(sizes))
+            dist.all_to_all_single(received, sent, sizes, lengths, group=self.group)
         return [_unpacked(part) for part in received.split(sizes)]
 
     def on_first(self, item: Any, work: Callable[[list[Any]], Item], what: str, alike: Any = ()) -> Item:
-        """Send every rank's item to the first, which works on all of them, and return on all what it made of them."""
+        """Let the first rank work on the items of all ranks, and return its result on every rank."""
         received = self.exchanged([item, *[None] * (self.size - 1)], what)
-        found: Any = None
         with self.together(what, alike):
-            if self.rank == 0:
-                found = work(received)
+            found = work(received) if self.rank == 0 else None
         return self.gathered(found, what)[0]
 
     def any(self, flag: bool, what: str) -> bool:
@@ -292,30 +259,29 @@ class Ranks:
             return values
         if values.numel() <= GATHERED_SUM:
             return torch.stack(self.gathered(values, "a sum")).sum(0).to(values.device)
-        with self.together("a sum"):
-            summed = self._wire(values.contiguous().clone())
-        with self._reached("a sum"):
-            dist.all_reduce(summed, group=self.group)
-        return summed.to(values.device)
+        return self._replaced(values, "a sum", dist.all_reduce)
 
     def of_first(self, values: Tensor) -> Tensor:
         """Return rank 0's tensor; all ranks have one of the same shape."""
         if self.size == 1:
             return values
-        with self.together("a broadcast"):
+        send = partial(dist.broadcast, src=dist.get_global_rank(self.group, 0))
+        return self._replaced(values, "a broadcast", send)
+
+    def _replaced(self, values: Tensor, what: str, collective: Callable[..., Any]) -> Tensor:
+        """Return what a collective makes of a tensor in place."""
+        with self.together(what):  # if there is no room for it, too
             sent = self._wire(values.contiguous().clone())
-        with self._reached("a broadcast"):
-            dist.broadcast(sent, dist.get_global_rank(self.group, 0), group=self.group)
+        with self._reached(what):
+            collective(sent, group=self.group)
         return sent.to(values.device)
 
     def joined(self, values: Tensor) -> Tensor:
         """Return tensors (n, ...) of all ranks one after the other."""
-        if self.size == 1:
-            return values
         return torch.cat(self.gathered(values, "parts of a tensor")).to(values.device)
 
     def interleaved(self, values: Tensor, n: int) -> Tensor:
-        """Return what :meth:`turns` dealt, along the last axis, as (..., n) on every rank."""
+        """Return as (..., n), on every rank, what :meth:`turns` dealt along the last axis."""
         if self.size == 1:
             return values
         return dealt_back(self.gathered(values, "a tensor dealt out"), n).to(values.device)
@@ -326,17 +292,17 @@ class Ranks:
         Parameters
         ----------
         rows : Tensor (m, P)
-            This rank's.
+            The rows of this rank.
         lengths : sequence of int
-            How many each rank has.
+            How many rows each rank has.
         width : int
-            Columns a slice.
+            How many columns a slice may have.
 
         Yields
         ------
         Tensor (M, <= width)
-            All rows, and some of the columns; together the ranks see each column once, or
-            as zeros beyond the last. To be used before the next is asked for.
+            All rows, and some of the columns. Together the ranks see each column once, and zeros beyond
+            the last. The slice is only valid until the next is asked for.
         """
         n_columns = rows.shape[1]
         if self.size == 1:
@@ -352,8 +318,7 @@ class Ranks:
             received = torch.empty(sum(sizes), dtype=torch.uint8, device=place)
         for start in range(0, n_columns, width * self.size):
             outgoing.zero_()
-            for rank in range(self.size):
-                piece = rows[:, start + rank * width : start + (rank + 1) * width]
+            for rank, piece in enumerate(rows[:, start : start + width * self.size].split(width, 1)):
                 outgoing[rank, :, : piece.shape[1]] = piece
             sent = self._wire(outgoing.view(-1).view(torch.uint8))
             with self._reached("the exchange of gradient rows"):
@@ -365,11 +330,9 @@ class Ranks:
     def _wire(self, values: Tensor) -> Tensor:
         """Put a tensor where the group's backend takes it: "nccl" on GPUs, others on the CPU."""
         backends = dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
-        if values.device.type == "cpu" and "cpu" not in backends:
-            return values.cuda()
-        if values.device.type != "cpu" and backends.get(values.device.type) != "nccl":
-            return values.cpu()
-        return values
+        if values.device.type == "cpu":
+            return values if "cpu" in backends else values.cuda()
+        return values if backends.get(values.device.type) == "nccl" else values.cpu()
 
     @contextmanager
     def _reached(self, what: str) -> Iterator[None]:
@@ -380,19 +343,10 @@ class Ranks:
         except RuntimeError as error:
             raise RankError(
                 f"Rank {self.rank} could not reach the other ranks in {what}: one of them ended, or did not come "
-                f"within the process group's timeout{self._timeout()}; init_process_group(timeout=...) sets it. All "
+                "within the process group's timeout; init_process_group(timeout=...) sets it. All "
                 "ranks have to make the same calls; pass process_group=None to work in one process alone. "
                 f"torch.distributed says: {error}"
             ) from error
-
-    def _timeout(self) -> str:
-        for device in ("cpu", "cuda"):
-            try:
-                options = self.group._get_backend(torch.device(device)).options
-                return f" of {options._timeout.total_seconds():.0f} s"
-            except (AttributeError, RuntimeError):
-                continue
-        return ""
 
 
 ALONE = Ranks()
@@ -404,6 +358,17 @@ def ranks_of(process_group: Any) -> Ranks:
         return ALONE
     group = dist.group.WORLD if isinstance(process_group, str) else process_group
     return Ranks(group)
+
+
+def check_process_group(group: Any) -> None:
+    """Require "default", a process group that this process is in, or None."""
+    is_named = group is None or (isinstance(group, str) and group == "default")
+    if not is_named and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise ValueError(
+            "process_group must be 'default' (torch.distributed's group, if one is initialised), a "
+            "torch.distributed.ProcessGroup that this process is in, or None (this process alone); "
+            f"got {type(group).__name__} {group!r}."
+        )
 
 
 def dealt_back(parts: Sequence[Tensor], n: int) -> Tensor:
@@ -426,19 +391,9 @@ def _unpacked(values: Tensor) -> Any:
     return torch.load(io.BytesIO(values.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
-def _report(error: BaseException, alike: Sequence[type[Exception]]) -> dict[str, Any]:
-    which = [i for i, kind in enumerate(alike) if isinstance(error, kind)]
-    return {
-        "text": str(error),
-        "error": f"{type(error).__name__}: {error}",
-        "alike": which[0] if which else None,
-    }
-
-
-def _is_report(item: Any) -> bool:
-    return isinstance(item, dict) and item.keys() == {"text", "error", "alike"}
-
-
-def _shortened(values: Sequence[Any]) -> str:
-    texts = [str(v) for v in values]
-    return ", ".join(texts[:8]) + (", ..." if len(texts) > 8 else "")
+def _report(error: BaseException, alike: Sequence[type[Exception]] = ()) -> dict[str, Any]:
+    """Describe an error for the other ranks: as a failure, or by its place among those that all ranks raise alike."""
+    for i, kind in enumerate(alike):
+        if isinstance(error, kind):
+            return {"alike": i, "text": str(error)}
+    return {FAILED: f"{type(error).__name__}: {error}"}

@@ -1,7 +1,7 @@
-r"""Directions spread over ranks: what every rank computes of everybody's inputs, with its own directions.
+r"""Directions spread over ranks: every rank works on the inputs of all ranks with its own directions.
 
-Each rank calls with inputs of its own (or none), as often as the others; each gets
-the answer for its inputs, with all K directions.
+Every rank calls these functions as often as the others, with inputs of its own or none, and gets
+the answer for its inputs with all K directions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Item = TypeVar("Item")
 def for_everyone(
     ranks: Ranks, question: Any, answer: Callable[[Any], Tensor], n_directions: int, what: str
 ) -> Tensor | None:
-    """Answer all ranks' questions with this rank's directions, and join what they answer to its own.
+    """Answer all ranks' questions with this rank's directions, and join the ranks' answers to its own question.
 
     Parameters
     ----------
     question : tensors and plain types, or None
-        None: this rank has no inputs, and gets None.
+        With None, this rank has no inputs, and gets None.
     answer : callable
         Question -> Tensor (..., K_rank).
     n_directions : int
@@ -52,13 +52,18 @@ def work_through(
     Parameters
     ----------
     ranks, sharing : Ranks
-        Those that work together, and those that share the directions of the basis.
+        The ranks that work together, and those over which the directions of the basis are spread.
     """
-    if sharing.size > 1:
-        for item in sharing.in_step(items):
-            with sharing.together(what):
+    if sharing.size == 1:
+        with ranks.together(what):
+            for item in items:
                 act(item)
         return
-    with ranks.together(what):
-        for item in items:
-            act(item)
+    iterator = iter(items)
+    while True:
+        with sharing.together("reading data"):
+            mine = next(iterator, None)
+        if not sharing.any(mine is not None, "reading data"):
+            return
+        with sharing.together(what):
+            act(mine)

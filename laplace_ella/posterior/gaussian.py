@@ -11,7 +11,7 @@ noise and temperature; :class:`Outputs` is the Gaussian that a posterior makes o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -189,31 +189,53 @@ class Linearised:
         Features.
     pushed : Tensor (B, C, S), optional
         :math:`J g_s`, of random tangents; their part outside the span makes the isotropic residual.
-    gram : Tensor (B, C, C), optional
+    kernel : Tensor (B, C, C), optional
         :math:`J J^T`, whose part outside the span is the exact residual.
+    overlap : Tensor (K, S), optional
+        :math:`V^T g_s` of these tangents.
     """
 
     f: Tensor
     phi: Tensor
     pushed: Tensor | None = None
-    gram: Tensor | None = None
+    kernel: Tensor | None = None
+    overlap: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return self.f.device
 
-    def residual_vectors(self, overlap: Tensor) -> Tensor:
-        r"""Return :math:`u = J (I - V V^T) g_s / \sqrt{S C}` (B, S C), for the leading directions.
+    def detached(self) -> Linearised:
+        """Return the same without graphs."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        found: dict[str, Any] = {k: None if v is None else v.detach() for k, v in parts.items()}
+        return Linearised(**found)
 
-        Parameters
-        ----------
-        overlap : Tensor (K, S)
-            :math:`V^T g_s` of the directions to leave out.
+    def traces(self) -> tuple[Tensor, Tensor]:
+        r"""Return the traces (B,) of :math:`J J^T` inside the span and outside of it, float64.
+
+        The latter from the kernel if there is one, else estimated from the tangents.
         """
+        with torch.autocast(self.device.type, enabled=False):
+            inside = self.phi.double().square().sum((-1, -2))
+            if self.kernel is None:
+                return inside, self.f.shape[-1] * self.residual_vectors().double().square().sum(-1)
+            trace = self.kernel.diagonal(dim1=-2, dim2=-1).sum(-1)
+            return inside, (trace - inside).clamp_min(0)
+
+    @property
+    def residual_share(self) -> Tensor:
+        r""":math:`1 - |\phi|^2 / \operatorname{tr} J J^T` (B,), in [0, 1], float64."""
+        inside, outside = self.traces()
+        return outside / (inside + outside).clamp_min(torch.finfo(torch.float64).tiny)
+
+    def residual_vectors(self, rank: int | None = None) -> Tensor:
+        r"""Return :math:`u = J (I - V V^T) g_s / \sqrt{S C}` (B, S C), for the leading directions."""
         assert self.pushed is not None
+        assert self.overlap is not None
         dtype = torch.promote_types(self.pushed.dtype, torch.float32)
-        inside = self.phi[..., : len(overlap)].to(dtype) @ overlap.to(dtype)
+        inside = self.phi[..., :rank].to(dtype) @ self.overlap[:rank].to(dtype)
         outside = (self.pushed.to(dtype) - inside).flatten(1)
         return outside / outside.shape[1] ** 0.5
 
@@ -223,18 +245,12 @@ class Linearised:
 
         Without a graph: the root of a matrix with equal eigenvalues has no derivative.
         """
-        assert self.gram is not None
-        phi = self.phi[..., :rank].to(self.gram.dtype)
-        return positive_root(self.gram - phi @ phi.mT)
+        assert self.kernel is not None
+        phi = self.phi[..., :rank].to(self.kernel.dtype)
+        return positive_root(self.kernel - phi @ phi.mT)
 
     @without_autocast
-    def outputs(
-        self,
-        scale: Tensor,
-        logit_scale: Any = 1.0,
-        residual_variance: Any = 0.0,
-        overlap: Tensor | None = None,
-    ) -> Outputs:
+    def outputs(self, scale: Tensor, logit_scale: Any = 1.0, residual_variance: Any = 0.0) -> Outputs:
         r"""Return the Gaussian that a posterior makes of the outputs.
 
         Parameters
@@ -245,15 +261,14 @@ class Linearised:
             s, by which the mean is multiplied.
         residual_variance : float or Tensor ()
             :math:`\rho / \delta`.
-        overlap : Tensor (K, S), optional
         """
         rank = len(scale)
         psi = whiten(self.phi[..., :rank], scale)
         dtype = psi.dtype
         isotropic = block = None
-        if self.pushed is not None and overlap is not None:
-            isotropic = finite((self.residual_vectors(overlap[:rank]) * residual_variance**0.5).to(dtype))
-        if self.gram is not None:
+        if self.pushed is not None:
+            isotropic = finite((self.residual_vectors(rank) * residual_variance**0.5).to(dtype))
+        if self.kernel is not None:
             block = finite((self.residual_root(rank) * residual_variance**0.5).to(dtype))
         return Outputs(finite(self.f.to(dtype) * logit_scale), psi, isotropic, block)
 

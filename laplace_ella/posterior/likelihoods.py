@@ -1,81 +1,240 @@
-r"""What a likelihood has to say: its targets, loss, curvature in f, and predictive density.
+r"""What a likelihood has to say: its targets, loss, curvature in f, predictive density, links and parameters.
 
-The curvature enters as a root: :math:`\Phi^T \Lambda \Phi = W^T W` with W returned by
-``curvature_root``, so that no C x C matrix is formed and the result is positive
-semi-definite by construction.
+A likelihood is one class. :data:`LIKELIHOODS` has those that are known, by the name that users pass; an entry added
+to it is a likelihood like the others. The curvature enters as a root: :math:`\Phi^T \Lambda \Phi = W^T W` with W
+returned by ``curvature_root``, so that no C x C matrix is formed and the result is positive semi-definite by construction.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.notices import warn_user
+
 # Class probabilities (B, C); or mean (B, C) and covariance (B, C, C) or variance (B, C).
 Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
 class Likelihood:
-    r"""One observation model.
+    r"""One observation model; subclasses say what is not as it is here.
 
     Attributes
     ----------
-    targets : callable
-        (y, f) -> y in the shape the loss wants; raises ValueError on targets that
-        do not fit the outputs f (B, C).
-    loss : callable
-        (f, y) -> negative log likelihood summed over the batch, up to constants and
-        the noise: cross-entropy, or half the squared error. float64.
-    curvature_root : callable
-        (phi, f) -> W (R, K) with :math:`W^T W = \sum_b \Phi_b^T \Lambda_b \Phi_b`.
-    sampled_gradients : callable
-        (f, u) -> gradients (B, n, C) of the loss in f at n targets drawn from the likelihood
-        itself, by numbers u (B, n, C) uniform in (0, 1); the mean of their outer products is :math:`\Lambda`.
-    nll : callable
-        (prediction, y, sigma^2) -> negative log predictive density (B,), float64.
-    inverse_link : callable or None
-        f -> probabilities (B, C); None where outputs are predicted themselves.
+    name : str
+        The name that users pass.
+    host_name : str
+        The likelihood of laplace-torch's that comes closest, whose constructor knows no others.
+    has_probabilities : bool
+        Whether predictions are probabilities (B, C); else they are means and covariances of outputs.
+    has_classes : bool
+        Whether each input is of one of C classes: probabilities sum to one, and landmarks can be balanced.
+    has_logits : bool
+        Whether ``logit_scale`` applies.
+    has_noise : bool
+        Whether ``sigma_noise`` applies.
+    tuned : tuple of str
+        What is tuned beside the temperature unless the user says otherwise.
     """
 
-    targets: Callable[[Tensor, Tensor], Tensor]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    curvature_root: Callable[[Tensor, Tensor], Tensor]
-    sampled_gradients: Callable[[Tensor, Tensor], Tensor]
-    nll: Callable[[Prediction, Tensor, Tensor], Tensor]
-    inverse_link: Callable[[Tensor], Tensor] | None
+    name = ""
+    host_name = "classification"
+    has_probabilities = True
+    has_classes = False
+    has_logits = False
+    has_noise = False
+    tuned: tuple[str, ...] = ()
+
+    @property
+    def of_calls(self) -> Likelihood:
+        """The likelihood that predictions of users' calls are made with."""
+        return self
+
+    def targets(self, y: Tensor, f: Tensor) -> Tensor:
+        """Return y in the shape that the loss wants; raise ValueError on targets that do not fit the outputs f (B, C)."""
+        raise NotImplementedError
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log likelihood summed over the batch, up to constants and the noise, float64."""
+        raise NotImplementedError
+
+    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
+        r"""Return W (R, K) with :math:`W^T W = \sum_b \Phi_b^T \Lambda_b \Phi_b`."""
+        raise NotImplementedError
+
+    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
+        r"""Return gradients (B, n, C) of the loss in f at n targets drawn from the likelihood itself.
+
+        Parameters
+        ----------
+        f : Tensor (B, C)
+        u : Tensor (B, n, C)
+            Uniform in (0, 1). The mean of the outer products of the gradients is :math:`\Lambda`.
+        """
+        raise NotImplementedError
+
+    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
+        """Return the negative log predictive density (B,), float64."""
+        raise NotImplementedError
+
+    def inverse_link(self, f: Tensor) -> Tensor:
+        """Return the predictions of outputs (..., C) that are certain: probabilities, or the outputs themselves."""
+        return f
+
+    def entropy(self, p: Tensor) -> Tensor:
+        """Return the entropy (B,) of probabilities (B, C)."""
+        return -torch.special.xlogy(p, p).sum(-1)
+
+    def log_normaliser(self, sigma_noise: Tensor) -> Tensor | float:
+        """Return the log of what the density of one output is divided by, beside what depends on the loss."""
+        return 0.0
 
     def certain(self, f: Tensor) -> Prediction:
         """Return the prediction of outputs (B, C) without variance."""
-        return (f, torch.zeros_like(f)) if self.inverse_link is None else self.inverse_link(f)
+        return self.inverse_link(f) if self.has_probabilities else (f, torch.zeros_like(f))
 
 
-# ---------------------------------------------------------------------- categorical
+class Classification(Likelihood):
+    """Classes: softmax of C logits."""
+
+    name = "classification"
+    has_classes = has_logits = True
+    tuned: tuple[str, ...] = ("logit_scale",)
+
+    def targets(self, y: Tensor, f: Tensor) -> Tensor:
+        """Return class indices (B,) or probabilities (B, C)."""
+        return _softmax_targets(y, f)
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the cross-entropy."""
+        return F.cross_entropy(f.double(), y, reduction="sum")
+
+    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
+        """Return the root of p_c-weighted, centred features."""
+        # Lambda = diag(p) - p p^T, so the sum is over sqrt(p_c) (phi_c - mean_p phi).
+        p = f.softmax(-1)
+        centred = phi - torch.einsum("bc,bck->bk", p, phi)[:, None]
+        return (p.sqrt()[..., None] * centred).flatten(0, 1)
+
+    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
+        """Return p minus the one-hot vectors of sampled labels."""
+        p = f.softmax(-1)
+        # The last entry of the sum may be rounded below a draw.
+        labels = torch.searchsorted(p.cumsum(-1), u[..., 0].contiguous()).clamp(max=f.shape[-1] - 1)
+        return p[:, None] - F.one_hot(labels, f.shape[-1])
+
+    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
+        """Return the negative log probability of classes, or the cross-entropy with probabilities."""
+        assert isinstance(prediction, Tensor)
+        log_p = _log(prediction)
+        return -(log_p.gather(1, y[:, None])[:, 0] if y.ndim == 1 else (log_p * y).sum(-1))
+
+    def inverse_link(self, f: Tensor) -> Tensor:
+        """Return class probabilities (..., C)."""
+        return f.softmax(-1)
 
 
-def softmax(f: Tensor) -> Tensor:
-    """Return class probabilities (..., C)."""
-    return f.softmax(-1)
+class RewardModeling(Classification):
+    """Reward models, which laplace-torch fits as classifiers of pairs, and calls as regressions."""
+
+    name = "reward_modeling"
+    has_logits = False
+    tuned: tuple[str, ...] = ()
+
+    @property
+    def of_calls(self) -> Likelihood:
+        """The regression."""
+        return LIKELIHOODS["regression"]
 
 
-def _softmax_root(phi: Tensor, f: Tensor) -> Tensor:
-    # Lambda = diag(p) - p p^T, so the sum is over sqrt(p_c) (phi_c - mean_p phi).
-    p = f.softmax(-1)
-    centred = phi - torch.einsum("bc,bck->bk", p, phi)[:, None]
-    return (p.sqrt()[..., None] * centred).flatten(0, 1)
+class Bernoulli(Likelihood):
+    """C binary targets for each input, independent given the logits."""
+
+    name = "bernoulli"
+    has_logits = True
+    tuned = ("logit_scale",)
+
+    def targets(self, y: Tensor, f: Tensor) -> Tensor:
+        """Return targets (B, C) in [0, 1]."""
+        return _binary_targets(y, f)
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the binary cross-entropy."""
+        return F.binary_cross_entropy_with_logits(f.double(), y, reduction="sum")
+
+    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
+        """Return features times the standard deviations of the targets."""
+        p = f.sigmoid()
+        return ((p * (1 - p)).sqrt()[..., None] * phi).flatten(0, 1)
+
+    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
+        """Return p minus sampled targets."""
+        p = f.sigmoid()[:, None]
+        return p - (u < p).to(f)
+
+    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
+        """Return the negative log probability of all C targets together."""
+        assert isinstance(prediction, Tensor)
+        return -(y * _log(prediction) + (1 - y) * _log(1 - prediction.double())).sum(-1)
+
+    def inverse_link(self, f: Tensor) -> Tensor:
+        """Return the probability of each target to be 1."""
+        return f.sigmoid()
+
+    def entropy(self, p: Tensor) -> Tensor:
+        """Return the sum of the entropies of the C targets."""
+        return super().entropy(p) + super().entropy(1 - p)
 
 
-def _softmax_gradients(f: Tensor, u: Tensor) -> Tensor:
-    p = f.softmax(-1)
-    # The last entry of the sum may be rounded below a draw.
-    labels = torch.searchsorted(p.cumsum(-1), u[..., 0].contiguous()).clamp(max=f.shape[-1] - 1)
-    return p[:, None] - F.one_hot(labels, f.shape[-1])
+class Regression(Likelihood):
+    """Outputs with Gaussian noise of standard deviation sigma."""
+
+    name = host_name = "regression"
+    has_probabilities = False
+    has_noise = True
+    tuned = ("sigma_noise",)
+
+    def targets(self, y: Tensor, f: Tensor) -> Tensor:
+        """Return targets (B, C) in the dtype of the outputs."""
+        return _gaussian_targets(y, f)
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return half the sum of squared errors."""
+        return 0.5 * (f.double() - y.double()).square().sum()
+
+    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
+        """Return the features: the curvature of the loss is the identity."""
+        return phi.flatten(0, 1)
+
+    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
+        """Return standard normal numbers: gradients are in units of the noise, as the loss is."""
+        return torch.special.ndtri(u)
+
+    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
+        r"""Score the marginals of the outputs, with :math:`\sigma^2` added to their variances."""
+        mean, spread = prediction
+        var = spread if spread.ndim == mean.ndim else spread.diagonal(dim1=-2, dim2=-1)
+        var = var.double() + noise_variance
+        squared = (y.double() - mean.double()).square()
+        return 0.5 * (squared / var + (2 * math.pi * var).log()).sum(-1)
+
+    def log_normaliser(self, sigma_noise: Tensor) -> Tensor:
+        r"""Return :math:`\log \sigma \sqrt{2 \pi}`."""
+        return torch.log(sigma_noise * math.sqrt(2 * math.pi))
+
+
+LIKELIHOODS: dict[str, Likelihood] = {
+    kind.name: kind() for kind in (Classification, Regression, RewardModeling, Bernoulli)
+}
+
+
+def name_of(likelihood: Any) -> str:
+    """Return the name of a likelihood, which may be one of laplace-torch's enumeration."""
+    return str(getattr(likelihood, "value", likelihood))
 
 
 def _softmax_targets(y: Tensor, f: Tensor) -> Tensor:
@@ -119,29 +278,6 @@ def _class_probabilities(y: Tensor, f: Tensor) -> Tensor:
     return y
 
 
-def _log(p: Tensor) -> Tensor:
-    return p.double().clamp_min(torch.finfo(torch.float64).tiny).log()
-
-
-def _categorical_nll(prediction: Prediction, y: Tensor, noise_variance: Tensor) -> Tensor:
-    assert isinstance(prediction, Tensor)
-    log_p = _log(prediction)
-    return -(log_p.gather(1, y[:, None])[:, 0] if y.ndim == 1 else (log_p * y).sum(-1))
-
-
-# ---------------------------------------------------------------------- Bernoulli
-
-
-def _sigmoid_root(phi: Tensor, f: Tensor) -> Tensor:
-    p = f.sigmoid()
-    return ((p * (1 - p)).sqrt()[..., None] * phi).flatten(0, 1)
-
-
-def _sigmoid_gradients(f: Tensor, u: Tensor) -> Tensor:
-    p = f.sigmoid()[:, None]
-    return p - (u < p).to(f)
-
-
 def _binary_targets(y: Tensor, f: Tensor) -> Tensor:
     if y.ndim == 1 and f.shape[-1] == 1:
         y = y[:, None]
@@ -160,18 +296,6 @@ def _binary_targets(y: Tensor, f: Tensor) -> Tensor:
     return y
 
 
-def _bernoulli_nll(prediction: Prediction, y: Tensor, noise_variance: Tensor) -> Tensor:
-    assert isinstance(prediction, Tensor)
-    return -(y * _log(prediction) + (1 - y) * _log(1 - prediction.double())).sum(-1)
-
-
-# ---------------------------------------------------------------------- Gaussian
-
-
-def _gaussian_gradients(f: Tensor, u: Tensor) -> Tensor:
-    return torch.special.ndtri(u)  # in units of the noise, as the loss
-
-
 def _gaussian_targets(y: Tensor, f: Tensor) -> Tensor:
     if y.shape != f.shape:
         hint = " Add the output axis with y.unsqueeze(-1)." if y.ndim == 1 else ""
@@ -184,46 +308,8 @@ def _gaussian_targets(y: Tensor, f: Tensor) -> Tensor:
     return y.to(f.dtype)
 
 
-def _gaussian_nll(prediction: Prediction, y: Tensor, noise_variance: Tensor) -> Tensor:
-    r"""Score the marginals of the outputs, with :math:`\sigma^2` added to their variances."""
-    mean, spread = prediction
-    var = spread if spread.ndim == mean.ndim else spread.diagonal(dim1=-2, dim2=-1)
-    var = var.double() + noise_variance
-    squared = (y.double() - mean.double()).square()
-    return 0.5 * (squared / var + (2 * math.pi * var).log()).sum(-1)
-
-
-CATEGORICAL = Likelihood(
-    targets=_softmax_targets,
-    loss=lambda f, y: F.cross_entropy(f.double(), y, reduction="sum"),
-    curvature_root=_softmax_root,
-    sampled_gradients=_softmax_gradients,
-    nll=_categorical_nll,
-    inverse_link=softmax,
-)
-BERNOULLI = Likelihood(
-    targets=_binary_targets,
-    loss=lambda f, y: F.binary_cross_entropy_with_logits(f.double(), y, reduction="sum"),
-    curvature_root=_sigmoid_root,
-    sampled_gradients=_sigmoid_gradients,
-    nll=_bernoulli_nll,
-    inverse_link=torch.sigmoid,
-)
-GAUSSIAN = Likelihood(
-    targets=_gaussian_targets,
-    loss=lambda f, y: 0.5 * (f.double() - y.double()).square().sum(),
-    curvature_root=lambda phi, f: phi.flatten(0, 1),
-    sampled_gradients=_gaussian_gradients,
-    nll=_gaussian_nll,
-    inverse_link=None,
-)
-# As laplace-torch does, reward models are fitted as classifiers of pairs.
-LIKELIHOODS = {
-    "classification": CATEGORICAL,
-    "regression": GAUSSIAN,
-    "reward_modeling": CATEGORICAL,
-    "bernoulli": BERNOULLI,
-}
+def _log(p: Tensor) -> Tensor:
+    return p.double().clamp_min(torch.finfo(torch.float64).tiny).log()
 
 
 def warn_of_two_readings(y: Tensor, shape: torch.Size, name: str) -> None:
@@ -233,16 +319,15 @@ def warn_of_two_readings(y: Tensor, shape: torch.Size, name: str) -> None:
     ----------
     y : Tensor (B, ...)
     shape : torch.Size
-        Of the outputs.
+        The shape of the outputs.
     name : str
-        Of the batch, for messages.
+        The name of the batch, for messages.
     """
     if len(shape) > 2 and y.shape == shape[:-1] and y.shape[1:] == shape[2:]:
-        warnings.warn(
+        warn_user(
             f"In {name}: targets of shape {tuple(y.shape)} fit two readings of outputs of shape {tuple(shape)}. Their last axis "
             "is taken for the classes, and those between for positions. If the classes come second, as nn.CrossEntropyLoss has "
-            "them, let the model return outputs.movedim(1, -1).",
-            stacklevel=2,
+            "them, let the model return outputs.movedim(1, -1)."
         )
 
 
@@ -258,7 +343,7 @@ def checked_targets(
     positions : tuple of int
         The axes between batch and C that the outputs had.
     name : str
-        Of the batch, for messages.
+        The name of the batch, for messages.
 
     Raises
     ------

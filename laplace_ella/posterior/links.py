@@ -2,19 +2,23 @@ r"""From a Gaussian over logits to class probabilities.
 
 Every link takes a Gaussian over the outputs; none forms a C x C matrix of the span of
 the basis, and all work with K < C.
+
+A link is one function of (outputs, likelihood, :class:`Noise`); :data:`LINKS` has those that are known, by the name
+that users pass, and an entry added to it is a link like the others.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .gaussian import Outputs
+from .likelihoods import Likelihood
 
 _SAMPLES_PER_BLOCK = 16
 # From where on, and from where on fully, the Laplace bridge applies: the least variance relative to the largest, ...
@@ -93,7 +97,7 @@ def _applicability(var: Tensor, corrected: Tensor, shares: Tensor, unit: Tensor)
     var, corrected : Tensor (B, C)
         Variances of the logits, and of logits of zero sum, in squares of the unit.
     shares : Tensor (B, C)
-        Of the sum of the logits, by which each is corrected.
+        The shares of the sum of the logits by which each of them is corrected.
     unit : Tensor (B, 1)
     """
     rounding = 64 * torch.finfo(var.dtype).eps * var.amax(-1, keepdim=True)
@@ -205,3 +209,58 @@ def quasi_normal(n_samples: int, dimension: int, seed: int) -> Tensor:
         points[0] = first
         # Scrambled points lie on a grid of 2^-30 and may be 0, whose quantile is infinite.
         return torch.special.ndtri(points * (1 - 2**-30) + 2**-31)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How a link draws, if it does.
+
+    Attributes
+    ----------
+    n_samples : int
+    seed : int
+    diagonal_output : bool
+        Whether correlations between outputs are ignored.
+    """
+
+    n_samples: int = 100
+    seed: int = 0
+    diagonal_output: bool = False
+
+    @classmethod
+    def seeded(cls, n: int, generator: torch.Generator | None, seed: int, diagonal_output: bool) -> Noise:
+        """Return noise with a seed that a generator gives, if there is one."""
+        if generator is not None:
+            device = generator.device
+            seed = int(torch.randint(2**31, (), generator=generator, dtype=torch.int64, device=device))
+        return cls(n, seed, diagonal_output)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A way from a Gaussian over outputs to probabilities.
+
+    Attributes
+    ----------
+    predict : callable
+        (outputs, likelihood, noise) -> probabilities (B, C).
+    of_classes : bool
+        Whether it makes probabilities that sum to one over the outputs.
+    """
+
+    predict: Callable[[Outputs, Likelihood, Noise], Tensor]
+    of_classes: bool = False
+
+
+def _monte_carlo(outputs: Outputs, likelihood: Likelihood, noise: Noise) -> Tensor:
+    dimension = outputs.mean.shape[-1] if noise.diagonal_output else outputs.noise_dimension
+    points = quasi_normal(noise.n_samples, dimension, noise.seed)
+    return monte_carlo(outputs, likelihood.inverse_link, points, noise.diagonal_output)
+
+
+LINKS = {
+    "probit": Link(lambda outputs, likelihood, _: probit(outputs, likelihood.inverse_link)),
+    "mc": Link(_monte_carlo),
+    "bridge": Link(lambda outputs, *_: laplace_bridge(outputs, normalize=False), of_classes=True),
+    "bridge_norm": Link(lambda outputs, *_: laplace_bridge(outputs, normalize=True), of_classes=True),
+}

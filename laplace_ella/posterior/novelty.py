@@ -2,31 +2,35 @@ r"""How far inputs lie outside what the basis knows, and how far the basis is fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import validation
-from ..data.batches import Input
+from ..data.batches import Input, Raw
 from ..data.hashing import digest
+from ..data.loading import check_some
 from ..data.stream import Stream
+from ..network.engine import Engine
 from ..nystrom.basis import identity_basis
+from ..nystrom.jacobian import features
+from ..parallel.ranks import Ranks
 from ..parallel.sharding import work_through
-from . import gaussian as posterior
-from .consistency import of_one_moment
-from .gaussian import Linearised, Outputs
-from .likelihoods import LIKELIHOODS
-from .linearisation import Linearisation
-from .residual import residual_share, traces
+from .fit import Fit
+from .gaussian import Linearised, posterior_scale
+from .likelihoods import Likelihood
+from .links import Noise
+from .posterior import Posterior
+from .prediction import attend, linearise, numbers_per_output, predict
 
 # Exact linearised Laplace is made of P x P matrices.
 LARGEST_EXACT = 5000
 # Of more calibration inputs, so many quantiles are kept.
 LARGEST_REFERENCE = 10_000
+# Samples of the Monte-Carlo link from which the entropy is computed.
+ENTROPY_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -46,210 +50,78 @@ class ApproximationError:
     covariance_error: float | None
 
 
-class Novelty(Linearisation):
-    """Scores of inputs apart from the predictive.
+def seen_with_shares(posterior: Posterior, engine: Engine, x: Raw | Input, backprop: bool) -> Linearised:
+    """Compute features, and what the share of gradients outside the span is made of."""
+    return linearise(posterior, engine, x, backprop, posterior.residual.of_shares)
 
-    A mixin: :class:`laplace_ella.ELLALaplace` supplies what is declared here.
+
+def novelty(posterior: Posterior, engine: Engine, x: Raw | Input, backprop: bool) -> Tensor:
+    """Return how novel inputs are (B,): the residual share, or once calibrated the sum of normal scores.
+
+    Raises
+    ------
+    ValueError
+        If the setting has changed since the calibration.
     """
+    usual = posterior.fit.novelty
+    seen = seen_with_shares(posterior, engine, x, backprop)
+    if usual is None:
+        return seen.residual_share.to(seen.f.dtype)
+    if usual[1] != _setting(posterior):
+        raise ValueError(
+            "The setting has changed since calibrate_novelty() (prior, temperature, scales, rank, residual or "
+            "seed), and with it what is usual. Call it again."
+        )
+    found = _entropy_and_share(posterior, seen)
+    scores = normal_scores(found, usual[0].to(found))
+    return (scores[:, 0] + scores[:, 1] / 2).to(posterior.setting.prior_precision.dtype)
 
-    prior_precision: Any
-    dict_key_x: str
-    dict_key_y: str
-    _H_factor: Any
-    _novelty_reference: Tensor | None
-    _novelty_setting: list[Any]
-    n_outputs: int
-    _ranks: Any  # Ranks
-    _setting: Callable[[], Any]
-    _width: Callable[[], int]
-    _link: Callable[..., Callable[[Outputs], Any]]
 
-    @torch.no_grad()
-    @of_one_moment
-    def residual_share(self, x: Input) -> Tensor:
-        r"""Return the share of an input's gradient outside the span, :math:`1 - |\phi|^2 / \operatorname{tr} J J^T`.
+def calibrated(posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks, backprop: bool) -> Fit:
+    """Return the fit with the entropies and shares that are usual among inputs of a stream.
 
-        Exact with ``residual="exact"``; else estimated from ``residual_samples`` random
-        tangents, the same for all inputs.
+    Raises
+    ------
+    ValueError
+        If there are fewer than two inputs.
+    """
+    found = [torch.zeros(0, 2, dtype=torch.float64, device="cpu")]
 
-        Returns
-        -------
-        Tensor (B,)
-            In [0, 1]: 0 where the landmarks explain an input's gradients, 1 where they say nothing about it.
+    def look_at(x: Input | None) -> None:
+        if x is None:
+            attend(posterior, engine, posterior.residual.of_shares)
+        else:
+            seen = seen_with_shares(posterior, engine, x, backprop)
+            found.append(_entropy_and_share(posterior, seen).cpu())
 
-        Raises
-        ------
-        AttributeError, ValueError
-            As for a call.
+    width = numbers_per_output(posterior)
+    inputs = (part for x in stream.inputs("Novelty") for part in engine.bounded(x, width))
+    work_through(inputs, look_at, ranks, posterior.fit.basis.ranks, "the data to calibrate novelty on")
+    values = ranks.joined(torch.cat(found))
+    if len(values) < 2:
+        raise ValueError(f"calibrate_novelty() needs at least two inputs; got {len(values)}.")
+    ascending = values.sort(0).values
+    last, kept = len(ascending) - 1, min(len(ascending), LARGEST_REFERENCE)
+    steps = torch.linspace(0, last, kept, dtype=torch.float32, device="cpu").round().long()
+    return replace(posterior.fit, novelty=(ascending[steps.to(ascending.device)], _setting(posterior)))
 
-        Notes
-        -----
-        Cost: features, plus 1 + 2S forward passes an input (exact: about 5C).
-        """
-        seen = self._seen(x)
-        return residual_share(seen, self._overlap(seen)).to(seen.f.dtype)
 
-    @torch.no_grad()
-    @of_one_moment
-    def novelty(self, x: Input) -> Tensor:
-        """Return how novel inputs are (B,): larger is further from the training data.
+def _setting(posterior: Posterior) -> list[Any]:
+    """Return all that the score depends on, apart from the fit, in plain types."""
+    prior = posterior.setting.prior_precision
+    # The plain setting says nothing about priors of several values.
+    more = [digest(prior)] if prior.numel() > 1 else []
+    of_residual = posterior.residual.name, posterior.residual_samples, posterior.seed
+    return [*astuple(posterior.plain), *of_residual, *more]
 
-        The :meth:`residual_share`; once :meth:`calibrate_novelty` was called, the normal score of the
-        predictive entropy plus half that of the share. It is a score of its own, not part of the
-        predictive, and finds inputs from elsewhere, not errors: docs/tuning.md shows where it fails.
 
-        Raises
-        ------
-        AttributeError, ValueError
-            As for a call; and if the setting has changed since the calibration.
-        """
-        if self._novelty_reference is None:
-            return self.residual_share(x)
-        return self._novelty_of(self._seen(x))
-
-    def _novelty_of(self, seen: Linearised) -> Tensor:
-        assert self._novelty_reference is not None
-        if self._novelty_setting != self._setting_of_novelty():
-            raise ValueError(
-                "The setting has changed since calibrate_novelty() (prior, temperature, scales, rank, residual or "
-                "seed), and with it what is usual. Call it again."
-            )
-        features = self._novelty_features(seen)
-        scores = normal_scores(features, self._novelty_reference.to(features))
-        return (scores[:, 0] + scores[:, 1] / 2).to(self._dtype)
-
-    @torch.no_grad()
-    def calibrate_novelty(self, in_distribution_loader: Iterable[Any]) -> None:
-        """Learn what entropy and residual share are usual, for :meth:`novelty`.
-
-        Parameters
-        ----------
-        in_distribution_loader : iterable
-            Batches of inputs the model is meant for, which it was not fitted to: (x, y), mappings, or
-            x alone; hundreds at least, since scores end where theirs do. No labels are used, and
-            no other data.
-
-        Raises
-        ------
-        AttributeError
-            Before a fit.
-        ValueError
-            For regression, which has no entropy, or with fewer than two inputs.
-        """
-        with self._changes() as view:
-            view._calibrate(in_distribution_loader)
-
-    def _calibrate(self, in_distribution_loader: Iterable[Any]) -> None:
-        ranks, what = self._ranks, "the data to calibrate novelty on"
-        with ranks.together(what):
-            self._check_H_init()
-            if LIKELIHOODS[self.likelihood].inverse_link is None or self.likelihood == "reward_modeling":
-                raise ValueError(
-                    f"calibrate_novelty() needs probabilities, which likelihood={self.likelihood!r} has not. "
-                    "Use residual_share(), or novelty() as it is."
-                )
-            validation.check_loader("in_distribution_loader", in_distribution_loader)
-            stream = Stream(in_distribution_loader, self.dict_key_x, "", self.backend.inputs, ranks)
-        found = [torch.zeros(0, 2, dtype=torch.float64, device="cpu")]
-
-        def look_at(x: Input | None) -> None:
-            if x is None:
-                self._attend(self._residual_seen)
-            else:
-                found.append(self._novelty_features(self._seen(x)).cpu())
-
-        inputs = (part for x in stream.inputs("Novelty") for part in self.backend.bounded(x, self._width()))
-        work_through(inputs, look_at, ranks, self.basis.ranks, what)
-        features = ranks.joined(torch.cat(found))
-        if len(features) < 2:
-            raise ValueError(f"calibrate_novelty() needs at least two inputs; got {len(features)}.")
-        ascending = features.sort(0).values
-        last, kept = len(ascending) - 1, min(len(ascending), LARGEST_REFERENCE)
-        steps = torch.linspace(0, last, kept, dtype=torch.float32, device="cpu")
-        self._novelty_reference = ascending[steps.round().long().to(ascending.device)]
-        self._novelty_setting = self._setting_of_novelty()
-
-    def _setting_of_novelty(self) -> list[Any]:
-        """Return all that the score depends on, apart from the fit, in plain types."""
-        # A setting says nothing about priors of several values.
-        prior = [digest(self.prior_precision)] if self.prior_precision.numel() > 1 else []
-        return [*astuple(self._setting()), self.residual, self.residual_samples, self.seed, *prior]
-
-    def _seen(self, x: Input) -> Linearised:
-        return self._linearised(x, self._residual_seen)
-
-    @property
-    def _residual_seen(self) -> str:
-        return "exact" if self.residual == "exact" else "isotropic"
-
-    def _overlap(self, seen: Linearised) -> Tensor | None:
-        return None if seen.pushed is None else self._residual_tangents()[1]
-
-    def _novelty_features(self, seen: Linearised) -> Tensor:
-        """Return predictive entropy and residual share (B, 2), float64."""
-        share = residual_share(seen, self._overlap(seen))
-        parts = Linearised(seen.f, seen.phi) if self.residual == "none" else seen
-        p = self._link("mc", 128)(self._outputs(parts)).double()
-        return torch.stack([entropy(p, self.likelihood), share], 1)
-
-    @of_one_moment
-    def approximation_error(self, x: Input, train_loader: Iterable[Any] | None = None) -> ApproximationError:
-        r"""Say how much of the model's derivatives at given inputs the basis captures.
-
-        Parameters
-        ----------
-        x : Tensor or mapping
-            B inputs.
-        train_loader : iterable, optional
-            The training data: compares with exact linearised Laplace too, for networks of up to 5 000 weights.
-            In a process group all ranks have to pass it, each with its part of the data.
-
-        Raises
-        ------
-        AttributeError
-            Before a fit.
-        ValueError
-            If the network is too large for the exact comparison, or there are no inputs, or no training data.
-
-        Notes
-        -----
-        Cost: as :meth:`residual_share`; with training data, C backward passes for each of
-        them and P x P matrices.
-        """
-        self._check_H_init()
-        if train_loader is not None:
-            validation.check_loader("train_loader", train_loader)
-        weights = self.backend.engine.function.weights()
-        n_params = sum(w.numel() for w in weights.values())
-        if train_loader is not None and n_params > LARGEST_EXACT:
-            raise ValueError(
-                f"The comparison with exact linearised Laplace forms P x P matrices, for P up to {LARGEST_EXACT}; "
-                f"this model has {n_params} trainable weights. Leave train_loader out."
-            )
-        with torch.no_grad():
-            seen = self._seen(x)
-            inside, outside = (t.sum() for t in traces(seen, self._overlap(seen)))
-            if not len(seen.f):
-                raise ValueError("x must hold at least one input; got none.")
-            captured = float(inside / (inside + outside))
-            error = None if train_loader is None else self._covariance_error(x, train_loader, weights)
-        return ApproximationError(captured, error)
-
-    def _covariance_error(self, x: Input, loader: Iterable[Any], weights: Mapping[str, Tensor]) -> float:
-        exact = identity_basis(dict(weights))
-        G, n = torch.zeros(exact.rank, exact.rank, dtype=torch.float64, device=self._device), 0
-        with self._ranks.together("the training data"):
-            stream = Stream(loader, self.dict_key_x, self.dict_key_y, self.backend.inputs, self._ranks)
-            for part in stream.parts("Training data", partial(self.backend.bounded, width=exact.rank)):
-                n += len(part.y)
-                G += self.backend.curvature(*self.backend.features(part.x, exact))
-        validation.check_some(self._ranks.greatest(n, "the training data"), "train_loader")
-        G = self._ranks.total(G)
-        precision = self._H_factor * G + exact.project_precision(self.prior_precision)
-        phi, f = self.backend.features(x, exact)
-        theirs = Linearised(f, phi).outputs(posterior.posterior_scale(precision)).covariance().double()
-        ours = self._outputs(self._linearised(x)).covariance().double()
-        return float((ours - theirs).norm() / theirs.norm())
+def _entropy_and_share(posterior: Posterior, seen: Linearised) -> Tensor:
+    """Return predictive entropy and residual share (B, 2), float64."""
+    likelihood = posterior.likelihood
+    parts = seen if posterior.residual.adds else Linearised(seen.f, seen.phi)
+    p = predict(posterior.outputs(parts), likelihood, "mc", Noise(ENTROPY_SAMPLES, posterior.seed))
+    assert isinstance(p, Tensor)
+    return torch.stack([likelihood.entropy(p.double()), seen.residual_share], 1)
 
 
 def normal_scores(values: Tensor, reference: Tensor) -> Tensor:
@@ -265,10 +137,52 @@ def normal_scores(values: Tensor, reference: Tensor) -> Tensor:
     return torch.special.ndtri((ranks.to(values.dtype) + 0.5) / (len(reference) + 1))
 
 
-def entropy(p: Tensor, likelihood: str) -> Tensor:
-    """Return the entropy (B,) of class probabilities, or of C independent binary ones."""
+@torch.no_grad()
+def approximation_error(
+    posterior: Posterior, engine: Engine, x: Raw | Input, stream: Stream | None, ranks: Ranks, backprop: bool
+) -> ApproximationError:
+    """Compare the basis at inputs with all directions, and with training data the covariances too."""
+    seen = seen_with_shares(posterior, engine, x, backprop)
+    inside, outside = (t.sum() for t in seen.traces())
+    if not len(seen.f):
+        raise ValueError("x must hold at least one input; got none.")
+    error = None if stream is None else _covariance_error(posterior, engine, x, stream, ranks, backprop)
+    return ApproximationError(float(inside / (inside + outside)), error)
 
-    def part(q: Tensor) -> Tensor:
-        return -torch.special.xlogy(q, q).sum(-1)
 
-    return part(p) + part(1 - p) if likelihood == "bernoulli" else part(p)
+def _covariance_error(
+    posterior: Posterior, engine: Engine, x: Raw | Input, stream: Stream, ranks: Ranks, backprop: bool
+) -> float:
+    exact = identity_basis(engine.function.weights())
+    G, n = torch.zeros(exact.rank, exact.rank, dtype=torch.float64, device=engine.device), 0
+    with ranks.together("the training data"):
+        for part in stream.parts("Training data", partial(engine.bounded, width=exact.rank)):
+            n += len(part.y)
+            phi, f = features(engine, exact, part.x)
+            root = posterior.likelihood.curvature_root(phi.double(), f.double())
+            G += root.T @ root
+    check_some(ranks.greatest(n, "the training data"), "train_loader")
+    setting = posterior.setting
+    precision = setting.curvature_factor * ranks.total(G) + exact.project_precision(setting.prior_precision)
+    phi, f = features(engine, exact, x)
+    theirs = Linearised(f, phi).outputs(posterior_scale(precision)).covariance().double()
+    ours = posterior.outputs(linearise(posterior, engine, x, backprop)).covariance().double()
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def check_probabilities(likelihood: Likelihood) -> None:
+    """Require a likelihood whose predictions have an entropy."""
+    if not likelihood.of_calls.has_probabilities:
+        raise ValueError(
+            f"calibrate_novelty() needs probabilities, which likelihood={likelihood.name!r} has not. "
+            "Use residual_share(), or novelty() as it is."
+        )
+
+
+def check_exact_size(n_params: int) -> None:
+    """Require a network that is small enough for P x P matrices."""
+    if n_params > LARGEST_EXACT:
+        raise ValueError(
+            f"The comparison with exact linearised Laplace forms P x P matrices, for P up to {LARGEST_EXACT}; "
+            f"this model has {n_params} trainable weights. Leave train_loader out."
+        )

@@ -2,74 +2,191 @@ r"""What the basis leaves out: the prior variance :math:`\delta^{-1} J (I - V V^
 
 Far from the landmarks the features vanish, and with them the variance, where exact
 linearised Laplace returns to the prior. Two ways to put that back, for a scalar prior:
-exactly, from all C rows of an input's Jacobian, or isotropically, from a few random
+exactly, from all C rows of the Jacobian of each input, or isotropically, from a few random
 tangents. Source: docs/math.md, section "Residual".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.batches import Input, batch_size, single_row
+from ..data.batches import Input, Raw, batch_size, single_row
+from ..data.hashing import TANGENT, derived_seed, normal_like
 from ..data.landmarks import Landmarks
 from ..data.progress import no_progress
+from ..network.checks import check_finite_features
+from ..network.engine import Engine
+from ..network.functional import Weights
+from ..network.safety import exclusively, safely
+from ..nystrom.basis import NystromBasis
 from ..nystrom.gram import choose_rows
-from ..nystrom.rows import RowSource, block_grams
-from .gaussian import Linearised, without_autocast
+from ..nystrom.jacobian import row_source
+from ..nystrom.rows import kernels as kernels_of_rows
+from .gaussian import Linearised
+from .kept import Memory
 
-RESIDUALS = ("none", "isotropic", "exact")
+Offsets = Callable[[Weights], Weights]
 
 
-def output_grams(
-    x: Input,
-    n_outputs: int,
-    n_coordinates: int,
-    row_source: Callable[[Landmarks], RowSource],
-    budget: int,
-) -> Tensor:
-    """Compute :math:`J J^T` (B L, C, C) of each input and position, float64.
+class Residual:
+    """What outputs get for the directions outside the span: here, nothing.
 
-    Parameters
+    Attributes
     ----------
-    x : input of B rows
-    n_outputs, n_coordinates : int
-        C, and L C.
-    row_source : callable
-        Landmarks -> their gradient rows.
-    budget : int
-        Bytes that rows may take; more are computed again, see :func:`laplace_ella.nystrom.gram.choose_rows`.
+    name : str
+        The name that users pass.
+    adds : bool
+        Whether there is a residual variance.
+    in_weights : bool
+        Whether weights and functions are drawn outside the span too.
+    """
+
+    name = "none"
+    adds = False
+    in_weights = False
+
+    @property
+    def of_shares(self) -> Residual:
+        """The residual by which shares of gradients outside the span are estimated."""
+        return RESIDUALS["isotropic"]
+
+    def check(self, prior_precision: Any, enable_backprop: bool) -> None:
+        """Require a prior, and a kind of prediction, that this residual works with.
+
+        Raises
+        ------
+        ValueError
+        """
+        if self.adds and isinstance(prior_precision, Tensor) and prior_precision.numel() != 1:
+            raise ValueError(
+                f"residual={self.name!r} needs a scalar prior_precision, as the part of J J^T outside the span is known "
+                f"without its weights; got {prior_precision.numel()} values. Use residual='none', or one value."
+            )
+
+    def numbers_per_output(self, n_outputs: int) -> int:
+        """Return how many numbers of each output :meth:`look` keeps beside the features."""
+        return 0
+
+    def variance(self, residual_scale: Any, prior_precision: Tensor) -> Any:
+        r"""Return :math:`\rho / \delta`, the variance of each weight outside the span."""
+        return residual_scale / prior_precision.double().reshape(()) if self.adds else 0.0
+
+    def prepare(self, engine: Engine, basis: NystromBasis, memory: Memory, n: int, seed: int) -> Any:
+        """Return what all inputs need, before the features: ranks that share the directions work it out first."""
+
+    def look(
+        self, engine: Engine, x: Raw | Input, phi: Tensor, f: Tensor, prepared: Any, enable_backprop: bool
+    ) -> Linearised:
+        """Return what is known of the model at inputs, whose features (B, C, K) and outputs (B, C) are given."""
+        return Linearised(f, phi)
+
+
+class Isotropic(Residual):
+    """The same variance for all outputs of an input, from n random tangents."""
+
+    name = "isotropic"
+    adds = True
+
+    def prepare(self, engine: Engine, basis: NystromBasis, memory: Memory, n: int, seed: int) -> Any:
+        """Return n tangents (n, *shape), and their overlap (K, n) with the directions; the same at every call."""
+        return tangents(engine, basis, memory, n, seed)
+
+    def look(
+        self, engine: Engine, x: Raw | Input, phi: Tensor, f: Tensor, prepared: Any, enable_backprop: bool
+    ) -> Linearised:
+        """Push the tangents too."""
+        pushed, _ = engine.push(x, prepared[0], enable_backprop)
+        check_finite_features(pushed, f, "the inputs given")
+        return Linearised(f, phi, pushed=pushed, overlap=prepared[1])
+
+
+class Exact(Residual):
+    """What exact linearised Laplace gives outputs, from C gradients of each input."""
+
+    name = "exact"
+    adds = True
+    in_weights = True
+
+    @property
+    def of_shares(self) -> Residual:
+        """Itself: the shares are exact."""
+        return self
+
+    def check(self, prior_precision: Any, enable_backprop: bool) -> None:
+        """Require a scalar prior, and no graph."""
+        super().check(prior_precision, enable_backprop)
+        if enable_backprop:
+            raise ValueError(
+                "residual='exact' computes rows of the Jacobian without a graph and does not work with "
+                "enable_backprop=True. Use residual='isotropic'."
+            )
+
+    def numbers_per_output(self, n_outputs: int) -> int:
+        """Return C: a row of the kernel."""
+        return n_outputs
+
+    def look(
+        self, engine: Engine, x: Raw | Input, phi: Tensor, f: Tensor, prepared: Any, enable_backprop: bool
+    ) -> Linearised:
+        """Compute the kernel of each input too."""
+        empty = f.new_zeros(0, f.shape[-1], f.shape[-1], dtype=torch.float64)
+        return Linearised(f, phi, kernel=kernels(engine, x) if len(f) else empty)
+
+
+RESIDUALS: dict[str, Residual] = {kind.name: kind() for kind in (Residual, Isotropic, Exact)}
+
+
+@exclusively
+@torch.inference_mode(False)  # they are kept, and may meet a graph later
+def tangents(
+    engine: Engine, basis: NystromBasis, memory: Memory, n: int, seed: int
+) -> tuple[Weights, Tensor]:
+    """Return n random tangents (n, *shape), and their overlap (K, n) with the directions; drawn once."""
+
+    def draw() -> tuple[Weights, Tensor]:
+        drawn = normal_like(engine.function.weights(), n, derived_seed(seed, TANGENT))
+        return drawn, basis.overlap(drawn)
+
+    return memory("tangents", draw, (seed, n), basis.directions.values())
+
+
+def kernels(engine: Engine, x: Raw | Input) -> Tensor:
+    """Compute :math:`J J^T` (B L, C, C) of each input and position, float64.
 
     Notes
     -----
-    Cost: about 5C forward passes an input. Inside ``safely``.
+    Cost: about 5C forward passes for each input. Rows that do not fit the memory budget are computed again.
     """
-    size = batch_size(x)
-    source = row_source(_all_pairs(x, n_coordinates))
-    row_bytes = sum(source.sizes.values()) * source.dtype.itemsize
-    at_once = budget // 4 // (row_bytes * n_coordinates)
-    if not at_once:  # not even the rows of one input fit
-        pairs = source.landmarks
+    x = engine.inputs(x)
+    return safely(engine.module, lambda: _kernels(engine, x))
+
+
+def _kernels(engine: Engine, x: Input) -> Tensor:
+    facts, budget = engine.facts(engine.to_model(x)), engine.budget()
+    n_coordinates, n_outputs = facts.n_coordinates, facts.n_outputs
+    pairs = _all_pairs(x, n_coordinates)
+    source = row_source(engine, pairs)
+    inputs_at_once = budget // 4 // (source.row_bytes * n_coordinates)
+    if not inputs_at_once:  # not even the rows of one input fit
         groups = [slice(a, a + n_outputs) for a in range(0, len(pairs), n_outputs)]
-        parts = [Landmarks(pairs.inputs[g], pairs.outputs[g]) for g in groups]
-        return torch.stack([choose_rows(row_source(part), budget).gram(no_progress) for part in parts])
-    return torch.cat(
-        [
-            block_grams(
-                source(list(range(a * n_coordinates, min(a + at_once, size) * n_coordinates))), n_outputs
-            )
-            for a in range(0, size, at_once)
-        ]
+        sources = [row_source(engine, Landmarks(pairs.inputs[g], pairs.outputs[g])) for g in groups]
+        return torch.stack([choose_rows(s, budget).gram(no_progress) for s in sources])
+    step = inputs_at_once * n_coordinates
+    blocks = [range(a, min(a + step, len(pairs))) for a in range(0, len(pairs), step)]
+    return torch.cat([kernels_of_rows(source(list(block)), n_outputs) for block in blocks])
+
+
+def joint_kernel(engine: Engine, x: Raw | Input) -> Tensor:
+    """Compute :math:`J J^T` (B L C, B L C) of all inputs together, float64; see :func:`kernels`."""
+    x = engine.inputs(x)
+    pairs = _all_pairs(x, engine.facts(engine.to_model(x)).n_coordinates)
+    return safely(
+        engine.module, lambda: choose_rows(row_source(engine, pairs), engine.budget()).gram(no_progress)
     )
-
-
-def joint_gram(
-    x: Input, n_coordinates: int, row_source: Callable[[Landmarks], RowSource], budget: int
-) -> Tensor:
-    """Compute :math:`J J^T` (B L C, B L C) of all inputs, float64; see :func:`output_grams`."""
-    return choose_rows(row_source(_all_pairs(x, n_coordinates)), budget).gram(no_progress)
 
 
 def _all_pairs(x: Input, n_coordinates: int) -> Landmarks:
@@ -77,26 +194,3 @@ def _all_pairs(x: Input, n_coordinates: int) -> Landmarks:
     size = batch_size(x)
     inputs = [row for row in (single_row(x, i) for i in range(size)) for _ in range(n_coordinates)]
     return Landmarks(inputs, torch.arange(n_coordinates, dtype=torch.int64, device="cpu").repeat(size))
-
-
-@without_autocast
-def traces(linearised: Linearised, overlap: Tensor | None) -> tuple[Tensor, Tensor]:
-    r"""Return the traces (B,) of :math:`J J^T` inside the span and outside of it, float64.
-
-    The latter from ``gram`` if there is one, else estimated from the tangents.
-    """
-    inside = linearised.phi.double().square().sum((-1, -2))
-    if linearised.gram is not None:
-        trace = linearised.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        outside = (trace - inside).clamp_min(0)
-    else:
-        assert overlap is not None
-        n_outputs = linearised.f.shape[-1]
-        outside = n_outputs * linearised.residual_vectors(overlap).double().square().sum(-1)
-    return inside, outside
-
-
-def residual_share(linearised: Linearised, overlap: Tensor | None) -> Tensor:
-    r"""Return :math:`1 - |\phi|^2 / \operatorname{tr} J J^T` (B,), in [0, 1]."""
-    inside, outside = traces(linearised, overlap)
-    return outside / (inside + outside).clamp_min(torch.finfo(torch.float64).tiny)

@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ..data.validation import check_some
+from ..data.loading import check_some
 from ..parallel.ranks import ALONE, Ranks
 from ..posterior.gaussian import Outputs
 from ..posterior.likelihoods import Likelihood, Prediction
@@ -36,13 +36,13 @@ class Baseline:
     Attributes
     ----------
     score : float
-        Its loss; by default the mean NLL an input.
+        Its loss; by default the mean NLL of an input.
     difference : float
         ``score`` minus that of the best setting: positive if the setting is better.
     standard_error : float or None
-        Of the difference, paired input by input; None for a loss that is not a mean over inputs.
+        The standard error of the difference, paired input by input; None for a loss that is not a mean over inputs.
     parameters : dict of float
-        What was tuned; of vector scaling, how many numbers.
+        The values that were tuned; for vector scaling, how many there are.
     """
 
     score: float
@@ -57,17 +57,17 @@ class Scorer:
     Parameters
     ----------
     data : ValidationData
-        Of this rank.
+        The validation data of this rank.
     loss : torchmetrics.Metric or callable, optional
     device : torch.device
-        Of the predictions.
+        The device of the predictions.
     ranks : Ranks
-        Those that score together, each on its part of the data.
+        The ranks that score together, each on its part of the data.
 
     Attributes
     ----------
     n_inputs : int
-        Of all ranks.
+        The number of inputs of all ranks together.
 
     Raises
     ------
@@ -227,7 +227,7 @@ def baselines(
 
     constant = with_variance_of(lambda block: block.linearised.f.new_ones(len(block.targets)))
 
-    has_links = scorer.likelihood.inverse_link is not None
+    has_links = scorer.likelihood.has_probabilities
     yield "MAP", tuned(plain, [])
     if has_links:
         yield "temperature scaling", tuned(plain, ["logit_scale"])
@@ -243,7 +243,6 @@ def _vector_scaling(scorer: Scorer, n_outputs: int) -> tuple[float, Tensor | Non
     """Scale and shift each logit by numbers of its own, tuned on the NLL (Guo et al., ICML 2017)."""
     likelihood = scorer.likelihood
     inverse_link = likelihood.inverse_link
-    assert inverse_link is not None
 
     def predict(block: Block, w: Tensor) -> Tensor:
         w = w.to(block.linearised.f.device)

@@ -1,208 +1,156 @@
-r"""``optimize_hyperparameters``: all that predictions depend on, from one pass over the validation data."""
+r"""Tuning of all that predictions depend on, from one pass over the validation data, with simpler methods beside it."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import validation
-from ..data.progress import Progress
+from ..data.stream import Stream
+from ..network.engine import Engine
+from ..parallel.ranks import Ranks
 from ..posterior.likelihoods import Prediction
+from ..posterior.posterior import Posterior
 from ..posterior.setting import SETTING_NAMES, Setting
 from .baselines import Predictor, Scorer, baselines
-from .candidates import Candidates
+from .candidates import link_of, predictor_of, require_same_search, scorer_of
+from .checks import by_name, check_search, check_values
 from .result import TuningResult, compared, remarks
 from .scoring import Loss
-from .search import (
-    DISCRETE,
-    LOGIT_SCALES,
-    Search,
-    decades,
-    joint_search,
-    noises,
-    refine,
-)
+from .search import DISCRETE, LOGIT_SCALES, Search, decades, joint_search, noises, refine
+
+Grids = Mapping[str, Sequence[Any]]
 
 
-class JointTuning(Candidates):
-    """Tuning of any of the parameters of the predictive, with simpler methods beside it."""
+@dataclass(frozen=True)
+class JointSearch:
+    """A search over grids of several parameters.
 
-    def optimize_hyperparameters(
-        self,
-        val_loader: Iterable[Any],
-        search: Sequence[str] | Mapping[str, Sequence[float] | None] | None = None,
-        *,
-        link_approx: str = "mc",
-        n_samples: int = 128,
-        loss: Loss | None = None,
-        apply: bool = True,
-        progress_bar: bool = False,
-    ) -> TuningResult:
-        r"""Tune any of the parameters of the predictive jointly, and compare with simpler methods.
+    Attributes
+    ----------
+    grids : mapping
+        Name of a parameter -> its values, from small to large variance.
+    link : str
+    n_samples : int
+    loss : torchmetrics.Metric or callable, optional
+    apply : bool
+        Whether the estimator is given the best setting.
+    """
 
-        Parameters
-        ----------
-        val_loader : iterable
-            Batches of data that the model was not fitted to; read once.
-        search : sequence of str, or mapping, optional
-            Any of "temperature" T, "logit_scale" s, "residual_scale" rho, "prior_precision",
-            "n_eigenvalues" (leading K' <= K directions), "curvature_size" (n, from the snapshots of
-            the fit) and "sigma_noise". A mapping gives the values of the grid, None the
-            default. Default: ("temperature", "logit_scale"); for regression ("temperature",
-            "sigma_noise"); with a residual, "residual_scale" too. A temperature fixed by the user is
-            left out. A parameter on which the loss does not depend keeps its value.
-        link_approx : str
-            The link of the predictions that the setting is for.
-        n_samples : int
-            How many samples "mc" takes.
-        loss : torchmetrics.Metric or callable, optional
-            Of (probabilities, targets), or (means, covariances, targets) for regression; lower is better.
-            Default: the mean NLL an input (or position), which is refined by L-BFGS; any
-            other loss by golden-section search.
-        apply : bool
-            Give the estimator the best setting. Directions beyond K' are dropped until the next fit.
-        progress_bar : bool
-            Show the progress.
+    grids: Grids
+    link: str
+    n_samples: int
+    loss: Loss | None = None
+    apply: bool = True
 
-        Returns
-        -------
-        TuningResult
 
-        Raises
-        ------
-        AttributeError
-            Before a fit.
-        ValueError
-            On parameters that cannot be searched, or if no setting has a finite loss. The
-            estimator is then as it was.
+def tuned(
+    posterior: Posterior,
+    engine: Engine,
+    stream: Stream,
+    ranks: Ranks,
+    search: JointSearch,
+) -> tuple[TuningResult, list[str]]:
+    """Tune, and return the result, and what is to be said.
 
-        Notes
-        -----
-        Cost: one pass of features (and a plain forward pass) over the validation data. The
-        candidates take N_val x C x K operations each, times the samples with "mc".
-        """
-        what = "optimize_hyperparameters()"
-        with torch.inference_mode(False), self._changes() as view:
-            with view._ranks.together(f"the arguments of {what}"):
-                view._check_H_init()
-                validation.check_prediction("glm", link_approx, n_samples, None, None)
-                validation.check_link(view.likelihood, link_approx)
-                validation.check_loss(loss)
-                validation.check_loader("val_loader", val_loader)
-                validation.check_flag("apply", apply)
-                validation.check_flag("progress_bar", progress_bar)
-                grids = view._grids(search)
-            values = {k: [float(v) for v in grid] for k, grid in grids.items()}
-            view._require_same_search(
-                what, search=values, link_approx=str(link_approx), n_samples=int(n_samples)
-            )
-            progress = view._progress(progress_bar)
-            result, skipped = view._tuned(val_loader, grids, link_approx, n_samples, loss, apply, progress)
-        if skipped:
-            warnings.warn(skipped, stacklevel=2)
-        if result.notes:
-            warnings.warn(" ".join(result.notes), stacklevel=2)
-        return result
+    Raises
+    ------
+    ValueError
+        If no setting has a finite loss.
+    """
+    grids, start, progress = search.grids, posterior.plain, stream.progress
+    values = {k: [float(v) for v in grid] for k, grid in grids.items()}
+    options = {"link_approx": search.link, "n_samples": search.n_samples}
+    require_same_search(posterior, ranks, "optimize_hyperparameters()", search=values, **options)
+    scorer = scorer_of(posterior, engine, stream, ranks, search.loss, last_layer=True)
+    predict_from = link_of(posterior, search.link, search.n_samples, search.loss)
+    predictor = predictor_of(posterior, predict_from)
+    found = Search(partial(scorer, predictor))
+    joint_search(found, start, grids, progress)
+    refine(found, grids, partial(scorer.gradient, predictor) if search.loss is None else None)
+    skipped = found.conclude()
+    best, ignored = found.without_ignored(start, grids)
+    each, lowest = scorer.each(predictor, best), found.table[best]
+    methods = baselines(scorer, predict_from, start, grids, posterior.fit.n_outputs)
+    compared_with = {
+        name: compared(method, lowest, each) for name, method in progress(methods, "Simpler methods")
+    }
+    of_values = _remarks_on_values(found, best, ignored, grids)
+    is_map = _equals_map(scorer, predictor, start, best)
+    result = TuningResult(
+        best=best,
+        score=lowest,
+        searched=tuple(grids),
+        table=tuple(found.table.items()),
+        baselines=compared_with,
+        n_inputs=scorer.n_inputs,
+        loss=scorer.name,
+        applied=search.apply,
+        notes=remarks(compared_with, lowest, scorer.n_inputs, is_map, of_values),
+    )
+    return result, list(filter(None, [skipped, " ".join(result.notes)]))
 
-    def _tuned(
-        self,
-        val_loader: Iterable[Any],
-        grids: dict[str, Sequence[Any]],
-        link_approx: str,
-        n_samples: int,
-        loss: Loss | None,
-        apply: bool,
-        progress: Progress,
-    ) -> tuple[TuningResult, str]:
-        """Tune, and return the result with what is to be said of candidates that were skipped."""
-        scorer = self._scorer(val_loader, loss, progress, last_layer=True)
-        predict_from = self._link(link_approx, n_samples, loss)
-        predictor = self._predictor(predict_from)
-        found = Search(partial(scorer, predictor))
-        joint_search(found, self._setting(), grids, progress)
-        refine(found, grids, partial(scorer.gradient, predictor) if loss is None else None)
-        skipped = found.conclude()
-        best, ignored = found.without_ignored(self._setting(), grids)
-        each = scorer.each(predictor, best)
-        methods = baselines(scorer, predict_from, self._setting(), grids, self.n_outputs)
-        compared_with = {
-            name: compared(method, found.table[best], each)
-            for name, method in progress(methods, "Simpler methods")
-        }
-        result = TuningResult(
-            best,
-            found.table[best],
-            tuple(grids),
-            tuple(found.table.items()),
-            compared_with,
-            scorer.n_inputs,
-            scorer.name,
-            apply,
-            remarks(
-                compared_with,
-                found.table[best],
-                scorer.n_inputs,
-                self._equals_map(scorer, predictor, best),
-                _remarks_on_values(found, best, ignored, grids),
-            ),
-        )
-        if apply:
-            self._apply(result.best, tuple(grids))
-        return result, skipped
 
-    def _grids(self, search: Any) -> dict[str, Sequence[Any]]:
-        """Return the values of each parameter to search, from small to large variance."""
-        if search is None:
-            free = [] if self._temperature_fixed else ["temperature"]
-            own = {"regression": ["sigma_noise"], "reward_modeling": []}
-            residual = [] if self.residual == "none" else ["residual_scale"]
-            search = [*free, *own.get(self.likelihood, ["logit_scale"]), *residual]
-        given = validation.by_name("search", search)
-        validation.check_search(
-            given, SETTING_NAMES, self.likelihood, self._temperature_fixed, self.residual, self.temperature
-        )
-        sizes = [n for n, _ in self.snapshots]
-        limits = {"n_eigenvalues": list(range(1, self.basis.rank + 1)), "curvature_size": sizes}
-        rank = self.basis.rank
-        defaults: dict[str, Sequence[Any]] = {
-            "temperature": decades(-3, 6),
-            "prior_precision": decades(-4, 6)[::-1],
-            "logit_scale": LOGIT_SCALES,
-            "residual_scale": decades(-10, 1),
-            # From large to small: directions are not given up for a tie.
-            "n_eigenvalues": [rank, *(k for k in (500, 200, 100, 50, 20, 10, 5, 2, 1) if k < rank)],
-            "curvature_size": sizes[::-1],
-            "sigma_noise": noises(float(self.sigma_noise)),
-        }
-        return {
-            k: defaults[k] if values is None else validation.check_values(k, values, limits.get(k))
-            for k, values in given.items()
-        }
+def grids_of(posterior: Posterior, search: Any) -> dict[str, Sequence[Any]]:
+    """Return the values of each parameter to search, from small to large variance.
 
-    @torch.no_grad()
-    def _equals_map(self, scorer: Scorer, predictor: Predictor, best: Setting) -> bool:
-        """Tell whether the best setting predicts what the network does, to 3 digits."""
-        start, sigma = self._setting().at(logit_scale=1.0), float(best.sigma_noise)
-        ours, of_map = predictor(best), scorer.of_map(start)
-        differs = False
-        with scorer.ranks.together("the comparison with MAP"):
-            differs = any(_difference(ours(b), of_map(b), sigma) >= 5e-4 for b in scorer.data)
-        return not scorer.ranks.any(differs, "the comparison with MAP")
+    Parameters
+    ----------
+    search : sequence of str, mapping or None
+        What the user passed.
 
-    def _apply(self, setting: Setting, names: Sequence[str]) -> None:
-        if "curvature_size" in names:
-            self._keep_snapshot(setting.curvature_size)
-        if "n_eigenvalues" in names and setting.n_eigenvalues < self.basis.rank:
-            self._keep_leading(setting.n_eigenvalues)
-        if "temperature" in names:
-            self._temperature = setting.temperature
-        for name in {"prior_precision", "logit_scale", "residual_scale", "sigma_noise"} & set(names):
-            setattr(self, name, getattr(setting, name))
+    Raises
+    ------
+    ValueError
+        If a parameter or a value cannot be searched.
+    """
+    likelihood, residual, fit = posterior.likelihood, posterior.residual, posterior.fit
+    if search is None:
+        free = [] if posterior.temperature_fixed else ["temperature"]
+        search = [*free, *likelihood.tuned, *(["residual_scale"] if residual.adds else [])]
+    given = by_name("search", search)
+    check_search(given, SETTING_NAMES, posterior)
+    sizes, rank = [n for n, _ in fit.snapshots], fit.basis.rank
+    limits = {"n_eigenvalues": list(range(1, rank + 1)), "curvature_size": sizes}
+    defaults: dict[str, Sequence[Any]] = {
+        "temperature": decades(-3, 6),
+        "prior_precision": decades(-4, 6)[::-1],
+        "logit_scale": LOGIT_SCALES,
+        "residual_scale": decades(-10, 1),
+        # From large to small: directions are not given up for a tie.
+        "n_eigenvalues": [rank, *(k for k in (500, 200, 100, 50, 20, 10, 5, 2, 1) if k < rank)],
+        "curvature_size": sizes[::-1],
+        "sigma_noise": noises(float(posterior.setting.sigma_noise)),
+    }
+    return {
+        k: defaults[k] if values is None else check_values(k, values, limits.get(k))
+        for k, values in given.items()
+    }
+
+
+def applied(posterior: Posterior, best: Setting, names: Sequence[str]) -> dict[str, Any]:
+    """Return the fit and the values of the setting with some parameters of another; directions beyond K' are dropped."""
+    fit, n, rank = posterior.fit, best.curvature_size, best.n_eigenvalues
+    if "curvature_size" in names and n is not None:
+        fit = fit.first(n)
+    if "n_eigenvalues" in names and rank is not None and rank < fit.basis.rank:
+        fit = fit.leading(rank)
+    new = best.rounded(posterior.setting)
+    return {"current": fit, "setting": {k: getattr(new, k) for k in names if k not in DISCRETE}}
+
+
+@torch.no_grad()
+def _equals_map(scorer: Scorer, predictor: Predictor, start: Setting, best: Setting) -> bool:
+    """Tell whether the best setting predicts what the network does, to 3 digits."""
+    ours, of_map = predictor(best), scorer.of_map(start.at(logit_scale=1.0))
+    sigma, differs = float(best.sigma_noise), False
+    with scorer.ranks.together("the comparison with MAP"):
+        differs = any(_difference(ours(b), of_map(b), sigma) >= 5e-4 for b in scorer.data)
+    return not scorer.ranks.any(differs, "the comparison with MAP")
 
 
 def _remarks_on_values(

@@ -1,23 +1,31 @@
-r"""``optimize_prior_precision``: evidence as the host has it, grid search from one pass."""
+r"""Tuning of the prior precision, and of the temperature with it, by grid search from one pass over validation data."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import validation
 from ..data.batches import copied
-from ..data.progress import Progress
+from ..data.checks import check_choice, check_size, positive_number
+from ..data.loading import check_loader, check_some
 from ..data.stream import Stream
-from ..parallel.ranks import ALONE
-from ..posterior.likelihoods import LIKELIHOODS, Prediction, checked_targets
+from ..network.engine import Engine
+from ..parallel.ranks import Ranks
+from ..posterior.checks import as_prior, check_link, check_prediction, check_prior_precision
+from ..posterior.likelihoods import Likelihood, Prediction, checked_targets, name_of
+from ..posterior.links import LINKS
+from ..posterior.posterior import Posterior
+from ..posterior.sampling import Draws, averaged, outputs_at, weight_offsets
 from ..posterior.setting import Setting
-from .candidates import Candidates
+from .candidates import link_of, predictor_of, require_same_search, scorer_of
+from .checks import check_count, check_given, check_interval, check_loss
 from .scoring import Loss, score
 from .search import FLAT, TEMPERATURES, Search, grid_search
 
@@ -25,236 +33,197 @@ _FLAT_LOSS = (
     "The loss is the same for every setting on the grid, so the setting is left as it was. "
     "A loss of the mean alone does not depend on prior and temperature."
 )
+# What a search needs: the score of a setting, and that of the network itself.
+Scores = tuple[Callable[[Setting], float], Callable[[], float]]
 
 
-class PriorTuning(Candidates):
-    """Tuning of the prior precision, and of the temperature with it.
+@dataclass(frozen=True)
+class PriorSearch:
+    """A grid search over prior precisions.
 
-    laplace-torch, next in line, maximises the evidence.
+    Attributes
+    ----------
+    priors : list of float
+    pred_type : {"glm", "nn"}
+    link : str
+    n_samples : int
+    loss : torchmetrics.Metric or callable, optional
     """
 
-    def optimize_prior_precision(
-        self,
-        pred_type: str = "glm",
-        method: str = "marglik",
-        n_steps: int = 100,
-        lr: float = 1e-1,
-        init_prior_prec: float | Tensor = 1.0,
-        prior_structure: str = "scalar",
-        val_loader: Iterable[Any] | None = None,
-        loss: Loss | None = None,
-        log_prior_prec_min: float = -4,
-        log_prior_prec_max: float = 6,
-        grid_size: int = 100,
-        link_approx: str = "probit",
-        n_samples: int = 100,
-        verbose: bool = False,
-        progress_bar: bool = False,
-        log_prior_prec_base: float = 10.0,
-    ) -> None:
-        """Tune the prior precision; with ``temperature=None``, a grid search tunes T too.
+    priors: list[float]
+    pred_type: str
+    link: str
+    n_samples: int
+    loss: Loss | None = None
 
-        See :meth:`laplace.BaseLaplace.optimize_prior_precision` for the parameters; what
-        differs:
 
-        - "gridsearch" runs the model once over ``val_loader`` (glm). The default loss is
-          the mean NLL, for regression too (with the noise in the variance).
-        - A temperature given as a number stays; None is tuned together with the prior,
-          from 1e-3 to 1e6. After "marglik" it stays 1, with a warning.
-        - A loss that is the same over the whole grid leaves the setting as it was; an optimum
-          on an edge of the grid, a candidate that fails, and predictions that do no better
-          than MAP's are each warned of.
-        - A loss is minimised; it gets probabilities, or means and covariances. A metric that is
-          better when higher is refused.
-        - If tuning fails, the estimator is as it was.
+def checked_evidence(
+    n_steps: Any, lr: Any, init: Any, structure: Any, n_layers: int, n_params: int, device: torch.device
+) -> tuple[int, float, Tensor, str]:
+    """Return the options by which the evidence is maximised, for laplace-torch.
 
-        Raises
-        ------
-        AttributeError
-            Before a fit.
-        ValueError
-            On an unknown option, an empty grid, without ``val_loader`` where it is needed, or
-            if no candidate has a finite loss.
+    Raises
+    ------
+    ValueError
+    """
+    check_choice("prior_structure", structure, ("scalar", "layerwise", "diag"))
+    steps, rate, start = check_count("n_steps", n_steps), positive_number("lr", lr), as_prior(init)
+    check_prior_precision("init_prior_prec", start, n_layers, n_params)
+    if not isinstance(start, Tensor):
+        start = torch.tensor(start, dtype=torch.float32, device=device)
+    return steps, rate, start, structure
 
-        Notes
-        -----
-        Cost: 1 + 2K forward passes a validation input, whatever the grid; with
-        ``pred_type="nn"``, n_samples forward passes an input and candidate (temperature
-        and prior: about 500 candidates). Memory: N_val x C x K numbers, the part of them beyond
-        the memory budget in a temporary file.
-        """
-        validation.check_choice("method", method, ("marglik", "gridsearch"))
-        # The evidence is the same on all ranks, each of which may maximise it by itself.
-        ranks = self._ranks if method == "gridsearch" else ALONE
-        with ranks.together("the arguments of optimize_prior_precision()"):
-            validation.check_choice("prior_structure", prior_structure, ("scalar", "layerwise", "diag"))
-            validation.check_size("grid_size", grid_size, optional=False)
-            validation.check_choice("link_approx", link_approx, validation.LINKS)
-            validation.check_flag("verbose", verbose)
-            validation.check_flag("progress_bar", progress_bar)
-            low, high, base = validation.check_interval(
-                log_prior_prec_min, log_prior_prec_max, log_prior_prec_base, grid_size, method == "gridsearch"
-            )
-            n_steps, lr = validation.check_count("n_steps", n_steps), validation.positive_number("lr", lr)
-            init_prior_prec = validation.as_prior(init_prior_prec)
-            validation.check_prior_precision("init_prior_prec", init_prior_prec, self.n_layers, self.n_params)
-            if val_loader is not None:
-                validation.check_loader("val_loader", val_loader)
-            pred_type = validation.check_prediction(
-                pred_type, "mc" if method == "marglik" else link_approx, n_samples, None, None
-            )
-            if method == "gridsearch":
-                validation.check_link(self.likelihood, link_approx)
-                validation.check_loss(loss)
-                validation.check_given(
-                    "val_loader", val_loader, "method='gridsearch' scores on validation data"
-                )
-            self._check_H_init()
-        with torch.inference_mode(False), self._changes() as view:
-            if method == "marglik":
-                view._maximize_evidence(
-                    n_steps, lr, init_prior_prec, prior_structure, val_loader, progress_bar
-                )
-            else:
-                grid = torch.logspace(low, high, int(grid_size), base=base, dtype=torch.float32, device="cpu")
-                view._search_grid(
-                    grid.tolist(), val_loader, loss, pred_type, link_approx, n_samples, progress_bar
-                )
-        if verbose:
-            print(f"Optimized prior precision is {self.prior_precision}, temperature {self.temperature:.4g}.")
 
-    def _maximize_evidence(
-        self,
-        n_steps: int,
-        lr: float,
-        init: float | Tensor,
-        structure: str,
-        val_loader: Any,
-        progress_bar: bool,
-    ) -> None:
-        if not isinstance(init, Tensor):
-            init = torch.tensor(init, dtype=torch.float32, device=self._device)
-        # The host's optimiser keeps its steps on the default device.
-        with warnings.catch_warnings(), torch.enable_grad(), self._device:
-            # The host reminds of the link here, which evidence does not use.
-            warnings.filterwarnings("ignore", "By default `link_approx`")
-            super().optimize_prior_precision(  # type: ignore[misc]
-                "glm",
-                "marglik",
-                n_steps,
-                lr,
-                init,
-                structure,
-                val_loader=val_loader,
-                progress_bar=progress_bar,
-            )
-        if not self._temperature_fixed:
-            warnings.warn(
-                f"The evidence tunes the prior only: the temperature stays {self.temperature:.4g}"
-                + (
-                    ". Assign temperature=1.0 for the posterior that the evidence is of, "
-                    if self.likelihood == "regression"
-                    else "; at 1, ELLA's predictions are close to MAP's whatever the prior. Pass temperature=1.0 if that is "
-                    "what you want, "
-                )
-                + "or use method='gridsearch' with a val_loader to tune both.",
-                stacklevel=3,
-            )
+def checked_search(
+    method: str, interval: Sequence[Any], options: Sequence[Any], val_loader: Any, likelihood: Likelihood
+) -> PriorSearch:
+    """Return a grid search; with ``method="marglik"``, what is given for one is checked, and not used.
 
-    def _search_grid(
-        self,
-        priors: list[float],
-        val_loader: Any,
-        loss: Any,
-        pred_type: str,
-        link_approx: str,
-        n_samples: int,
-        progress_bar: bool,
-    ) -> None:
-        start, before = self._setting(), (self.prior_precision, self._temperature)
-        self._require_same_search(
-            "optimize_prior_precision()",
-            grid=priors,
-            pred_type=pred_type,
-            link_approx=str(link_approx),
-            n_samples=int(n_samples),
-            temperature_fixed=self._temperature_fixed,
-        )
-        progress = self._progress(progress_bar)
-        if pred_type == "nn":
-            evaluate, score_of_map = self._nn_scores(val_loader, loss, n_samples, progress)
-        else:
-            scorer = self._scorer(val_loader, loss, progress)
-            evaluate = partial(scorer, self._predictor(self._link(link_approx, n_samples, loss)))
-            score_of_map = partial(scorer, scorer.of_map, start)
-        search = Search(evaluate)
-        grid_search(search, start, priors, not self._temperature_fixed, progress)
-        skipped = search.conclude()
-        if search.is_flat():
-            remarks = [_FLAT_LOSS]
-            self.prior_precision, self._temperature = before  # which "nn" changes
-        else:
-            best, remarks = self._chosen(search, priors, score_of_map)
-            self.prior_precision, self._temperature = best.prior_precision, best.temperature
-        for remark in filter(None, [skipped, *remarks]):
-            warnings.warn(remark, stacklevel=3)
+    Parameters
+    ----------
+    interval : (low, high, base, size)
+    options : (pred_type, link, n_samples, loss)
 
-    def _chosen(
-        self, search: Search, priors: Sequence[float], score_of_map: Callable[[], float]
-    ) -> tuple[Setting, list[str]]:
-        """Return the setting to use, and what is to be said of it."""
-        best, lowest = search.best, search.table[search.best]
-        edge = search.edge("prior_precision", sorted(priors))
-        if edge:
-            edge = f"{edge} Widen it with log_prior_prec_min or log_prior_prec_max."
-        if self._temperature_fixed:
-            return best, [edge]
-        map_score = score_of_map()
-        if lowest < map_score - FLAT * abs(map_score):
-            return best, [edge, search.edge("temperature", TEMPERATURES)]
-        scaled = f", its logits scaled by {self.logit_scale:.4g}" if self.logit_scale != 1 else ""
-        remark = (
-            f"No setting predicts better than the network itself{scaled} (MAP: {map_score:.5g}, the best setting: "
-            f"{lowest:.5g}); the setting of the smallest variance is used."
-        )
-        return best.at(temperature=TEMPERATURES[0], prior_precision=max(priors)), [remark]
+    Raises
+    ------
+    ValueError
+    """
+    (low, high, base, size), (pred_type, link, n_samples, loss) = interval, options
+    is_used = method == "gridsearch"
+    check_size("grid_size", size, optional=False)
+    check_choice("link_approx", link, LINKS)
+    low, high, base = check_interval(low, high, base, size, is_used)
+    if val_loader is not None:
+        check_loader("val_loader", val_loader)
+    pred_type = check_prediction(pred_type, link if is_used else "mc", n_samples)
+    if is_used:
+        check_link(likelihood, link)
+        check_loss(loss)
+        check_given("val_loader", val_loader, "method='gridsearch' scores on validation data")
+    grid = torch.logspace(low, high, int(size), base=base, dtype=torch.float32, device="cpu").tolist()
+    return PriorSearch(grid, pred_type, name_of(link), int(n_samples), loss)
 
-    def _nn_scores(
-        self, val_loader: Any, loss: Any, n_samples: int, progress: Progress
-    ) -> tuple[Callable[[Setting], float], Callable[[], float]]:
-        """Return what scores a setting by the "nn" predictive, which runs the model; and what scores MAP."""
-        likelihood, ranks, kept = LIKELIHOODS[self.likelihood], self._ranks, []
-        with ranks.together("the validation data"):
-            stream = Stream(
-                val_loader, self.dict_key_x, self.dict_key_y, self.backend.inputs, ranks, progress
-            )
-            for batch in stream.batches("Validation data"):
-                f = self.backend.forward(batch.x)
-                flat_f, name = f.flatten(0, -2), f"validation {batch.name}"
-                y = checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name)
-                # Copies: a loader may fill its buffers again.
-                kept.append((copied(batch.x), flat_f.clone(), y.clone()))
-        validation.check_some(ranks.greatest(len(kept), "the validation data"), "validation loader")
-        # As in a call, in which reward models are fitted as classifiers.
-        predicted_as = "classification" if self.likelihood == "reward_modeling" else self.likelihood
+
+def tuned_prior(
+    posterior: Posterior,
+    engine: Engine,
+    stream: Stream,
+    ranks: Ranks,
+    search: PriorSearch,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the best prior precision, and temperature unless that is fixed; and what is to be said.
+
+    Raises
+    ------
+    ValueError
+        If no candidate has a finite loss.
+    """
+    require_same_search(
+        posterior,
+        ranks,
+        "optimize_prior_precision()",
+        grid=search.priors,
+        pred_type=search.pred_type,
+        link_approx=search.link,
+        n_samples=search.n_samples,
+        temperature_fixed=posterior.temperature_fixed,
+    )
+    scores = _nn_scores if search.pred_type == "nn" else _glm_scores
+    evaluate, score_of_map = scores(posterior, engine, stream, ranks, search)
+    found = Search(evaluate)
+    grid_search(found, posterior.plain, search.priors, not posterior.temperature_fixed, stream.progress)
+    skipped = found.conclude()
+    if found.is_flat():
+        return {}, [*filter(None, [skipped]), _FLAT_LOSS]
+    best, remarks = _chosen(found, posterior, search.priors, score_of_map)
+    new = best.rounded(posterior.setting)
+    values = {"temperature": new.temperature, "prior_precision": new.prior_precision}
+    return values, list(filter(None, [skipped, *remarks]))
+
+
+def _chosen(
+    found: Search, posterior: Posterior, priors: Sequence[float], score_of_map: Callable[[], float]
+) -> tuple[Setting, list[str]]:
+    """Return the setting to use, and what is to be said of it."""
+    best, lowest = found.best, found.table[found.best]
+    edge = found.edge("prior_precision", sorted(priors))
+    if edge:
+        edge = f"{edge} Widen it with log_prior_prec_min or log_prior_prec_max."
+    if posterior.temperature_fixed:
+        return best, [edge]
+    map_score = score_of_map()
+    if lowest < map_score - FLAT * abs(map_score):
+        return best, [edge, found.edge("temperature", TEMPERATURES)]
+    s = posterior.setting.logit_scale
+    scaled = f", its logits scaled by {s:.4g}" if s != 1 else ""
+    remark = (
+        f"No setting predicts better than the network itself{scaled} (MAP: {map_score:.5g}, the best setting: "
+        f"{lowest:.5g}); the setting of the smallest variance is used."
+    )
+    return best.at(temperature=TEMPERATURES[0], prior_precision=max(priors)), [remark]
+
+
+def _glm_scores(
+    posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks, search: PriorSearch
+) -> Scores:
+    scorer = scorer_of(posterior, engine, stream, ranks, search.loss)
+    predictor = predictor_of(posterior, link_of(posterior, search.link, search.n_samples, search.loss))
+    return partial(scorer, predictor), partial(scorer, scorer.of_map, posterior.plain)
+
+
+def _nn_scores(
+    posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks, search: PriorSearch
+) -> Scores:
+    """Score settings by networks with sampled weights, which run for each of them."""
+    likelihood, kept = posterior.likelihood, []
+    with ranks.together("the validation data"):
+        for batch in stream.batches("Validation data"):
+            f = engine.forward(batch.x)
+            flat_f, name = f.flatten(0, -2), f"validation {batch.name}"
+            y = checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name)
+            # Copies: a loader may fill its buffers again.
+            kept.append((copied(batch.x), flat_f.clone(), y.clone()))
+    check_some(ranks.greatest(len(kept), "the validation data"), "validation loader")
+    noise_variance = posterior.setting.sigma_noise.double().square()
+
+    def scored(pairs: Callable[[], Iterator[tuple[Prediction, Tensor]]]) -> float:
+        return score(pairs, likelihood, search.loss, noise_variance, ranks, engine.device)
+
+    @torch.no_grad()
+    def evaluate(setting: Setting) -> float:
+        candidate = posterior.at(setting)
 
         def predictions() -> Iterator[tuple[Prediction, Tensor]]:
             # The same noise for every candidate, so that the best is not the luckiest.
-            generator = torch.Generator(self._device).manual_seed(self.seed)
-            offsets = self._weight_offsets(n_samples, generator)
-            return ((self._nn_prediction(offsets, x, predicted_as), y) for x, _, y in kept)
+            generator = torch.Generator(engine.device).manual_seed(posterior.seed)
+            offsets = weight_offsets(candidate, Draws(search.n_samples, generator))
+            return ((averaged(outputs_at(engine, offsets, x), likelihood), y) for x, _, y in kept)
 
-        @torch.no_grad()
-        def evaluate(setting: Setting) -> float:
-            self.prior_precision, self._temperature = setting.prior_precision, setting.temperature
-            return score(
-                predictions, likelihood, loss, self.sigma_noise.double().square(), ranks, self._device
-            )
+        return scored(predictions)
 
-        def score_of_map() -> float:
-            def plain() -> Iterator[tuple[Prediction, Tensor]]:
-                return ((likelihood.certain(f), y) for _, f, y in kept)
+    return evaluate, lambda: scored(lambda: ((likelihood.certain(f), y) for _, f, y in kept))
 
-            return score(plain, likelihood, loss, self.sigma_noise.double().square(), ranks, self._device)
 
-        return evaluate, score_of_map
+@contextmanager
+def quiet_host() -> Iterator[None]:
+    """Silence laplace-torch's reminder of the link, which the evidence does not use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "By default `link_approx`")
+        yield
+
+
+def remarks_on_evidence(posterior: Posterior) -> list[str]:
+    """Return what is to be said after the evidence was maximised."""
+    if posterior.temperature_fixed:
+        return []
+    if posterior.likelihood.has_noise:
+        means = ". Assign temperature=1.0 for the posterior that the evidence is of, "
+    else:
+        means = (
+            "; at 1, ELLA's predictions are close to MAP's whatever the prior. Pass temperature=1.0 if that is "
+            "what you want, "
+        )
+    stays = f"the temperature stays {posterior.setting.temperature:.4g}{means}"
+    return [
+        f"The evidence tunes the prior only: {stays}or use method='gridsearch' with a val_loader to tune both."
+    ]

@@ -25,7 +25,7 @@ class TuningResult:
     best : Setting
         The setting with the smallest loss.
     score : float
-        Its loss on the validation data; by default the mean NLL an input (or position).
+        Its loss on the validation data; by default the mean NLL of an input (or position).
     searched : tuple of str
         The parameters that were searched.
     table : tuple of (Setting, float)

@@ -12,8 +12,8 @@ import torch
 import torchmetrics
 from torch import Tensor
 
-from ..data.validation import NonFiniteSamplesError
 from ..parallel.ranks import ALONE, Ranks
+from ..posterior.checks import NonFiniteSamplesError
 from ..posterior.gaussian import Linearised, NotPositiveDefiniteError
 from ..posterior.likelihoods import Likelihood, Prediction
 from .store import Store
@@ -52,6 +52,7 @@ class ValidationData:
 
     def __init__(self, likelihood: Likelihood, store: Store) -> None:
         self.likelihood, self.store, self.n_inputs = likelihood, store, 0
+        self.overlap: Tensor | None = None  # of tangents, the same for all blocks
         self.lacks_last_layer = False
 
     def append(self, n_inputs: int, block: Block) -> None:
@@ -61,15 +62,16 @@ class ValidationData:
         seen = block.linearised
         # Copies of what may share its memory with the loader's buffers, which it may fill again.
         f, targets = seen.f.clone(), block.targets.clone()
-        self.store.append(f, seen.phi, seen.pushed, seen.gram, targets, block.last_layer)
+        self.overlap = seen.overlap
+        self.store.append(f, seen.phi, seen.pushed, seen.kernel, targets, block.last_layer)
 
     def __iter__(self) -> Iterator[Block]:
         """Yield the data block by block."""
-        for f, phi, pushed, gram, targets, norms in self.store:
+        for f, phi, pushed, kernel, targets, norms in self.store:
             assert f is not None
             assert phi is not None
             assert targets is not None
-            yield Block(Linearised(f, phi, pushed, gram), targets, norms)
+            yield Block(Linearised(f, phi, pushed, kernel, self.overlap), targets, norms)
 
 
 def score(
@@ -91,7 +93,7 @@ def score(
         A metric is reset, updated batch by batch with (prediction, targets), or
         (mean, covariance, targets) if it takes three, and computed. A callable gets
         all predictions and targets joined: (probabilities, targets) or (means,
-        covariances, targets). Default: mean NLL an input.
+        covariances, targets). Default: the mean NLL of an input.
     noise_variance : float or Tensor ()
         :math:`\sigma^2`, for the default loss.
     ranks : Ranks

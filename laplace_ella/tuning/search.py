@@ -122,7 +122,7 @@ class Search:
         Parameters
         ----------
         values : sequence of float
-            In ascending order.
+            The values of the grid in ascending order.
         """
         best, lowest = self.best, self.table[self.best]
         value = getattr(best, name)

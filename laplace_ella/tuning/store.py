@@ -35,7 +35,7 @@ class Store:
         Bytes that may be kept on the device of the tensors; blocks beyond that go to a temporary file,
         which ends with the process or the store.
     folder : str, optional
-        Where the file is; default the system's folder for such files.
+        The folder of the file; by default the system's folder for temporary files.
     """
 
     def __init__(self, budget: int, folder: str | None = None) -> None:

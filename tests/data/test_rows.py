@@ -9,51 +9,16 @@ from collections.abc import MutableMapping
 import numpy as np
 import pytest
 import torch
-from helpers import C, D, H, M, N, build, fitted, inputs, mlp, targets
+from helpers import C, D, H, N, build, fitted, inputs, mlp, reference_features, targets
+from parts import Applied, check, draws, mappings
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from laplace_ella.data.batches import leaves, nested, rows
+from laplace_ella.data.packing import packed, unpacked
 
 F64 = torch.float64
 Pair = namedtuple("Pair", ["left", "right"])
-
-
-def oracle_features(model, x, basis):
-    """J(x) V (B, C, K) of the user's own model, given the whole batch, row by row and output by output."""
-    weights = {k: p for k, p in model.named_parameters() if p.requires_grad}
-    f = model(x)
-    phi = torch.zeros(*f.shape, basis.rank, dtype=f.dtype)
-    for b in range(len(f)):
-        for c in range(f.shape[1]):
-            grads = torch.autograd.grad(f[b, c], list(weights.values()), retain_graph=True, allow_unused=True)
-            for name, g in zip(weights, grads):
-                if g is not None:
-                    phi[b, c] += basis.directions[name].flatten(1) @ g.flatten()
-    return phi, f.detach()
-
-
-def check(model, batches, x, **kwargs):
-    """Fit, and compare features, curvature and probabilities of whole batches with the oracle."""
-    la = build(model=model, **kwargs)
-    la.fit(batches)
-    phi, f = la.features(x)
-    expected, outputs = oracle_features(model, x, la.basis)
-    torch.testing.assert_close(f, outputs)
-    torch.testing.assert_close(phi, expected)
-    G = torch.zeros_like(la.H)
-    for batch in batches:
-        of_batch, logits = oracle_features(model, batch if isinstance(batch, dict) else batch[0], la.basis)
-        p = logits.softmax(-1)
-        Lambda = torch.diag_embed(p) - p[:, :, None] * p[:, None]
-        G += torch.einsum("bck,bcd,bdl->kl", of_batch, Lambda, of_batch)
-    torch.testing.assert_close(la.H, G)
-    variance = torch.einsum("bck,kl,bcl->bc", expected, la.posterior_covariance, expected)
-    probit = (outputs / torch.sqrt(1 + torch.pi / 8 * variance)).softmax(-1)
-    torch.testing.assert_close(la(x), probit)
-    return la
-
-
-def draws(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
 # ---------------------------------------------------------------------- containers in a mapping
@@ -97,54 +62,21 @@ def test_tensors_in_containers_are_cut(kind):
     torch.testing.assert_close(restored(x), la(x))
 
 
-def test_variances_of_five_inputs_are_five():
-    _, find = CONTAINERS["list"]
-    la = fitted(model=Contained(lambda batch: find(batch["in"])), data=contained("list"))
-    batch = contained("list", 5, seed=3)[0]
-    together = la.features(batch)[0]
-    alone = [la.features({"in": [t[i : i + 1] for t in batch["in"]]})[0] for i in range(5)]
-    torch.testing.assert_close(together, torch.cat(alone))
-
-
-class ByLengths(nn.Module):
-    """Takes the mean over the first entries of every row, as many as lengths, in Python, say."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp()
-
-    def forward(self, batch):
-        means = [row[:n].mean(0) for row, n in zip(batch["x"], batch["lengths"])]
-        return self.net(torch.stack(means))
-
-
-def by_lengths(convert):
-    x, lengths = draws(0, N, 4, D), torch.arange(N) % 4 + 1
-    y = targets("classification")
-    return [
-        {"x": a, "lengths": convert(n), "labels": t}
-        for a, n, t in zip(x.split(7), lengths.split(7), y.split(7))
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "entry"),
-    [
-        ("lengths", lambda n: n.tolist()),
-        ("lengths", lambda n: tuple(n.tolist())),
-        ("lengths", lambda n: [str(v) for v in n.tolist()]),
-    ],
-    ids=["list", "tuple", "strings"],
-)
-def test_rows_that_cannot_be_cut_are_refused_by_name(name, entry):
-    class Model(ByLengths):
-        def forward(self, batch):
-            return super().forward({**batch, "lengths": [int(n) for n in batch["lengths"]]})
-
-    la = build(model=Model())
-    with pytest.raises(ValueError, match=f"'{name}'"):
-        la.fit(by_lengths(entry))
-    assert la.H is None
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_packed_inputs_are_plain_and_get_their_types_back(kind, tmp_path):
+    x = contained(kind)[0]
+    cut = nested(x, [path for path, _ in leaves(x) if path[0] == "in"])
+    torch.save(packed(rows(cut, 2, 5)), tmp_path / "x.pt")
+    assert (tmp_path / "x.pt").stat().st_size < 8000
+    found = torch.load(tmp_path / "x.pt", weights_only=True)
+    restored = unpacked(found, cut).container()
+    assert type(restored["in"]) is type(x["in"])
+    for a, b in zip(CONTAINERS[kind][1](restored["in"]), CONTAINERS[kind][1](x["in"])):
+        assert torch.equal(a, b[2:5])
+    plain = unpacked(found, None).container()["in"]
+    assert type(plain) is (tuple if kind == "named tuple" else type(x["in"]))
+    with pytest.raises(ValueError, match=r"under \[\"'graph'\"\]"):
+        packed(nested({**x, "graph": Graph(None)}, [("in", 0)]))
 
 
 class Scaled(nn.Module):
@@ -242,64 +174,16 @@ class Graph:
         self.adjacency = adjacency
 
 
-def test_a_graph_in_a_batch_is_refused_by_name():
-    class Convolution(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, batch):
-            return self.net(batch["graph"].adjacency @ batch["x"])
-
-    batch = {"x": inputs(7), "graph": Graph(draws(1, 7, 7)), "labels": targets("classification", 7)}
-    with pytest.raises(ValueError, match=r"'graph' \(Graph\)"):
-        build(model=Convolution()).fit([batch])
-
-
 def test_entries_that_the_model_does_not_use_may_be_anything():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, batch):
-            return self.net(batch["x"])
-
-    x, y = inputs(), targets("classification")
-    plain = [{"x": a, "labels": t} for a, t in zip(x.split(7), y.split(7))]
+    x = inputs()
+    plain = mappings(x)
     more = [{**b, "text": ["a"] * len(b["x"]), "graph": Graph(None), "n": 3} for b in plain]
-    model = Model()
+    model = Applied(lambda net, batch: net(batch["x"]))
     la = check(model, plain, {"x": inputs(5, seed=4)})
     other = build(model=model)
     other.fit(more)
     torch.testing.assert_close(other.H, la.H)
     torch.testing.assert_close(other.basis.eigenvalues, la.basis.eigenvalues)
-
-
-def test_rows_that_depend_on_each_other_are_refused():
-    class Centred(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x):
-            return self.net(x - x.mean(0))
-
-    with pytest.raises(ValueError, match="depend on the other inputs"):
-        build(model=Centred()).fit([(inputs(), targets("classification"))])
-
-
-def test_outputs_that_have_another_number_of_rows_are_refused():
-    class Halved(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x):
-            return self.net(x)[::2]
-
-    with pytest.raises(ValueError, match=r"\(4, 3\) for 7 inputs"):
-        build(model=Halved()).fit([(inputs(7), targets("classification", 7))])
 
 
 # ---------------------------------------------------------------------- forwards that write
@@ -320,7 +204,7 @@ class WritesEntry(nn.Module):
 
 def test_a_forward_that_writes_into_its_mapping_sees_a_fresh_one_at_every_call():
     x, y = inputs(), targets("classification")
-    batches = [{"x": a, "labels": t} for a, t in zip(x.split(7), y.split(7))]
+    batches = mappings(x)
     model = WritesEntry()
     la = build(model=model, chunk_size=1, memory_budget=2000)  # many calls of the model
     la.fit(batches)
@@ -337,38 +221,6 @@ def test_a_forward_that_writes_into_its_mapping_sees_a_fresh_one_at_every_call()
     )
     assert batches[0].keys() == {"x", "labels"}
     assert torch.equal(batches[0]["x"], x[:7])
-
-
-@pytest.mark.parametrize("kind", ["tensor", "mapping", "nested"])
-def test_a_tensor_changed_in_place_is_refused_by_name(kind):
-    class Changes(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x):
-            x = x if kind == "tensor" else x["pixels"] if kind == "mapping" else x["in"][1]
-            x -= 0.5
-            return self.net(x)
-
-    x, y = inputs(7), targets("classification", 7)
-    batch = {
-        "tensor": (x, y),
-        "mapping": {"pixels": x, "labels": y},
-        "nested": {"in": [torch.ones(7), x], "labels": y},
-    }[kind]
-    before = x.clone()
-    named = {"tensor": "changes its input in place", "mapping": "'pixels'", "nested": r"'in'\[1\]"}[kind]
-    with pytest.raises(ValueError, match=named):
-        build(model=Changes()).fit([batch])
-    assert torch.equal(x, before)
-
-
-def test_changes_in_place_are_found_whatever_the_values():
-    """A rectifier changes nothing of positive inputs, this time."""
-    model = nn.Sequential(nn.ReLU(inplace=True), mlp())
-    with pytest.raises(ValueError, match=r"in place.*inplace=False"):
-        build(model=model).fit([(inputs(7).abs(), targets("classification", 7))])
 
 
 # ---------------------------------------------------------------------- dtypes of inputs
@@ -394,7 +246,7 @@ def test_inputs_keep_the_precision_they_come_with():
     phi, f = la.features(seconds[:6])
     torch.testing.assert_close(f, model(seconds[:6]).detach())
     assert len(la(seconds[:6]).unique(dim=0)) == 6
-    torch.testing.assert_close(phi, oracle_features(model, seconds[:6], la.basis)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(phi, reference_features(model, la.basis, seconds[:6])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_inputs_of_a_model_whose_first_weight_is_coarse_keep_their_bits():
@@ -424,161 +276,7 @@ def test_inputs_are_converted_only_where_the_model_fails_without_it():
     torch.testing.assert_close(la(inputs(3)), la(inputs(3).float()))  # without another warning
 
 
-# ---------------------------------------------------------------------- axes that fit by chance
-
-
-class Positioned(nn.Module):
-    """Adds an embedding of positions, an entry that all rows share."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.words, self.places = nn.Embedding(11, H, dtype=F64), nn.Embedding(11, H, dtype=F64)
-        self.head = nn.Linear(H, C, dtype=F64)
-
-    def forward(self, batch):
-        h = self.words(batch["input_ids"]) + self.places(batch["position_ids"])
-        return self.head(h.tanh().mean(1))
-
-
-def positioned(*sizes):
-    generator = torch.Generator().manual_seed(3)
-    return [
-        {
-            "position_ids": torch.arange(6),
-            "input_ids": torch.randint(11, (n, 6), generator=generator),
-            "labels": torch.randint(C, (n,), generator=generator),
-        }
-        for n in sizes
-    ]
-
-
-@pytest.mark.parametrize("sizes", [(6, 5, 7), (7, 6, 5), (6, 6), (5, 6, 6)])
-@pytest.mark.parametrize("key", ["input_ids", "absent"])
-def test_a_shared_entry_as_long_as_a_batch_stays_whole(sizes, key):
-    la = check(Positioned(), positioned(*sizes), positioned(6)[0], dict_key_x=key)
-    x = positioned(6)[0]
-    alone = [la({**x, "input_ids": x["input_ids"][i : i + 1]}) for i in range(6)]
-    torch.testing.assert_close(la(x), torch.cat(alone))
-
-
-class Channels(nn.Module):
-    """Outputs (B, C, L), as convolutions give them; or (B, L, C)."""
-
-    def __init__(self, last):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.last = nn.Conv1d(2, C, 1, dtype=F64), last
-
-    def forward(self, x):
-        f = self.conv(x)
-        return f.transpose(1, 2) if self.last else f
-
-
-def sequences(*lengths):
-    return [
-        (draws(i, 4, 2, length), torch.randint(C, (4, length), generator=torch.Generator().manual_seed(i)))
-        for i, length in enumerate(lengths)
-    ]
-
-
-def test_classes_on_the_wrong_axis_are_refused_by_the_targets_shape():
-    with pytest.raises(ValueError, match="movedim"):
-        build(model=Channels(last=False)).fit(sequences(5))
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_two_readings_of_the_outputs_are_said_once(last):
-    la = build(model=Channels(last))
-    with pytest.warns(UserWarning, match=r"\(4, 3, 3\).*last axis.*classes") as said:
-        la.fit(sequences(C, C))
-    assert len([w for w in said if "last axis" in str(w.message)]) == 1
-
-
-def test_a_second_length_decides_between_two_readings():
-    la = build(model=Channels(last=False))
-    with pytest.warns(UserWarning, match="last axis"), pytest.raises(ValueError, match="batch 1"):
-        la.fit(sequences(C, 5))
-
-
-# ---------------------------------------------------------------------- models that squeeze
-
-
-class Squeezes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.norm = nn.Conv2d(2, 5, 3, dtype=F64), nn.BatchNorm2d(5, dtype=F64)
-        self.head = nn.Linear(5, C, dtype=F64)
-
-    def forward(self, x):
-        h = nn.functional.adaptive_avg_pool2d(self.norm(self.conv(x)).relu(), 1)
-        return self.head(h.squeeze())
-
-
-@pytest.mark.parametrize("autodiff", ["forward", "reverse", "double"])
-def test_a_model_that_squeezes_is_right_for_every_batch(autodiff):
-    model = Squeezes().eval()
-    x, y = draws(0, N, 2, 5, 5), targets("classification")
-    batches = [(a, t) for a, t in zip(x.split(7), y.split(7))]
-    la = check(model, batches, draws(1, 5, 2, 5, 5), autodiff=autodiff)
-    one = draws(1, 5, 2, 5, 5)
-    torch.testing.assert_close(la(one[:1]), la(one)[:1])
-    assert la(one[:1], "nn", link_approx="mc", n_samples=3).shape == (1, C)
-
-
-class SqueezesEntry(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = Squeezes().eval()
-
-    def forward(self, batch):
-        return self.net(batch["x"])
-
-
-@pytest.mark.parametrize("first", [1, 7])
-@pytest.mark.parametrize("key", ["x", "absent"])
-def test_a_model_that_squeezes_an_entry_of_a_mapping(first, key):
-    x, y = draws(0, N, 2, 5, 5), targets("classification")
-    model = SqueezesEntry().eval()
-    pairs = [(x[:first], y[:first]), (x[first:], y[first:])]
-    la = fitted(model=model, data=[{"x": a, "labels": t} for a, t in pairs], dict_key_x=key)
-    plain = fitted(model=model.net, data=pairs)
-    torch.testing.assert_close(la.H, plain.H)
-    new = draws(1, 5, 2, 5, 5)
-    for n in (5, 1):  # mappings of another kind, without labels
-        torch.testing.assert_close(la({"x": new[:n]}), plain(new[:n]))
-    restored = build(model=model, dict_key_x=key)
-    restored.load_state_dict(la.state_dict())
-    torch.testing.assert_close(restored({"x": new[:1]}), plain(new[:1]))
-
-
-def test_a_first_batch_of_one_row_of_a_model_that_squeezes():
-    x, y = draws(0, N, 2, 5, 5), targets("classification")
-    la = fitted(model=Squeezes().eval(), data=[(x[:1], y[:1]), (x[1:], y[1:])])
-    other = fitted(model=Squeezes().eval(), data=[(x, y)])
-    torch.testing.assert_close(la.H, other.H)
-
-
 # ---------------------------------------------------------------------- what cannot be used
-
-
-def test_sparse_inputs_say_so():
-    batch = (inputs(7).to_sparse(), targets("classification", 7))
-    with pytest.raises(ValueError, match=r"dense.*sparse_coo.*to_dense"):
-        build(model=mlp()).fit([batch])
-    la = fitted()
-    with pytest.raises(ValueError, match="sparse_coo"):
-        la(inputs(7).to_sparse())
-
-
-def test_packed_sequences_say_so():
-    packed = pack_padded_sequence(draws(0, 3, 4, D), torch.tensor([4, 3, 1]), batch_first=True)
-    with pytest.raises(ValueError, match="PackedSequence"):
-        build().fit([(packed, targets("classification", 3))])
-    with pytest.raises(ValueError, match=r"packed sequence under 'x'.*lengths"):
-        build().fit([{"x": packed, "labels": targets("classification", 3)}])
-    assert isinstance(packed, PackedSequence)
 
 
 def test_sequences_packed_inside_the_model_work():
@@ -604,54 +302,93 @@ def test_sequences_packed_inside_the_model_work():
         warnings.simplefilter("ignore")  # such models are differentiated row by row
         la.fit(batches)
         new = {"x": x[:3], "lengths": lengths[:3]}
-        torch.testing.assert_close(la.features(new)[0], oracle_features(la.model, new, la.basis)[0])
+        torch.testing.assert_close(la.features(new)[0], reference_features(la.model, la.basis, new)[0])
 
 
 def test_integers_into_a_floating_point_model_say_so():
+    model = Applied(lambda net, x: net(x.double() / 255))
     images = torch.randint(256, (7, D), dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"torch.uint8.*torch.float64.*scale"):
         build(model=mlp()).fit([(images, targets("classification", 7))])
 
-    class Scales(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x):
-            return self.net(x.double() / 255)
-
     torch.testing.assert_close(
-        fitted(model=Scales(), data=[(images, targets("classification", 7))]).H,
-        fitted(model=Scales().net, data=[(images.double() / 255, targets("classification", 7))]).H,
+        fitted(model=model, data=[(images, targets("classification", 7))]).H,
+        fitted(model=model.net, data=[(images.double() / 255, targets("classification", 7))]).H,
     )
 
 
-def test_integer_outputs_say_so():
-    class Decides(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x):
-            return self.net(x).round().long()
-
-    with pytest.raises(ValueError, match=r"floating-point.*torch.int64"):
-        build(model=Decides()).fit([(inputs(7), targets("classification", 7))])
+def packed_rows(n=7):
+    return pack_padded_sequence(draws(0, n, 4, D), torch.arange(n, 0, -1).clamp(max=4), batch_first=True)
 
 
-def test_complex_inputs_say_so():
-    with pytest.raises(ValueError, match=r"torch.complex64.*real numbers"):
-        build().fit([(inputs(7).to(torch.complex64), targets("classification", 7))])
+def in_place(find):
+    def forward(net, x):
+        x = find(x)
+        x -= 0.5
+        return net(x)
+
+    return Applied(forward)
+
+
+REFUSED = {
+    "sparse": (None, lambda x: x.to_sparse(), r"dense.*sparse_coo.*to_dense"),
+    "packed": (None, lambda x: packed_rows(), "PackedSequence"),
+    "packed in a mapping": (None, lambda x: {"x": packed_rows()}, r"packed sequence under 'x'.*lengths"),
+    "complex": (None, lambda x: x.to(torch.complex64), r"torch.complex64.*real numbers"),
+    "integers": (None, lambda x: x.to(torch.uint8), r"torch.uint8.*torch.float64.*scale"),
+    "integer outputs": (
+        Applied(lambda net, x: net(x).round().long()),
+        lambda x: x,
+        r"floating-point.*torch.int64",
+    ),
+    "half the rows": (Applied(lambda net, x: net(x)[::2]), lambda x: x, r"\(4, 3\) for 7 inputs"),
+    "rows of each other": (
+        Applied(lambda net, x: net(x - x.mean(0))),
+        lambda x: x,
+        "depend on the other inputs",
+    ),
+    "graph": (
+        Applied(lambda net, batch: net(batch["graph"].adjacency @ batch["x"])),
+        lambda x: {"x": x, "graph": Graph(draws(1, 7, 7))},
+        r"'graph' \(Graph\)",
+    ),
+    "changed in place": (in_place(lambda x: x), lambda x: x, "changes its input in place"),
+    "entry changed in place": (in_place(lambda x: x["pixels"]), lambda x: {"pixels": x}, "'pixels'"),
+    "deep entry changed in place": (
+        in_place(lambda x: x["in"][1]),
+        lambda x: {"in": [torch.ones(7), x]},
+        r"'in'\[1\]",
+    ),
+    # A rectifier changes nothing of positive inputs, this time.
+    "rectified in place": (
+        nn.Sequential(nn.ReLU(inplace=True), mlp()),
+        lambda x: x.abs(),
+        r"in place.*inplace=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_inputs_and_models_that_are_refused(name):
+    model, change, match = REFUSED[name]
+    x, y = inputs(7), targets("classification", 7)
+    before, given = x.clone(), change(x)
+    la = build(model=model)
+    with pytest.raises(ValueError, match=match):
+        la.fit([{**given, "labels": y}] if isinstance(given, dict) else [(given, y)])
+    assert la.H is None
+    assert torch.equal(x, before)
+
+
+def test_a_fitted_estimator_refuses_other_inputs():
+    la = fitted()
+    with pytest.raises(ValueError, match="sparse_coo"):
+        la(inputs(7).to_sparse())
+    with pytest.raises(RuntimeError):  # the model's own
+        la(torch.zeros(3, D + 1, dtype=F64))
 
 
 def test_complex_weights_say_so():
     model = nn.Sequential(nn.Linear(D, C, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"complex.*'0.weight'"):
         build(model=model)
-
-
-def test_the_width_of_an_input_is_checked_by_the_model_itself():
-    la = fitted()
-    with pytest.raises(RuntimeError):
-        la(torch.zeros(3, D + 1, dtype=F64))
-    assert M <= N

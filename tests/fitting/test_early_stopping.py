@@ -69,27 +69,27 @@ def naive_scores(la: ELLALaplace, problem: Problem, val, **options) -> dict[int,
 
 
 @pytest.mark.parametrize("curvature_size", [1000, 13])
-def test_posterior_precision_is_that_of_the_first_n_inputs(free_problem, curvature_size):
-    """[G_n + (n/N) delta I], G_n from the n training inputs with the smallest keys."""
-    p = free_problem
-    la, n_data = fit(p, curvature_size=curvature_size), len(p.x)
+def test_stopping_after_n_inputs_is_a_temperature_and_a_prior(free_problem, curvature_size):
+    """[G_n + (n/N) delta I], G_n from the n training inputs with the smallest keys; so it is after another fit."""
+    p, val = free_problem, validation(free_problem)
+    la, n_data = fit(p, val, curvature_size=curvature_size), len(p.x)
     n = chosen(la)
     order = hash_keys(la.seed, CURVATURE_INPUT, torch.arange(n_data)).argsort()[:n]
     phi, f = la.features(p.x[order])
     G_n = oracle.curvature(phi, f, p.likelihood) / p.sigma_noise**2
     expected = G_n + n / n_data * DELTA * torch.eye(K, dtype=F64)
-    assert_close(la.posterior_precision, expected)
-    assert_close(la.posterior_covariance, torch.linalg.inv(expected), 1e-8)
-
-
-def test_early_stopping_is_a_temperature_and_a_prior(free_problem):
-    p = free_problem
-    la, n_data = fit(p), len(p.x)
-    n = chosen(la)
-    assert la.n_data == n_data
-    assert la.temperature == pytest.approx(n_data / n)
-    assert_close(la.prior_precision, torch.tensor([DELTA * n / n_data], dtype=F64))
-    assert_close(la.H, dict(la.snapshots)[n])
+    scores = la.fit_history_["val_nll"]
+    for again in (False, True):
+        if again:
+            la.fit(p.loader(), landmarks=p.landmarks, val_loader=val, val_steps=1)
+        assert_close(la.posterior_precision, expected)
+        assert_close(la.posterior_covariance, torch.linalg.inv(expected), 1e-8)
+        assert la.n_data == n_data
+        assert la.temperature == pytest.approx(n_data / n)
+        assert_close(la.prior_precision, torch.tensor([DELTA * n / n_data], dtype=F64))
+        assert_close(la.H, dict(la.snapshots)[n])
+        assert la.fit_history_["val_nll"] == pytest.approx(scores)
+    assert all(isinstance(s, float) and math.isfinite(s) for s in scores)
 
 
 def test_a_layerwise_prior_is_scaled_as_a_whole(free_problem):
@@ -99,19 +99,19 @@ def test_a_layerwise_prior_is_scaled_as_a_whole(free_problem):
 
 
 @pytest.mark.parametrize("val_steps", [1, 2, None])
-def test_snapshots_follow_the_curvature_batches(free_problem, val_steps):
-    la = fit(free_problem, val_steps=val_steps)
-    expected = [10, 20, 23] if val_steps == 2 else [5, 10, 15, 20, 23]
+@pytest.mark.parametrize("curvature_size", [1000, 13])
+def test_snapshots_follow_the_curvature_batches_and_are_scaled_to_all_data(
+    free_problem, val_steps, curvature_size
+):
+    p = free_problem
+    la = fit(p, val_steps=val_steps, curvature_size=curvature_size)
+    steps = (10, 20) if val_steps == 2 else (5, 10, 15, 20)
+    size = min(curvature_size, len(p.x))
+    expected = [*(n for n in steps if n < size), size]
     assert la.fit_history_["processed_examples"] == expected
     assert len(la.fit_history_["val_nll"]) == len(expected)
     assert [n for n, _ in la.snapshots] == expected
-
-
-def test_a_snapshot_is_scaled_to_all_data(free_problem):
-    p = free_problem
-    la = fit(p, curvature_size=13)
     order = hash_keys(la.seed, CURVATURE_INPUT, torch.arange(len(p.x))).argsort()
-    assert [n for n, _ in la.snapshots] == [5, 10, 13]
     for n, G in la.snapshots:
         phi, f = la.features(p.x[order[:n]])
         assert_close(G, len(p.x) / n * oracle.curvature(phi, f, p.likelihood), name=f"n={n}")
@@ -149,23 +149,6 @@ def test_wrong_labels_stop_early_and_right_ones_late(dtype, right):
     assert chosen(la) == (23 if right else 5)
 
 
-def test_fitting_again_gives_the_same(free_problem):
-    p, val = free_problem, validation(free_problem)
-    la = fit(p, val)
-    before = (la.temperature, la.prior_precision.clone(), la.posterior_precision.clone(), la.fit_history_)
-    la.fit(p.loader(), landmarks=p.landmarks, val_loader=val, val_steps=1)
-    assert la.temperature == pytest.approx(before[0])
-    assert_close(la.prior_precision, before[1])
-    assert_close(la.posterior_precision, before[2])
-    assert la.fit_history_["val_nll"] == pytest.approx(before[3]["val_nll"])
-
-
-def test_temperature_stays_free(free_problem):
-    la = fit(free_problem)
-    assert not la._temperature_fixed
-    la.fit(free_problem.loader(), landmarks=free_problem.landmarks, val_loader=validation(free_problem))
-
-
 def test_a_fit_without_validation_chooses_nothing(free_problem):
     la = build(free_problem)
     la.fit(free_problem.loader(), landmarks=free_problem.landmarks)
@@ -182,7 +165,8 @@ def test_the_choice_is_restored_from_a_checkpoint(free_problem, tmp_path):
     other.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
     assert_close(other.posterior_precision, la.posterior_precision)
     assert other.temperature == la.temperature
-    assert not other._temperature_fixed
+    other.fit(p.loader(), landmarks=p.landmarks)  # no temperature is fixed
+    assert not other.state_dict()["temperature_fixed"]
 
 
 # ---------------------------------------------------------------------------- cost
@@ -252,17 +236,8 @@ def test_a_temperature_fixed_by_the_user_stays_and_scores_are_recorded(free_prob
     assert len(la.fit_history_["val_nll"]) == len(la.fit_history_["processed_examples"]) > 1
 
 
-def test_an_empty_validation_loader_is_refused_and_leaves_the_estimator_as_it_was(free_problem):
-    p = free_problem
-    la = fit(p)
-    before = (la.posterior_precision.clone(), la.temperature, la.fit_history_)
-    with pytest.raises(ValueError, match="validation"):
-        la.fit(p.loader(), landmarks=p.landmarks, val_loader=[])
-    assert torch.equal(la.posterior_precision, before[0])
-    assert (la.temperature, la.fit_history_) == before[1:]
-
-
-def test_an_error_of_the_validation_loader_leaves_the_estimator_as_it_was(free_problem):
+@pytest.mark.parametrize(("error", "match"), [(ValueError, "validation"), (OSError, "disk")])
+def test_an_error_of_the_validation_loader_leaves_the_estimator_as_it_was(free_problem, error, match):
     p = free_problem
     la = fit(p)
     before = (la.posterior_precision.clone(), la.temperature, la.fit_history_)
@@ -271,8 +246,9 @@ def test_an_error_of_the_validation_loader_leaves_the_estimator_as_it_was(free_p
         yield validation(p)[0]
         raise OSError("disk")
 
-    with pytest.raises(OSError, match="disk"):
-        la.fit(p.loader(3), landmarks=p.landmarks, val_loader=broken(), val_steps=1)
+    val = [] if error is ValueError else broken()
+    with pytest.raises(error, match=match):
+        la.fit(p.loader(3), landmarks=p.landmarks, val_loader=val, val_steps=1)
     assert torch.equal(la.posterior_precision, before[0])
     assert (la.temperature, la.fit_history_) == before[1:]
 
@@ -281,8 +257,3 @@ def test_an_error_of_the_validation_loader_leaves_the_estimator_as_it_was(free_p
 def test_an_unknown_link_is_refused(free_problem, link):
     with pytest.raises(ValueError, match="link_approx"):
         fit(free_problem, link_approx=link)
-
-
-def test_scores_are_numbers(free_problem):
-    scores = fit(free_problem).fit_history_["val_nll"]
-    assert all(isinstance(s, float) and math.isfinite(s) for s in scores)

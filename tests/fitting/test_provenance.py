@@ -45,29 +45,21 @@ def test_the_basis_of_a_model_with_other_weights_is_refused():
     ):
         la.fit(train_loader(), basis=theirs.basis)
     before.check()
-
-
-def test_the_basis_of_a_model_whose_weights_have_changed_is_refused():
-    la = fitted()
     basis = la.basis
-    with torch.no_grad():
+    with torch.no_grad():  # its own, before the weights changed
         la.model[0].bias[0] += 1e-3
     with pytest.raises(ValueError, match="another model"):
         la.fit(train_loader(), basis=basis)
 
 
-def test_the_basis_of_an_equal_model_is_taken():
+def test_the_basis_of_an_equal_model_or_of_unknown_origin_is_taken():
     la = fitted()
     other = build(model=copy.deepcopy(la.model))
     other.fit(train_loader(), basis=la.basis)
     assert_same(other(X), la(X))
-
-
-def test_a_basis_of_unknown_origin_is_taken():
-    basis = replace(fitted(model=mlp(seed=1)).basis, of_model=None)
-    la = build()
-    la.fit(train_loader(), basis=basis)
-    assert la.basis.of_model is None
+    unknown = replace(fitted(model=mlp(seed=1)).basis, of_model=None)
+    other.fit(train_loader(), basis=unknown)
+    assert other.basis.of_model is None
 
 
 def test_a_basis_keeps_the_mark_of_its_model(tmp_path):
@@ -369,7 +361,7 @@ def test_a_flipped_bit_in_a_file_is_found_or_changes_nothing(directions, tmp_pat
     other.load_state_dict(torch.load(file, weights_only=True))
     expected, plain = outcome(other)
     draw, refused = random.Random(0), 0
-    for _ in range(150 if directions == "full" else 50):
+    for _ in range(60 if directions == "full" else 30):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         file.write_bytes(damaged)
@@ -386,7 +378,7 @@ def test_a_flipped_bit_in_a_file_is_found_or_changes_nothing(directions, tmp_pat
         found, found_plain = outcome(other)
         assert found_plain == plain
         assert_same(tuple(found), tuple(expected))
-    assert refused > 10
+    assert refused > 5
 
 
 # ---------------------------------------------------------------------------- what still loads
@@ -450,7 +442,8 @@ def test_the_state_after_every_change_loads(n_outputs, tmp_path):
 
 def test_a_model_whose_outputs_do_not_depend_on_its_inputs_loads(tmp_path):
     la = fitted()
-    la._set_fit(la.basis, [(23, torch.zeros_like(la.H))], la.loss, (23, 23, C))
+    la.H = torch.zeros_like(la.H)
+    la.snapshots = [(23, la.H)]
     other = build()
     other.load_state_dict(saved(la.state_dict(), tmp_path))
     assert_same(other(X), la(X))

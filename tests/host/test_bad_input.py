@@ -1,4 +1,4 @@
-"""Bad input: a clear error before any work, and nothing lost."""
+"""Data, models and states that are wrong: a clear error before any work, and nothing lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from helpers import (
     M,
     N,
     Snapshot,
-    assert_same,
     build,
     dict_batches,
     fitted,
@@ -24,118 +23,66 @@ from helpers import (
     train_loader,
     val_loader,
 )
+from models import Applied, Counting
 from torch import nn
 
 import laplace_ella
+from laplace_ella import NystromGGN
 
 LIKELIHOODS = ["classification", "regression"]
 X = inputs(11, seed=7)
 NAN, INF = float("nan"), float("inf")
 
 
-class Counting(nn.Module):
-    """Counts how often it is called."""
-
-    def __init__(self, **kwargs):
-        super().__init__()
-        self.net, self.calls = mlp(**kwargs), 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.net(x)
+def assert_refused(la, data, match, error=ValueError, **options):
+    """A fresh fit, a second one and an addition of data are refused; the previous fit stays."""
+    before = Snapshot(la, X)
+    for override in (True, False):
+        with pytest.raises(error, match=match):
+            la.fit(data, override=override, **options)
+        before.check()
 
 
-def snapshot(la):
-    return Snapshot(la, X)
+# ------------------------------------------------------------------ models
 
 
-# ------------------------------------------------------------------ constructor
+def on_meta(module):
+    with torch.device("meta"):
+        return module()
 
 
-@pytest.mark.parametrize("name", ["link_aprox", "diagonal_outputs"])
-def test_misspelt_arguments_of_a_prediction(name):
-    with pytest.raises(ValueError, match=name):
-        fitted()(inputs(3), **{name: "mc"})
+NO_MODELS = {
+    "no weights": (nn.Tanh, r"requires? grad"),
+    "frozen": (lambda: nn.Linear(2, 3).requires_grad_(False), r"requires? grad"),
+    "meta": (lambda: on_meta(mlp), r"model .*'0.weight' has none.*meta device"),
+    "meta statistics": (
+        lambda: nn.Sequential(nn.Linear(D, C), on_meta(lambda: nn.BatchNorm1d(C, affine=False))),
+        r"model .*'1.running_mean' has none.*meta device",
+    ),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(C)),
+        r"model .*'0.weight' has none.*lazy: run the model once",
+    ),
+}
 
 
-def test_ella_needs_all_weights():
-    with pytest.raises(ValueError, match=r"needs subset_of_weights='all'; got 'last_layer'"):
-        laplace_ella.Laplace(mlp(), hessian_structure="ella")
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_models_without_weights_or_values(name):
+    make, match = NO_MODELS[name]
+    with pytest.raises(ValueError, match=match):
+        build(model=make())
+    if name in ("meta", "lazy"):
+        with pytest.raises(ValueError, match=match):
+            NystromGGN(make(), "classification")
 
 
-@pytest.mark.parametrize("likelihood", ["poisson", "", None, 3])
-def test_unknown_likelihood(likelihood):
-    with pytest.raises(ValueError, match="classification"):
-        build(likelihood)
+@pytest.mark.parametrize("structure", ["kron", "diag", "ella"])
+def test_no_model_of_any_flavour(structure):
+    with pytest.raises(ValueError, match=r"model must be a torch.nn.Module.*got None"):
+        laplace_ella.Laplace(None, "classification", "all", structure)
 
 
-@pytest.mark.parametrize("value", [0, -1, 0.0, -0.5, 1.5, 2.0, NAN, True, "3", [3]], ids=str)
-def test_a_memory_budget_is_bytes_or_a_share(value):
-    with pytest.raises(ValueError, match=r"memory_budget must be .* got"):
-        build(memory_budget=value)
-
-
-@pytest.mark.parametrize("name", ["subsample_size", "curvature_size", "chunk_size"])
-@pytest.mark.parametrize("value", [0, -1, 1.0, 0.5, 2.0, NAN, True, "3", [3]], ids=str)
-def test_sizes_must_be_positive_integers(name, value):
-    with pytest.raises(ValueError, match=name):
-        build(**{name: value})
-
-
-@pytest.mark.parametrize("value", [-1, 1.0, None, True, 2**63])
-def test_seed_must_be_a_seed(value):
-    with pytest.raises(ValueError, match="seed"):
-        build(seed=value)
-
-
-@pytest.mark.parametrize("model", [nn.Tanh(), nn.Linear(2, 3).requires_grad_(False)], ids=["none", "frozen"])
-def test_model_without_trainable_parameters(model):
-    with pytest.raises(ValueError, match=r"requires? grad"):
-        laplace_ella.Laplace(model, "classification", "all", "ella")
-
-
-POSITIVE = ["prior_precision", "temperature", "sigma_noise"]
-NOT_POSITIVE = [
-    0,
-    0.0,
-    -1.0,
-    NAN,
-    INF,
-    torch.tensor(0.0),
-    torch.tensor([-1.0]),
-    torch.tensor([NAN]),
-    "1",
-    True,
-]
-
-
-@pytest.mark.parametrize("name", POSITIVE)
-@pytest.mark.parametrize("value", NOT_POSITIVE, ids=str)
-def test_hyperparameters_must_be_positive(name, value):
-    with pytest.raises(ValueError, match=name):
-        build("regression", **{name: value})
-
-
-@pytest.mark.parametrize("name", POSITIVE)
-@pytest.mark.parametrize("value", NOT_POSITIVE, ids=str)
-def test_a_refused_assignment_changes_nothing(name, value):
-    la = fitted("regression")
-    before = snapshot(la)
-    with pytest.raises(ValueError, match=name):
-        setattr(la, name, value)
-    before.check()
-
-
-@pytest.mark.parametrize("size", [4, 66])
-@pytest.mark.parametrize("value", [0.0, -1.0, NAN, INF])
-def test_vector_priors_must_be_positive_in_every_entry(size, value):
-    delta = torch.ones(size)
-    delta[2] = value
-    with pytest.raises(ValueError, match="prior_precision"):
-        build(prior_precision=delta)
-
-
-# ------------------------------------------------------------------ loaders
+# ------------------------------------------------------------------ batches
 
 
 def bad_targets(likelihood):
@@ -178,15 +125,6 @@ BAD_BATCHES = {
 }
 
 
-def assert_refused(la, data, match, error=ValueError, **options):
-    """A fresh fit, a second one and an addition of data are refused; the previous fit stays."""
-    before = Snapshot(la, X)
-    for override in (True, False):
-        with pytest.raises(error, match=match):
-            la.fit(data, override=override, **options)
-        before.check()
-
-
 @pytest.mark.parametrize("name", BAD_BATCHES)
 def test_batches_of_the_wrong_structure(name):
     assert_refused(fitted(), [BAD_BATCHES[name]], r"[Bb]atch|[Ii]nputs|[Tt]argets")
@@ -196,12 +134,12 @@ def test_batches_of_the_wrong_structure(name):
     ("likelihood", "name"),
     [(likelihood, name) for likelihood in LIKELIHOODS for name in bad_targets(likelihood)],
 )
-@pytest.mark.parametrize("position", [0, 1])
-def test_targets_that_do_not_fit(likelihood, name, position):
-    good = (inputs(7), targets(likelihood, 7))
-    data = [good, good]
-    data[position] = bad_targets(likelihood)[name]
-    assert_refused(fitted(likelihood), data, f"batch {position}")
+def test_targets_that_do_not_fit_are_refused_naming_the_batch(likelihood, name):
+    la, good = fitted(likelihood), (inputs(7), targets(likelihood, 7))
+    for position in (0, 1):
+        data = [good, good]
+        data[position] = bad_targets(likelihood)[name]
+        assert_refused(la, data, f"batch {position}")
 
 
 def test_a_single_output_is_no_classification():
@@ -209,31 +147,28 @@ def test_a_single_output_is_no_classification():
         fitted(model=mlp(1), data=loader(inputs(), torch.zeros(N, dtype=torch.long)))
 
 
-@pytest.mark.parametrize("data", [[], (), iter([])], ids=["list", "tuple", "iterator"])
-def test_empty_loader(data):
-    assert_refused(fitted(), data, "no data")
-
-
-def test_a_loader_of_empty_batches():
-    assert_refused(fitted(), [(inputs(0), targets("classification", 0))], "no data")
-
-
-def test_a_generator_that_was_read_before():
-    la = build()
-    generator = (b for b in train_loader())
-    la.fit(generator)
-    before = snapshot(la)
-    with pytest.raises(ValueError, match="no data"):
-        la.fit(generator)
-    before.check()
+def with_value(x, row, value):
+    x = x.clone()
+    x[row, 1] = value
+    return x
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_inputs_that_are_not_finite(value, likelihood):
-    x = inputs()
-    x[8, 1] = value
-    assert_refused(fitted(likelihood), loader(x, targets(likelihood)), "batch 1")
+    la = fitted(likelihood)
+    assert_refused(la, loader(with_value(inputs(), 8, value), targets(likelihood)), "batch 1")
+    before, bad = Snapshot(la, X), with_value(X, 3, value)
+    for predict in (
+        lambda: la(bad),
+        lambda: la(bad, "nn", link_approx="mc"),
+        lambda: la.functional_samples(bad),
+        lambda: la.functional_samples(bad, "nn"),
+        lambda: la.predictive_samples(bad),
+    ):
+        with pytest.raises(ValueError, match="finite"):
+            predict()
+    before.check()
 
 
 def test_mapping_inputs_that_are_not_finite():
@@ -243,181 +178,193 @@ def test_mapping_inputs_that_are_not_finite():
         fitted(model=DictModel(), data=batches)
 
 
-class Log(nn.Module):
-    """Its outputs are infinite where the first input is zero."""
+# ------------------------------------------------------------------ loaders
 
-    def __init__(self):
-        super().__init__()
-        self.net = mlp()
 
-    def forward(self, x):
-        return self.net(x) + x[:, :1].abs().log()
+def of_rows(n):
+    return [(inputs(n), targets("classification", n))]
+
+
+class Shrinking:
+    """Yields less the second time."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        batches, self.batches = self.batches, self.batches[:1]
+        return iter(batches)
+
+
+NO_DATA = {"list": list, "iterator": lambda: iter(()), "rows": lambda: of_rows(0)}
+READERS = {
+    "fit": lambda la, data: la.fit(data),
+    "add": lambda la, data: la.fit(data, override=False),
+    "val_loader": lambda la, data: la.fit(train_loader(), val_loader=data),
+    "forget": lambda la, data: la.forget(data),
+    "calibrate": lambda la, data: la.calibrate_novelty(data),
+    "error": lambda la, data: la.approximation_error(X, data),
+    "joint": lambda la, data: la.optimize_hyperparameters(data),
+    "gridsearch": lambda la, data: la.optimize_prior_precision(method="gridsearch", val_loader=data),
+    "gridsearch nn": lambda la, data: la.optimize_prior_precision(
+        "nn", method="gridsearch", val_loader=data, link_approx="mc", grid_size=2
+    ),
+}
+
+
+@pytest.mark.parametrize("use", READERS)
+def test_loaders_without_data(use):
+    la = fitted(temperature=None)
+    before = Snapshot(la, X)
+    for make in NO_DATA.values():
+        with pytest.raises(ValueError, match=r"no data|at least two inputs; got 0"):
+            READERS[use](la, make())
+    before.check()
+
+
+def test_plans_and_errors_of_no_data():
+    la = fitted()
+    for make in NO_DATA.values():
+        with pytest.raises(ValueError, match=r"no data|iterator"):
+            la.plan(make())
+    with pytest.raises(ValueError, match="x must hold at least one input; got none"):
+        la.approximation_error(inputs(0))
+
+
+BAD_VALIDATION = {
+    "class index": [(inputs(7), targets("classification", 7) + C)],
+    "not a number": [(inputs(7) * NAN, targets("classification", 7))],
+    "structure": [3],
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALIDATION)
+@pytest.mark.parametrize("use", ["val_loader", "joint", "gridsearch"])
+def test_bad_validation_data_change_nothing(name, use):
+    la = fitted(temperature=None)
+    before = Snapshot(la, X)
+    with pytest.raises(ValueError, match=r"[Vv]alidation|batch|\w+ .*\w+"):
+        READERS[use](la, BAD_VALIDATION[name])
+    before.check()
+
+
+def test_loaders_that_cannot_be_read_twice():
+    la = fitted(model=Counting(), curvature_size=None)
+    before, calls = Snapshot(la, X), la.model.calls
+    with pytest.raises(ValueError, match="curvature_size"):
+        la.fit(iter(list(train_loader())))
+    assert la.model.calls == calls
+    with pytest.raises(ValueError, match=f"read 7 inputs, the first {N}"):
+        la.fit(Shrinking(list(train_loader())))
+    before.check()
+    la, generator = build(), (b for b in train_loader())
+    la.fit(generator)
+    before = Snapshot(la, X)
+    with pytest.raises(ValueError, match="no data"):
+        la.fit(generator)
+    before.check()
+
+
+# ------------------------------------------------------------------ outputs and features
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_outputs_that_are_not_finite(likelihood):
     x = inputs()
     x[15, 0] = 0
-    assert_refused(fitted(likelihood, Log()), loader(x, targets(likelihood)), "batch 2")
-
-
-class Root(nn.Module):
-    """Its outputs are finite everywhere, their gradients not where the input is zero."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp()
-        self.net[0].bias.data.zero_()
-        self.net[2].bias.data.zero_()
-
-    def forward(self, x):
-        f = self.net(x)
-        return f.square().sum(-1, keepdim=True).sqrt() + f
+    model = Applied(lambda net, x: net(x) + x[:, :1].abs().log())
+    assert_refused(fitted(likelihood, model), loader(x, targets(likelihood)), "batch 2")
 
 
 def test_features_that_are_not_finite():
-    x = inputs()
+    """Outputs are finite everywhere, their gradients not where the input is zero."""
+    net = mlp()
+    net[0].bias.data.zero_()
+    net[2].bias.data.zero_()
+    model = Applied(lambda net, x: net(x).square().sum(-1, keepdim=True).sqrt() + net(x), net)
+    la, x = fitted(model=model), inputs()
     x[15] = 0
-    la = fitted(model=Root())
     landmarks = (inputs(M, seed=20), torch.arange(M) % C)
-    before = snapshot(la)
+    zero = torch.zeros(1, D, dtype=torch.float64)
+    before = Snapshot(la, X)
     with pytest.raises(ValueError, match=r"training inputs \[.*features|features.*training inputs \["):
         la.fit(loader(x, targets("classification")), landmarks=landmarks)
-    before.check()
     with pytest.raises(ValueError, match=r"landmarks.*net"):
-        la.fit(train_loader(), landmarks=(torch.zeros(1, D, dtype=torch.float64), torch.tensor([1])))
-    before.check()
+        la.fit(train_loader(), landmarks=(zero, torch.tensor([1])))
     with pytest.raises(ValueError, match="features"):
-        la(torch.zeros(2, D, dtype=torch.float64))
+        la(zero)
     before.check()
 
 
-class Shaped(nn.Module):
-    """Returns its outputs in a shape of choice."""
+SHAPES = {
+    "one axis": lambda f: f[:, 0],
+    "scalar": lambda f: f.sum(),
+    "tuple": lambda f: (f, f),
+    "dict": lambda f: {"logits": f},
+    "logits of one axis": lambda f: SimpleNamespace(logits=f[:, 0]),
+    "list": lambda f: f.tolist(),
+}
 
-    def __init__(self, shape):
-        super().__init__()
-        self.net, self.shape = mlp(), shape
 
-    def forward(self, x):
-        return self.shape(self.net(x))
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        lambda f: f[:, 0],
-        lambda f: f.sum(),
-        lambda f: (f, f),
-        lambda f: {"logits": f},
-        lambda f: SimpleNamespace(logits=f[:, 0]),
-        lambda f: f.tolist(),
-    ],
-    ids=["one axis", "scalar", "tuple", "dict", "logits of one axis", "list"],
-)
-def test_outputs_that_are_not_a_matrix(shape):
+@pytest.mark.parametrize("name", SHAPES)
+def test_outputs_that_are_not_a_matrix(name):
     with pytest.raises(ValueError, match=r"\(batch, outputs\)"):
-        fitted(model=Shaped(shape))
+        fitted(model=Applied(lambda net, x: SHAPES[name](net(x))))
 
 
 def test_outputs_whose_number_changes():
-    class AsWideAsInputs(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x):
-            return self.net(nn.functional.pad(x, (0, D - x.shape[1])))[:, : x.shape[1] - 2]
+    def as_wide_as_inputs(net, x):
+        return net(nn.functional.pad(x, (0, D - x.shape[1])))[:, : x.shape[1] - 2]
 
     batches = [*train_loader(), (inputs()[:, : D - 1], torch.zeros(N, dtype=torch.long))]
     with pytest.raises(ValueError, match=r"2 outputs in batch 4 and 3"):
-        fitted(model=AsWideAsInputs(), data=batches)
-
-
-# ------------------------------------------------------------------ options of fit
-
-
-@pytest.mark.parametrize(
-    "landmarks",
-    [
-        3,
-        inputs(2),
-        (inputs(2),),
-        (inputs(2), [0, 1]),
-        (inputs(2), torch.tensor([0.0, 1.0])),
-        (inputs(2), torch.tensor([[0, 1]])),
-        (inputs(3), torch.tensor([0, 1])),
-        (inputs(0), torch.tensor([], dtype=torch.long)),
-        (inputs(2) * NAN, torch.tensor([0, 1])),
-        (inputs(2), torch.tensor([0, C])),
-        (inputs(2), torch.tensor([0, -1])),
-    ],
-    ids=range(11),
-)
-def test_landmarks_of_the_wrong_form(landmarks):
-    la = fitted()
-    before = snapshot(la)
-    with pytest.raises(ValueError, match="landmarks"):
-        la.fit(train_loader(), landmarks=landmarks)
-    before.check()
+        fitted(model=Applied(as_wide_as_inputs), data=batches)
 
 
 def test_gradients_that_all_vanish():
     model = mlp()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
+    for p in model.parameters():
+        p.data.zero_()
     model[0].requires_grad_(False)
     model[2].bias.requires_grad_(False)
     with pytest.raises(ValueError, match="zero"):
         fitted(model=model)
 
 
+# ------------------------------------------------------------------ landmarks
+
+LANDMARKS = {
+    "float coordinates": (inputs(2), torch.tensor([0.0, 1.0])),
+    "two axes": (inputs(2), torch.tensor([[0, 1]])),
+    "other lengths": (inputs(3), torch.tensor([0, 1])),
+    "none": (inputs(0), torch.tensor([], dtype=torch.long)),
+    "not finite": (inputs(2) * NAN, torch.tensor([0, 1])),
+    "too large": (inputs(2), torch.tensor([0, C])),
+    "negative": (inputs(2), torch.tensor([0, -1])),
+}
+
+
+@pytest.mark.parametrize("name", LANDMARKS)
+def test_landmarks_that_are_wrong(name):
+    la, read = fitted(), []
+    before = Snapshot(la, X)
+    with pytest.raises(ValueError, match=r"landmarks|0\.\.2"):
+        la.fit((read.append(batch) or batch for batch in train_loader()), landmarks=LANDMARKS[name])
+    assert len(read) <= 1
+    before.check()
+
+
 def test_balanced_landmarks_need_classes():
     la = fitted("regression")
-    before = snapshot(la)
+    before = Snapshot(la, X)
     with pytest.raises(ValueError, match="balanced"):
         la.fit(train_loader("regression"), balanced=True)
     before.check()
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, True])
-def test_val_steps_must_be_a_positive_integer(value):
-    assert_refused(fitted(), train_loader(), "val_steps", val_loader=val_loader(), val_steps=value)
+# ------------------------------------------------------------------ before a fit
 
-
-def test_a_one_shot_iterator_cannot_be_streamed_twice():
-    model = Counting()
-    la = fitted(model=model, curvature_size=None)
-    before, calls = snapshot(la), model.calls
-    with pytest.raises(ValueError, match="curvature_size"):
-        la.fit(iter(list(train_loader())))
-    assert model.calls == calls
-    before.check()
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        [],
-        [(inputs(7), targets("classification", 7) + C)],
-        [(inputs(7) * NAN, targets("classification", 7))],
-        [3],
-    ],
-    ids=["empty", "class index", "nan", "structure"],
-)
-def test_a_bad_validation_loader_leaves_the_previous_fit(bad):
-    la = fitted()
-    before = snapshot(la)
-    other = loader(inputs(seed=30), targets("classification", seed=31))
-    with pytest.raises(ValueError, match=r"[Vv]alidation|batch"):
-        la.fit(other, val_loader=bad)
-    before.check()
-
-
-# ------------------------------------------------------------------ prediction
-
-CALLS = {
+UNFITTED = {
     "call": lambda la: la(X),
     "nn": lambda la: la(X, "nn", link_approx="mc"),
     "predictive": lambda la: la.predictive(X, "glm", "probit", 3),
@@ -427,140 +374,41 @@ CALLS = {
     "predictive_samples": lambda la: la.predictive_samples(X),
     "features": lambda la: la.features(X),
     "jacobians": lambda la: la.backend.jacobians(X),
-    "basis": lambda la: la.basis,
+    "backend.full": lambda la: la.backend.full(X, targets("classification", 11)),
     "functional_variance": lambda la: la.functional_variance(torch.zeros(11, C, 5)),
     "functional_covariance": lambda la: la.functional_covariance(torch.zeros(11, C, 5)),
-    "posterior_precision": lambda la: la.posterior_precision,
-    "posterior_covariance": lambda la: la.posterior_covariance,
     "evidence": lambda la: la.log_marginal_likelihood(),
     "marglik": lambda la: la.optimize_prior_precision(),
     "gridsearch": lambda la: la.optimize_prior_precision(method="gridsearch", val_loader=val_loader()),
+    "joint": lambda la: la.optimize_hyperparameters(val_loader()),
     "state_dict": lambda la: la.state_dict(),
+    "forget": lambda la: la.forget(train_loader()),
+    "merge": lambda la: la.merge(fitted()),
+    "merge other": lambda la: fitted().merge(la),
+    "share": lambda la: la.residual_share(X),
+    "novelty": lambda la: la.novelty(X),
+    "calibrate": lambda la: la.calibrate_novelty(val_loader()),
+    "error": lambda la: la.approximation_error(X),
+    **{
+        name: lambda la, name=name: getattr(la, name)
+        for name in (
+            *("basis", "posterior_precision", "posterior_covariance", "posterior_scale"),
+            *("log_det_posterior_precision", "log_det_prior_precision", "log_det_ratio"),
+        )
+    },
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_use_before_fit_raises_an_attribute_error_as_in_the_host(name):
-    model = Counting()
-    la = build(model=model)
-    with pytest.raises(AttributeError, match=r"fit"):
-        CALLS[name](la)
-    assert model.calls == 0
+@pytest.mark.parametrize("name", UNFITTED)
+def test_use_before_a_fit_raises_an_attribute_error_as_in_the_host(name):
+    for residual in ("none", "isotropic", "exact"):
+        la = build(model=Counting(), residual=residual)
+        with pytest.raises(AttributeError, match=r"[Ff]it"):
+            UNFITTED[name](la)
+        assert la.model.calls == 0
 
 
-BAD_CALLS = {
-    "pred_type": {"pred_type": "mcmc"},
-    "pred_type None": {"pred_type": None},
-    "link": {"link_approx": "softmax"},
-    "link None": {"link_approx": None},
-    "nn with probit": {"pred_type": "nn", "link_approx": "probit"},
-    "n_samples 0": {"link_approx": "mc", "n_samples": 0},
-    "n_samples -1": {"link_approx": "mc", "n_samples": -1},
-    "n_samples float": {"link_approx": "mc", "n_samples": 10.0},
-    "generator": {"link_approx": "mc", "generator": 3},
-}
-
-
-@pytest.mark.parametrize("name", BAD_CALLS)
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_unknown_options_of_a_call(name, likelihood):
-    model = Counting()
-    la = fitted(likelihood, model)
-    before, calls = snapshot(la), model.calls
-    with pytest.raises(ValueError, match=r"pred_type|link_approx|n_samples|generator"):
-        la(X, **BAD_CALLS[name])
-    assert model.calls == calls
-    before.check()
-
-
-@pytest.mark.parametrize("method", ["functional_samples", "predictive_samples"])
-@pytest.mark.parametrize(
-    "options", [{"pred_type": "mcmc"}, {"n_samples": 0}, {"n_samples": 2.5}, {"generator": 3}], ids=str
-)
-def test_unknown_options_of_samples(method, options):
-    model = Counting()
-    la = fitted(model=model)
-    calls = model.calls
-    with pytest.raises(ValueError, match=next(iter(options))):
-        getattr(la, method)(X, **options)
-    assert model.calls == calls
-
-
-@pytest.mark.parametrize("n_samples", [0, -1, 2.5])
-def test_unknown_options_of_weight_samples(n_samples):
-    with pytest.raises(ValueError, match="n_samples"):
-        fitted().sample(n_samples)
-
-
-@pytest.mark.parametrize("value", [NAN, INF])
-@pytest.mark.parametrize(
-    "name", ["call", "nn", "functional_samples", "functional_samples nn", "predictive_samples"]
-)
-def test_predicting_at_inputs_that_are_not_finite(value, name, monkeypatch):
-    la = fitted()
-    before = Snapshot(la, X.clone())
-    bad = X.clone()
-    bad[3, 1] = value
-    monkeypatch.setitem(globals(), "X", bad)
-    with pytest.raises(ValueError, match="finite"):
-        CALLS[name](la)
-    before.check()
-
-
-@pytest.mark.parametrize("x", [X.tolist(), X.numpy(), None], ids=["list", "array", "None"])
-@pytest.mark.parametrize("pred_type", ["glm", "nn"])
-def test_inputs_that_are_no_tensor(x, pred_type):
-    with pytest.raises(ValueError, match="tensor"):
-        fitted()(x, pred_type, link_approx="mc")
-
-
-@pytest.mark.parametrize("method", ["functional_variance", "functional_covariance"])
-@pytest.mark.parametrize(
-    "features",
-    [torch.zeros(2, C, 7), torch.zeros(2, 5), torch.zeros(2, C, 66), "phi"],
-    ids=["K", "axes", "P", "type"],
-)
-def test_jacobians_must_be_features(method, features):
-    with pytest.raises(ValueError, match="features"):
-        getattr(fitted(), method)(features)
-
-
-@pytest.mark.parametrize("method", ["log_prob", "square_norm"])
-def test_there_is_no_density_over_all_weights(method):
-    la = fitted()
-    with pytest.raises(NotImplementedError, match="density"):
-        getattr(la, method)(la.mean)
-
-
-# ------------------------------------------------------------------ tuning
-
-BAD_TUNING = {
-    "method": {"method": "crossval"},
-    "structure": {"method": "marglik", "prior_structure": "kron"},
-    "pred_type": {"pred_type": "mcmc"},
-    "link": {"method": "gridsearch", "link_approx": "softmax", "val_loader": val_loader()},
-    "nn with probit": {"method": "gridsearch", "pred_type": "nn", "val_loader": val_loader()},
-    "grid_size": {"method": "gridsearch", "grid_size": 0, "val_loader": val_loader()},
-    "n_samples": {"method": "gridsearch", "n_samples": 0, "val_loader": val_loader()},
-    "no data": {"method": "gridsearch"},
-    "empty": {"method": "gridsearch", "val_loader": []},
-    "class index": {"method": "gridsearch", "val_loader": [(X, torch.full((11,), C))]},
-    "nan": {"method": "gridsearch", "val_loader": [(X * NAN, torch.zeros(11, dtype=torch.long))]},
-    "loss": {"method": "gridsearch", "loss": "nll", "val_loader": val_loader()},
-    "nan loss": {"method": "gridsearch", "loss": lambda p, y: torch.tensor(NAN), "val_loader": val_loader()},
-    "init": {"method": "marglik", "init_prior_prec": -1.0},
-    "init tensor": {"method": "marglik", "init_prior_prec": torch.ones(5)},
-}
-
-
-@pytest.mark.parametrize("name", BAD_TUNING)
-@pytest.mark.parametrize("temperature", [None, 3.0])
-def test_tuning_with_bad_input_changes_nothing(name, temperature):
-    la = fitted(temperature=temperature, prior_precision=2.0)
-    before = snapshot(la)
-    with pytest.raises(ValueError, match=r"\w+ .*\w+"):
-        la.optimize_prior_precision(**BAD_TUNING[name])
-    before.check()
+# ------------------------------------------------------------------ settings
 
 
 @pytest.mark.parametrize(
@@ -568,39 +416,32 @@ def test_tuning_with_bad_input_changes_nothing(name, temperature):
 )
 def test_a_refused_noise_leaves_the_prior_too(likelihood, sigma):
     la = fitted(likelihood)
-    before = snapshot(la)
+    before = Snapshot(la, X)
     with pytest.raises(ValueError, match=r"noise"):
         la.log_marginal_likelihood(prior_precision=torch.tensor(7.0), sigma_noise=torch.tensor(sigma))
     before.check()
 
 
-# ------------------------------------------------------------------ dtypes and checkpoints
+@pytest.mark.parametrize("value", [1e39, 1e-50])
+def test_numbers_that_float32_cannot_hold(value):
+    la = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
+    with pytest.raises(ValueError, match="prior_precision"):
+        la.prior_precision = value
+    assert la.prior_precision == 1
 
 
-def test_double_data_are_converted_to_the_dtype_of_the_model():
-    single = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
-    with pytest.warns(UserWarning, match=r"inputs of torch.float64.*converted to torch.float32"):
-        double = fitted(model=mlp(dtype=torch.float32), data=train_loader())
-    assert_same(double(X), single(X.float()))
-    assert_same(
-        double(X, "nn", link_approx="mc", generator=torch.Generator().manual_seed(0)),
-        single(X.float(), "nn", link_approx="mc", generator=torch.Generator().manual_seed(0)),
-    )
-    assert double(X).dtype == torch.float32
-    assert torch.equal(double.loss, single.loss)
+# ------------------------------------------------------------------ inputs of another width
 
 
-def test_double_targets_are_converted_to_the_dtype_of_the_model():
-    x, y = inputs(dtype=torch.float32), targets("regression")
-    single = fitted("regression", mlp(dtype=torch.float32), loader(x, y.float()))
-    double = fitted("regression", mlp(dtype=torch.float32), loader(x, y))
-    torch.testing.assert_close(double.loss, single.loss)
-
-
-def test_a_checkpoint_of_another_model():
-    state = fitted(model=mlp(seed=1)).state_dict()
+@pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="Python 3.10 has no notes")
+@pytest.mark.parametrize("name", ["call", "nn", "features", "novelty", "functional_samples", "fit"])
+def test_the_models_own_error_is_raised_and_says_what_it_was_given(name, monkeypatch):
     la = fitted()
-    before = snapshot(la)
-    with pytest.raises(ValueError, match="another model"):
-        la.load_state_dict(state)
+    before = Snapshot(la, X)
+    wide = torch.zeros(11, D + 2, dtype=torch.float64)
+    monkeypatch.setitem(globals(), "X", wide)
+    use = {**UNFITTED, "fit": lambda la: la.fit([(wide, torch.zeros(11, dtype=torch.long))])}[name]
+    with pytest.raises(RuntimeError, match="shape") as caught:
+        use(la)
+    assert caught.value.__notes__ == ["The inputs were x of shape (11, 7)."]
     before.check()

@@ -16,9 +16,9 @@ import pytest
 import torch
 from helpers import C, DictModel, build, dict_batches, loader, reference_features, targets
 from laplace.curvature import AsdlGGN
+from models import N_INPUTS, Applied, Checkpointed, Residual
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from untouched import Untouched
 
 # Checkpoints call it in older versions of torch.
@@ -33,16 +33,12 @@ FEATURES, ROWS, SLICES = "forward mode", "one by one", "slice by slice"
 # ------------------------------------------------------------------ inputs
 
 
-def vectors(n: int) -> Tensor:
-    return torch.randn(n, WIDTH, dtype=torch.float64)
+def of_shape(*shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.randn(n, *shape, dtype=torch.float64)
 
 
-def sequences(n: int) -> Tensor:
-    return torch.randn(n, STEPS, WIDTH, dtype=torch.float64)
-
-
-def images(n: int) -> Tensor:
-    return torch.randn(n, CHANNELS, PIXELS, PIXELS, dtype=torch.float64)
+vectors, sequences = of_shape(WIDTH), of_shape(STEPS, WIDTH)
+images = of_shape(CHANNELS, PIXELS, PIXELS)
 
 
 def tokens(n: int) -> Tensor:
@@ -89,25 +85,17 @@ def with_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-class SelfAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
-
+class SelfAttention(nn.MultiheadAttention):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.attention(x, x, x)
+        return super().forward(x, x, x)
 
 
-class ScaledDotProduct(nn.Module):
-    def __init__(self, mask: Tensor | None = None, is_causal: bool = False) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.is_causal = is_causal
-        self.register_buffer("mask", mask)
+def scaled_dot_product(mask: Tensor | None = None, is_causal: bool = False) -> nn.Module:
+    def attention(qkv: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = qkv(x)[:, None].chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)[:, 0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x)[:, None].chunk(3, -1)
-        return F.scaled_dot_product_attention(q, k, v, self.mask, is_causal=self.is_causal)[:, 0]
+    return Pooled(Applied(attention, nn.Linear(WIDTH, 3 * WIDTH)))
 
 
 def encoder() -> nn.Module:
@@ -115,18 +103,15 @@ def encoder() -> nn.Module:
     return Pooled(nn.TransformerEncoder(layer, 2))
 
 
-class SpatialTransformer(nn.Module):
+def spatial_transformer() -> nn.Module:
     """Moves its input by an affine map that it computes from it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.localise = nn.Linear(CHANNELS * PIXELS**2, 6)
-        self.head = nn.Linear(CHANNELS * PIXELS**2, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        theta = self.localise(x.flatten(1)).reshape(-1, 2, 3).tanh()
+    def moved(net: nn.Module, x: Tensor) -> Tensor:
+        theta = net[0](x.flatten(1)).reshape(-1, 2, 3).tanh()
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-        return self.head(F.grid_sample(x, grid, align_corners=False).flatten(1))
+        return net[1](F.grid_sample(x, grid, align_corners=False).flatten(1))
+
+    return Applied(moved, nn.Sequential(*(nn.Linear(CHANNELS * PIXELS**2, n) for n in (6, C))))
 
 
 def pooled_channels_last() -> nn.Module:
@@ -135,16 +120,10 @@ def pooled_channels_last() -> nn.Module:
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
 
-class Distances(nn.Module):
+def distances(p: float) -> nn.Module:
     """Distances to learned centres; ``p`` = 2 multiplies matrices, others have kernels of their own."""
-
-    def __init__(self, p: float = 2.0) -> None:
-        super().__init__()
-        self.centres = nn.Parameter(torch.randn(WIDTH, WIDTH))
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cdist(x, self.centres, p=self.p)
+    centres = Applied(lambda net, x: torch.cdist(x, net.weight, p=p), nn.Linear(WIDTH, WIDTH, bias=False))
+    return with_head(nn.Linear(WIDTH, WIDTH), centres)
 
 
 def old_weight_norm() -> nn.Module:
@@ -152,54 +131,6 @@ def old_weight_norm() -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)
         layer = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
     return with_head(layer, nn.Tanh())
-
-
-class InPlace(nn.Module):
-    """A residual sum and an activation, both in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.branch = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x).tanh()
-        out = self.branch(self.relu(self.stem(h)))
-        out += h
-        return self.relu(out)
-
-
-class _Cube(torch.autograd.Function):
-    """New style, reverse mode only, without a rule for batches."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * grad
-
-
-class _CubeBatched(_Cube):
-    generate_vmap_rule = True
-
-
-class _CubeForward(_Cube):
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * tangent
-
-
-class _CubeForwardBatched(_CubeForward):
-    generate_vmap_rule = True
 
 
 class _OldCube(torch.autograd.Function):
@@ -216,35 +147,35 @@ class _OldCube(torch.autograd.Function):
         return 3 * x**2 * grad
 
 
-class Apply(nn.Module):
-    """A custom function as a layer."""
+class _Cube(_OldCube):
+    """New style, reverse mode only, without a rule for batches."""
 
-    def __init__(self, function: type[torch.autograd.Function]) -> None:
-        super().__init__()
-        self.function = function
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function.apply(x)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+
+class _CubeBatched(_Cube):
+    generate_vmap_rule = True
+
+
+class _CubeForward(_Cube):
+    jvp = staticmethod(_Cube.backward)  # the derivative is the same both ways
+
+
+class _CubeForwardBatched(_CubeForward):
+    generate_vmap_rule = True
 
 
 def custom(function: type[torch.autograd.Function]) -> Callable[[], nn.Module]:
-    return lambda: with_head(nn.Linear(WIDTH, WIDTH), Apply(function))
-
-
-class Checkpointed(nn.Module):
-    """Recomputes its block in the backward pass, unless ``use_reentrant`` is None."""
-
-    def __init__(self, use_reentrant: bool | None) -> None:
-        super().__init__()
-        self.stem = nn.Linear(WIDTH, WIDTH)  # re-entrant checkpoints need an input that requires grad
-        self.block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, C))
-        self.use_reentrant = use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x).tanh()
-        if self.use_reentrant is None:
-            return self.block(h)
-        return checkpoint(self.block, h, use_reentrant=self.use_reentrant)
+    return lambda: with_head(
+        nn.Linear(WIDTH, WIDTH), Applied(lambda net, x: function.apply(x), nn.Identity())
+    )
 
 
 def without_checkpoints(model: nn.Module) -> nn.Module:
@@ -271,18 +202,12 @@ def adapted() -> nn.Module:
     return nn.Sequential(frozen, nn.Tanh(), LowRank(nn.Linear(WIDTH, WIDTH)), nn.Tanh(), nn.Linear(WIDTH, C))
 
 
-class Tied(nn.Module):
+def tied() -> nn.Module:
     """Reads its tokens and scores its outputs with one matrix, as language models do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, WIDTH)
-        self.decoder = nn.Linear(WIDTH, 11, bias=False)
-        self.decoder.weight = self.embedding.weight
-        self.head = nn.Linear(11, C)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.decoder(self.embedding(x).mean(1).tanh()))
+    embedding, decoder = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11, bias=False)
+    decoder.weight = embedding.weight
+    net = nn.Sequential(embedding, decoder, nn.Linear(11, C))
+    return Applied(lambda net, x: net[2](net[1](net[0](x).mean(1).tanh())), net)
 
 
 def mlp() -> nn.Module:
@@ -318,24 +243,24 @@ class Case:
 BOTH = (FEATURES, ROWS)
 CASES = [
     # attention
-    Case("multi-head attention", lambda: Pooled(SelfAttention()), sequences),
+    Case("multi-head attention", lambda: Pooled(SelfAttention(WIDTH, 2, batch_first=True)), sequences),
     Case("transformer encoder", encoder, sequences),
     Case("transformer encoder, training", encoder, sequences, training=True),
-    Case("scaled dot product", lambda: Pooled(ScaledDotProduct()), sequences),
+    Case("scaled dot product", scaled_dot_product, sequences),
     Case(
         "scaled dot product, mask",
-        lambda: Pooled(ScaledDotProduct(torch.ones(STEPS, STEPS).tril().bool())),
+        lambda: scaled_dot_product(torch.ones(STEPS, STEPS).tril().bool()),
         sequences,
     ),
-    Case("scaled dot product, causal", lambda: Pooled(ScaledDotProduct(is_causal=True)), sequences),
+    Case("scaled dot product, causal", lambda: scaled_dot_product(is_causal=True), sequences),
     # recurrent layers
     Case("LSTM", lambda: Pooled(nn.LSTM(WIDTH, 5, batch_first=True), 5), sequences, (ROWS,)),
     Case("GRU", lambda: Pooled(nn.GRU(WIDTH, 5, batch_first=True), 5), sequences, (ROWS,)),
     # operators that lack a rule
     Case("embedding bag", lambda: Pooled(nn.EmbeddingBag(11, WIDTH)), tokens, (FEATURES,)),
-    Case("grid sample", SpatialTransformer, images, None),
-    Case("cdist", lambda: with_head(nn.Linear(WIDTH, WIDTH), Distances()), vectors, (FEATURES,)),
-    Case("cdist, p = 1.5", lambda: with_head(nn.Linear(WIDTH, WIDTH), Distances(1.5)), vectors, (FEATURES,)),
+    Case("grid sample", spatial_transformer, images, None),
+    Case("cdist", lambda: distances(2.0), vectors, (FEATURES,)),
+    Case("cdist, p = 1.5", lambda: distances(1.5), vectors, (FEATURES,)),
     Case("pooling, channels last", pooled_channels_last, images, None),
     # parametrisations
     Case("weight norm, hooks", old_weight_norm, vectors, (FEATURES,)),
@@ -361,8 +286,8 @@ CASES = [
     Case("dropout", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)), training=True),
     # others
     Case("transposed convolution", lambda: convolutional(nn.Tanh(), nn.ConvTranspose2d(4, 3, 2, 2)), images),
-    Case("in-place residual", lambda: with_head(InPlace())),
-    Case("tied weights", Tied, tokens),
+    Case("in-place residual", Residual, of_shape(N_INPUTS)),
+    Case("tied weights", tied, tokens),
     Case("frozen backbone and LoRA", adapted),
     Case("mapping in, logits out", DictModel, mapping),
     # custom functions
@@ -372,8 +297,10 @@ CASES = [
     Case("function, jvp and batches", custom(_CubeForwardBatched), vectors),
     Case("function, old style", custom(_OldCube), vectors, BOTH),
     # wrappers
-    Case("checkpoint", lambda: Checkpointed(False), vectors, None),
-    Case("checkpoint, re-entrant", lambda: Checkpointed(True), vectors, BOTH, oracle=without_checkpoints),
+    Case("checkpoint", lambda: Checkpointed(False, WIDTH), vectors, None),
+    Case(
+        "checkpoint, re-entrant", lambda: Checkpointed(True, WIDTH), vectors, BOTH, oracle=without_checkpoints
+    ),
     Case("compiled", lambda: torch.compile(mlp(), backend="eager"), oracle=lambda model: model._orig_mod),
     # On a machine with a GPU, DataParallel moves the model there at once.
     Case("data parallel", lambda: nn.DataParallel(mlp()).cpu(), oracle=lambda model: model.module),

@@ -1,33 +1,34 @@
-"""The engine: modes, rewrites for forward mode, chunks, memory, and the plan of a fit."""
+"""The engine: ways to compute features, rewrites for forward mode, chunks, memory, and the plan of a fit."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
-import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import assert_close
-from helpers import C, M, N, build, fitted, inputs, loader, mlp, reference_features, targets, train_loader
+from helpers import C, M, N, build, fitted, inputs, loader, reference_features, targets, train_loader
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import laplace_ella
 from laplace_ella import NystromGGN, ReverseNystromGGN
-from laplace_ella.network.engine import reverse_is_cheaper
-from laplace_ella.network.features import FEATURES
+from laplace_ella.network.features import FEATURES, SHARED_WEIGHTS, pulled_cotangents, reverse_is_cheaper
 from laplace_ella.network.functional import FunctionalModel
 from laplace_ella.network.gradients import gradient_rows
 from laplace_ella.network.memory import Chunks, OutOfMemory, with_smaller_chunks
 from laplace_ella.network.rewriting import RewrittenModel, find_rewrites
-from laplace_ella.network.safety import safe_autodiff
+from laplace_ella.network.safety import safely
 from laplace_ella.nystrom import gram
 
 X = inputs(7, seed=7)
+MODES = ["forward", "double", "reverse"]
 
 
-# ------------------------------------------------------------------ modes
+# ------------------------------------------------------------------ ways to compute features
 
 
 class ConvNet(nn.Module):
@@ -58,33 +59,10 @@ class ConvNet(nn.Module):
         return self.head(h.view(len(h), -1) if self.view else h.flatten(1))
 
 
-def images(n, dtype=torch.float64):
-    return torch.randn(n, 2, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
-
-
-@pytest.mark.parametrize("mode", FEATURES)
-@pytest.mark.parametrize("chunks", [Chunks(1, 1), Chunks(3, 2), Chunks(100, 100)], ids=str)
-@pytest.mark.parametrize("rewritten", [False, True])
-def test_every_way_gives_the_same_features(mode, chunks, rewritten):
-    model, x = ConvNet().double().eval(), images(7)
-    function = FunctionalModel(model)
-    directions = {k: torch.randn(5, *w.shape, dtype=w.dtype) for k, w in function.weights().items()}
-    basis = type("Basis", (), {"rank": 5, "directions": directions})
-    expected_phi, expected_f = reference_features(model, basis, x)
-    with safe_autodiff(model):
-        if rewritten:
-            function = RewrittenModel(model, find_rewrites(function, x[:2]))
-            assert sorted(function.rewrites.folds) == [0, 1]
-        phi, f = FEATURES[mode](function, function.weights(), directions, x, chunks)
-    assert_close(f, expected_f)
-    assert_close(phi, expected_phi)
-    assert not phi.requires_grad
-
-
 class Normed(nn.Module):
     """Normalises by statistics of its input; RMSNorm by torch.nn's function."""
 
-    def __init__(self, norm):
+    def __init__(self, norm=None):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.head = nn.Linear(18, 12), nn.Linear(12, C)
@@ -98,24 +76,63 @@ class Normed(nn.Module):
         return self.head(h.flatten(1))
 
 
-@pytest.mark.parametrize("mode", ["forward", "double", "reverse"])
-@pytest.mark.parametrize(
-    "norm",
-    [
-        lambda: nn.LayerNorm(3),
-        lambda: nn.LayerNorm((4, 3), elementwise_affine=False),
-        lambda: nn.GroupNorm(2, 4),
-        lambda: nn.InstanceNorm1d(4, affine=True),
-        lambda: nn.InstanceNorm1d(4, track_running_stats=True),
-        lambda: None,
-    ],
-    ids=["layer", "layer, two axes", "group", "instance", "instance, running", "rms"],
-)
-def test_gradients_of_features_through_normalisations(mode, norm):
-    model = Normed(norm()).double().eval()
-    la = fitted(
-        model=model, data=loader(images(N), targets("classification")), autodiff=mode, enable_backprop=True
+def images(n, dtype=torch.float64):
+    return torch.randn(n, 2, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+
+
+def fitted_to_images(model, x=None, **kwargs):
+    return fitted(
+        model=model, data=loader(images(N) if x is None else x, targets("classification")), **kwargs
     )
+
+
+@pytest.mark.parametrize("mode", FEATURES)
+@pytest.mark.parametrize("chunks", [Chunks(1, 1), Chunks(3, 2), Chunks(100, 100)], ids=str)
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_every_way_gives_the_same_features(mode, chunks, rewritten):
+    model, x = ConvNet().double().eval(), images(7)
+    function = FunctionalModel(model)
+    directions = {k: torch.randn(5, *w.shape, dtype=w.dtype) for k, w in function.weights().items()}
+    basis = type("Basis", (), {"rank": 5, "directions": directions})
+    expected_phi, expected_f = reference_features(model, basis, x)
+    if rewritten:
+        function = RewrittenModel(function, safely(model, lambda: find_rewrites(function, x[:2])))
+        assert sorted(function.rewrites.folds) == [0, 1]
+    phi, f = safely(model, lambda: FEATURES[mode](function, function.weights(), directions, x, chunks))
+    assert_close(f, expected_f)
+    assert_close(phi, expected_phi)
+    assert not phi.requires_grad
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_cotangents_are_pulled_as_the_features_say(looped):
+    model, x = ConvNet().double().eval(), images(7)
+    function = FunctionalModel(model)
+    directions = {k: torch.randn(5, *w.shape, dtype=w.dtype) for k, w in function.weights().items()}
+    u = torch.randn(7, 2, C, dtype=torch.float64)
+    of_directions = function, function.weights(), directions, x
+    phi, _ = safely(model, lambda: FEATURES["double"](*of_directions, Chunks(7, 1)))
+    found = safely(model, lambda: pulled_cotangents(*of_directions, u, Chunks(3, 1), looped))
+    assert_close(found, u @ phi)
+
+
+DIFFERENTIABLE = {
+    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(18, 7), nn.Tanh(), nn.Linear(7, C)),
+    "conv": ConvNet,
+    "layer norm": lambda: Normed(nn.LayerNorm(3)),
+    "layer norm, two axes": lambda: Normed(nn.LayerNorm((4, 3), elementwise_affine=False)),
+    "group norm": lambda: Normed(nn.GroupNorm(2, 4)),
+    "instance norm": lambda: Normed(nn.InstanceNorm1d(4, affine=True)),
+    "instance norm, running": lambda: Normed(nn.InstanceNorm1d(4, track_running_stats=True)),
+    "rms norm": Normed,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_features_reach_the_inputs(mode, name):
+    model = DIFFERENTIABLE[name]().double().eval()
+    la = fitted_to_images(model, autodiff=mode, enable_backprop=True, chunk_size=2)
     x = images(3).requires_grad_()
     weight = torch.randn(3, C, 5, dtype=torch.float64)
 
@@ -128,48 +145,80 @@ def test_gradients_of_features_through_normalisations(mode, norm):
     with torch.no_grad():
         difference = scalar(x + step) - scalar(x - step)
     assert_close(2 * (x.grad * step).sum(), difference, rtol=1e-6)
-    plain = fitted(model=model, data=loader(images(N), targets("classification")))
-    assert_close(la.features(x)[1], plain.features(x)[1])
-
-
-@pytest.mark.parametrize("mode", ["forward", "double", "reverse"])
-@pytest.mark.parametrize("make", [mlp, lambda: ConvNet().double().eval()], ids=["mlp", "conv"])
-def test_gradients_reach_the_inputs_in_every_mode(mode, make):
-    model = make()
-    x = X[:3].clone() if isinstance(model, nn.Sequential) else images(3)
-    data = loader(inputs() if isinstance(model, nn.Sequential) else images(N), targets("classification"))
-    la = fitted("classification", model, data, autodiff=mode, enable_backprop=True, chunk_size=2)
-    weight = torch.randn(3, C, 5, dtype=torch.float64)
-
-    def scalar(x):
-        phi, f = la.features(x)
-        return (phi * weight).sum() + f.square().sum()
-
-    x.requires_grad_()
-    scalar(x).backward()
-    step = 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
-    with torch.no_grad():
-        difference = scalar(x + step) - scalar(x - step)
-    assert_close(2 * (x.grad * step).sum(), difference, rtol=1e-6)
     assert all(p.grad is None for p in model.parameters())
+    assert_close(la.features(x)[1], model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*one by one")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # of checkpoints in torch 2.4
+def test_gradients_through_a_re_entrant_checkpoint_are_an_error_and_not_a_constant():
+    class Checkpointed(nn.Linear):
+        def forward(self, x):
+            return checkpoint(torch.tanh, super().forward(x), use_reentrant=True)
+
+    model = Checkpointed(5, C, dtype=torch.float64)
+    la = fitted(model=model, autodiff="reverse", enable_backprop=True)
+    assert la.backend.engine.function.knows_backward_only
+    with pytest.raises(RuntimeError, match=r"(?i)checkpoint"):
+        la.features(X.clone().requires_grad_())
 
 
 def test_a_mode_is_chosen_by_outputs_directions_and_the_kind_of_network():
     model, x = ConvNet().double().eval(), images(7)
-    backend = NystromGGN(model, "classification")
+    engine = NystromGGN(model, "classification").engine
     assert not reverse_is_cheaper(10, 20)
     assert reverse_is_cheaper(1, 20)
+    assert not reverse_is_cheaper(1, 20, 0.9 * SHARED_WEIGHTS)
     boundary = next(k for k in range(1, 1000) if reverse_is_cheaper(C, k))
-    assert backend.engine.mode(x, boundary - 1) == "forward"
-    assert backend.engine.mode(x, boundary) == "reverse"
-    wide = nn.Sequential(
+    assert [engine.mode(x, k) for k in (boundary - 1, boundary)] == ["forward", "reverse"]
+    shares_no_weight = nn.Sequential(
         nn.Linear(5, 99), nn.Linear(99, 99), nn.Tanh(), nn.Linear(99, 1)
-    ).double()  # shares no weight
-    assert NystromGGN(wide, "regression").engine.mode(X, 10**6) == "forward"
-    for forced, expected in (("forward", "forward"), ("reverse", "reverse")):
-        named = NystromGGN(model, "classification", autodiff=forced)
-        assert named.engine.mode(x, 1) == named.engine.mode(x, 10**6) == expected
+    ).double()
+    assert NystromGGN(shares_no_weight, "regression").engine.mode(X, 10**6) == "forward"
+    for mode in MODES:
+        named = NystromGGN(model, "classification", autodiff=mode).engine
+        assert named.mode(x, 1) == named.mode(x, 10**6) == mode
     assert ReverseNystromGGN(model, "classification").engine.mode(x, 1) == "reverse"
+
+
+def test_operators_without_a_batching_rule_are_named_and_run_slice_by_slice():
+    class Taken(nn.Linear):
+        def forward(self, x):
+            h = super().forward(x)
+            return h.take(torch.arange(h.numel())).view_as(h)
+
+    model = Taken(5, C, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="no batching rule") as record:
+        support = NystromGGN(model, "classification").support(X)
+    assert (support.features, support.rows) == ("forward", "vmap")
+    of_gradients, of_features = (str(r.message) for r in record if r.category is UserWarning)
+    assert "so that landmark gradients of many inputs at once run it slice by slice" in of_gradients
+    assert "so that features run it slice by slice" in of_features
+    assert all("The reason: take: " in message for message in (of_gradients, of_features))
+
+
+def test_reverse_mode_of_single_rows_is_what_was_asked_for():
+    class Recurrent(nn.GRU):
+        def forward(self, x):
+            return super().forward(x)[0][:, -1]
+
+    model = Recurrent(5, C, batch_first=True, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="one by one") as record:
+        support = NystromGGN(model, "classification", autodiff="reverse").support(X[:, None])
+    assert (support.features, support.rows) == ("reverse loop", "loop")
+    assert sum(r.category is UserWarning for r in record) == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_only_batched_forward_mode_is_compiled(compiled, monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda compute: made.append(compute) or compute)
+    laplace_ella.network.engine._compiled.cache_clear()
+    for mode in MODES:
+        fitted(autodiff=mode, compile=compiled).features(X)
+    laplace_ella.network.engine._compiled.cache_clear()
+    assert made == [FEATURES["forward"].compute] * compiled
 
 
 # ------------------------------------------------------------------ rewrites
@@ -178,81 +227,92 @@ def test_a_mode_is_chosen_by_outputs_directions_and_the_kind_of_network():
 @pytest.mark.parametrize("view", [False, True], ids=["flatten", "view"])
 def test_channels_last_where_the_model_takes_it(view):
     model, x = ConvNet(view).eval(), images(7, torch.float32)
-    la = fitted(
-        model=model, data=loader(images(N, torch.float32), targets("classification")), n_eigenvalues=3
-    )
+    la = fitted_to_images(model, images(N, torch.float32), n_eigenvalues=3)
     rewrites = la.backend.engine.facts(x).rewritten.rewrites
     assert rewrites.channels_last != view
     assert sorted(rewrites.folds) == [0, 1]
-    phi, f = la.features(x)
-    expected_phi, expected_f = reference_features(model, la.basis, x)
-    assert_close(phi, expected_phi, rtol=1e-4)
-    assert_close(f, expected_f, rtol=1e-4)
+    for found, expected in zip(la.features(x), reference_features(model, la.basis, x)):
+        assert_close(found, expected, rtol=1e-4)
 
 
-class Branching(ConvNet):
+class Skipping(ConvNet):
     """Skips a normalisation, depending on the data."""
 
     def forward(self, x):
         h = self.first(x)
-        if x.sum() > 0:
-            h = self.norm1(h)
-        return self.head(h.flatten(1))
+        return self.head((self.norm1(h) if x.sum() > 0 else h).flatten(1))
 
 
-def test_a_pass_that_does_not_follow_the_recorded_one_is_run_as_it_is():
-    model = Branching().double().eval()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*one by one")  # a branch on the data
-        la = fitted(model=model, data=loader(images(N).abs(), targets("classification")))
-    assert list(la.backend.engine.facts(images(2)).rewritten.rewrites.folds) == [0]
-    for x in (images(3).abs(), -images(3).abs()):
-        for found, expected in zip(la.features(x), reference_features(model, la.basis, x)):
-            assert_close(found, expected)
+class Bare(ConvNet):
+    """Returns what it would have normalised."""
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.norm1(h) if x.sum() > 0 else h
+
+
+class OtherNorm(ConvNet):
+    def forward(self, x):
+        h = self.first(x)
+        return self.head((self.norm1 if x.sum() > 0 else self.norm3)(h).flatten(1))
 
 
 class Detour(ConvNet):
-    """Convolves once more, to another width, depending on the data."""
+    """Convolves once more, to another width."""
 
     def __init__(self):
         super().__init__()
         self.before = nn.Conv2d(2, 2, 1)
 
     def forward(self, x):
-        if x.sum() < 0:
-            x = self.before(x)
+        x = x if x.sum() > 0 else self.before(x)
         return self.head(self.norm1(self.first(x)).flatten(1))
 
 
-def test_a_convolution_in_the_place_of_another_is_not_folded():
-    model = Detour().double().eval()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*one by one")
-        la = fitted(model=model, data=loader(images(N).abs(), targets("classification")))
-    for found, expected in zip(
-        la.features(-images(3).abs()), reference_features(model, la.basis, -images(3).abs())
-    ):
-        assert_close(found, expected)
+@pytest.mark.parametrize("kind", [Skipping, Bare, OtherNorm, Detour])
+def test_a_pass_that_does_not_follow_the_recorded_one_is_run_as_it_is(kind):
+    model, x = kind().double().eval(), images(3).abs()
+    function = FunctionalModel(model)
+    weights = function.weights()
+    directions = {k: torch.randn(2, *w.shape, dtype=w.dtype) for k, w in weights.items()}
+    made = RewrittenModel(function, safely(model, lambda: find_rewrites(function, x)))
+    assert list(made.rewrites.folds) == [0]
+
+    def pushed(way, of, batch, chunks):
+        return safely(model, lambda: FEATURES[way](of, weights, directions, batch, chunks))
+
+    for batch in (x, -x):
+        found = pushed("forward", made, batch, Chunks(3, 2))
+        for left, right in zip(found, pushed("reverse loop", function, batch, Chunks(1, 1))):
+            assert_close(left, right)
+        assert_close(found[1], model(batch).flatten(1))
 
 
 # ------------------------------------------------------------------ memory
 
 
-def test_out_of_memory_halves_the_chunks_with_one_warning(monkeypatch):
-    la, expected = fitted(), fitted()
-    tried = []
+def limit(monkeypatch, most):
+    """Let forward mode run out of memory above so many rows x directions; return what is tried."""
+    way, tried = FEATURES["forward"], []
 
     def limited(model, weights, directions, x, chunks):
         tried.append(chunks)
-        if chunks.rows * chunks.directions > 3:
+        if chunks.rows * chunks.directions > most:
             raise OutOfMemory("no room")
-        return FEATURES["forward"](model, weights, directions, x, chunks)
+        return way.compute(model, weights, directions, x, chunks)
 
-    monkeypatch.setattr(la.backend.engine, "forward_features", limited)
+    monkeypatch.setitem(FEATURES, "forward", replace(way, compute=limited))
+    return tried
+
+
+def test_out_of_memory_halves_the_chunks_with_one_warning(monkeypatch):
+    la = fitted()
+    expected, _ = la.features(X)
+    tried = limit(monkeypatch, 3)
     with pytest.warns(UserWarning, match=r"ran out of memory .* memory_budget") as record:
         phi, _ = la.features(X)
     assert len(record) == 1
-    assert_close(phi, expected.features(X)[0])
+    assert_close(phi, expected)
     n_tried = len(tried)
     la.features(X)  # what fits is remembered
     assert len(tried) == n_tried + 1
@@ -260,11 +320,7 @@ def test_out_of_memory_halves_the_chunks_with_one_warning(monkeypatch):
 
 def test_where_a_single_row_does_not_fit(monkeypatch):
     la = fitted()
-
-    def full(*_):
-        raise OutOfMemory("no room")
-
-    monkeypatch.setattr(la.backend.engine, "forward_features", full)
+    limit(monkeypatch, 0)
     with pytest.raises(
         OutOfMemory, match=r"needs about .* and does not fit on cpu, where .* are free.*n_eigenvalues"
     ):
@@ -305,8 +361,28 @@ def test_the_budget_changes_chunks_and_no_result(budget):
     engine = la.backend.engine
     assert engine.chunks("forward", X, 5).rows >= 1
     if isinstance(budget, int) and budget == 1:
-        assert engine.chunks("forward", X, 5) == Chunks(1, 1)
+        assert all(engine.chunks(mode, X, 5) == Chunks(1, 1) for mode in FEATURES)
         assert engine.gradients_per_call(X) == 1
+
+
+def test_what_calls_take_follows_from_the_facts_of_their_way():
+    engine = fitted().backend.engine
+    facts, chunks = engine.facts(X), {mode: engine.chunks(mode, X, 5) for mode in FEATURES}
+    assert {mode: c.directions for mode, c in chunks.items() if c.directions > 1} == {"forward": 5}
+    assert chunks["reverse"] == Chunks(engine.gradients_per_call(X), 1)
+    assert chunks["reverse loop"] == Chunks(1, 1)
+    n_bytes = {mode: engine.feature_bytes(mode, Chunks(2, 3), X) for mode in FEATURES}
+    assert n_bytes["forward"] == n_bytes["forward loop"] == 6 * 8 * facts.row_bytes
+    assert n_bytes["double"] == 6 * 2 * facts.graph_bytes
+    assert n_bytes["reverse"] == n_bytes["reverse loop"] == 6 * (2 * engine.row_size() + facts.graph_bytes)
+    assert engine.gradient_bytes(X, 2) == 2 * (2 * engine.row_size() + facts.graph_bytes)
+
+
+def test_views_and_results_in_place_take_no_memory():
+    shape = nn.Unflatten(1, (7, 1)), nn.Flatten()
+    model = nn.Sequential(nn.Linear(5, 7), *shape, nn.ReLU(inplace=True), nn.Linear(7, 3)).double()
+    facts = NystromGGN(model, "classification").engine.facts(X)
+    assert (facts.row_bytes, facts.graph_bytes) == (7 * 8, (7 + 3) * 8)
 
 
 def test_malloc_thresholds_are_raised_where_there_are_any(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,18 +13,19 @@ from torch import Tensor, nn
 
 from laplace_ella import NystromGGN
 from laplace_ella.data.landmarks import Landmarks
-from laplace_ella.nystrom.gram import KeptRows, RowSource, SampleBlocks, Spill, WeightBlocks, choose_rows
+from laplace_ella.data.progress import no_progress
+from laplace_ella.nystrom.gram import HeldRows, RowSource, Spill, choose_rows
+from laplace_ella.nystrom.jacobian import row_source
 
 P = D * H + H + H * C + C
 ROW = 8 * P  # bytes
 X, OUTPUTS = inputs(M, seed=20), torch.arange(M) % C
 
 
-def source(rows_per_call: int = 4) -> RowSource:
-    backend = NystromGGN(mlp(), "classification")
+def source(landmarks_per_call: int = 4) -> RowSource:
     landmarks = Landmarks([X[i : i + 1] for i in range(M)], OUTPUTS)
-    found = backend.row_source(landmarks)
-    return RowSource(found.model, landmarks, found.engine, found.to_model, rows_per_call)
+    found = row_source(NystromGGN(mlp(), "classification").engine, landmarks)
+    return replace(found, landmarks_per_call=landmarks_per_call)
 
 
 def dense_rows() -> Tensor:
@@ -35,107 +37,73 @@ def dense_rows() -> Tensor:
     return torch.stack(rows)
 
 
-def quietly(iterable, name):
-    return iterable
-
-
 HELD = {
-    "kept": KeptRows,
-    "spilled": lambda s: KeptRows(s, Spill(None, torch.float32)),
-    "one row against one": lambda s: SampleBlocks(s, 1, 1),
-    "blocks of rows": lambda s: SampleBlocks(s, 5, 2),
-    "all rows in one block": lambda s: SampleBlocks(s, M, 3),
-    "weight by weight": lambda s: WeightBlocks(s, [[k] for k in s.sizes]),
-    "two groups of weights": lambda s: WeightBlocks(s, [list(s.sizes)[:1], list(s.sizes)[1:]]),
+    "kept": lambda s: HeldRows(s, M),
+    "spilled": lambda s: HeldRows(s, M, spill=Spill(None, torch.float32)),
+    "one row against one": lambda s: HeldRows(s, 1, 1),
+    "blocks of rows": lambda s: HeldRows(s, 5, 2),
+    "two blocks": lambda s: HeldRows(s, 7, 3),
 }
 
 
 @pytest.mark.parametrize("name", HELD)
 def test_gram_matrix_and_combinations_are_those_of_the_dense_rows(name):
-    held = HELD[name](source())
+    held, rows = HELD[name](source()), dense_rows()
     rtol = 1e-6 if name == "spilled" else 1e-12
-    rows = dense_rows()
-    assert_close(held.gram(quietly), rows @ rows.T, rtol=rtol)
+    assert_close(held.gram(no_progress), rows @ rows.T, rtol=rtol)
     coefficients = torch.randn(M, 2, dtype=torch.float64)
-    found = held.combine(coefficients, quietly)
-    assert_close(torch.cat([found[k] for k in held.source.sizes], 1), coefficients.T @ rows, rtol=rtol)
+    assert_close(held.combine(coefficients, no_progress), coefficients.T @ rows, rtol=rtol)
     assert held.source.computed == held.gradients  # what was planned is what was computed
 
 
 @pytest.mark.parametrize("n_rows", [0.5, 1, 2, 3, 5, 7, M - 1, M, 2 * M])
-@pytest.mark.parametrize("rows_per_call", [1, 4])
-def test_rows_are_held_so_that_they_are_computed_least_often(n_rows, rows_per_call):
-    budget, s = int(n_rows * ROW), source(rows_per_call)
+@pytest.mark.parametrize("landmarks_per_call", [1, 4])
+def test_rows_are_held_so_that_they_are_computed_least_often(n_rows, landmarks_per_call):
+    budget, s = int(n_rows * ROW), source(landmarks_per_call)
     held = choose_rows(s, budget)
     assert held.n_bytes <= max(budget, 2 * ROW)  # less than one row against another cannot be
     if n_rows >= M:
-        assert type(held) is KeptRows
-        assert held.gradients == M
+        assert (held.kind, held.gradients) == ("kept", M)
         return
-    cost = held.gradients * (2 / 3 if type(held) is WeightBlocks else 1)
+    assert held.kind == "blocks of rows"
     for kept in range(1, max(2, budget // ROW)):
         streamed = max(1, min(budget // ROW - kept, budget // ROW // 4))
-        assert cost <= SampleBlocks(s, kept, streamed).gradients + M  # kept is the largest that fits
-    s.separable = False  # BackPACK and ASDL compute all weights at once
-    assert type(choose_rows(s, budget)) is SampleBlocks
-
-
-def test_blocks_of_weights_where_rows_hardly_fit():
-    """Two rows at a time cost M (M + 1) / 2 gradients; a group of weights is cheaper."""
-    s = source(1)
-    largest = max(s.sizes.values())
-    s.landmarks = Landmarks(s.landmarks.inputs * 9, s.landmarks.outputs.repeat(9))
-    budget = 8 * largest * len(s)
-    few = SampleBlocks(s, 1, 1).gradients
-    groups = choose_rows(s, budget)
-    assert groups.gradients < few
-    wide = choose_rows(s, 2 * ROW)  # no weight fits for all landmarks
-    assert type(wide) is SampleBlocks
-    assert wide.gradients == few
+        assert held.gradients <= HeldRows(s, kept, streamed).gradients + M  # kept is the largest that fits
 
 
 def test_how_often_gradients_are_computed():
     # 6 are kept while those after them stream past; then V needs all but the last block again.
-    assert SampleBlocks(source(), 6, 2).gradients == M + (M - 6) + (M - 12) + 12
-    # Two groups: the Gram matrix needs both, V the first again.
-    s = source()
-    assert WeightBlocks(s, [list(s.sizes)[:1], list(s.sizes)[1:]]).gradients == 3 * M
+    assert HeldRows(source(), 6, 2).gradients == M + (M - 6) + (M - 12) + 12
+    held = choose_rows(source(), 8 * ROW)  # a quarter of the budget is for the rows that stream past
+    assert (len(held.blocks[0]), held.n_streamed) == (6, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_spilled_rows_give_the_basis_to_their_precision(dtype, where, tmp_path):
+    """And directions that are orthonormal to the precision of the weights."""
     exact = fitted(n_eigenvalues=2)
     folder = "cpu" if where == "cpu" else tmp_path
     la = fitted(n_eigenvalues=2, memory_budget=5 * ROW, spill=folder, spill_dtype=dtype)
     eps = torch.finfo(dtype).eps
     assert_close(la.basis.eigenvalues, exact.basis.eigenvalues, rtol=eps * M**0.5)  # Weyl
-    V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1)
-    assert_close(V @ V.T, torch.eye(2, dtype=torch.float64), rtol=1e-6)
+    assert_close(la.basis.weight_grams.sum(0), torch.eye(2, dtype=torch.float64), rtol=1e-12)
     assert_close(la(X), exact(X), rtol=50 * eps)
+    other = build()
+    other.load_state_dict(la.state_dict())  # which refuses directions that are not orthonormal
+    assert_close(other(X), la(X))
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e6])
 def test_float16_holds_rows_of_any_size(scale):
     model = mlp()
-    exact = fitted(n_eigenvalues=2)
     with torch.no_grad():
         model[2].weight *= scale  # the first layer's gradients
         model[2].bias *= scale
     exact = fitted(model=model, n_eigenvalues=2)
     la = fitted(model=model, n_eigenvalues=2, memory_budget=5 * ROW, spill="cpu", spill_dtype=torch.float16)
     assert_close(la.basis.eigenvalues, exact.basis.eigenvalues, rtol=1e-2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_directions_of_spilled_rows_are_orthonormal_to_the_precision_of_the_weights(dtype):
-    la = fitted(n_eigenvalues=2, memory_budget=5 * ROW, spill="cpu", spill_dtype=dtype)
-    V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1)
-    assert_close(V @ V.T, torch.eye(2, dtype=torch.float64), rtol=1e-12)
-    other = build()
-    other.load_state_dict(la.state_dict())  # which refuses others
-    assert_close(other(inputs()), la(inputs()))
 
 
 def test_rounding_of_spilled_rows_is_no_rank():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from models import Applied
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -43,19 +44,17 @@ class Draw(random.Random):
         return self.choice(every)()
 
 
-class Residual(nn.Module):
+def residual(block: nn.Module, inplace: bool) -> nn.Module:
     """x + f(x), in place or not."""
 
-    def __init__(self, block: nn.Module, inplace: bool) -> None:
-        super().__init__()
-        self.block, self.inplace = block, inplace
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        out = net(x)
+        if not inplace:
+            return out + x
+        out += x
+        return out
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.block(x)
-        if self.inplace:
-            out += x
-            return out
-        return out + x
+    return Applied(forward, block)
 
 
 class Wrapped(nn.Module):
@@ -98,7 +97,7 @@ def mlp(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
             ]
         elif kind == "residual":
             block = nn.Sequential(linear(draw, width, 3), draw.activation(dtype), linear(draw, 3, width))
-            layers += [Residual(block, draw.maybe(0.5))]
+            layers += [residual(block, draw.maybe(0.5))]
         elif kind == "tied":
             layers += [shared, draw.activation(dtype), shared]
         elif kind == "norm":
@@ -242,52 +241,39 @@ def tokens(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
     return Network("tokens", Wrapped(net, draw), inputs, positions)
 
 
-class Recurrent(nn.Module):
-    """A recurrent layer, and a head on its last state or on all."""
-
-    def __init__(self, draw: Draw, n_outputs: int, positions: bool) -> None:
-        super().__init__()
-        self.positions, both = positions, draw.maybe(0.3)
-        kind = draw.choice((nn.GRU, nn.LSTM, nn.RNN))
-        self.layer = kind(3, 4, draw.choice((1, 2)), batch_first=True, bidirectional=both)
-        self.last = nn.Linear(8 if both else 4, n_outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.layer(x)[0]
-        return self.last(h if self.positions else h[:, -1])
-
-
 def recurrent(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
-    positions = draw.maybe(0.3)
+    """A recurrent layer, and a head on its last state or on all."""
+    positions, both = draw.maybe(0.3), draw.maybe(0.3)
+    kind, depth = draw.choice((nn.GRU, nn.LSTM, nn.RNN)), draw.choice((1, 2))
+    layers = kind(3, 4, depth, batch_first=True, bidirectional=both), nn.Linear(8 if both else 4, n_outputs)
+
+    def forward(net: nn.Module, x: Tensor) -> Tensor:
+        h = net[0](x)[0]
+        return net[1](h if positions else h[:, -1])
 
     def inputs(n: int, generator: torch.Generator, length: int) -> Tensor:
         return torch.randn(n, length, 3, generator=generator, dtype=torch.float64)
 
-    return Network("recurrent", Wrapped(Recurrent(draw, n_outputs, positions), draw), inputs, positions)
-
-
-class Pair(nn.Module):
-    """Two tensors in a tuple, a third in a mapping inside of the mapping."""
-
-    def __init__(self, draw: Draw, n_outputs: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.left, self.right = linear(draw, 2, 5), linear(draw, 3, 5)
-        self.activation, self.last = draw.activation(dtype), nn.Linear(5, n_outputs)
-
-    def forward(self, batch: Any) -> Tensor:
-        a, b = batch["in"]
-        c = batch["more"]["c"]
-        batch["in"] = None  # what models do to the mapping that they are given
-        h = self.activation(self.left(a) + self.right(b))
-        return self.last(h * c[:, None].to(h))
+    net = Applied(forward, nn.ModuleList(layers))
+    return Network("recurrent", Wrapped(net, draw), inputs, positions)
 
 
 def nested(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
+    """Two tensors in a tuple, a third in a mapping inside of the mapping."""
+    layers = linear(draw, 2, 5), linear(draw, 3, 5), draw.activation(dtype), nn.Linear(5, n_outputs)
+
+    def forward(net: nn.Module, batch: Any) -> Tensor:
+        left, right, activation, last = net
+        (a, b), c = batch["in"], batch["more"]["c"]
+        batch["in"] = None  # what models do to the mapping that they are given
+        h = activation(left(a) + right(b))
+        return last(h * c[:, None].to(h))
+
     def inputs(n: int, generator: torch.Generator, length: int) -> dict[str, Any]:
         a, b, c = (torch.randn(n, *s, generator=generator).to(dtype) for s in ((2,), (3,), ()))
         return {"in": (a, b), "more": {"c": c, "note": "a string"}}
 
-    return Network("nested", Wrapped(Pair(draw, n_outputs, dtype), draw), inputs)
+    return Network("nested", Wrapped(Applied(forward, nn.ModuleList(layers)), draw), inputs)
 
 
 FAMILIES = {"mlp": mlp, "conv": conv, "tokens": tokens, "recurrent": recurrent, "nested": nested}

@@ -172,3 +172,15 @@ def monte_carlo(f: Tensor, cov: Tensor, likelihood: str, n_samples: int = 4000) 
         samples = mean + noise @ (Q * values.clamp_min(0).sqrt()).T
         result.append(inverse_link(samples, likelihood).mean(0))
     return torch.stack(result)
+
+
+def close(name: str, actual: Any, expected: Any, tolerance: float, scale: float | None = None) -> None:
+    """Compare up to ``tolerance`` times the largest expected value, or ``scale``."""
+    a, e = (torch.as_tensor(v, dtype=F64).detach() for v in (actual, expected))
+    assert a.shape == e.shape, f"{name}: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
+    if not e.numel():
+        return
+    assert bool(a.isfinite().all()), f"{name}: not finite"
+    largest = max(float(e.abs().max()), scale or 0.0)
+    error = float((a - e).abs().max())
+    assert error <= tolerance * largest + 1e-12, f"{name}: off by {error:.3e}, the largest is {largest:.3e}"

@@ -1,25 +1,19 @@
-"""Small models, data and references shared by the tests of the contract, traps, input and checkpoints."""
+"""Data, estimators and references that many tests share; the models are in models.py."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
-from torch import nn
+from models import C, D, DictModel, H, RewardModel, mlp
 from torch.distributions import Normal
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import laplace_ella
 
+__all__ = ["C", "D", "DictModel", "H", "RewardModel", "mlp"]
+
 # Distinct primes, so that a swapped axis cannot pass.
-N, D, H, C, M, K = 23, 5, 7, 3, 13, 2
-N_TEST = 11
-
-
-def mlp(n_outputs=C, seed=0, dtype=torch.float64):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, n_outputs)).to(dtype)
+N, M, K, N_TEST = 23, 13, 2, 11
 
 
 def inputs(n=N, seed=1, dtype=torch.float64):
@@ -63,35 +57,6 @@ def reward_batches(n=N, dtype=torch.float64):
     return loader(x, targets("classification", n, 2))
 
 
-class RewardModel(nn.Module):
-    """Rewards (B, 1) of options (B, D); logits (B, 2) of pairs of options (B, 2, D)."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp(n_outputs=1)
-
-    def forward(self, x):
-        if x.ndim == 3:
-            return self.net(x.flatten(0, 1)).reshape(len(x), 2)
-        return self.net(x)
-
-
-class DictModel(nn.Module):
-    """Takes a mapping, returns an object with ``.logits``, as Hugging Face's models do."""
-
-    def __init__(self, key_x="input_ids"):
-        super().__init__()
-        torch.manual_seed(0)
-        self.key_x = key_x
-        self.embedding = nn.Embedding(11, H, dtype=torch.float64)
-        self.head = nn.Linear(H, C, dtype=torch.float64)
-
-    def forward(self, batch):
-        mask = batch["attention_mask"][..., None]
-        mean = (self.embedding(batch[self.key_x]) * mask).sum(1) / mask.sum(1)
-        return SimpleNamespace(logits=self.head(mean.tanh()))
-
-
 def dict_batches(key_x="input_ids", key_y="labels", n=N, batch_size=7):
     generator = torch.Generator().manual_seed(6)
     tokens = torch.randint(11, (n, 5), generator=generator)
@@ -125,6 +90,11 @@ def reference_features(model, basis, x):
     return phi.detach(), f.detach()
 
 
+def moments(la, x, **options):
+    """Mean and covariance of the linearised outputs, of every likelihood: what laplace-torch's own code calls."""
+    return la._glm_predictive_distribution(x, **options)
+
+
 def as_tuple(prediction):
     return prediction if isinstance(prediction, tuple) else (prediction,)
 
@@ -150,7 +120,7 @@ class Snapshot:
             la.n_data,
             la.n_outputs,
             la.temperature,
-            la._temperature_fixed,
+            la.temperature_fixed,
             la.subsample_size,
             la.n_eigenvalues,
             la.seed,

@@ -60,6 +60,11 @@ def basis(rows, rank):
     return V, eigenvalues[top], eigenvalues.sum()
 
 
+def dense(directions):
+    """V (P, K) of directions (K, *shape), by weight."""
+    return torch.cat([v.flatten(1) for v in directions.values()], 1).T
+
+
 def with_signs_of(V, reference):
     """Eigenvectors are unique up to their signs; take those of a reference (P, K)."""
     return V * (V * reference.double()).sum(0).sign()

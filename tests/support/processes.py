@@ -66,6 +66,8 @@ class Group:
     """
 
     def __init__(self, size: int, folder: Path, timeout: float = 10 * DEADLINE) -> None:
+        if not dist.is_gloo_available():
+            pytest.skip("needs torch.distributed with gloo")
         self.size, self.folder, self.pipes, self.processes = size, folder, [], []
         self.exited: dict[int, int | None] = {}
         folder.mkdir(parents=True)

@@ -7,17 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import assert_close
-from helpers import (
-    Snapshot,
-    as_tuple,
-    assert_same,
-    build,
-    fitted,
-    inputs,
-    mlp,
-    train_loader,
-    val_loader,
-)
+from helpers import Snapshot, as_tuple, assert_same, build, fitted, inputs, mlp, train_loader, val_loader
 
 from laplace_ella.posterior.gaussian import NotPositiveDefiniteError
 from laplace_ella.posterior.links import quasi_normal

@@ -17,33 +17,38 @@ X = inputs(N_TEST, seed=7, dtype=torch.float32)
 BF16 = torch.bfloat16
 
 
-def layers():
-    middle = [nn.Linear(H, H), nn.ReLU(), nn.LayerNorm(H)]
-    return nn.Sequential(nn.Linear(D, H), nn.Tanh(), *middle, nn.Linear(H, C))
+class Around(nn.Module):
+    """A network, and what is done around it."""
 
-
-class Autocast(nn.Module):
-    def __init__(self):
+    def __init__(self, net, run):
         super().__init__()
-        self.net = layers()
+        self.net, self.run = net, run
 
     def forward(self, x):
-        with torch.autocast(x.device.type, BF16):
-            f = self.net(x)
-        return f.float()
+        return self.run(self.net, x)
+
+
+def layers(*more):
+    return nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H), nn.ReLU(), *more, nn.Linear(H, C))
+
+
+def autocast(net, x):
+    with torch.autocast(x.device.type, BF16):
+        f = net(x)
+    return f.float()
 
 
 class Body(nn.Module):
-    """A body in bfloat16 and a head in float32, with something in between."""
+    """A body in bfloat16, a head in float32, and something in between."""
 
-    def __init__(self, between=lambda h: h):
+    def __init__(self, between=lambda h: h, dtype=BF16):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H), nn.Tanh()).to(BF16)
+        self.body = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H), nn.Tanh()).to(dtype)
         self.head = nn.Linear(H, C)
-        self.between = between
+        self.between, self.dtype = between, dtype
 
     def forward(self, x):
-        return self.head(self.between(self.body(x.to(BF16))).float())
+        return self.head(self.between(self.body(x.to(self.dtype))).float())
 
 
 class LoRA(nn.Module):
@@ -61,28 +66,13 @@ class LoRA(nn.Module):
         return self.head(h.float().tanh())
 
 
-class Doubled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = layers()
-
-    def forward(self, x):
-        return self.net(x).double()
-
-
-class Halved(Autocast):
-    """float16 inside."""
-
-    def __init__(self):
-        super().__init__()
-        layers = [nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, C)]
-        self.net = nn.Sequential(*layers).half()
-
-    def forward(self, x):
-        return self.net(x.half()).float()
-
-
-CASES = [(Autocast, BF16), (Body, BF16), (LoRA, BF16), (Doubled, torch.float32), (Halved, torch.float16)]
+CASES = {
+    "autocast": (lambda: Around(layers(nn.LayerNorm(H)), autocast), BF16),
+    "body": (Body, BF16),
+    "LoRA": (LoRA, BF16),
+    "doubled": (lambda: Around(layers(nn.LayerNorm(H)), lambda net, x: net(x).double()), torch.float32),
+    "halved": (lambda: Around(layers().half(), lambda net, x: net(x.half()).float()), torch.float16),
+}
 
 
 def built(kind, seed, *args):
@@ -92,8 +82,9 @@ def built(kind, seed, *args):
 
 @pytest.mark.filterwarnings("ignore:.*one by one")  # layer norms under autocast
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("kind", "precision"), CASES, ids=[kind.__name__ for kind, _ in CASES])
-def test_mixed_precision_fits(kind, precision, seed):
+@pytest.mark.parametrize("name", CASES)
+def test_mixed_precision_fits(name, seed):
+    kind, precision = CASES[name]
     model = built(kind, seed)
     la = fitted(model=model, data=train_loader(dtype=torch.float32), n_eigenvalues=2)
     support = la.backend.support(X)
@@ -139,10 +130,7 @@ class WrongJvp(torch.autograd.Function):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("fault", [halved_gradient, WrongJvp.apply], ids=["no_grad", "wrong jvp"])
 def test_faults_in_bodies_are_found(fault, dtype, seed):
-    model = built(Body, seed, fault)
-    if dtype == torch.float32:
-        model.body.float()
-        model.forward = lambda x: model.head(fault(model.body(x)))
+    model = built(Body, seed, fault, dtype)
     with pytest.raises(ValueError, match="Forward and reverse mode disagree"):
         NystromGGN(model, "classification").support(X)
 
@@ -153,9 +141,7 @@ def test_a_coarse_tensor_beside_the_way_makes_nobody_blind():
             kept = h / 50
         return h * 49 / 50 + kept + h.new_ones((), dtype=BF16)
 
-    model = built(Body, 0, fault)
-    model.body.float()
-    model.forward = lambda x: model.head(fault(model.body(x)))
+    model = built(Body, 0, fault, torch.float32)
     with pytest.raises(ValueError, match="Forward and reverse mode disagree"):
         NystromGGN(model, "classification").support(X)
 
@@ -165,16 +151,12 @@ def test_a_coarse_tensor_beside_the_way_makes_nobody_blind():
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rewriting_goes_on_in_mixed_precision(seed):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.convolutions = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Tanh()).to(BF16)
-            self.head = nn.Linear(5, C)
+    def build():
+        convolutions = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Tanh()).to(BF16)
+        body = Around(convolutions, lambda net, x: net(x.to(BF16)).float().mean((2, 3)))
+        return nn.Sequential(body, nn.Linear(5, C))
 
-        def forward(self, x):
-            return self.head(self.convolutions(x.to(BF16)).float().mean((2, 3)))
-
-    model = built(Net, seed)
+    model = built(build, seed)
     x = torch.randn(3, 2, 7, 7)
     backend = NystromGGN(model, "classification")
     assert backend.support(x).features == "forward"

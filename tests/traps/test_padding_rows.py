@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from laplace_ella.network.features import FEATURES
 from laplace_ella.network.functional import FunctionalModel
 from laplace_ella.network.lookups import padding_rows
 from laplace_ella.network.memory import Chunks
-from laplace_ella.network.safety import safe_autodiff
+from laplace_ella.network.safety import safely
+from laplace_ella.nystrom.basis import identity_basis
+from laplace_ella.posterior.residual import kernels
 
 F64 = torch.float64
 TOKENS, PAD, WIDTH, C, LENGTH = 11, 2, 5, 3, 4
@@ -98,14 +101,9 @@ class Tied(nn.Module):
         return h @ self.embedding.weight.T
 
 
-class Bag(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.embedding = nn.EmbeddingBag(TOKENS, WIDTH, mode="mean", padding_idx=PAD, **options)
-        self.head = nn.Linear(WIDTH, C)
-
-    def forward(self, x):
-        return self.head(self.embedding(x).tanh())
+def bag(**options):
+    embedding = nn.EmbeddingBag(TOKENS, WIDTH, mode="mean", padding_idx=PAD, **options)
+    return nn.Sequential(embedding, nn.Tanh(), nn.Linear(WIDTH, C))
 
 
 def negative(x, weight):
@@ -114,6 +112,13 @@ def negative(x, weight):
 
 def low_level(x, weight):
     return torch.embedding(weight, x, PAD, True)
+
+
+def computed():
+    """A weight that is itself a function of parameters has a padding row too."""
+    model = Pooled()
+    nn.utils.parametrize.register_parametrization(model.embedding, "weight", nn.Tanh())
+    return model
 
 
 MODELS = {
@@ -127,15 +132,19 @@ MODELS = {
     "low-level": lambda: Raw(low_level),
     "tied": Tied,
     "tied by function": lambda: Tied(by_function=True),
-    "bag": Bag,
-    "bag by frequency": lambda: Bag(scale_grad_by_freq=True),
+    "computed": computed,
+    "bag": bag,
+    "bag by frequency": lambda: bag(scale_grad_by_freq=True),
 }
-# With rules of forward mode.
-FORWARD = [name for name in MODELS if not name.startswith("bag")]
 
 
 def make(name):
     return randomised(MODELS[name]())
+
+
+def allowed(name, way=""):
+    """Bags have no rules of forward mode, and vmap no sparse gradients."""
+    return FEATURES[way].reference if name.startswith("bag") else (name, way) != ("sparse", "reverse")
 
 
 def tokens(n=13, seed=1):
@@ -173,18 +182,16 @@ class Flat(nn.Module):
         return self.model(x).flatten(1)
 
 
+def drawn(model, n):
+    weights, generator = FunctionalModel(model).weights(), torch.Generator().manual_seed(3)
+    return {k: torch.randn(n, *w.shape, generator=generator, dtype=F64) for k, w in weights.items()}
+
+
 def true_features(model, directions, x):
     """J(x) V (B, L C, K) by plain backward passes, one for each row and output."""
-    flat = Flat(reference(model))
-    renamed = type(
-        "Basis",
-        (),
-        {
-            "rank": len(next(iter(directions.values()))),
-            "directions": {f"model.{k}": v for k, v in directions.items()},
-        },
-    )
-    return reference_features(flat, renamed, x)[0]
+    named = {f"model.{k}": v for k, v in directions.items()}
+    basis = SimpleNamespace(rank=len(next(iter(named.values()))), directions=named)
+    return reference_features(Flat(reference(model)), basis, x)[0]
 
 
 def fit(model, **kwargs):
@@ -193,25 +200,12 @@ def fit(model, **kwargs):
     return la
 
 
-def modes(name):
-    return ["auto", "forward", "double", "reverse"] if name in FORWARD else ["auto"]
-
-
 @falls_back
-@pytest.mark.parametrize("mode", FEATURES)
-@pytest.mark.parametrize("name", MODELS)
-def test_every_mode_has_the_derivative_of_a_plain_backward_pass(name, mode):
-    if mode in ("forward", "forward loop", "double") and name not in FORWARD:
-        pytest.skip("no rule for bags")
+@pytest.mark.parametrize(("name", "way"), [(k, w) for k in MODELS for w in FEATURES if allowed(k, w)])
+def test_every_way_has_the_derivative_of_a_plain_backward_pass(name, way):
     model, x = make(name), tokens(7)
-    function = FunctionalModel(model)
-    weights = function.weights()
-    generator = torch.Generator().manual_seed(3)
-    v = {k: torch.randn(2, *w.shape, generator=generator, dtype=F64) for k, w in weights.items()}
-    if name == "sparse" and mode == "reverse":
-        pytest.skip("vmap has no sparse gradients")
-    with safe_autodiff(model):
-        phi, f = FEATURES[mode](function, weights, v, x, Chunks(3, 2))
+    function, v = FunctionalModel(model), drawn(model, 2)
+    phi, f = safely(model, lambda: FEATURES[way](function, function.weights(), v, x, Chunks(3, 2)))
     assert_close(phi, true_features(model, v, x))
     assert_close(f, model(x).flatten(1).detach())
 
@@ -220,14 +214,14 @@ def test_every_mode_has_the_derivative_of_a_plain_backward_pass(name, mode):
 @pytest.mark.parametrize("name", MODELS)
 def test_fits_of_all_modes_agree(name):
     model, x = make(name), tokens(7, seed=4)
-    found = {mode: fit(model, autodiff=mode, residual="isotropic") for mode in modes(name)}
-    first = found["auto"]
-    for la in found.values():
+    modes = ["auto"] if name.startswith("bag") else ["auto", "forward", "double", "reverse"]
+    first, *others = (fit(model, autodiff=mode, residual="isotropic") for mode in modes)
+    for la in (first, *others):
         phi, _ = la.features(x)
         expected = true_features(model, la.basis.directions, x)
         assert_close(phi, expected.reshape(-1, phi.shape[1], la.basis.rank), name="phi")
         assert_close(la.H, first.H, name="G")
-        assert_close(la._outputs(la._linearised(x)).variance, first._outputs(first._linearised(x)).variance)
+        assert_close(la(x), first(x), name="probabilities")
         assert_close(la.novelty(x), first.novelty(x), name="novelty")
 
 
@@ -255,18 +249,16 @@ def test_a_padding_row_that_the_head_shares_keeps_the_heads_part(name):
 @pytest.mark.parametrize("name", ["pooled", "by frequency", "tokens", "tied", "function", "bag"])
 def test_the_exact_residual_is_that_of_plain_backward_passes(name):
     model, x = make(name), tokens(5, seed=4)
-    la = fit(model, residual="exact", prior_precision=0.6)
+    la = build("regression", model, subsample_size=17, residual="exact", prior_precision=0.6)
+    la.fit([(x, torch.zeros_like(model(x))) for x in tokens().split(5)])
     weights = FunctionalModel(model).weights()
-    n_params = sum(w.numel() for w in weights.values())
-    units = torch.eye(n_params, dtype=F64).split([w.numel() for w in weights.values()], 1)
-    J = true_features(model, {k: u.reshape(-1, *w.shape) for (k, w), u in zip(weights.items(), units)}, x)
-    n_outputs = model(x).shape[-1]
-    J = J.reshape(-1, n_outputs, n_params)
-    assert_close(la.backend.output_grams(x), J @ J.mT)
+    J = true_features(model, identity_basis(weights).directions, x)
+    J = J.reshape(-1, model(x).shape[-1], J.shape[-1])
+    assert_close(kernels(la.backend.engine, x), J @ J.mT)
     V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1)
     outside = J - J @ V.T @ V
     covariance = outside @ outside.mT / 0.6 + J @ V.T @ la.posterior_covariance @ V @ J.mT
-    assert_close(la._outputs(la._linearised(x)).covariance(), covariance)
+    assert_close(la(x)[1].reshape(covariance.shape), covariance)
 
 
 @falls_back
@@ -288,13 +280,9 @@ def test_the_first_input_decides_nothing(name, padded_first, tmp_path):
 @pytest.mark.parametrize("name", ["pooled", "tokens", "tied", "function", "tied by function"])
 def test_networks_at_sampled_weights_look_padding_up_where_it_was(name):
     """As the linearised network does: its limit for small offsets."""
-    model, x = make(name), tokens(5, seed=4)
-    la = fit(model)
-    generator = torch.Generator().manual_seed(3)
-    weights = FunctionalModel(model).weights()
-    v = {k: torch.randn(1, *w.shape, generator=generator, dtype=F64) for k, w in weights.items()}
-    h = 1e-6
-    moved = [la.backend.forward_at({k: s * h * t for k, t in v.items()}, x)[0] for s in (1, -1)]
+    model, x, h = make(name), tokens(5, seed=4), 1e-6
+    la, v = fit(model), drawn(model, 1)
+    moved = [la.backend.engine.forward_at({k: s * h * t for k, t in v.items()}, x)[0] for s in (1, -1)]
     slope = (moved[0] - moved[1]) / (2 * h)
     assert_close(slope.flatten(), true_features(model, v, x).flatten(), rtol=1e-6)
 
@@ -312,22 +300,17 @@ def test_sampled_weights_leave_padding_rows_alone():
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize("backend", [AsdlGGN, BackPackGGN])
-@pytest.mark.parametrize("name", ["plain", "padding", "negative", "by frequency"])
-def test_landmark_gradients_of_the_libraries_are_the_same(name, backend):
-    options = {
-        "plain": {},
-        "padding": {"padding_idx": PAD},
-        "negative": {"padding_idx": PAD - TOKENS},
-        "by frequency": {"padding_idx": PAD, "scale_grad_by_freq": True},
-    }[name]
+@pytest.mark.parametrize(("padding", "by_frequency"), [(None, False), (PAD, False), (PAD - TOKENS, True)])
+def test_landmark_gradients_of_the_libraries_are_the_same(padding, by_frequency, backend):
+    options = {"padding_idx": padding, "scale_grad_by_freq": by_frequency}
     embedding = nn.Embedding(TOKENS, WIDTH, **options)
     model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(LENGTH * WIDTH, C))
     model = randomised(model).float()  # the libraries' rules are of float32
     ours, theirs = (fit(model, backend=b, n_eigenvalues=3) for b in (None, backend))
     for k, v in ours.basis.directions.items():
         assert_close(theirs.basis.directions[k], v, name=k, rtol=1e-4)
-    assert (embedding.padding_idx is None) == (name == "plain")
-    assert embedding.scale_grad_by_freq == (name == "by frequency")
+    assert embedding.padding_idx == (None if padding is None else PAD)
+    assert embedding.scale_grad_by_freq == by_frequency
 
 
 class Weighted(nn.Module):
@@ -359,47 +342,3 @@ def test_gradients_reach_inputs_that_meet_padding(autodiff):
     steps = h * torch.eye(w.numel(), dtype=F64).reshape(-1, *w.shape)
     slopes = [(features(weights + s).sum() - features(weights - s).sum()).detach() / (2 * h) for s in steps]
     assert_close(gradient, torch.stack(slopes).reshape(w.shape), rtol=1e-6)
-
-
-def test_a_computed_embedding_is_looked_up_alike():
-    """A weight that is itself a function of parameters has a padding row too."""
-    model = Pooled()
-    nn.utils.parametrize.register_parametrization(model.embedding, "weight", nn.Tanh())
-    model, x = randomised(model), tokens(7)
-    function = FunctionalModel(model)
-    weights = function.weights()
-    v = {k: torch.ones(1, *w.shape, dtype=F64) for k, w in weights.items()}
-    with safe_autodiff(model):
-        for mode in ("forward", "double", "reverse"):
-            phi, _ = FEATURES[mode](function, weights, v, x, Chunks(3, 2))
-            assert_close(phi, true_features(model, v, x))
-
-
-class Keywords(nn.Module):
-    """Hands a mapping to a model as its arguments."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch):
-        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-
-
-@falls_back
-def test_bert_for_token_classification():
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 11}
-    config = transformers.BertConfig(
-        vocab_size=TOKENS, num_labels=C, max_position_embeddings=7, pad_token_id=PAD, **sizes
-    )
-    torch.manual_seed(0)
-    model = Keywords(transformers.BertForTokenClassification(config).double())
-    x = tokens(5)
-    batch = {"input_ids": x, "attention_mask": (x != PAD).long()}
-    y = torch.randint(C, x.shape, generator=torch.Generator().manual_seed(2))
-    la = {}
-    for mode in ("forward", "reverse"):
-        la[mode] = build(model=model, autodiff=mode, subsample_size=7, n_eigenvalues=3)
-        la[mode].fit([{**batch, "labels": y}])
-    assert_close(la["forward"](batch), la["reverse"](batch))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import C, D, build, fitted, inputs, targets, train_loader
+from helpers import C, D, build, inputs, targets, train_loader
 from torch import nn
 from torch.nn import functional as F
 
 from laplace_ella.posterior.gaussian import Linearised
-from laplace_ella.posterior.likelihoods import CATEGORICAL
+from laplace_ella.posterior.likelihoods import LIKELIHOODS
 from laplace_ella.tuning.scoring import Block, ValidationData
 from laplace_ella.tuning.store import Store
 
@@ -32,12 +32,13 @@ class Reusing:
         for x, y in self.batches:
             self.x.copy_(x)
             self.y.copy_(y)
-            yield {"x": {"deep": [self.x]}, "labels": self.y} if self.as_mapping else (self.x, self.y)
+            yield self.batch(self.x, self.y)
+
+    def batch(self, x, y):
+        return {"x": {"deep": [x]}, "labels": y} if self.as_mapping else (x, y)
 
     def fresh(self):
-        if self.as_mapping:
-            return [{"x": {"deep": [x]}, "labels": y} for x, y in self.batches]
-        return self.batches
+        return [self.batch(x, y) for x, y in self.batches]
 
 
 def loaders(likelihood, as_mapping=False):
@@ -46,54 +47,51 @@ def loaders(likelihood, as_mapping=False):
     return Reusing(list(train_loader(likelihood)), as_mapping), val
 
 
-class Deep(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(D, C, dtype=torch.float64))
-
+class Deep(nn.Linear):
     def forward(self, batch):
-        return self.net(batch["x"]["deep"][0])
+        return super().forward(batch if isinstance(batch, torch.Tensor) else batch["x"]["deep"][0])
+
+
+def early_stopping(la, train, val):
+    la.fit(train, val_loader=val)
+    return la.fit_history_["val_nll"]
+
+
+def grid_search(la, train, val, *args, **options):
+    la.optimize_prior_precision(*args, method="gridsearch", val_loader=val, grid_size=5, **options)
+    return la.temperature, float(la.prior_precision)
+
+
+def of_sampled_weights(la, train, val):
+    return grid_search(la, train, val, "nn", link_approx="mc", n_samples=5)
+
+
+def joint_search(la, train, val):
+    found = la.optimize_hyperparameters(val, ["temperature", "prior_precision"], link_approx="probit")
+    return found.score, {k: b.score for k, b in found.baselines.items() if b}
+
+
+def novelty(la, train, val):
+    la.calibrate_novelty(val)
+    return la.novelty(inputs(5, seed=9))
+
+
+JOBS = {
+    "classification": [early_stopping, grid_search, of_sampled_weights, joint_search, novelty],
+    "regression": [grid_search, joint_search],
+}
 
 
 @pytest.mark.parametrize("as_mapping", [False, True])
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-def test_fit_and_every_search_see_each_batch_as_it_was(likelihood, as_mapping):
+@pytest.mark.parametrize(("likelihood", "job"), [(k, job) for k, jobs in JOBS.items() for job in jobs])
+def test_each_batch_is_seen_as_it_was(likelihood, job, as_mapping):
     train, val = loaders(likelihood, as_mapping)
-    model = Deep() if as_mapping else None
-    results = []
-    for reused in (True, False):
+    model, results = Deep(D, C, dtype=torch.float64), []
+    for data in ((train, val), (train.fresh(), val.fresh())):
         la = build(likelihood, model, temperature=None, n_eigenvalues=3)
-        la.fit(train if reused else train.fresh())
-        data = val if reused else val.fresh()
-        la.optimize_prior_precision(method="gridsearch", val_loader=data, grid_size=7)
-        tuned = la.temperature, float(la.prior_precision)
-        scores = la.optimize_hyperparameters(data, ["temperature", "prior_precision"], link_approx="probit")
-        results.append((la.H, tuned, scores.score, {k: b.score for k, b in scores.baselines.items() if b}))
-    torch.testing.assert_close(results[0][0], results[1][0])
-    assert results[0][1:] == results[1][1:]
-
-
-def test_the_predictive_of_sampled_weights_is_tuned_on_each_batch_as_it_was():
-    train, val = loaders("classification")
-    tuned = []
-    for data in (val, val.fresh()):
-        la = fitted(data=train, temperature=1.0)
-        la.optimize_prior_precision(
-            "nn", "gridsearch", val_loader=data, link_approx="mc", n_samples=5, grid_size=5
-        )
-        tuned.append(float(la.prior_precision))
-    assert tuned[0] == tuned[1]
-
-
-def test_early_stopping_scores_each_batch_as_it_was():
-    train, val = loaders("classification")
-    histories = []
-    for data in (val, val.fresh()):
-        la = build(temperature=None)
-        la.fit(train, val_loader=data)
-        histories.append(la.fit_history_["val_nll"])
-    assert histories[0] == histories[1]
+        la.fit(data[0])
+        results.append((la.H, job(la, *data)))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=0)
 
 
 def test_a_search_finds_the_temperature_of_the_data_and_not_of_the_last_batch():
@@ -108,19 +106,9 @@ def test_a_search_finds_the_temperature_of_the_data_and_not_of_the_last_batch():
     assert result.score == pytest.approx(float(sum(nll)) / (4 * LENGTH), rel=1e-9)
 
 
-def test_novelty_is_calibrated_on_each_batch_as_it_was():
-    train, val = loaders("classification")
-    scores = []
-    for data in (val, val.fresh()):
-        la = fitted(data=train)
-        la.calibrate_novelty(data)
-        scores.append(la.novelty(inputs(5, seed=9)))
-    assert torch.equal(*scores)
-
-
 def test_what_is_kept_of_a_batch_is_a_copy():
     f, y = torch.ones(3, C), torch.ones(3, dtype=torch.long)
-    data = ValidationData(CATEGORICAL, Store(10**6))
+    data = ValidationData(LIKELIHOODS["classification"], Store(10**6))
     data.append(3, Block(Linearised(f, torch.ones(3, C, 2)), y, None))
     f.zero_()
     y.zero_()

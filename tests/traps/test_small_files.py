@@ -18,7 +18,10 @@ from helpers import (
     train_loader,
     val_loader,
 )
+from interrupting import Watched, all_files, batches, go_on
 from torch import nn
+
+from laplace_ella.fitting import stages
 
 X = inputs(7, seed=7)
 STORED = ("full", "half", "landmarks")
@@ -95,69 +98,58 @@ def test_what_is_in_half_precision_already_stays_as_it_is(dtype, tmp_path):
         assert_same(other(X.to(dtype)), la(X.to(dtype)))
 
 
-def test_mappings(tmp_path):
-    la = fitted(model=DictModel(), data=dict_batches())
-    for stored, allowed in (("half", 2e-3), ("landmarks", 1e-12)):
-        other, _ = restored(la, stored, tmp_path)
-        assert difference(other(dict_batches()[0]), la(dict_batches()[0])) <= allowed
-
-
-def test_more_landmarks_than_inputs_store_each_input_once(tmp_path):
-    la = fitted(data=loader(inputs(5), targets("classification", 5)), subsample_size=13)
-    state = la.state_dict(directions="landmarks")
-    assert len(state["basis"]["inputs"]) == 5
-    other, _ = restored(la, "landmarks", tmp_path)
-    assert difference(other(X), la(X)) < 1e-12
-
-
-def test_landmarks_that_were_given(tmp_path):
-    la = build()
-    given = inputs(13, seed=11), torch.arange(13) % 3
+def with_given_landmarks():
+    la, given = build(), (inputs(13, seed=11), torch.arange(13) % 3)
     la.fit(train_loader(), landmarks=given)
     given[0].zero_()
-    other, _ = restored(la, "landmarks", tmp_path)
-    assert difference(other(X), la(X)) < 1e-12
+    return la
 
 
-def test_rows_that_do_not_fit_at_once(tmp_path):
-    """The weighted sums over blocks of landmarks are those over all."""
-    model = mlp()
-    la = fitted(model=model, memory_budget=8 * 66 * 5)
-    other, _ = restored(la, "landmarks", tmp_path, memory_budget=8 * 66 * 3)
-    assert difference(other(X), la(X)) < 1e-12
-    assert difference(other(X), fitted(model=model)(X)) < 1e-9
+def with_a_given_basis():
+    first = fitted()
+    la = build(model=first.model)
+    la.fit(loader(inputs(11, seed=8), targets("classification", 11)), basis=first.basis)
+    return la
 
 
-def test_a_restored_estimator_computes_the_same_every_time(tmp_path):
+def with_directions_given_up():
+    la = fitted(temperature=None)
+    la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [2]})
+    return la
+
+
+def with_data_added():
     la = fitted()
-    first, second = (restored(la, "landmarks", tmp_path)[0] for _ in range(2))
-    assert_same(first(X), second(X))
+    la.fit(loader(inputs(seed=20), targets("classification", seed=21)), override=False)
+    return la
 
 
-def test_a_fit_with_a_given_basis(tmp_path):
-    la = fitted()
-    other = build(model=la.model)
-    other.fit(loader(inputs(11, seed=8), targets("classification", 11)), basis=la.basis)
-    for stored, allowed in (("half", 1e-3), ("landmarks", 1e-12)):
-        third, _ = restored(other, stored, tmp_path)
-        assert difference(third(X), other(X)) <= allowed
+FITS = {
+    "mappings": lambda: fitted(model=DictModel(), data=dict_batches()),
+    # Each input is stored once.
+    "more landmarks than inputs": lambda: fitted(data=loader(inputs(5), targets("classification", 5))),
+    # The weighted sums over blocks of landmarks are those over all.
+    "rows that do not fit at once": lambda: fitted(memory_budget=8 * 66 * 5),
+    "given landmarks": with_given_landmarks,
+    "given basis": with_a_given_basis,
+    "directions given up": with_directions_given_up,
+    "data added": with_data_added,
+}
 
 
 @pytest.mark.filterwarnings("ignore:Only 17 validation inputs", "ignore:The best temperature")
-def test_after_directions_were_given_up(tmp_path):
-    la = fitted(temperature=None)
-    la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [2]})
-    for stored, allowed in (("half", 1e-3), ("landmarks", 1e-12)):
-        other, _ = restored(la, stored, tmp_path)
-        assert other.basis.rank == 2
-        assert difference(other(X), la(X)) <= allowed
-
-
-def test_after_more_data_were_added(tmp_path):
-    la = fitted()
-    la.fit(loader(inputs(seed=20), targets("classification", seed=21)), override=False)
-    other, _ = restored(la, "landmarks", tmp_path)
-    assert difference(other(X), la(X)) < 1e-12
+@pytest.mark.parametrize("name", FITS)
+def test_fits_of_all_kinds(name, tmp_path):
+    la, options = FITS[name](), {"memory_budget": 8 * 66 * 3} if name.startswith("rows") else {}
+    x = dict_batches()[0] if name == "mappings" else X
+    if name.startswith("more"):
+        assert len(la.state_dict(directions="landmarks")["basis"]["inputs"]) == 5
+    for stored, allowed in (("half", 2e-3), ("landmarks", 1e-12)):
+        other, _ = restored(la, stored, tmp_path, **options)
+        assert other.basis.rank == la.basis.rank
+        assert difference(other(x), la(x)) <= allowed
+    again, _ = restored(la, "landmarks", tmp_path, **options)
+    assert_same(again(x), other(x))
 
 
 @pytest.mark.parametrize("stored", ["half", "landmarks"])
@@ -188,35 +180,15 @@ def test_rows_that_were_rounded_are_not_computed_again():
     la.state_dict(directions="half")
 
 
-def test_a_fit_that_was_interrupted_and_goes_on(tmp_path):
-    class Stops(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.left = mlp(), None
-
-        def forward(self, x):
-            if self.left is not None:
-                self.left -= 1
-                if self.left < 0:
-                    raise OSError("stopped")
-            return self.net(x)
-
-    model = Stops()
-    la = build(model=model)
-    la.fit(train_loader())
-    went_on = False
-    for left in range(1, 400):  # wherever the basis is there and the curvature is not
-        model.left, went_on = left, (tmp_path / "fit.basis").exists()
-        other = build(model=model)
-        try:
-            other.fit(train_loader(), checkpoint=tmp_path / "fit", checkpoint_every=1)
-        except (OSError, ValueError):  # from the pass over the data, or from probing
-            continue
-        break
-    assert went_on
-    model.left = None
-    third, _ = restored(other, "landmarks", tmp_path)
-    assert difference(third(X), la(X)) < 1e-12
+def test_a_fit_that_was_interrupted_and_goes_on(tmp_path, monkeypatch):
+    """Here after the basis, of which its file has the coefficients, and the scan's the landmarks."""
+    all_files(tmp_path / "fit")
+    la = build(model=Watched())
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "basis_of", lambda *args: pytest.fail("the basis is computed again"))
+        go_on(la, batches(), tmp_path / "fit")
+    other, _ = restored(la, "landmarks", tmp_path)
+    assert difference(other(X), fitted(model=la.model, data=batches())(X)) < 1e-12
 
 
 def test_unknown_ways_are_refused():

@@ -1,0 +1,264 @@
+"""What users ask of a fit: checked, and turned into what the stages need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..data.batches import Raw, batch_size, input_digest
+from ..data.checks import check_choice, check_flag, check_seed, check_size, shown
+from ..data.hashing import digest
+from ..data.landmarks import Scheme, balanced, check_landmarks, uniform
+from ..data.loading import check_loader
+from ..network.engine import Engine
+from ..network.safety import exclusively
+from ..nystrom.basis import NystromBasis
+from ..nystrom.checks import check_rank
+from ..parallel.ranks import ALONE, Ranks
+from ..posterior.checks import check_link, check_prediction
+from ..posterior.fit import Fit
+from ..posterior.likelihoods import Likelihood
+from ..posterior.posterior import Posterior
+from . import checkpoint
+from .curvature import CURVATURES
+from .fit import Recipe
+from .plan import Plan, data_size, first_batch, make_plan
+from .resume import FitFiles, random_state_restored
+from .stages import Job
+
+DEFAULT_SUBSAMPLE_SIZE = 500
+DEFAULT_N_EIGENVALUES = 20
+# The attributes of an estimator that say how to fit.
+SIZES = ("subsample_size", "n_eigenvalues", "curvature_size", "curvature", "curvature_samples")
+
+
+def check_sizes(estimator: Any) -> None:
+    """Require values that a fit can use, and make them plain; they may have been assigned since the last fit.
+
+    Raises
+    ------
+    ValueError
+    """
+    check, e = check_size, estimator
+    e.subsample_size = check("subsample_size", e.subsample_size) or DEFAULT_SUBSAMPLE_SIZE
+    e.n_eigenvalues = check_rank(e.n_eigenvalues) or DEFAULT_N_EIGENVALUES
+    e.curvature_samples = check("curvature_samples", e.curvature_samples, optional=False)
+    e.residual_samples = check("residual_samples", e.residual_samples, optional=False)
+    e.curvature_size = check("curvature_size", e.curvature_size)
+    e.seed = check_seed(e.seed)
+    check_choice("curvature", e.curvature, CURVATURES)
+
+
+def labels_of(estimator: Any) -> int:
+    """Return how many labels are sampled for each curvature input; 0 for the exact curvature."""
+    return 0 if estimator.curvature == "exact" else estimator.curvature_samples
+
+
+def named(**values: Any) -> set[str]:
+    """Return the names of those that are not None."""
+    return {name for name, value in values.items() if value is not None}
+
+
+def sharing(estimator: Any) -> Ranks:
+    """Return the ranks that share the directions of an estimator."""
+    return estimator._ranks if estimator.shard_directions else ALONE
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of one call of ``fit``."""
+
+    train_loader: Iterable[Any]
+    override: bool
+    progress_bar: bool
+    landmarks: tuple[Raw, Any] | Scheme | None
+    balanced: bool
+    val_loader: Iterable[Any] | None
+    val_steps: int | None
+    link_approx: str
+    basis: NystromBasis | None
+    max_samples: int | None
+    n_total: int | None
+    checkpoint: Any
+    checkpoint_every: int
+
+    @property
+    def pairs(self) -> tuple[Raw, Any] | None:
+        """The landmarks that are given, if they are."""
+        return None if callable(self.landmarks) else self.landmarks
+
+    @property
+    def scheme(self) -> Scheme:
+        """How landmark inputs are drawn if none are given."""
+        if callable(self.landmarks):
+            return self.landmarks
+        return balanced if self.balanced else uniform
+
+    @property
+    def every(self) -> int | None:
+        """After how many curvature batches a snapshot of G is taken; None: after 1, 2, 4, 8 ..."""
+        return self.val_steps or (1 if self.val_loader is not None else None)
+
+
+def prepare(estimator: Any, request: Request) -> tuple[Job, Recipe, Fit | None]:
+    """Check what a fit is asked for, before any work, and return it with the fit that data are added to, if any.
+
+    Raises
+    ------
+    ValueError
+    """
+    now, ranks, engine = estimator._now(), estimator._ranks, estimator._engine
+    with ranks.together("the arguments of fit"):
+        fresh = check_flag("override", request.override) or now.current is None
+        check_flag("progress_bar", request.progress_bar)
+        _check_loader(request, estimator, now.likelihood)
+        _check_weights(engine, estimator.params, fresh)
+        estimator._follow_model()
+        now = estimator._posterior if fresh else estimator._unchanged()
+        _check_basis(request, engine, sharing(estimator), fresh)
+        request = _checked_options(request, now.likelihood, estimator.dict_key_x)
+        needed = request.checkpoint is not None or ranks.size > 1  # hashing V takes seconds
+        arguments = _arguments(request, estimator, now, fresh) if needed else {}
+        options = {k: str(v) for k, v in engine_options(estimator).items()}
+        files = FitFiles(request.checkpoint, request.checkpoint_every, {**arguments, **options}, ranks)
+        more = {"first_position": 0 if fresh else now.fit.n_data, "max_samples": request.max_samples}
+        stream = estimator._stream(request.train_loader, request.progress_bar, **more)
+        recipe = _recipe(request, estimator, engine)
+    ranks.require_equal({**arguments, "checkpoint": request.checkpoint is not None}, "fit()")
+    of_labels = request.every, now.seed, labels_of(estimator)
+    job = Job(ranks, stream, files, stream.progress, engine, now.likelihood, *of_labels)
+    return job, recipe, None if fresh else now.fit
+
+
+def engine_options(estimator: Any) -> dict[str, Any]:
+    """Return what the rounding of a fit depends on; ranks may differ in it."""
+    options = estimator._backend_kwargs
+    return {**options, "spill": options["spill"] is not None}
+
+
+@exclusively
+def _check_loader(request: Request, estimator: Any, likelihood: Likelihood) -> None:
+    check_loader("train_loader", request.train_loader)
+    check_sizes(estimator)
+    if check_flag("balanced", request.balanced) and not likelihood.has_classes:
+        raise ValueError(f"balanced=True needs classes; {likelihood.name} has none. Leave it out.")
+    if estimator.curvature_size is None and isinstance(request.train_loader, Iterator):
+        raise ValueError(
+            "curvature_size=None reads the data twice, and this loader is an iterator that can be read once. "
+            "Pass an iterable that can be started again, or a number as curvature_size."
+        )
+
+
+@exclusively
+def _check_weights(engine: Engine, params: Iterable[Any], fresh: bool) -> None:
+    """Require the weights that the estimator was built with; all of them may be frozen since."""
+    settled, named = engine.function.names, list(engine.module.named_parameters())
+    trainable = {k for k, p in named if p.requires_grad}
+    same = [p.shape for k, p in named if k in settled] == [p.shape for p in params]
+    if not same or (fresh and trainable and trainable != settled):
+        raise ValueError(
+            "The model's parameters that require grad are not those it had when the estimator was built, over which "
+            "its posterior is. Build a new estimator after changing them, or set the flags back."
+        )
+
+
+def _check_basis(request: Request, engine: Engine, ranks: Ranks, fresh: bool) -> None:
+    """Require a basis of this model, if one is given."""
+    basis = request.basis
+    if basis is None:
+        return
+    if request.landmarks is not None or not fresh:
+        raise ValueError(
+            "basis= takes the place of landmarks, and override=False keeps the basis there is; pass one of them."
+        )
+    if not isinstance(basis, NystromBasis):
+        raise ValueError(f"basis must be the basis of a fitted estimator, or None; got {shown(basis)}.")
+    checkpoint.check_shard((basis.ranks.rank, basis.ranks.size), ranks, "The basis given")
+    checkpoint.check_directions(basis, engine.function.weights(), "The basis given")
+    if basis.of_model not in (None, checkpoint.fingerprint(engine.module)):
+        raise ValueError(
+            "The basis given was made from another model: parameters and buffers have the same shapes, but other "
+            "values. Its directions are gradients at those values. Pass the basis of a fit of this model as it is "
+            "now, or leave basis= out, so that one is made."
+        )
+
+
+def _checked_options(request: Request, likelihood: Likelihood, dict_key_x: str) -> Request:
+    """Return a request with plain numbers, of which all options make sense."""
+    check_size("checkpoint_every", request.checkpoint_every, optional=False)
+    check_prediction("glm", request.link_approx, 100)
+    check_link(likelihood, request.link_approx)
+    if request.val_loader is not None:
+        check_loader("val_loader", request.val_loader)
+    if callable(request.landmarks) and request.balanced:
+        raise ValueError(
+            "landmarks= is a scheme by which landmarks are drawn, and so is balanced=True; pass one of them."
+        )
+    if request.pairs is not None:
+        check_landmarks(request.pairs, dict_key_x)
+    return replace(
+        request,
+        max_samples=check_size("max_samples", request.max_samples),
+        n_total=check_size("n_total", request.n_total),
+        val_steps=check_size("val_steps", request.val_steps),
+    )
+
+
+def _recipe(request: Request, estimator: Any, engine: Engine) -> Recipe:
+    """Return what is to be fitted, the landmarks given being cut into single inputs."""
+    given = request.pairs
+    return Recipe(
+        **{name: getattr(estimator, name) for name in SIZES[:3]},
+        shard=estimator.shard_directions,
+        named=frozenset(estimator._named_by_user),
+        landmarks=None if given is None else (engine.inputs(given[0], len(given[1])), given[1]),
+        scheme=request.scheme,
+        basis=request.basis,
+        n_total=request.n_total,
+    )
+
+
+def _arguments(request: Request, estimator: Any, now: Posterior, fresh: bool) -> dict[str, Any]:
+    """Return what the result of a fit depends on, data apart, in plain types."""
+    given, basis, scheme = request.pairs, request.basis, request.scheme
+    before = "nothing" if fresh else digest(now.fit.H, now.fit.basis.fingerprint())
+    return {
+        "model": checkpoint.fingerprint(estimator.model),
+        "seed": now.seed,
+        **{name: getattr(estimator, name) for name in (*SIZES, "shard_directions")},
+        "likelihood": now.likelihood.name,
+        "backend": type(estimator.backend).__name__,
+        "dtype": str(now.setting.prior_precision.dtype),
+        "override": fresh,
+        "scheme": f"{scheme.__module__}.{scheme.__qualname__}",
+        "val_loader": request.val_loader is not None,
+        "val_steps": request.every,
+        "max_samples": request.max_samples,
+        "n_total": request.n_total,
+        "landmarks": None if given is None else digest(input_digest(given[0]), given[1]),
+        "basis": None if basis is None else basis.fingerprint(),
+        "fitted before": before,
+    }
+
+
+def plan(estimator: Any, train_loader: Any) -> Plan:
+    """Work out what a fit will cost; see :meth:`laplace_ella.ELLALaplace.plan`."""
+    check_loader("train_loader", train_loader)
+    check_sizes(estimator)
+    ranks, engine, n = estimator._ranks, estimator._engine, estimator.curvature_size
+    rank = estimator.n_eigenvalues
+    if not isinstance(rank, int):  # a share, which is not known before: as much as the budget allows
+        rank = max(1, min(estimator.subsample_size, engine.budget() // engine.row_size()))
+    with random_state_restored(train_loader):
+        x = first_batch(train_loader, estimator.dict_key_x, estimator.dict_key_y, engine.inputs)
+    return make_plan(
+        engine.eager(),
+        engine.to_model(x),
+        n_data=data_size(train_loader, batch_size(x)),
+        n_landmarks=ranks.lengths(estimator.subsample_size)[0],
+        rank=rank,
+        n_curvature=None if n is None else ranks.lengths(n)[0],
+        sampled=labels_of(estimator),
+        likelihood=estimator._posterior.likelihood,
+    )

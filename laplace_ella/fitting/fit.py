@@ -1,0 +1,202 @@
+r"""A fit: one pass over the data, landmarks, basis, curvature, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ..data.batches import Input, rows
+from ..data.landmarks import BottomK, Scheme, check_coordinates, draw_outputs, explicit_landmarks, uniform
+from ..data.loading import check_total
+from ..data.notices import warn_user
+from ..data.pooling import dealt
+from ..nystrom.basis import NystromBasis
+from ..parallel.ranks import ALONE, Ranks
+from ..posterior.fit import Fit
+from .checkpoint import fingerprint
+from .curvature import RunningSum
+from .scan import Scan, over_all, scan
+from .stages import Job, accumulate, find_basis, read_data
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a fit is asked for.
+
+    Attributes
+    ----------
+    subsample_size : int
+        M.
+    n_eigenvalues : int or float
+        K, or the share of the trace to retain.
+    curvature_size : int or None
+        How many inputs G is estimated from; None: all of them, in a second pass.
+    shard : bool
+        Whether the directions are spread over ranks.
+    named : set of str
+        The sizes that the user named; if one is reduced, there is a warning.
+    landmarks : (input of M rows, LongTensor (M,)), optional
+    scheme : callable
+        How landmark inputs are drawn, if they are not given; see :data:`laplace_ella.data.landmarks.Scheme`.
+    basis : NystromBasis, optional
+        Instead of landmarks.
+    n_total : int, optional
+        N, where the loader shows a sample of the data only.
+    """
+
+    subsample_size: int
+    n_eigenvalues: int | float
+    curvature_size: int | None
+    shard: bool = False
+    named: Set[str] = frozenset()
+    landmarks: tuple[Input, Tensor] | None = None
+    scheme: Scheme = uniform
+    basis: NystromBasis | None = None
+    n_total: int | None = None
+
+
+class FitInterrupted(KeyboardInterrupt):
+    """Ctrl-C, after G has got some of its inputs.
+
+    Attributes
+    ----------
+    fit : Fit
+        With G as estimated from these.
+    """
+
+    def __init__(self, fit: Fit, message: str) -> None:
+        super().__init__(message)
+        self.fit = fit
+
+
+def fit(
+    job: Job, recipe: Recipe, before: Fit | None = None, finished: Callable[[Fit], Any] = lambda fit: fit
+) -> Any:
+    """Fit, or add data to what was fitted before, with the basis that there is.
+
+    Parameters
+    ----------
+    job : Job
+    recipe : Recipe
+    before : Fit, optional
+        The fit that data are added to.
+    finished : callable
+        What is done with the new fit, and part of it: an interruption leaves the fit as it is without.
+
+    Returns
+    -------
+    Any
+        What ``finished`` returns; by default the new fit.
+
+    Raises
+    ------
+    FitInterrupted
+        After Ctrl-C in a single process. Not if data are added and kept in files: they would be added twice.
+    """
+    ranks = job.ranks
+    own = _scan(job, recipe, draws=before is None and recipe.basis is None and recipe.landmarks is None)
+    found, n_read = over_all(own, ranks), own.n_data
+    check_total(recipe.n_total, found.n_data)
+    sample = None if recipe.curvature_size is None else dealt(own.curvature, ranks)
+    del own  # and with it the inputs that went to other ranks
+    basis = recipe.basis if before is None else before.basis
+    basis = (_new_basis(job, recipe, found) if basis is None else basis).to(job.engine.device)
+    found = replace(found, landmarks=BottomK(0))
+    total = RunningSum(basis.rank, job.engine.device)
+    result = partial(_result, job, recipe, basis, found, total, before)
+    try:
+        accumulate(job, basis, sample, n_read, found.longest, total)
+        return finished(result(ranks))
+    except KeyboardInterrupt as interrupt:
+        if ranks.size > 1 or not total.seen or (before is not None and job.files.paths):
+            raise
+        wanted = n_read if sample is None else sample.size
+        message = f"fit() was interrupted after {total.seen} of {wanted} curvature inputs."
+        raise FitInterrupted(result(ALONE, unfinished=True), message) from interrupt
+
+
+def _scan(job: Job, recipe: Recipe, draws: bool) -> Scan:
+    """Read this rank's training data, drawing landmarks if they are neither given nor kept."""
+    found = Scan(BottomK(recipe.subsample_size if draws else 0), BottomK(recipe.curvature_size or 0))
+    unchecked = [] if recipe.landmarks is None else [recipe.landmarks]
+    engine = job.engine
+
+    def forward(x: Input) -> Tensor:
+        f = engine.forward(x)
+        while unchecked:  # at the first batch, before any long work
+            inputs, outputs = unchecked.pop()
+            of_landmark = engine.forward(rows(inputs, 0, 1)) if f.ndim > 2 else f
+            check_coordinates(outputs, of_landmark.shape[1:].numel())
+        engine.known_support() or engine.support(engine.to_model(x))  # probes, at the first batch too
+        return f
+
+    read_data(job, found, partial(scan, forward=forward, likelihood=job.likelihood, scheme=recipe.scheme))
+    return found
+
+
+def _new_basis(job: Job, recipe: Recipe, found: Scan) -> NystromBasis:
+    """Draw landmarks, and compute their basis; warn if there is less of anything than the user named."""
+    size, rank = recipe.subsample_size, recipe.n_eigenvalues
+    if recipe.landmarks is None:
+        landmarks = draw_outputs(found.landmarks, job.seed)
+        if len(landmarks) < size:
+            reason = "the data have no more pairs of input and output"
+            _report_reduction(recipe, "subsample_size", len(landmarks), reason)
+    else:
+        landmarks = explicit_landmarks(recipe.landmarks)
+    basis = find_basis(job, landmarks, rank, recipe.shard)
+    basis = replace(basis, of_model=fingerprint(job.engine.module))
+    if isinstance(rank, float):
+        if basis.retained < rank - 1e-9:
+            reason = f"more directions exceed the memory budget or the numerical rank; these retain {basis.retained:.3g}"
+            _report_reduction(recipe, "n_eigenvalues", basis.rank, reason)
+    elif basis.rank < rank:
+        reason = f"the gradients of {len(landmarks)} landmarks have no higher numerical rank"
+        _report_reduction(recipe, "n_eigenvalues", basis.rank, reason)
+    return basis
+
+
+def _report_reduction(recipe: Recipe, name: str, reached: int, reason: str) -> None:
+    if name in recipe.named:
+        warn_user(f"{name} was reduced from {getattr(recipe, name)} to {reached}: {reason}.")
+
+
+def _result(
+    job: Job,
+    recipe: Recipe,
+    basis: NystromBasis,
+    found: Scan,
+    total: RunningSum,
+    before: Fit | None,
+    ranks: Ranks,
+    unfinished: bool = False,
+) -> Fit:
+    """Put together what was found, scaled to all data, and add it to what was fitted before."""
+    n_data = recipe.n_total or found.n_data
+    snapshots = total.snapshots(n_data, ranks, unfinished)
+    if job.labels and snapshots[-1][0] < 20 * basis.rank:
+        warn_user(
+            f"curvature='mc' estimates G (K = {basis.rank}) from {snapshots[-1][0]} inputs; under 20 K = {20 * basis.rank} "
+            "it is badly wrong. Raise curvature_size, lower n_eigenvalues, or use curvature='exact'."
+        )
+    share, engine = n_data / found.n_data, job.engine
+    loss = (found.loss * share).to(engine.device)
+    whole = Fit(
+        basis=basis,
+        snapshots=snapshots,
+        n_curvature=snapshots[-1][0],
+        H=snapshots[-1][1],
+        loss=loss,
+        n_data=n_data,
+        n_predictions=round(found.n_predictions * share),
+        n_outputs=found.n_outputs,
+        mean=engine.function.flat_weights(),
+        fingerprint=fingerprint(engine.module),
+        labels_sampled=job.labels > 0,
+    )
+    whole = whole.with_sums(snapshots, loss, n_data, whole.n_predictions)
+    return whole if before is None else before.plus(whole)

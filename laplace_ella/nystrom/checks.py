@@ -1,0 +1,55 @@
+r"""Checks of what the computation of the basis is given: its rank, the memory it may use, where rows are spilled."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.checks import check_size, shown
+
+SPILL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_rank(value: Any) -> int | float | None:
+    """Return a positive number of directions as an int, a share of the trace in (0, 1) as a float, or None."""
+    if _is_real(value) and 0 < float(value) < 1:
+        return float(value)
+    try:
+        return check_size("n_eigenvalues", value)
+    except ValueError:
+        raise ValueError(
+            "n_eigenvalues must be a positive integer, a share of the Gram matrix's trace in (0, 1), or None; "
+            f"got {shown(value)}."
+        ) from None
+
+
+def check_budget(value: Any) -> int | float | None:
+    """Return a positive number of bytes as an int, a share of the free memory in (0, 1] as a float, or None."""
+    if _is_real(value) and 0 < float(value) <= 1:
+        return float(value)
+    try:
+        return check_size("memory_budget", value)
+    except ValueError:
+        raise ValueError(
+            "memory_budget must be a positive number of bytes (an int), a share of the free memory in (0, 1] "
+            f"(a float), or None; got {shown(value)}."
+        ) from None
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, Integral)
+
+
+def check_spill(spill: Any, dtype: Any) -> str | None:
+    """Return the folder that rows are spilled to; None stands for CPU memory, or for no spilling."""
+    if dtype not in SPILL_DTYPES:
+        raise ValueError(f"spill_dtype must be one of {[str(d) for d in SPILL_DTYPES]}; got {shown(dtype)}.")
+    if spill is None or spill == "cpu":
+        return None
+    if not isinstance(spill, (str, PathLike)) or not Path(spill).is_dir():
+        raise ValueError(f"spill must be 'cpu', an existing folder, or None; got {shown(spill)}.")
+    return str(spill)

@@ -1,0 +1,210 @@
+r"""Attributes of an estimator that are those of its posterior: read from it, checked and assigned as a whole.
+
+An estimator holds its posterior as ``_posterior``, and nothing else that predictions depend on.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ..data.checks import check_choice, positive_number
+from ..nystrom.caching import outside_inference, without_inference
+from . import checks
+from .fit import Fit
+from .posterior import Posterior
+from .residual import RESIDUALS
+
+REPLACED = (
+    "Another thread has fitted, loaded or tuned this estimator meanwhile, and what was computed here belongs to the "
+    "fit that it had before. The estimator is as the other thread left it. Call again."
+)
+# Held while a posterior is exchanged for another, and never while anything else runs.
+SWAP = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child finds no change half made, and a lock that somebody releases
+    os.register_at_fork(before=SWAP.acquire, after_in_parent=SWAP.release, after_in_child=SWAP.release)
+
+
+def become(
+    estimator: Any, of: Fit | None = None, setting: Mapping[str, Any] = MappingProxyType({}), **changes: Any
+) -> None:
+    """Give an estimator the posterior that it has now with some changes.
+
+    Parameters
+    ----------
+    of : Fit, optional
+        The fit that the changes were derived from.
+    setting : mapping
+        New values of parameters of the setting.
+    **changes
+        New values of fields of the posterior.
+
+    Raises
+    ------
+    RuntimeError
+        If the estimator has another fit by now.
+    """
+    with SWAP:
+        before = estimator._posterior
+        if of is not None and before.current is not of:
+            raise RuntimeError(REPLACED)
+        exchange(estimator, replace(before, setting=before.setting.at(**setting), **changes))
+
+
+def exchange(estimator: Any, posterior: Posterior) -> None:
+    """Give an estimator another posterior."""
+    fit = posterior.current
+    with SWAP:
+        if fit is not None and fit is not estimator._posterior.current:
+            estimator.model.output_size = fit.n_outputs  # as the host does
+        estimator._posterior = posterior
+
+
+def follow(estimator: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Move the posterior of an estimator to a device."""
+    with SWAP:
+        estimator._posterior = estimator._posterior.to(device, dtype)
+
+
+def checked(estimator: Any, name: str, value: Any) -> Any:
+    """Return a value of a parameter of the setting as it is stored.
+
+    Raises
+    ------
+    ValueError
+    """
+    posterior = estimator._posterior
+    like = torch.empty((), dtype=estimator._dtype, device=estimator._device)
+    with outside_inference():  # what is stored may meet a graph later
+        value = without_inference(value)
+        if name == "prior_precision":
+            sizes = estimator.n_layers, estimator.n_params, estimator.shard_directions
+            return checks.checked_prior_precision(value, posterior.residual, *sizes, like)
+        if name == "sigma_noise":
+            return checks.checked_noise(value, posterior.likelihood, like)
+    if name == "logit_scale":
+        return checks.checked_logit_scale(value, posterior.likelihood)
+    return positive_number(name, value)
+
+
+def of_setting(stub: Callable[..., Any]) -> Any:
+    """Make a property of a parameter of the setting, checked when it is assigned."""
+    name = stub.__name__
+
+    def read(estimator: Any) -> Any:
+        return getattr(estimator._posterior.setting, name)
+
+    def write(estimator: Any, value: Any) -> None:
+        become(estimator, setting={name: checked(estimator, name, value)})
+
+    return property(read, write, doc=stub.__doc__)
+
+
+def of_temperature(stub: Callable[..., Any]) -> Any:
+    """Make the property of the temperature, which is free if None is assigned, and fixed else."""
+
+    def write(estimator: Any, value: Any) -> None:
+        number = 1.0 if value is None else positive_number("temperature", value)
+        become(estimator, setting={"temperature": number}, temperature_fixed=value is not None)
+
+    return property(lambda estimator: estimator._posterior.setting.temperature, write, doc=stub.__doc__)
+
+
+def of_fit(stub: Callable[..., Any]) -> Any:
+    """Make a property of what a fit left; before a fit it is what the function returns."""
+    name = stub.__name__
+
+    def read(estimator: Any) -> Any:
+        fit = estimator._now().current
+        return stub(estimator) if fit is None else getattr(fit, {"fit_history_": "history"}.get(name, name))
+
+    def write(estimator: Any, value: Any) -> None:
+        """Assign, as the host's constructor does before there is a fit."""
+        if name == "H" and value is None:
+            become(estimator, current=None)
+        elif (fit := estimator._posterior.current) is not None:
+            become(estimator, fit, current=replace(fit, **{name: value}))
+
+    return property(read, write, doc=stub.__doc__)
+
+
+def of_posterior(stub: Callable[..., Any]) -> Any:
+    """Make a read-only property of what follows from the posterior of a fitted estimator: what the function returns."""
+    return property(lambda estimator: stub(estimator._fitted()), doc=stub.__doc__)
+
+
+def of_choice(stub: Callable[..., Any]) -> Any:
+    """Make a property of what the posterior is made with, which is used, and checked, by the next call."""
+    name = stub.__name__
+
+    def write(estimator: Any, value: Any) -> None:
+        become(estimator, **{name: value})
+
+    return property(lambda estimator: getattr(estimator._posterior, name), write, doc=stub.__doc__)
+
+
+def of_residual(stub: Callable[..., Any]) -> Any:
+    """Make the property of the residual's name."""
+
+    def write(estimator: Any, value: Any) -> None:
+        check_choice("residual", value, RESIDUALS)
+        residual = RESIDUALS[value]
+        residual.check(estimator._posterior.setting.prior_precision, estimator.enable_backprop)
+        become(estimator, residual=residual)
+
+    return property(lambda estimator: estimator._posterior.residual.name, write, doc=stub.__doc__)
+
+
+def of_prior_mean(stub: Callable[..., Any]) -> Any:
+    """Make the property of the prior mean."""
+
+    def write(estimator: Any, value: Any) -> None:
+        like = torch.empty((), dtype=estimator._dtype, device=estimator._device)
+        with outside_inference():
+            mean = checks.checked_prior_mean(without_inference(value), estimator.n_params, like)
+        become(estimator, prior_mean=mean)
+
+    return property(lambda estimator: estimator._posterior.prior_mean, write, doc=stub.__doc__)
+
+
+def description(estimator: Any, sizes: str) -> str:
+    """Return what ``repr`` shows of an estimator.
+
+    Parameters
+    ----------
+    sizes : str
+        M and K as they were asked for, before a fit.
+    """
+    p = estimator._posterior
+    s, fit = p.setting, p.current
+    if fit is None:
+        fitted = f"{sizes}, P={estimator.n_params}, not fitted"
+    else:
+        fitted = (
+            f"M={fit.basis.n_landmarks}, K={fit.basis.rank}, retained trace={fit.basis.retained:.3f}, "
+            f"P={estimator.n_params}, n_data={fit.n_data}, n={fit.n_curvature}"
+        )
+    prior = (
+        f"{float(s.prior_precision):.4g}"
+        if s.prior_precision.numel() == 1
+        else f"{s.prior_precision.numel()} values"
+    )
+    values = {
+        "sigma_noise": float(s.sigma_noise),
+        "logit_scale": s.logit_scale,
+        "residual_scale": s.residual_scale if p.residual.adds else 1.0,
+    }
+    more = [f", {k}={v:.4g}" for k, v in values.items() if v != 1]
+    more += [f", residual={p.residual.name!r}"] if p.residual.adds else []
+    more += [f", curvature={estimator.curvature!r}"] if estimator.curvature != "exact" else []
+    fixed = "" if p.temperature_fixed else " (free)"
+    return (
+        f"ELLALaplace({p.likelihood.name!r}, {fitted}, prior_precision={prior}, "
+        f"temperature={s.temperature:.4g}{fixed}{''.join(more)})"
+    )

@@ -1,0 +1,209 @@
+r"""Checks of the posterior's setting, and of what is asked of a prediction, made before any work."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.checks import (
+    check_choice,
+    check_flag,
+    check_numbers,
+    check_positive,
+    check_size,
+    positive_number,
+    shown,
+)
+from .likelihoods import LIKELIHOODS, Likelihood
+from .links import LINKS
+from .residual import RESIDUALS, Residual
+
+NO_DENSITY = (
+    "ELLA's posterior lives on the K directions around the weights and has no density over all P weights. "
+    "Use sample(), functional_samples() or log_marginal_likelihood()."
+)
+
+
+class NonFiniteSamplesError(ValueError):
+    """Outputs at sampled weights are NaN or infinite."""
+
+
+# ---------------------------------------------------------------------------- the setting
+
+
+def as_prior(value: Any) -> Any:
+    """Return a sequence of numbers as a tensor, and anything else as it is."""
+    is_sequence = isinstance(value, (list, tuple, np.ndarray)) and len(value) > 0
+    if is_sequence and all(isinstance(v, Real) for v in value):
+        return torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    return value
+
+
+def check_prior_precision(name: str, value: Any, n_layers: int, n_params: int) -> None:
+    """Require a positive number, or a tensor of 1, L or P of them."""
+    what = (
+        f"a positive finite number, or a tensor of 1, of {n_layers} (one per weight tensor that requires grad) or of "
+        f"{n_params} values (one per weight)"
+    )
+    check_numbers(name, value, what, (1, n_layers, n_params))
+
+
+def check_prior_mean(value: Any, n_params: int) -> None:
+    """Require a finite number, or a tensor of 1 or P of them."""
+    what = f"a finite number, or a tensor of 1 or of {n_params} finite values (one per weight)"
+    check_numbers("prior_mean", value, what, (1, n_params), positive=False)
+
+
+def check_noise(value: Any) -> None:
+    """Require a positive number, or a tensor of one."""
+    check_numbers("sigma_noise", value, "a positive finite number, or a tensor of one", (1,))
+
+
+def check_kinds(
+    likelihood: Any, residual: Any, prior_precision: Any, sigma_noise: Any, enable_backprop: bool
+) -> None:
+    """Require a likelihood and a residual that are known, with a prior that they work with."""
+    check_choice("likelihood", likelihood, LIKELIHOODS)
+    check_choice("residual", residual, RESIDUALS)
+    RESIDUALS[residual].check(prior_precision, enable_backprop)
+    check_noise(sigma_noise)
+
+
+def checked_noise(value: Any, likelihood: Likelihood, like: Tensor) -> Tensor:
+    """Return an observation noise as it is stored: ()."""
+    check_noise(value)
+    stored = torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
+    check_positive("sigma_noise", stored)
+    if not likelihood.has_noise and float(value) != 1:
+        raise ValueError(
+            f"sigma_noise is for regression only and must be 1 for {likelihood.name!r}; got {value}."
+        )
+    return stored
+
+
+def check_noise_is_tunable(likelihood: Likelihood) -> None:
+    """Require a likelihood with observation noise."""
+    if not likelihood.has_noise:
+        raise ValueError(
+            f"sigma_noise can be changed for regression only; the likelihood is {likelihood.name!r}. Leave it out."
+        )
+
+
+def checked_logit_scale(value: Any, likelihood: Likelihood) -> float:
+    """Return a scale of the logits."""
+    number = positive_number("logit_scale", value)
+    if number != 1 and not likelihood.has_logits:
+        raise ValueError(
+            f"logit_scale is for classification and bernoulli and must be 1 for {likelihood.name!r}; got {value}."
+        )
+    return number
+
+
+def checked_prior_precision(
+    value: Any, residual: Residual, n_layers: int, n_params: int, sharded: bool, like: Tensor
+) -> Tensor:
+    """Return a prior precision as it is stored: (1,), (L,) or (P,)."""
+    check_prior_precision("prior_precision", value, n_layers, n_params)
+    own = value.clone() if isinstance(value, Tensor) else value
+    stored = torch.as_tensor(own, dtype=like.dtype, device=like.device).reshape(-1)
+    check_positive("prior_precision", stored)
+    residual.check(value, enable_backprop=False)
+    check_sharding(sharded, value, n_params, enable_backprop=False)
+    return stored
+
+
+def checked_prior_mean(value: Any, n_params: int, like: Tensor) -> Tensor:
+    """Return a prior mean as it is stored: (), (1,) or (P,)."""
+    check_prior_mean(value, n_params)
+    stored = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    check_prior_mean(stored, n_params)
+    return stored.reshape(-1) if isinstance(value, Tensor) else stored
+
+
+def check_sharding(sharded: Any, prior_precision: Any, n_params: int, enable_backprop: bool) -> None:
+    """Require what directions that are spread over ranks need: no graph, and no prior for every weight."""
+    if check_flag("shard_directions", sharded) and enable_backprop:
+        raise ValueError(
+            "shard_directions=True sends features between processes, which no graph crosses, and does not work with "
+            "enable_backprop=True. Leave one of them out."
+        )
+    if sharded and isinstance(prior_precision, Tensor) and 1 < n_params == prior_precision.numel():
+        raise ValueError(
+            "shard_directions=True needs one prior precision, or one per weight tensor, as no process has all directions; "
+            f"got one for each of {n_params} weights."
+        )
+
+
+# ---------------------------------------------------------------------------- predictions
+
+
+def check_link(likelihood: Likelihood, link: Any) -> None:
+    """Require a link that a likelihood has."""
+    check_choice("link_approx", link, LINKS)
+    if LINKS[link].of_classes and likelihood.has_probabilities and not likelihood.has_classes:
+        raise ValueError(
+            f"link_approx={link!r} makes probabilities that sum to one over the classes, which those of "
+            f"likelihood={likelihood.name!r} do not. Use 'probit' or 'mc'."
+        )
+
+
+def check_prediction(
+    pred_type: Any,
+    link: Any,
+    n_samples: Any,
+    generator: Any = None,
+    device: torch.device | None = None,
+) -> str:
+    """Check the options of a prediction, and return the predictive: "glm" or "nn"."""
+    check_choice("pred_type", pred_type, ("glm", "nn", "gp"))
+    check_choice("link_approx", link, LINKS)
+    check_size("n_samples", n_samples, optional=False)
+    if pred_type == "nn" and link != "mc":
+        raise ValueError(f"pred_type='nn' averages over samples: link_approx must be 'mc'; got {link!r}.")
+    check_generator(generator, device)
+    return "nn" if pred_type == "nn" else "glm"
+
+
+def check_call(pred_type: str, model_kwargs: Any, **flags: Any) -> None:
+    """Require flags that are flags, and arguments for the model only where it runs at sampled weights."""
+    for name, flag in flags.items():
+        check_flag(name, flag)
+    if model_kwargs and pred_type == "glm":
+        raise ValueError(
+            f"Unknown arguments {sorted(model_kwargs)}; those of a call are pred_type, joint, link_approx, n_samples, "
+            "diagonal_output and generator. Arguments for the model itself go with pred_type='nn' only."
+        )
+
+
+def check_generator(generator: Any, device: torch.device | None = None) -> None:
+    """Require a generator, on a device if one is given; or None."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, or None; got {shown(generator)}.")
+    if device is not None and generator.device != device:
+        raise ValueError(f"generator must be on the model's device, {device}; it is on {generator.device}.")
+
+
+def check_features(phi: Any, rank: int, device: torch.device) -> None:
+    """Require features (B, C, K) on the model's device."""
+    if not isinstance(phi, Tensor) or phi.ndim != 3 or phi.shape[-1] != rank:
+        raise ValueError(
+            f"Js must be the features (batch, outputs, {rank}) that backend.jacobians(x) returns, with "
+            f"K = {rank} columns instead of one per weight; got {shown(phi)}."
+        )
+    if phi.device != device:
+        raise ValueError(f"Js must be on the model's device, {device}; it is on {phi.device}.")
+
+
+def check_finite_samples(samples: Tensor) -> None:
+    """Require outputs at sampled weights without NaN or infinity."""
+    if not samples.isfinite().all():
+        raise NonFiniteSamplesError(
+            "The outputs at sampled weights hold NaN or infinite values. The posterior is too wide for the "
+            "'nn' predictive: raise the prior precision, lower the temperature, or use pred_type='glm'."
+        )

@@ -1,0 +1,203 @@
+r"""The posterior: a fit, a setting and a residual, and what follows from the three.
+
+The weights are :math:`\theta^* + V z` with :math:`z \sim N(0, A^{-1})`,
+:math:`A = G / (\sigma^2 T) + V^T \Delta V`. An estimator holds one :class:`Posterior`, replaces it as a whole, and hands
+the one it has to a call when the call begins: whatever other threads assign meanwhile, the call sees one state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.checks import check_positive
+from .checks import checked_noise
+from .fit import Fit
+from .gaussian import Linearised, Outputs, log_det, posterior_scale
+from .kept import Memory
+from .likelihoods import Likelihood
+from .residual import RESIDUALS, Residual
+from .setting import Setting
+
+
+@dataclass(frozen=True)
+class Posterior:
+    r"""A Gaussian over the K coordinates of the weights, and what it needs to predict.
+
+    Attributes
+    ----------
+    likelihood : Likelihood
+    setting : Setting
+        The setting, with prior precision and noise as tensors.
+    prior_mean : Tensor
+        (), (1,) or (P,).
+    residual : Residual
+    residual_samples : int
+        How many random tangents the isotropic residual is made from.
+    seed : int
+    temperature_fixed : bool
+        Whether tuning leaves T alone.
+    current : Fit or None
+        None before a fit.
+    """
+
+    likelihood: Likelihood
+    setting: Setting
+    prior_mean: Tensor
+    residual: Residual = RESIDUALS["none"]
+    residual_samples: int = 4
+    seed: int = 0
+    temperature_fixed: bool = False
+    current: Fit | None = None
+    # Tangents, which all posteriors of one estimator share; and what was made of this one.
+    tangents: Memory = field(default_factory=Memory, repr=False, compare=False)
+    _kept: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
+
+    @classmethod
+    def unfitted(cls, likelihood: Likelihood, residual: Residual) -> Posterior:
+        """Return what an estimator starts with."""
+        one = torch.ones(1, dtype=torch.float32, device="cpu")
+        return cls(likelihood, Setting(1.0, one, 1.0, 1.0, None, None, one[0]), 0 * one[0], residual)
+
+    @property
+    def fit(self) -> Fit:
+        """What the fit left."""
+        assert self.current is not None
+        return self.current
+
+    @property
+    def rank(self) -> int:
+        """K', how many directions are used."""
+        return self.setting.n_eigenvalues or self.fit.basis.rank
+
+    @property
+    def plain(self) -> Setting:
+        """The setting in numbers, with the rank and the number of curvature inputs."""
+        s = self.setting
+        return s.at(
+            prior_precision=float(s.prior_precision) if s.prior_precision.numel() == 1 else None,
+            n_eigenvalues=self.rank,
+            curvature_size=s.curvature_size or self.fit.n_curvature,
+            sigma_noise=float(s.sigma_noise),
+        )
+
+    def at(self, candidate: Setting) -> Posterior:
+        """Return the posterior with a candidate's setting, rounded as an estimator's attributes are."""
+        return replace(self, setting=candidate.rounded(self.setting))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Posterior:
+        """Return the posterior on another device."""
+        return replace(
+            self,
+            setting=self.setting.to(device, dtype),
+            prior_mean=self.prior_mean.to(device, dtype),
+            current=None if self.current is None else self.current.to(device),
+            tangents=Memory(),  # those there are lie where the model was
+        )
+
+    # ------------------------------------------------------------------ the K coordinates
+
+    @property
+    def curvature(self) -> Tensor:
+        """G (K', K'), float64."""
+        return self.fit.curvature(self.setting.curvature_size, self.setting.n_eigenvalues)
+
+    @property
+    def prior(self) -> Tensor:
+        r""":math:`V^T \Delta V` (K', K'), float64; differentiable."""
+        projected = self.fit.basis.project_precision(self.setting.prior_precision)
+        return projected[: self.rank, : self.rank]
+
+    @property
+    def precision(self) -> Tensor:
+        """A (K', K'), float64; differentiable in prior precision, noise and temperature."""
+        return self.setting.curvature_factor * self.curvature + self.prior
+
+    @property
+    def scale(self) -> Tensor:
+        """S (K', K') with S S^T the covariance, float64, without a graph.
+
+        Computed again if prior, noise, G or directions have changed in place.
+
+        Raises
+        ------
+        ValueError
+            If prior precision or noise have got a value that would have been refused.
+        """
+        s = self.setting
+        small = (s.prior_precision, s.sigma_noise, s.temperature, self.curvature)
+        # The directions enter through V^T Delta V.
+        large = self.fit.basis.directions.values() if s.prior_precision.numel() > 1 else ()
+        return self._kept("scale", self._scale, small, large)
+
+    @property
+    def covariance(self) -> Tensor:
+        r""":math:`A^{-1}` (K', K'), float64."""
+        return self.scale @ self.scale.T
+
+    @torch.inference_mode(False)  # it is kept, and may meet a graph later
+    @torch.no_grad()
+    def _scale(self) -> Tensor:
+        check_positive("prior_precision", self.setting.prior_precision)
+        checked_noise(self.setting.sigma_noise, self.likelihood, self.setting.sigma_noise)
+        return posterior_scale(self.precision)
+
+    # ------------------------------------------------------------------ outputs
+
+    @property
+    def residual_variance(self) -> float:
+        r""":math:`\rho / \delta`, the variance of each weight outside the span; 0 without a residual."""
+        return float(self.residual.variance(self.setting.residual_scale, self.setting.prior_precision))
+
+    def outputs(self, seen: Linearised) -> Outputs:
+        """Return the Gaussian over the outputs of a linearised model; without a graph of the setting."""
+        return seen.outputs(self.scale, self.setting.logit_scale, self.residual_variance)
+
+    def differentiable(self) -> Callable[[Linearised], Outputs]:
+        """Return what :meth:`outputs` does, with graphs of the parameters of the setting."""
+        s, scale = self.setting, posterior_scale(self.precision)
+        variance: Any = self.residual.variance(s.residual_scale, s.prior_precision)
+        return lambda seen: seen.outputs(scale, s.logit_scale, variance)
+
+    # ------------------------------------------------------------------ evidence
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """Log likelihood of the training data."""
+        s, fit = self.setting, self.fit
+        normaliser = fit.n_predictions * fit.n_outputs * self.likelihood.log_normaliser(s.sigma_noise)
+        return -s.curvature_factor * fit.loss - normaliser
+
+    @property
+    def log_det_prior_precision(self) -> Tensor:
+        r"""Log determinant of :math:`V^T \Delta V`."""
+        return log_det(self.prior)
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """Log determinant of A."""
+        return log_det(self.precision)
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """Log determinant of A, less that of the prior precision."""
+        return self.log_det_posterior_precision - self.log_det_prior_precision
+
+    @property
+    def scatter(self) -> Tensor:
+        r""":math:`(\theta^* - \mu_0)^T \Delta (\theta^* - \mu_0)`."""
+        prior, difference = self.setting.prior_precision, self.fit.mean - self.prior_mean
+        if 1 < len(prior) < len(difference):
+            sizes = [math.prod(v.shape[1:]) for v in self.fit.basis.directions.values()]
+            prior = prior.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device=prior.device))
+        return (difference * prior) @ difference
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """The evidence of the model confined to the K directions; differentiable in prior precision and noise."""
+        return self.log_likelihood - 0.5 * (self.log_det_ratio + self.scatter)

@@ -1,0 +1,154 @@
+r"""From inputs to predictions: features, the Gaussian over outputs, a link."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Input, NamingShape, Raw, check_finite_input
+from ..network.checks import check_finite_features
+from ..network.engine import Engine
+from ..nystrom.jacobian import answer_others, features
+from .checks import check_features
+from .gaussian import Linearised, Outputs, positive_part, without_autocast
+from .likelihoods import Likelihood, Prediction
+from .links import LINKS, Noise
+from .posterior import Posterior
+from .residual import RESIDUALS, Residual, joint_kernel
+
+
+def checked_features(
+    posterior: Posterior, engine: Engine, x: Raw | Input, enable_backprop: bool = False
+) -> tuple[Tensor, Tensor]:
+    r"""Compute :math:`\phi(x) = J(x) V` (B, C, K) and f(x) (B, C) of finite inputs.
+
+    Raises
+    ------
+    ValueError
+        If inputs or features are not finite.
+    """
+    basis = posterior.fit.basis
+    with basis.ranks.together("the inputs of a prediction"):
+        check_finite_input(x)
+    with basis.ranks.together("the features of a prediction"):
+        with NamingShape(x):
+            phi, f = features(engine, basis, x, enable_backprop)
+        check_finite_features(phi, f, "the inputs given")
+    return phi, f
+
+
+def linearise(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    enable_backprop: bool = False,
+    residual: Residual | None = None,
+) -> Linearised:
+    """Compute what a prediction needs: features, and what the residual is made of."""
+    residual = residual or posterior.residual
+    residual.check(None, enable_backprop)
+    prepared = _prepared(posterior, engine, residual)
+    phi, f = checked_features(posterior, engine, x, enable_backprop)
+    return residual.look(engine, x, phi, f, prepared, enable_backprop)
+
+
+def attend(posterior: Posterior, engine: Engine, residual: Residual) -> None:
+    """Take part in :func:`linearise` of ranks that share the directions, having no inputs of one's own."""
+    _prepared(posterior, engine, residual)
+    ranks = posterior.fit.basis.ranks
+    with ranks.together("the inputs of a prediction"):
+        pass
+    with ranks.together("the features of a prediction"):
+        answer_others(engine, posterior.fit.basis)
+
+
+def _prepared(posterior: Posterior, engine: Engine, residual: Residual) -> Any:
+    of_tangents = posterior.tangents, posterior.residual_samples, posterior.seed
+    return residual.prepare(engine, posterior.fit.basis, *of_tangents)
+
+
+def numbers_per_output(posterior: Posterior) -> int:
+    """Return how many numbers :func:`linearise` keeps of each output."""
+    fit = posterior.fit
+    return fit.basis.rank + posterior.residual.numbers_per_output(fit.n_outputs)
+
+
+@without_autocast
+def predict(outputs: Outputs, likelihood: Likelihood, link: str, noise: Noise) -> Prediction:
+    """Turn a Gaussian over outputs into a prediction.
+
+    Returns
+    -------
+    Tensor (B, C), or pair of Tensor
+        Probabilities; or mean and covariance (B, C, C), with ``noise.diagonal_output`` the variance (B, C).
+    """
+    if likelihood.has_probabilities:
+        return LINKS[link].predict(outputs, likelihood, noise)
+    return moments(outputs, noise.diagonal_output)
+
+
+def moments(outputs: Outputs, diagonal_output: bool = False) -> tuple[Tensor, Tensor]:
+    """Return mean (B, C) and covariance (B, C, C), or variance (B, C)."""
+    return outputs.mean, outputs.variance if diagonal_output else outputs.covariance()
+
+
+def joint_moments(
+    posterior: Posterior, engine: Engine, x: Raw | Input, enable_backprop: bool
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return mean (BC,) and covariance (BC, BC) of all inputs together, and the dtype of the model's outputs."""
+    in_weights = posterior.residual.in_weights
+    seen = linearise(posterior, engine, x, enable_backprop, RESIDUALS["none"] if in_weights else None)
+    outputs = posterior.outputs(seen)
+    covariance = outputs.joint_covariance()
+    if in_weights:
+        flat_phi = seen.phi.flatten(0, 1).double()
+        kernel = joint_kernel(engine, x) if len(flat_phi) else flat_phi.new_zeros(0, 0)
+        covariance = covariance + posterior.residual_variance * positive_part(kernel - flat_phi @ flat_phi.T)
+    return outputs.mean.flatten(), covariance, seen.f.dtype
+
+
+def output_moments(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    joint: bool = False,
+    diagonal_output: bool = False,
+    enable_backprop: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return mean and covariance of the outputs: of each input, or of all together, in the model's dtype."""
+    if joint:
+        mean, spread, dtype = joint_moments(posterior, engine, x, enable_backprop)
+    else:
+        seen = linearise(posterior, engine, x, enable_backprop)
+        (mean, spread), dtype = moments(posterior.outputs(seen), diagonal_output), seen.f.dtype
+    return mean.to(dtype), spread.to(dtype)
+
+
+def probabilities(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    likelihood: Likelihood,
+    link: str,
+    noise: Noise,
+    enable_backprop: bool = False,
+) -> Tensor:
+    """Return the probabilities (B, C) of inputs, in the model's dtype."""
+    seen = linearise(posterior, engine, x, enable_backprop)
+    found = predict(posterior.outputs(seen), likelihood, link, noise)
+    assert isinstance(found, Tensor)
+    return found.to(seen.f.dtype)
+
+
+def of_features(posterior: Posterior, phi: Tensor) -> Outputs:
+    """Return the Gaussian over outputs with given features (B, C, K), without the residual; its mean says nothing.
+
+    Raises
+    ------
+    ValueError
+        If these are no features of the posterior's basis.
+    """
+    check_features(phi, posterior.fit.basis.rank, posterior.setting.prior_precision.device)
+    return Linearised(phi[..., 0], phi).outputs(posterior.scale)

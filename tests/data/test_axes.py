@@ -1,0 +1,129 @@
+"""Which axis is which: entries that all rows share, classes beside positions, models that lose the axis of one row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import C, H, N, build, fitted, targets
+from parts import Applied, check, draws, pairs
+from torch import nn
+
+F64 = torch.float64
+
+
+# ---------------------------------------------------------------------- axes that fit by chance
+
+
+class Positioned(nn.Module):
+    """Adds an embedding of positions, an entry that all rows share."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places = nn.Embedding(11, H, dtype=F64), nn.Embedding(11, H, dtype=F64)
+        self.head = nn.Linear(H, C, dtype=F64)
+
+    def forward(self, batch):
+        h = self.words(batch["input_ids"]) + self.places(batch["position_ids"])
+        return self.head(h.tanh().mean(1))
+
+
+def positioned(*sizes):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {
+            "position_ids": torch.arange(6),
+            "input_ids": torch.randint(11, (n, 6), generator=generator),
+            "labels": torch.randint(C, (n,), generator=generator),
+        }
+        for n in sizes
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(6, 5, 7), (7, 6, 5), (6, 6), (5, 6, 6)])
+@pytest.mark.parametrize("key", ["input_ids", "absent"])
+def test_a_shared_entry_as_long_as_a_batch_stays_whole(sizes, key):
+    la = check(Positioned(), positioned(*sizes), positioned(6)[0], dict_key_x=key)
+    x = positioned(6)[0]
+    alone = [la({**x, "input_ids": x["input_ids"][i : i + 1]}) for i in range(6)]
+    torch.testing.assert_close(la(x), torch.cat(alone))
+
+
+class Channels(nn.Module):
+    """Outputs (B, C, L), as convolutions give them; or (B, L, C)."""
+
+    def __init__(self, last):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.last = nn.Conv1d(2, C, 1, dtype=F64), last
+
+    def forward(self, x):
+        f = self.conv(x)
+        return f.transpose(1, 2) if self.last else f
+
+
+def sequences(*lengths):
+    return [
+        (draws(i, 4, 2, length), torch.randint(C, (4, length), generator=torch.Generator().manual_seed(i)))
+        for i, length in enumerate(lengths)
+    ]
+
+
+def test_classes_on_the_wrong_axis_are_refused_by_the_targets_shape():
+    with pytest.raises(ValueError, match="movedim"):
+        build(model=Channels(last=False)).fit(sequences(5))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_two_readings_of_the_outputs_are_said_once(last):
+    la = build(model=Channels(last))
+    with pytest.warns(UserWarning, match=r"\(4, 3, 3\).*last axis.*classes") as said:
+        la.fit(sequences(C, C))
+    assert len([w for w in said if "last axis" in str(w.message)]) == 1
+
+
+def test_a_second_length_decides_between_two_readings():
+    la = build(model=Channels(last=False))
+    with pytest.warns(UserWarning, match="last axis"), pytest.raises(ValueError, match="batch 1"):
+        la.fit(sequences(C, 5))
+
+
+# ---------------------------------------------------------------------- models that squeeze
+
+
+class Squeezes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(2, 5, 3, dtype=F64), nn.BatchNorm2d(5, dtype=F64)
+        self.head = nn.Linear(5, C, dtype=F64)
+
+    def forward(self, x):
+        h = nn.functional.adaptive_avg_pool2d(self.norm(self.conv(x)).relu(), 1)
+        return self.head(h.squeeze())
+
+
+@pytest.mark.parametrize("first", [1, 7])
+@pytest.mark.parametrize("key", ["x", "absent"])
+def test_a_model_that_squeezes_an_entry_of_a_mapping(first, key):
+    model = Applied(lambda net, batch: net(batch["x"]), Squeezes()).eval()
+    x, y, new = draws(0, N, 2, 5, 5), targets("classification"), draws(1, 5, 2, 5, 5)
+    data = [(x[:first], y[:first]), (x[first:], y[first:])]
+    la = fitted(model=model, data=[{"x": a, "labels": t} for a, t in data], dict_key_x=key)
+    plain = fitted(model=model.net, data=data)
+    torch.testing.assert_close(la.H, plain.H)
+    for n in (5, 1):  # mappings of another kind, without labels
+        torch.testing.assert_close(la({"x": new[:n]}), plain(new[:n]))
+    restored = build(model=model, dict_key_x=key)
+    restored.load_state_dict(la.state_dict())
+    torch.testing.assert_close(restored({"x": new[:1]}), plain(new[:1]))
+
+
+@pytest.mark.parametrize("autodiff", ["forward", "reverse", "double"])
+def test_a_model_that_squeezes_is_right_for_every_batch(autodiff):
+    model = Squeezes().eval()
+    batches = pairs(draws(0, N, 2, 5, 5))
+    la = check(model, batches, draws(1, 5, 2, 5, 5), autodiff=autodiff)
+    one = draws(1, 5, 2, 5, 5)
+    torch.testing.assert_close(la(one[:1]), la(one)[:1])
+    assert la(one[:1], "nn", link_approx="mc", n_samples=3).shape == (1, C)

@@ -1,0 +1,225 @@
+"""Which inputs and outputs become landmarks, and which inputs the curvature: samples by hash, in one pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+
+import oracle
+import pytest
+import torch
+from conftest import C, K, M, N, assert_close, make_problem
+
+from laplace_ella import ELLALaplace
+from laplace_ella.data.hashing import LANDMARK_INPUT, hash_keys
+from laplace_ella.data.landmarks import BottomK, balanced, draw_outputs, uniform
+from laplace_ella.data.stream import Stream
+from laplace_ella.fitting.scan import Scan, scan
+from laplace_ella.posterior.likelihoods import LIKELIHOODS
+
+F64 = torch.float64
+
+
+def keys_of(seed: int, n: int = N) -> torch.Tensor:
+    return hash_keys(seed, LANDMARK_INPUT, torch.arange(n))
+
+
+def offered(capacity: int, keys: torch.Tensor, groups, batch: int) -> BottomK:
+    """Stream positions 0, 1, ... in batches; each row is its own position."""
+    sample = BottomK(capacity)
+    for start in range(0, len(keys), batch):
+        part = slice(start, start + batch)
+        positions = torch.arange(len(keys))[part]
+        labels = None if groups is None else groups[part]
+        sample.offer(positions, keys[part], labels, lambda i, p=positions: int(p[i]))
+    return sample
+
+
+def water_filling(keys: torch.Tensor, groups: list[int], capacity: int) -> list[int]:
+    """Offline: give every group one place in turn, lowest label first, while it has rows left."""
+    order = keys.argsort().tolist()
+    queues = [[i for i in order if groups[i] == g] for g in sorted(set(groups))]
+    chosen = []
+    while len(chosen) < min(capacity, len(keys)):
+        for queue in queues:
+            if queue and len(chosen) < capacity:
+                chosen.append(queue.pop(0))
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 22, 23, 31])
+def test_sample_is_the_smallest_keys(capacity):
+    for seed in range(5):
+        keys = keys_of(seed)
+        for batch in (1, 5, N):
+            sample = offered(capacity, keys, None, batch)
+            assert sample.positions() == sorted(keys.argsort()[:capacity].tolist())
+            assert sample.rows() == sample.positions()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_balanced_sample_is_water_filling(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 17, (int(torch.randint(1, 6, (), generator=generator)),), generator=generator)
+    groups = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    groups = groups[torch.randperm(len(groups), generator=generator)].tolist()
+    capacity = int(torch.randint(1, len(groups) + 3, (), generator=generator))
+    keys = keys_of(seed, len(groups))
+    for batch in (1, 5, len(groups)):
+        sample = offered(capacity, keys, groups, batch)
+        assert sample.positions() == water_filling(keys, groups, capacity)
+        assert sample.groups() == [groups[i] for i in sample.positions()]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "capacity", "expected"),
+    [
+        ([7, 7, 7], 12, [4, 4, 4]),  # even
+        ([7, 7, 7], 11, [4, 4, 3]),  # a remainder
+        ([2, 13, 7], 11, [2, 5, 4]),  # a class with too few
+        ([1, 2, 3], 11, [1, 2, 3]),  # too few of all
+        ([13, 7, 5], 2, [1, 1, 0]),  # fewer places than classes
+    ],
+)
+def test_balanced_sample_shares_places_evenly(sizes, capacity, expected):
+    groups = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).tolist()
+    for order in (groups, groups[::-1]):
+        counts = Counter(offered(capacity, keys_of(0, len(order)), order, 5).groups())
+        assert [counts[g] for g in range(len(sizes))] == expected
+
+
+def test_every_input_is_drawn_equally_often():
+    n_seeds, share = 1500, 7 / N
+    counts = torch.zeros(N)
+    for seed in range(n_seeds):
+        counts[offered(7, keys_of(seed), None, N).positions()] += 1
+    z = (counts - n_seeds * share) / (n_seeds * share * (1 - share)) ** 0.5
+    assert z.abs().max() < 4
+
+
+def test_keys_are_distinct_nonnegative_and_differ_by_seed_and_purpose():
+    positions = torch.arange(20_000)
+    keys = [hash_keys(*args, positions) for args in ((0, 0), (1, 0), (0, 1), (2**62, 3))]
+    joined = torch.cat(keys)
+    assert joined.min() >= 0
+    assert len(joined.unique()) == len(joined)
+    bits = (keys[0][:, None] >> torch.arange(62)) & 1
+    assert (bits.double().mean(0) - 0.5).abs().max() < 5 * 0.5 / len(positions) ** 0.5
+
+
+def scanned(n, seed, n_landmarks=0, n_curvature=0, *, batch=50, scheme=uniform, first_position=0) -> Scan:
+    """Scan n inputs, each of which is its own number, with the labels 0, 1, 2, 0, ..."""
+    x, y = torch.arange(n, dtype=F64)[:, None], torch.arange(n) % C
+    found = Scan(BottomK(n_landmarks), BottomK(n_curvature))
+    batches = list(zip(x.split(batch), y.split(batch)))
+    stream = Stream(batches, "input_ids", "labels", lambda x, size: x, first_position=first_position)
+    batches = stream.batches("Training data")
+    scan(
+        batches,
+        lambda x: x.repeat(1, C),
+        LIKELIHOODS["classification"],
+        found=found,
+        seed=seed,
+        scheme=scheme,
+    )
+    return found
+
+
+def drawn(found: Scan, seed: int = 0) -> list[tuple[int, int]]:
+    pairs = draw_outputs(found.landmarks, seed)
+    return [(int(x), int(c)) for x, c in zip(pairs.inputs, pairs.outputs)]
+
+
+def test_landmarks_and_curvature_inputs_are_independent_samples():
+    n, m, k, n_seeds = 1000, 300, 200, 20
+    shared = 0
+    for seed in range(n_seeds):
+        found = scanned(n, seed, m, k)
+        shared += len(set(found.landmarks.positions()) & set(found.curvature.positions()))
+    # Hypergeometric
+    variance = k * (m / n) * (1 - m / n) * (n - k) / (n - 1)
+    assert abs(shared / n_seeds - m * k / n) < 4 * (variance / n_seeds) ** 0.5
+
+
+def test_data_added_later_draws_a_sample_of_its_own():
+    first, second = (scanned(100, 0, 0, 10, first_position=p).curvature.positions() for p in (0, 100))
+    assert [p - 100 for p in second] != first
+    assert second[0] >= 100
+
+
+@pytest.mark.parametrize("scheme", [uniform, balanced])
+@pytest.mark.parametrize("m", [11, 50, 150])
+def test_landmarks_do_not_depend_on_the_batch_size(m, scheme):
+    one, *others = (drawn(scanned(100, 3, m, batch=batch, scheme=scheme), 3) for batch in (1, 7, 100))
+    assert others == [one, one]
+
+
+def test_landmark_inputs_are_distinct_while_there_are_enough_and_outputs_uniform():
+    assert len({x for x, _ in drawn(scanned(100, 0, 100))}) == 100
+    counts = torch.bincount(torch.tensor([c for _, c in drawn(scanned(3000, 0, 2000))]), minlength=C)
+    assert (counts - 2000 / C).abs().max() < 4 * (2000 * (1 / C) * (1 - 1 / C)) ** 0.5
+
+
+@pytest.mark.parametrize("scheme", [uniform, balanced])
+def test_more_landmarks_than_inputs_are_distinct_pairs(scheme):
+    pairs = drawn(scanned(N, 0, 53, scheme=scheme), 0)
+    assert len(set(pairs)) == len(pairs) == 53
+    if scheme is balanced:
+        counts = Counter(x % C for x, _ in pairs)
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+# ---------------------------------------------------------------------------- in a fit
+
+
+def fit(p, landmarks=None, batch=5, **options) -> ELLALaplace:
+    la = ELLALaplace(p.model, **p.options(**{"n_eigenvalues": K, "curvature_size": None, **options}))
+    la.fit(p.loader(batch), landmarks=landmarks)
+    return la
+
+
+def test_more_landmarks_than_pairs_take_all_pairs_with_one_warning_if_named(dtype):
+    p = make_problem("mlp", "regression", dtype)
+    reduced = rf"subsample_size was reduced from {N * C + 1} to {N * C}"
+    with pytest.warns(UserWarning, match=reduced) as record:
+        la = fit(p, subsample_size=N * C + 1)
+    assert len(record) == 1
+    everything = p.x.repeat_interleave(C, 0), torch.arange(N * C) % C
+    assert_close(la.basis.eigenvalues, fit(p, everything).basis.eigenvalues)
+    assert la.basis.n_landmarks == N * C
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fit(p).basis.n_landmarks == N * C
+        assert fit(p, subsample_size=N * C).basis.n_landmarks == N * C
+
+
+def test_rank_above_the_data_is_reduced_with_one_warning_if_named(dtype):
+    p = make_problem("mlp", "regression", dtype)
+    repeated = tuple(t[[0, 1, 2, 0, 1]] for t in p.landmarks)
+    with pytest.warns(UserWarning, match="n_eigenvalues was reduced from 5 to 3") as record:
+        la = fit(p, repeated)
+    assert len(record) == 1
+    assert la.basis.rank == 3
+    assert fit(p, repeated, n_eigenvalues=None).basis.rank == 3
+
+
+def test_fit_draws_by_seed_alone(small_problem):
+    found = [
+        fit(small_problem, batch=batch, subsample_size=M, seed=seed).basis.eigenvalues
+        for seed, batch in ((0, 5), (0, 23), (1, 5))
+    ]
+    assert_close(found[0], found[1])
+    assert (found[0] - found[2]).abs().max() > 1e-3
+
+
+def test_balanced_fit_uses_the_balanced_landmarks(dtype):
+    p = make_problem("mlp", "classification", dtype)
+    y = torch.tensor([0] * 19 + [1, 1, 2, 2])
+    la = ELLALaplace(p.model, "classification", subsample_size=6, n_eigenvalues=3)
+    la.fit(p.with_data(p.x, y).loader(), balanced=True)
+    chosen = water_filling(keys_of(0), y.tolist(), 6)
+    assert Counter(y[chosen].tolist()) == {0: 2, 1: 2, 2: 2}
+    rows = oracle.jacobian(p.model, p.x[chosen]).flatten(0, 1)
+    V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
+    span = torch.linalg.qr(rows.T)[0]
+    assert_close(span @ span.T @ V, V)

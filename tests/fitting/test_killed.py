@@ -1,0 +1,381 @@
+"""Ctrl-C leaves the old fit or the new one; after ``kill -9`` at any moment the same call goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Snapshot, build, fitted, inputs
+from interrupting import (
+    N_BATCHES,
+    N_DATA,
+    Ending,
+    Watched,
+    assert_equal_fits,
+    batches,
+    go_on,
+    interrupt,
+    said_by,
+)
+
+import laplace_ella
+
+X = inputs(11, seed=7)
+
+pytestmark = pytest.mark.filterwarnings("ignore:curvature='mc' estimates G")
+
+# ---------------------------------------------------------------------------- Ctrl-C
+
+INTERRUPTED = {
+    "sample": {},
+    "streamed": {"curvature_size": None},
+    "sampled labels": {"curvature": "mc"},
+    "small sample": {"curvature_size": 11},
+}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_ctrl_c_keeps_the_curvature_there_is(name, checkpoint, tmp_path):
+    """And before there is any, the fit before."""
+    options = INTERRUPTED[name]
+    complete, steps = (build(model=Watched(), **options) for _ in range(2))
+    complete.fit(batches(seed=80))
+    complete.model.calls = 0
+    complete.fit(batches())
+    steps.fit(batches(), val_steps=1)
+    after, calls, kept = dict(steps.snapshots), complete.model.calls, []
+    extra = {"checkpoint": tmp_path / "fit", "checkpoint_every": 1} if checkpoint else {}
+    for at in [*range(0, calls, 6 if checkpoint else 3), calls - 1]:
+        la = fitted(model=Watched(), data=batches(seed=80), **options)
+        untouched = Snapshot(la, X)
+        la.model.calls, la.model.at, la.model.error = 0, at, KeyboardInterrupt
+        said = said_by(lambda la=la: la.fit(batches(), **extra))
+        la.model.at = None
+        if not said:
+            assert not kept, "what was kept before is not kept any more"
+            untouched.check()
+        else:
+            n = la.n_curvature
+            assert [w.category for w in said] == [UserWarning]
+            assert f"{n} of {steps.n_curvature}" in str(said[0].message)
+            assert (la.n_data, la.n_predictions, la.n_outputs) == (N_DATA, N_DATA, 3)
+            assert torch.equal(la.H, after[n])
+            assert torch.equal(la.loss, complete.loss)
+            assert torch.equal(la.basis.eigenvalues, complete.basis.eigenvalues)
+            assert la.snapshots[-1][0] == n
+            assert la.log_marginal_likelihood().isfinite()
+            other = build(model=Watched(), **options)
+            other.load_state_dict(la.state_dict())
+            assert torch.equal(other(X), la(X))
+            kept.append(n)
+        if checkpoint:
+            resumed = la if at % 2 else build(model=Watched(), **options)
+            assert_equal_fits(go_on(resumed, batches(), tmp_path / "fit"), complete, f"at call {at}")
+    assert kept == sorted(kept)
+    assert kept
+    assert set(kept) <= set(after)
+
+
+def test_ctrl_c_before_the_first_fit_leaves_no_fit(tmp_path):
+    la = build()
+    interrupt(la, Ending(batches(), 3, KeyboardInterrupt), tmp_path / "fit", KeyboardInterrupt)
+    assert la.H is None
+    assert os.listdir(tmp_path)
+
+
+def test_ctrl_c_while_a_loader_is_read_again(tmp_path):
+    la = build(curvature_size=None)
+    data = Ending(batches(), N_BATCHES + 2, KeyboardInterrupt)
+    with pytest.warns(UserWarning, match=r"interrupted.*10 of 23"), pytest.raises(KeyboardInterrupt):
+        la.fit(data, checkpoint=tmp_path / "fit", checkpoint_every=1)
+    assert (la.n_curvature, la.n_data) == (10, N_DATA)
+    first = build(curvature_size=None)
+    first.fit(batches(), val_steps=1)
+    assert torch.equal(la.H, dict(first.snapshots)[10])
+
+
+def test_ctrl_c_while_validation_data_are_read(tmp_path):
+    """G is complete then, and kept as a fit without validation data has it."""
+    expected, la, whole = (build(temperature=None) for _ in range(3))
+    expected.fit(batches(), val_steps=1)
+    val = batches(seed=30, n=17)
+    stopped = Ending(val, 1, KeyboardInterrupt)
+    with pytest.warns(UserWarning, match="interrupted after 23 of 23"), pytest.raises(KeyboardInterrupt):
+        la.fit(batches(), val_loader=stopped, checkpoint=tmp_path / "fit", checkpoint_every=1)
+    assert_equal_fits(la, expected)
+    whole.fit(batches(), val_loader=val)
+    assert_equal_fits(go_on(la, batches(), tmp_path / "fit", val_loader=val), whole)
+
+
+def test_ctrl_c_while_data_are_added_with_a_checkpoint(tmp_path):
+    """They are in its files alone, or they would be added twice by the fit that goes on."""
+    la, whole = (fitted(data=batches(), curvature_size=None) for _ in range(2))
+    whole.fit(batches(seed=50), override=False)
+    untouched = Snapshot(la, X)
+    more = {"override": False, "checkpoint": tmp_path / "fit", "checkpoint_every": 1}
+    data = Ending(batches(seed=50), N_BATCHES + 3, KeyboardInterrupt)
+    assert said_by(lambda: la.fit(data, **more)) == []
+    untouched.check()
+    la.fit(batches(seed=50), **more)
+    assert_equal_fits(la, whole)
+
+
+def test_ctrl_c_while_data_are_added():
+    la = fitted(model=Watched(), data=batches())
+    more, before, calls, added = batches(seed=50), la.H, la.model.calls, []
+    steps = build(model=Watched())
+    steps.fit(more, basis=la.basis, val_steps=1)
+    la.fit(more, override=False)
+    for at in range(calls + 6, la.model.calls, 5):
+        la = fitted(model=Watched(), data=batches())
+        la.model.at, la.model.error = at, KeyboardInterrupt
+        if said_by(lambda la=la: la.fit(more, override=False)):
+            added.append(la.n_curvature - N_DATA)
+            assert la.n_data == 2 * N_DATA
+            # Draws differ, as positions go on: only the size of what was added is known.
+            assert 0.2 < float((la.H - before).trace() / steps.H.trace()) < 5
+        else:
+            assert torch.equal(la.H, before)
+            assert la.n_data == N_DATA
+    assert added
+    assert added == sorted(added)
+    assert 0 < added[0] < N_DATA
+
+
+def test_ctrl_c_while_data_are_forgotten():
+    la = fitted(model=Watched(), data=batches())
+    untouched, interruptions = Snapshot(la, X), 0
+    la.model.error = KeyboardInterrupt
+    while la.n_data == N_DATA:
+        la.model.at = la.model.calls + interruptions
+        try:
+            la.forget(batches()[:2])
+        except KeyboardInterrupt:
+            la.model.at = None
+            untouched.check()
+            interruptions += 1
+    assert interruptions >= 2
+
+
+def test_another_error_in_the_curvature_keeps_nothing(tmp_path):
+    la = fitted(data=batches(seed=80), curvature_size=None)
+    untouched = Snapshot(la, X)
+    interrupt(la, Ending(batches(), N_BATCHES + 2), tmp_path / "fit", OSError)
+    untouched.check()
+
+
+# ---------------------------------------------------------------------------- processes that are killed
+
+START = """
+import json, os, random, signal, sys, time, warnings
+
+import torch
+from helpers import build, inputs, mlp, targets
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+os.fsync = lambda descriptor: None  # a kill loses no file that was written
+path, result = "folder/fit", "result"
+
+
+def save_outcome(la):
+    found = {"H": la.H, "loss": la.loss, "eigenvalues": la.basis.eigenvalues, **la.basis.directions}
+    found.update({f"snapshot {n}": G for n, G in la.snapshots}, n_data=torch.tensor(la.n_data))
+    torch.save(found, result)
+
+
+def in_child(act):
+    # Return the process; its exit code is 42 after an interrupt.
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        act()
+        code = 0
+    except KeyboardInterrupt:
+        code = 42
+    finally:
+        os._exit(code)
+
+
+def read_result():
+    found = torch.load(result, weights_only=True)
+    os.remove(result)
+    return found
+
+
+def assert_result(expected):
+    found = read_result()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+    assert os.listdir("folder") == [], os.listdir("folder")
+"""
+
+# A parent that its child tells of every call of the model, and that kills it at one of them.
+AT_CALLS = """
+N, SIZE, KILLS = 30, 3, 3
+choose = random.Random(7)
+
+
+class Telling(nn.Module):
+    # Says what it is about to do, and waits until it may.
+
+    def __init__(self, out, back):
+        super().__init__()
+        self.net, self.out, self.back = mlp(), out, back
+
+    def forward(self, x):
+        weight = next(self.net.parameters())
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(weight)
+        dual = torch.autograd.forward_ad.unpack_dual(weight).tangent is not None
+        plain = not (wrapped or dual or torch.is_grad_enabled()) and len(x) == SIZE
+        os.write(self.out, b"s" if plain else b"d" if len(x) == SIZE else b"o")
+        os.read(self.back, 1)
+        return self.net(x)
+
+
+def child(size, out, back, checkpoint):
+    x, y = inputs(N), targets("classification", N)
+    la = build(model=Telling(out, back), subsample_size=7, n_eigenvalues=3, curvature_size=size)
+    more = {"checkpoint": path, "checkpoint_every": 1} if checkpoint else {}
+    la.fit(list(zip(x.split(SIZE), y.split(SIZE))), **more)
+    save_outcome(la)
+
+
+def run(size, kill_at, checkpoint=True):
+    pipes = [os.pipe(), os.pipe()]
+    (out_r, out_w), (back_r, back_w) = pipes
+
+    def act():
+        os.close(out_r)
+        os.close(back_w)
+        child(size, out_w, back_r, checkpoint)
+
+    pid = in_child(act)
+    os.close(out_w)
+    os.close(back_r)
+    done, killed = "", False
+    while not killed and (word := os.read(out_r, 1)):
+        done += word.decode()
+        os.write(back_w, b".")
+        killed = len(done) == kill_at
+        if killed:
+            os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    os.close(out_r)
+    os.close(back_w)
+    assert killed or os.waitstatus_to_exitcode(status) == 0, "the fit failed"
+    return done, killed
+
+
+def fits_that_are_killed(size):
+    # Each a list of what its processes did, and whether they were killed.
+    whole, _ = run(size, None, checkpoint=False)
+    expected, fits, kills = read_result(), [], 0
+    while kills < KILLS:
+        fits.append([])
+        killed = True
+        while killed:
+            done, killed = run(size, choose.randrange(1, len(whole) // 2) if kills < KILLS else None)
+            fits[-1].append((done, killed))
+            kills += killed
+        assert_result(expected)
+    return {"whole": whole, "fits": fits}
+
+
+print(json.dumps([fits_that_are_killed(2000), fits_that_are_killed(None)]))
+"""
+
+# The system ends a process, or interrupts it, when it has computed for so long: also while it writes.
+AT_MOMENTS = """
+STOPS, signals = 3, sys.argv[1]
+END = {"kill": -signal.SIGPROF, "interrupt": 42}[signals]
+MORE = {"checkpoint": path, "checkpoint_every": 1}
+
+
+def fit(**more):
+    torch.manual_seed(3)
+    data = TensorDataset(inputs(200), targets("classification", 200))
+    la = build(model=mlp(), subsample_size=60, n_eigenvalues=9, curvature_size=None, memory_budget=2**14)
+    la.fit(DataLoader(data, batch_size=16, shuffle=True), **more)
+    return la
+
+
+def stopped(delay):
+    signal.signal(signal.SIGPROF, signal.SIG_DFL if signals == "kill" else signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_PROF, delay)
+    la = fit(**MORE)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    save_outcome(la)
+
+
+fit()  # what is loaded at the first use
+start = time.process_time()
+save_outcome(fit(**MORE))
+expected, length, codes = read_result(), time.process_time() - start, []
+generator = torch.Generator().manual_seed(0)
+while codes.count(END) < STOPS:
+    pid = in_child(lambda: stopped(1e-3 + 0.6 * length * float(torch.rand((), generator=generator))))
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    assert codes[-1] in (0, END), codes
+    if codes[-1] == 0:
+        assert_result(expected)
+save_outcome(fit(**MORE))
+assert_result(expected)
+print("stopped", codes.count(END))
+"""
+
+
+def run_program(text, folder, *arguments):
+    """Run a program in a process of its own; return the last line it prints."""
+    (folder / "program.py").write_text(START + text)
+    (folder / "folder").mkdir()
+    support = str(Path(__file__).resolve().parents[1] / "support")
+    path = os.pathsep.join([support, str(Path(laplace_ella.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "program.py", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()[-1]
+
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+
+
+@forks
+def test_processes_that_are_killed_between_calls_of_the_model(tmp_path):
+    n_batches = 30 // 3
+    for found in json.loads(run_program(AT_CALLS, tmp_path)):
+        assert found["whole"].count("s") == n_batches
+        n_derived = found["whole"].count("d")
+        assert n_derived >= n_batches
+        per_batch = -(-n_derived // n_batches)
+        assert sum(killed for fit in found["fits"] for _, killed in fit) == 3
+        for fit in found["fits"]:
+            interruptions = len(fit) - 1
+            # Each loses one batch at most.
+            scanned = sum(done.count("s") for done, _ in fit)
+            assert n_batches <= scanned <= n_batches + interruptions
+            derived = sum(done.count("d") for done, _ in fit)
+            assert n_derived - n_derived % n_batches <= derived <= n_derived + interruptions * (per_batch + 1)
+
+
+@forks
+@pytest.mark.parametrize("signals", ["kill", "interrupt"])
+def test_processes_that_are_stopped_at_any_moment(signals, tmp_path):
+    assert run_program(AT_MOMENTS, tmp_path, signals) == "stopped 3"

@@ -1,0 +1,101 @@
+"""What users of the package's modules may add from outside: a likelihood, a link."""
+
+import pytest
+import torch
+from helpers import C, build, fitted, inputs, loader, mlp
+
+from laplace_ella.posterior.likelihoods import LIKELIHOODS, Likelihood
+from laplace_ella.posterior.links import LINKS, Link
+
+X = inputs(7, seed=7)
+
+
+class Poisson(Likelihood):
+    """Counts, whose rates are the exponentials of the outputs."""
+
+    name = "poisson"
+
+    def targets(self, y, f):
+        if y.shape != f.shape or bool((y < 0).any()):
+            raise ValueError(f"Counts must be numbers of at least 0 in the shape {tuple(f.shape)}.")
+        return y.to(f)
+
+    def loss(self, f, y):
+        return (f.exp() - y * f).double().sum()
+
+    def curvature_root(self, phi, f):
+        return (f.exp().sqrt()[..., None] * phi).flatten(0, 1)
+
+    def nll(self, prediction, y, noise_variance):
+        rate, y = prediction.double(), y.double()
+        return (rate - torch.special.xlogy(y, rate) + torch.lgamma(y + 1)).sum(-1)
+
+    def inverse_link(self, f):
+        return f.exp()
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    monkeypatch.setitem(LIKELIHOODS, "poisson", Poisson())
+    y = torch.poisson(mlp()(inputs()).exp().detach(), generator=torch.Generator().manual_seed(0))
+    return loader(inputs(), y)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*settings were skipped", "ignore:Only 23 validation inputs", "ignore:The best "
+)
+def test_a_likelihood_is_one_class(counts):
+    la = build("poisson", subsample_size=40, n_eigenvalues=30, temperature=None)
+    la.fit(counts)
+    phi, f = la.features(inputs())
+    expected = torch.einsum("bck,bc,bcl->kl", phi, f.exp(), phi)
+    torch.testing.assert_close(la.H, expected)
+    rates = la(X, link_approx="mc")
+    assert bool((rates > la.features(X)[1].exp().mul(0.5)).all())
+    la.optimize_prior_precision(method="gridsearch", val_loader=counts, link_approx="mc", grid_size=3)
+    result = la.optimize_hyperparameters(counts)
+    assert set(result.baselines) >= {"MAP", "constant variance"}
+    assert torch.isfinite(la.log_marginal_likelihood())
+
+
+def test_what_a_likelihood_refuses_names_the_batch(counts):
+    with pytest.raises(ValueError, match=r"batch 0.*Counts must be"):
+        build("poisson").fit(loader(inputs(), -torch.ones(23, C)))
+
+
+def test_a_likelihood_says_what_is_not_for_it(counts):
+    with pytest.raises(ValueError, match="balanced=True needs classes; poisson has none"):
+        build("poisson").fit(counts, balanced=True)
+    with pytest.raises(ValueError, match=r"(?i)sigma.noise.*regression"):
+        build("poisson", sigma_noise=2.0)
+    la = build("poisson")
+    la.fit(counts)
+    with pytest.raises(ValueError, match="sum to one over the classes"):
+        la(X, link_approx="bridge")
+
+
+def test_a_link_is_one_function(monkeypatch):
+    def of_the_mean(outputs, likelihood, noise):
+        return likelihood.inverse_link(outputs.mean)
+
+    monkeypatch.setitem(LINKS, "mean", Link(of_the_mean))
+    la = fitted()
+    torch.testing.assert_close(la(X, link_approx="mean"), la.features(X)[1].softmax(-1))
+    la.fit(
+        loader(inputs(), torch.randint(C, (23,))),
+        val_loader=loader(X, torch.arange(7) % C),
+        link_approx="mean",
+    )
+    assert la.fit_history_["val_nll"]
+
+
+def test_a_landmark_scheme_is_one_function():
+    def longest(batch, seed):
+        return -batch.x.norm(dim=1), None
+
+    la = build(subsample_size=5, n_eigenvalues=3)
+    la.fit(loader(inputs(), torch.arange(23) % C), landmarks=longest)
+    chosen = torch.cat(list(la.basis.landmarks.inputs)).norm(dim=1)
+    assert chosen.sort().values.tolist() == inputs().norm(dim=1).sort().values[-5:].tolist()
+    with pytest.raises(ValueError, match="landmarks= is a scheme"):
+        la.fit(loader(inputs(), torch.arange(23) % C), landmarks=longest, balanced=True)

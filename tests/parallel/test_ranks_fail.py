@@ -1,0 +1,435 @@
+"""Ranks that disagree, fail, end or stay away: all of them stop with an error that says why, and none waits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import C, N
+from processes import Outcome, outcome_of
+from ranked import (
+    F64,
+    GRIDS,
+    Case,
+    Counted,
+    assert_identical,
+    assert_refused,
+    assert_stopped,
+    batches,
+    loader,
+    miscalibration,
+    report,
+    run,
+    tune,
+)
+from torch import Tensor, nn
+
+import laplace_ella
+from laplace_ella import ELLALaplace
+from laplace_ella.fitting import curvature
+from laplace_ella.nystrom import basis, gram
+from laplace_ella.nystrom import rows as row_source
+from laplace_ella.parallel import ranks
+
+pytest_plugins = ("groups",)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+SAMPLE = {"curvature_size": 13}
+
+
+def test_rank_error_is_exported():
+    assert issubclass(laplace_ella.RankError, RuntimeError)
+    assert "RankError" in laplace_ella.__all__
+
+
+# ---------------------------------------------------------------------------- ranks that disagree
+
+DIFFERENT: dict[str, tuple[str, Case]] = {
+    "seed": ("seed", Case(options={"seed": 1})),
+    "landmarks": ("subsample_size", Case(options={"subsample_size": 7})),
+    "rank": ("n_eigenvalues", Case(options={"n_eigenvalues": 3})),
+    "share": ("n_eigenvalues", Case(options={"n_eigenvalues": 0.5})),
+    "second pass": ("curvature_size", Case(options={"curvature_size": None})),
+    "labels": ("curvature", Case(options={"curvature": "mc"})),
+    "sharded": ("shard_directions", Case(options={"shard_directions": True})),
+    "balanced": ("balanced", Case(fit={"balanced": True})),
+    "given landmarks": ("landmarks", Case(fit={"landmarks": True})),
+    "val_steps": ("val_steps", Case(fit={"val_steps": 2})),
+    "max_samples": ("max_samples", Case(fit={"max_samples": 7})),
+    "n_total": ("n_total", Case(fit={"n_total": 101})),
+    "validation data": ("val_loader", Case(fit={"val_loader": True})),
+    "other landmarks": ("landmarks", Case()),
+    "basis": ("basis", Case()),
+    "weight": ("model", Case()),
+    "buffer": ("model", Case()),
+    "architecture": ("model", Case()),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_differs_between_ranks_is_refused(two, name):
+    found = two(fit_with_difference, name)
+    assert_refused([outcome for outcome, _ in found], DIFFERENT[name][0])
+    assert all(asked <= 1 for _, asked in found)
+
+
+def fit_with_difference(name: str) -> tuple[Outcome, int]:
+    """The last rank differs."""
+    differs = dist.get_rank() == dist.get_world_size() - 1
+    case = DIFFERENT[name][1] if differs else Case(model="conv_batchnorm" if name == "buffer" else "mlp")
+    p = Case(model="conv_batchnorm" if name == "buffer" else "mlp").problem
+    model, arguments, data = p.model, case.arguments(), Counted(batches(p.x, p.y))
+    with torch.no_grad():
+        if differs and name == "weight":
+            model[2].bias[1] += 1e-9
+        elif differs and name == "buffer":
+            model[1].running_mean[1] += 1e-9
+        elif differs and name == "architecture":
+            model = nn.Sequential(nn.Linear(2, 7), nn.Tanh(), nn.Linear(7, C)).double()
+    if name == "other landmarks":
+        arguments = {"landmarks": (p.landmarks[0] + 1e-9 * differs, p.landmarks[1])}
+    elif name == "basis":
+        alone = case.fitted(data=batches(p.x, p.y), process_group=None, seed=int(differs))
+        arguments = {"basis": alone.basis}
+    la = case.estimator(model)
+    return outcome_of(lambda: la.fit(data, **arguments)), data.asked
+
+
+def test_fewer_inputs_in_total_than_were_read_are_refused_on_all_ranks(two):
+    assert_refused(two(outcome_of, run, Case(fit={"n_total": N - 1})), "n_total")
+
+
+def test_calls_that_differ_are_told_apart(two):
+    for outcome in two(call_differently):
+        assert outcome.error == "RankError", outcome.trace
+        assert "out of step" in outcome.text
+        assert "a question" in outcome.text
+
+
+def call_differently() -> Outcome:
+    group = ranks.ranks_of("default")
+    if dist.get_rank() == 0:
+        return outcome_of(group.total, torch.ones(3))
+    return outcome_of(group.exchanged, ["two", "items"], "a question")
+
+
+# ---------------------------------------------------------------------------- ranks that fail
+
+
+class Broken:
+    """Raises in a pass over the data, after a few batches."""
+
+    def __init__(self, batches: Any, after: int, error: BaseException, passes: int = 0) -> None:
+        self.batches, self.after, self.error, self.passes = list(batches), after, error, passes
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes -= 1
+        for i, batch in enumerate(self.batches):
+            if self.passes < 0 and i == self.after:
+                raise self.error
+            yield batch
+
+
+class Shrinking:
+    """Yields fewer batches at every pass."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = [*batches]
+
+    def __iter__(self) -> Iterator[Any]:
+        found = list(self.batches)
+        self.batches.pop()
+        return iter(found)
+
+
+class Moody(nn.Module):
+    """A network that can be told to fail, with a root that has no derivative at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale, self.mood = Case().problem.model, nn.Parameter(torch.ones(C, dtype=F64)), ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mood == "raises":
+            raise RuntimeError("out of order")
+        root = (self.scale * x.square().sum(1, keepdim=True)).sqrt()
+        return (self.net(x) + root) * (float("nan") if self.mood == "nan" else 1.0)
+
+
+def fire() -> ValueError:
+    return ValueError("disk on fire")
+
+
+def with_mood(mood: str) -> Any:
+    def change(la: ELLALaplace, data: Any, arguments: dict[str, Any]) -> Any:
+        la.model.mood = mood
+        return data
+
+    return change
+
+
+def with_argument(name: str, make: Any) -> Any:
+    def change(la: ELLALaplace, data: Any, arguments: dict[str, Any]) -> Any:
+        arguments[name] = make(data)
+        return data
+
+    return change
+
+
+# The error and its text, and what a rank passes in place of its data.
+FAILURES: dict[str, tuple[str, str, Any]] = {
+    "first batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 0, fire())),
+    "later batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 2, fire())),
+    "second pass": ("ValueError", "disk", lambda la, data, args: Broken(data, 1, fire(), passes=1)),
+    "validation": ("ValueError", "disk", with_argument("val_loader", lambda data: Broken(data, 1, fire()))),
+    "interrupt": (
+        "KeyboardInterrupt",
+        "enough",
+        lambda la, data, args: Broken(data, 1, KeyboardInterrupt("enough")),
+    ),
+    "structure": ("ValueError", "batch", lambda la, data, args: [data[0], "a batch"]),
+    "targets": ("ValueError", "", lambda la, data, args: [data[0], (data[1][0], data[1][1] + 100)]),
+    "short second pass": ("ValueError", "second pass", lambda la, data, args: Shrinking(data)),
+    "model raises": ("RuntimeError", "out of order", with_mood("raises")),
+    "model gives NaN": ("ValueError", "", with_mood("nan")),
+    "input is NaN": (
+        "ValueError",
+        "finite",
+        lambda la, data, args: [data[0], (data[1][0] * torch.nan, data[1][1])],
+    ),
+    "features are NaN": (
+        "ValueError",
+        "finite",
+        lambda la, data, args: [data[0], (data[1][0] * 0, data[1][1])],
+    ),
+    "landmarks": (
+        "ValueError",
+        "landmarks",
+        with_argument(
+            "landmarks", lambda data: (data[1][0], torch.zeros(1 + len(data[1][0]), dtype=torch.int64))
+        ),
+    ),
+    "argument": ("ValueError", "val_steps", with_argument("val_steps", lambda data: 0)),
+    "type": ("ValueError", "train_loader must be an iterable", lambda la, data, args: None),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_rank_raises_its_error_and_the_others_say_so(two, name):
+    found = two(fail_on_last_rank, name)
+    for _, before, after, again in found:
+        assert_identical(after, before)  # the fit before is as it was
+        assert_identical(again, before)  # and the group can go on
+    assert_stopped([outcome for outcome, *_ in found], *FAILURES[name][:2])
+
+
+def fail_on_last_rank(name: str) -> tuple[Outcome, Any, Any, Any]:
+    case = Case(options={"curvature_size": None, "temperature": None})
+    la, p = case.estimator(Moody()), case.problem
+    data = batches(*case.shard((11, 12)), 3)
+    arguments = {"landmarks": p.landmarks, "val_loader": batches(*case.validation(), 3)}
+    la.fit(data, **arguments)
+    before, usual = report(la, p.x_test), dict(arguments)
+    broken = FAILURES[name][2](la, data, arguments) if dist.get_rank() == 1 else data
+    outcome = outcome_of(lambda: la.fit(broken, **arguments))
+    la.model.mood = ""
+    after = report(la, p.x_test)
+    other = case.estimator(la.model)
+    other.fit(data, **usual)
+    return outcome, before, after, report(other, p.x_test)
+
+
+def test_an_exception_that_a_loader_raises_again_is_reported_again(two):
+    for outcomes in zip(*two(fail_twice)):
+        assert_stopped(list(outcomes), "ValueError", "disk on fire")
+
+
+def fail_twice() -> list[Outcome]:
+    case, error = Case(options=SAMPLE), fire()
+    la, data = case.estimator(), batches(*case.shard((11, 12)), 3)
+    data = Broken(data, 1, error) if dist.get_rank() == 1 else data
+    return [outcome_of(la.fit, data) for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", ["grid", "nn grid", "joint", "novelty", "forget", "added", "loss"])
+def test_a_rank_that_fails_in_later_steps(two, name):
+    found = two(fail_later, name)
+    assert_stopped([outcome for outcome, *_ in found], "OSError", "disk", failed=0 if name == "loss" else 1)
+    for _, before, after in found:
+        assert_identical(before, after)
+
+
+def fail_later(name: str) -> tuple[Outcome, Any, Any]:
+    case = Case(options={"temperature": 50.0 if name in ("nn grid", "loss") else None})
+    la, x = case.fitted(), case.problem.x_test
+    before = report(la, x)
+    val: Any = batches(*case.validation(), 3)
+    if dist.get_rank() == 1 and name != "loss":
+        val = Broken(val, 1, OSError("disk on fire"))
+
+    def loss(p: Tensor, y: Tensor) -> float:  # the first rank evaluates it for all
+        if dist.get_rank() == 0:
+            raise OSError("disk on fire")
+        return miscalibration(p, y)
+
+    steps = {
+        "grid": lambda: tune(la, case, {}, val),
+        "nn grid": lambda: tune(la, case, GRIDS["nn"][2], val),
+        "joint": lambda: la.optimize_hyperparameters(val, link_approx="probit"),
+        "novelty": lambda: la.calibrate_novelty(val),
+        "forget": lambda: la.forget(val),
+        "added": lambda: la.fit(val, override=False),
+        "loss": lambda: tune(la, case, {"loss": loss}, val),
+    }
+    return outcome_of(steps[name]), before, report(la, x)
+
+
+# ---------------------------------------------------------------------------- errors between exchanges
+
+
+class Full(OSError):
+    pass
+
+
+def failing(*args: Any, **kwargs: Any) -> Any:
+    raise Full("no space left")
+
+
+def interrupting(*args: Any, **kwargs: Any) -> Any:
+    raise KeyboardInterrupt("no space left")
+
+
+SHARED = {"shard_directions": True}
+PLACES: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
+    "spilled rows": ({"memory_budget": 2000, "spill": "cpu"}, gram.Spill, "empty", failing),
+    "eigenvectors": ({}, torch.linalg, "eigh", failing),
+    "directions": ({}, basis, "_like", failing),
+    "directions, spread": (SHARED, basis, "_like", failing),
+    "Gram matrix": ({}, row_source, "combinations_with_replacement", failing),
+    "Gram matrix, interrupted": ({}, row_source, "combinations_with_replacement", interrupting),
+    "sampled labels": ({**SHARED, "curvature": "mc"}, curvature.Curvature, "_sampled", failing),
+    "curvature": (SHARED, curvature, "curvature", failing),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_an_error_anywhere_in_a_fit_stops_all_ranks(two, name):
+    kind = "KeyboardInterrupt" if "interrupted" in name else "Full"
+    assert_stopped(two(fail_in, name), kind, "no space left")
+
+
+def fail_in(name: str) -> Outcome:
+    options, place, attribute, replacement = PLACES[name]
+    case = Case(options={**SAMPLE, **options})
+    la = case.estimator()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(place, attribute, replacement)
+        return outcome_of(la.fit, loader(case.problem.x, case.problem.y))
+
+
+@pytest.mark.parametrize("what", ["columns", "sum", "large sum", "broadcast"])
+def test_no_room_for_an_exchange_stops_all_ranks(two, what):
+    assert_stopped(two(run_out_of_room, what), "MemoryError", "no room")
+
+
+def run_out_of_room(what: str) -> Outcome:
+    case = Case(options=SAMPLE)
+    la = case.estimator()
+    with pytest.MonkeyPatch.context() as patch:
+        if what == "large sum":
+            patch.setattr(ranks, "GATHERED_SUM", 0)
+        if dist.get_rank() == 1:
+            refuse_room(patch, what)
+        return outcome_of(la.fit, loader(case.problem.x, case.problem.y))
+
+
+def refuse_room(patch: pytest.MonkeyPatch, what: str) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise MemoryError("no room")
+
+    new_zeros, packed, exchange = Tensor.new_zeros, ranks._packed, ranks.Ranks._replaced
+
+    def zeros(self: Tensor, *size: int, **options: Any) -> Tensor:
+        return refuse() if len(size) == 3 else new_zeros(self, *size, **options)
+
+    def pack(item: Any) -> Tensor:
+        return refuse() if item[0] == "a sum" and isinstance(item[1], Tensor) else packed(item)
+
+    def replaced(self: Any, values: Tensor, name: str, collective: Any) -> Tensor:
+        with pytest.MonkeyPatch.context() as inner:
+            if name == {"large sum": "a sum", "broadcast": "a broadcast"}.get(what):
+                inner.setattr(Tensor, "clone", refuse)
+            return exchange(self, values, name, collective)
+
+    if what == "columns":
+        patch.setattr(Tensor, "new_zeros", zeros)
+    elif what == "sum":
+        patch.setattr(ranks, "_packed", pack)
+    else:
+        patch.setattr(ranks.Ranks, "_replaced", replaced)
+
+
+def test_an_error_that_is_known_is_not_told_twice(two):
+    """In a search with spread directions, pieces of common work are nested."""
+    assert_stopped(two(fail_in_nested_work), "Full", "no space left")
+
+
+def fail_in_nested_work() -> Outcome:
+    case = Case(options={"temperature": None})
+    la = case.fitted(shard_directions=True)
+    if dist.get_rank() == 1:
+        la.backend.engine.features = failing
+    return outcome_of(lambda: tune(la, case, {}))
+
+
+@pytest.mark.parametrize("name", ["plain", "isotropic residual"])
+def test_features_that_are_not_finite_stop_the_first_prediction_of_all(two, name):
+    assert_stopped(two(predict_nan, name), "ValueError", "finite")
+
+
+def predict_nan(name: str) -> Outcome:
+    case = Case(options={"residual": "isotropic"} if "residual" in name else {})
+    la = case.estimator(Moody(), shard_directions=True)
+    la.fit(loader(case.problem.x + 0.1, case.problem.y))
+    return outcome_of(la, torch.zeros(3, 2, dtype=F64) if dist.get_rank() else case.problem.x_test[:3])
+
+
+# ---------------------------------------------------------------------------- ranks that end
+
+
+class Deadly:
+    """A loader in which the process ends, in a second pass."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches, self.passes = batches, 1
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes -= 1
+        for i, batch in enumerate(self.batches):
+            if self.passes < 0 and i == 1:
+                os._exit(3)
+            yield batch
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_rank_that_ends_or_stays_away_does_not_leave_the_others_waiting(fresh, size):
+    outcomes = fresh(size).outcomes(end_on_rank_1 if size == 3 else stay_away_on_rank_1)
+    assert outcomes[1].exit_code == (3 if size == 3 else None)
+    for outcome in (outcomes[0], *outcomes[2:]):
+        assert outcome.error == "RankError", outcome.trace
+        assert "timeout" in outcome.text
+
+
+def end_on_rank_1() -> None:
+    case = Case(options={"curvature_size": None})
+    data: Any = batches(case.problem.x, case.problem.y)
+    case.fitted(data=Deadly(data) if dist.get_rank() == 1 else data)
+
+
+def stay_away_on_rank_1() -> None:
+    if dist.get_rank() == 0:
+        Case().fitted()

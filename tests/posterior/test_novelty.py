@@ -1,0 +1,153 @@
+"""The share of an input's gradient outside the span, and the score of novelty that is made of it."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import oracle
+import pytest
+import torch
+from conftest import B, C, K, assert_close, make_problem
+from helpers import fitted, inputs, mlp, train_loader, val_loader
+
+from laplace_ella import ELLALaplace
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+KINDS = ("none", "isotropic", "exact")
+X = inputs(7, seed=7)
+
+
+def fit(problem, **options) -> ELLALaplace:
+    options = {"n_eigenvalues": K, "curvature_size": None, **options}
+    la = ELLALaplace(problem.model, **problem.options(**options))
+    la.fit(problem.loader(), landmarks=problem.landmarks)
+    return la
+
+
+def dense_share(la, problem):
+    J = oracle.jacobian(problem.model, problem.x_test)
+    V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
+    return 1 - (J @ V).square().sum((1, 2)) / J.square().sum((1, 2))
+
+
+# ---------------------------------------------------------------------------- the share
+
+
+@pytest.mark.parametrize(("kind", "samples"), [("none", 400), ("isotropic", 400), ("exact", 4)])
+def test_the_share_is_that_of_the_dense_gradients_whatever_the_posterior(small_problem, kind, samples):
+    la = fit(small_problem, residual=kind, residual_samples=samples)
+    share, expected = la.residual_share(small_problem.x_test), dense_share(la, small_problem)
+    if kind == "exact":
+        assert_close(share, expected, 1e-8)
+    else:
+        assert_close(share, expected, rtol=0, atol=0.05)
+    la.prior_precision, la.temperature, la.residual_scale = 9.0, 80.0, 0.1
+    assert_close(la.residual_share(small_problem.x_test), share)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_share_lies_between_zero_and_one(small_problem, kind, scale):
+    share = fit(small_problem, residual=kind).residual_share(scale * small_problem.x_test)
+    assert share.shape == (B,)
+    assert (share >= 0).all()
+    assert (share <= 1).all()
+
+
+def test_the_share_falls_with_rank(small_problem):
+    fits = (fit(small_problem, residual="exact", n_eigenvalues=rank) for rank in (2, 5, 11))
+    for low, high in pairwise([la.residual_share(small_problem.x_test) for la in fits]):
+        assert (high <= low + 1e-12).all()
+        assert (low - high).max() > 1e-3
+
+
+# ---------------------------------------------------------------------------- the score
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_novelty_before_calibration_is_the_share(kind):
+    la = fitted(residual=kind)
+    assert_close(la.novelty(X), la.residual_share(X))
+
+
+def test_calibration_needs_no_labels_and_changes_no_prediction(tmp_path):
+    p = make_problem("mlp", "classification")
+    la = fit(p, residual="exact")
+    before, scores = la(p.x_test), []
+    for data in (p.loader(), [x for x, _ in p.loader()], p.with_data(p.x, (p.y + 1) % C).loader()):
+        la.calibrate_novelty(data)
+        scores.append(la.novelty(p.x_test))
+        assert_close(scores[-1], scores[0])
+    assert torch.equal(la(p.x_test), before)
+    assert (scores[0] - la.residual_share(p.x_test)).abs().max() > 1e-3
+    torch.save(la.state_dict(), tmp_path / "la.pt")
+    other = ELLALaplace(p.model, **p.options())
+    other.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
+    assert_close(other.novelty(p.x_test), scores[0])
+
+
+def test_calibrated_novelty_is_centred_at_its_data_and_finite_far_from_them():
+    p = make_problem("mlp", "classification")
+    la = fit(p, residual="exact")
+    la.calibrate_novelty(p.loader())
+    scores = la.novelty(p.x)
+    assert abs(float(scores.mean())) < 0.3
+    assert 0.5 < float(scores.std()) < 2.5
+    for scale in (0.0, 1e-3, 1e3):
+        assert la.novelty(scale * p.x_test).isfinite().all()
+
+
+def test_calibrating_novelty_of_a_regression_is_refused():
+    la = fitted("regression")
+    assert la.novelty(X).shape == (7,)
+    with pytest.raises(ValueError, match=r"classification|regression"):
+        la.calibrate_novelty(val_loader("regression"))
+
+
+CHANGES = {
+    "temperature": lambda la: setattr(la, "temperature", 3.0),
+    "logit scale": lambda la: setattr(la, "logit_scale", 0.5),
+    "prior": lambda la: setattr(la, "prior_precision", 7.0),
+    "residual": lambda la: setattr(la, "residual", "isotropic"),
+    "seed": lambda la: setattr(la, "seed", 5),
+    "rank": lambda la: la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [2]}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_calibration_made_under_another_setting_is_refused(change):
+    la = fitted(temperature=None)
+    la.calibrate_novelty(val_loader())
+    la.novelty(X)
+    CHANGES[change](la)
+    with pytest.raises(ValueError, match=r"calibrate_novelty\(\)"):
+        la.novelty(X)
+    la.calibrate_novelty(val_loader())
+    assert la.novelty(X).isfinite().all()
+
+
+ASKED = {
+    "share": lambda la: la.residual_share(X),
+    "samples": lambda la: la.functional_samples(X),
+    "error": lambda la: la.approximation_error(X),
+    "plan": lambda la: la.plan(train_loader(), verbose=False),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_threads_may_ask_for_weights_while_others_predict(name):
+    model, kind = mlp(), "exact" if name == "samples" else "isotropic"
+    predicting, asking = (fitted(model=model, residual=kind) for _ in range(2))
+
+    def ask(seed):
+        for i in range(10):
+            asking.seed = seed + i  # so that tangents are drawn anew
+            ASKED[name](asking)
+
+    with ThreadPoolExecutor(3) as pool:
+        tasks = [pool.submit(lambda: [predicting(X) for _ in range(40)])]
+        tasks += [pool.submit(ask, seed) for seed in (0, 100)]
+        for task in tasks:
+            task.result()

@@ -1,0 +1,292 @@
+"""A fit, and what it leaves, in one process or on the ranks of a group: the same calls, and comparisons of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import oracle
+import torch
+import torch.distributed as dist
+import torchmetrics
+from conftest import C, K, M, Problem, assert_close, make_problem
+from helpers import as_tuple
+from processes import Outcome
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from laplace_ella import ELLALaplace
+
+F64 = torch.float64
+N_VAL, N_MORE = 17, 19
+LAYERWISE = torch.tensor([0.2, 1.7, 0.6, 3.1], dtype=F64)
+RTOL = 1e-6
+REDUCED = "ignore:(n_eigenvalues|subsample_size) was reduced"
+FEW = "ignore:curvature='mc' estimates G"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fit: what is passed to the constructor, and to ``fit``."""
+
+    likelihood: str = "classification"
+    model: str = "mlp"
+    options: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    batch: int = 5
+
+    @property
+    def problem(self) -> Problem:
+        p = make_problem("mlp" if self.model == "confident" else self.model, self.likelihood)
+        if self.model == "confident":  # whose logits are too large
+            with torch.no_grad():
+                p.model[-1].weight.mul_(6)
+        return p
+
+    def estimator(self, model: nn.Module | None = None, **more: Any) -> ELLALaplace:
+        p = self.problem
+        options = {"subsample_size": M, "n_eigenvalues": K, **self.options, **more}
+        return ELLALaplace(p.model if model is None else model, **p.options(**options))
+
+    def arguments(self) -> dict[str, Any]:
+        named = {"landmarks": self.problem.landmarks, "val_loader": loader(*self.validation())}
+        return {k: named[k] if k in named and v is True else v for k, v in self.fit.items()}
+
+    def fitted(self, model: nn.Module | None = None, data: Any = None, **more: Any) -> ELLALaplace:
+        p, la = self.problem, self.estimator(model, **more)
+        la.fit(loader(p.x, p.y, self.batch) if data is None else data, **self.arguments())
+        return la
+
+    def data(self, n: int = N_MORE, seed: int = 12) -> tuple[Tensor, Tensor]:
+        """Inputs of another sample, with targets that the model predicts at times."""
+        p, generator = self.problem, torch.Generator().manual_seed(seed)
+        x = torch.randn(n, *p.x.shape[1:], generator=generator, dtype=F64)
+        noise = torch.randn(n, C, generator=generator, dtype=F64)
+        f = oracle.outputs(p.model, x) + (4 if self.likelihood == "classification" else 1) * noise
+        return x, f.argmax(1) if self.likelihood == "classification" else f
+
+    def validation(self) -> tuple[Tensor, Tensor]:
+        return self.data(N_VAL, 11)
+
+    def shard(self, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """This rank's part of data that are divided unevenly; all of them in one process."""
+        p = self.problem
+        return mine(p.x, sizes), mine(p.y, sizes)
+
+
+def mine(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    return values.split(sizes)[dist.get_rank()] if dist.is_initialized() else values
+
+
+def loader(x: Tensor, y: Tensor, batch: int = 5, **sampling: Any) -> DataLoader:
+    """Load the whole data in one process, this rank's part of them in a group."""
+    dataset = TensorDataset(x, y)
+    if not dist.is_initialized():
+        return DataLoader(dataset, batch)
+    sampler = DistributedSampler(dataset, **{"shuffle": False, **sampling})
+    return DataLoader(dataset, batch, sampler=sampler)
+
+
+def batches(x: Tensor, y: Tensor, batch: int = 5) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(x.split(batch), y.split(batch))) if len(x) else []
+
+
+class Counted:
+    """Counts the batches that are asked for."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches, self.asked = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.asked += 1
+            yield batch
+
+
+# ---------------------------------------------------------------------------- what a fit leaves
+
+
+def predictions(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
+    calls: dict[str, dict[str, Any]] = {"probit": {}, "mc": {"link_approx": "mc", "n_samples": 32}}
+    if la.likelihood == "regression":
+        calls = {"moments": {}, "joint": {"joint": True}}
+    found = {f"{k} {i}": t for k, v in calls.items() for i, t in enumerate(as_tuple(la(x, **v)))}
+    found["features"], found["outputs"] = la.features(x)
+    return found
+
+
+def posterior_of(la: ELLALaplace) -> dict[str, Any]:
+    found = {"n": [n for n, _ in la.snapshots], **{f"snapshot {n}": G for n, G in la.snapshots}}
+    for name in ("H", "loss", "n_data", "n_predictions", "n_outputs", "n_curvature", "mean"):
+        found[name] = getattr(la, name)
+    for name in ("prior_precision", "temperature", "sigma_noise", "residual_scale", "logit_scale"):
+        found[name] = getattr(la, name)
+    for name in ("eigenvalues", "spectrum", "trace", "rank", "n_landmarks"):
+        found[name] = getattr(la.basis, name)
+    found["evidence"] = la.log_marginal_likelihood().detach()
+    found["history"] = la.fit_history_
+    return found
+
+
+def report(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
+    """Return all that a fit leaves."""
+    return {
+        **posterior_of(la),
+        **{f"directions of {k}": v for k, v in la.basis.directions.items()},
+        **predictions(la, x),
+        "samples": la.functional_samples(x, n_samples=3, generator=torch.Generator().manual_seed(5)),
+    }
+
+
+def run(case: Case) -> dict[str, Any]:
+    return report(case.fitted(), case.problem.x_test)
+
+
+# ---------------------------------------------------------------------------- comparisons
+
+
+def assert_identical(left: Any, right: Any, name: str = "value") -> None:
+    """Require the same bits."""
+    assert type(left) is type(right), name
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), name
+        for k in left:
+            assert_identical(left[k], right[k], f"{name}: {k}")
+    elif isinstance(left, Tensor):
+        assert torch.equal(left, right), f"{name}: differs by up to {(left - right).abs().max()}"
+    else:
+        assert left == right, name
+
+
+def assert_agree(found: Any, expected: Any, name: str = "value") -> None:
+    """Require numbers that differ by rounding only."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), name
+        for k in expected:
+            assert_agree(found[k], expected[k], f"{name}: {k}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected), name
+        for i, (a, e) in enumerate(zip(found, expected)):
+            assert_agree(a, e, f"{name} {i}")
+    elif isinstance(expected, (Tensor, float)):
+        assert_close(torch.as_tensor(found), torch.as_tensor(expected), RTOL, name=name)
+    else:
+        assert found == expected, name
+
+
+def check(found: list[dict[str, Any]], expected: dict[str, Any], same_steps: bool = True) -> None:
+    """Require the same bits on all ranks, and what one process found up to rounding.
+
+    ``same_steps=False``: where batches are others, so are the n of all snapshots but the last.
+    """
+    for rank, other in enumerate(found[1:], start=1):
+        assert_identical(other, found[0], f"rank {rank} against rank 0")
+    if same_steps:
+        assert_agree(found[0], expected)
+    else:
+        assert found[0]["n"][-1] == expected["n"][-1]
+        assert_identical(found[0][f"snapshot {found[0]['n'][-1]}"], found[0]["H"])
+        assert_agree(without_steps(found[0]), without_steps(expected))
+
+
+def without_steps(found: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in found.items() if not k.startswith("snapshot") and k not in ("n", "history")}
+
+
+def assert_refused(outcomes: list[Outcome], text: str) -> None:
+    """Require the same kind of error on all ranks."""
+    for outcome in outcomes:
+        assert outcome.error == "ValueError", outcome.trace
+        assert text in outcome.text
+
+
+def assert_stopped(outcomes: list[Outcome], kind: str, text: str = "", failed: int = 1) -> None:
+    """Require that one rank raised its error, and that the others were told at once."""
+    mine = outcomes[failed]
+    assert mine.error == kind, mine.trace
+    assert text in mine.text
+    for other in outcomes[:failed] + outcomes[failed + 1 :]:
+        assert other.error == "RankError", other.trace
+        assert "RuntimeError" in other.bases
+        assert "timeout" not in other.text
+        assert f"rank {failed}" in other.text.lower()
+        assert kind in other.text
+        assert mine.text in other.text
+
+
+# ---------------------------------------------------------------------------- tuning
+
+
+class Brier(torchmetrics.Metric):
+    """Mean squared distance of probabilities to labels, weighted by class."""
+
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=F64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=F64), dist_reduce_fx="sum")
+
+    def update(self, p: Tensor, y: Tensor) -> None:
+        weights = 1.0 + y.double()
+        self.total += (weights * (p.double() - nn.functional.one_hot(y, C)).square().sum(1)).sum()
+        self.count += weights.sum()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+def miscalibration(p: Tensor, y: Tensor) -> float:
+    """A loss of all inputs at once, which no mean over batches or ranks is."""
+    confidence, label = p.max(1)
+    return 0.1 + abs(float(confidence.double().mean()) - float((label == y).double().mean()))
+
+
+def wide(means: Tensor, covariances: Tensor, targets: Tensor) -> float:
+    variances = covariances.diagonal(dim1=1, dim2=2)
+    return float(((targets - means).square() / (variances + 0.5) + (variances + 0.5).log()).sum(1).max())
+
+
+def calibration_error() -> torchmetrics.Metric:
+    return torchmetrics.classification.MulticlassCalibrationError(C, n_bins=5)
+
+
+def composed() -> torchmetrics.Metric:
+    return 3 - 2 * torchmetrics.classification.MulticlassAccuracy(C, average="micro")
+
+
+def tune(la: ELLALaplace, case: Case, arguments: dict[str, Any], val: Any = None) -> None:
+    loss = arguments.get("loss")
+    if loss in (Brier, calibration_error, composed):
+        arguments = {**arguments, "loss": loss()}
+    la.optimize_prior_precision(
+        method="gridsearch",
+        val_loader=loader(*case.validation(), 3) if val is None else val,
+        **{"grid_size": 13, "log_prior_prec_min": -3, "log_prior_prec_max": 3, **arguments},
+    )
+
+
+GRIDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "probit": ("classification", {}, {}),
+    "mc": ("classification", {}, {"link_approx": "mc", "n_samples": 32}),
+    "regression": ("regression", {}, {}),
+    "callable": ("classification", {"temperature": 50.0}, {"loss": miscalibration, "grid_size": 301}),
+    "callable of moments": ("regression", {"temperature": 5e3}, {"loss": wide}),
+    "metric of sums": ("classification", {"temperature": 50.0}, {"loss": Brier}),
+    "metric of lists": ("classification", {"temperature": 50.0}, {"loss": calibration_error}),
+    "metric of metrics": ("classification", {"temperature": 50.0}, {"loss": composed, "grid_size": 301}),
+    "nn": (
+        "classification",
+        {"temperature": 50.0},
+        {"pred_type": "nn", "link_approx": "mc", "n_samples": 7, "grid_size": 9},
+    ),
+    "residual": ("classification", {"residual": "isotropic"}, {}),
+    "small memory": ("classification", {"memory_budget": 3000}, {}),
+}
+
+
+def grid_case(name: str) -> Case:
+    likelihood, options, _ = GRIDS[name]
+    return Case(likelihood, "confident", options={"temperature": None, **options})

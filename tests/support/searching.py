@@ -1,0 +1,93 @@
+"""Over-confident networks, labels that say so, and searches by loops over calls."""
+
+from __future__ import annotations
+
+import torch
+from conftest import C, K, Problem, make_problem
+from torch import Tensor
+from torch.nn import functional as F
+
+from laplace_ella import ELLALaplace
+
+F64 = torch.float64
+N_VAL = 211  # above the 200 under which a search warns
+
+
+def over_confident(likelihood: str) -> Problem:
+    problem = make_problem("mlp", likelihood)
+    with torch.no_grad():
+        problem.model[-1].weight.mul_(4)
+    return problem
+
+
+def validation(problem: Problem, n: int = N_VAL, size: int = 53) -> list[tuple[Tensor, Tensor]]:
+    """Labels from the model's own logits at a temperature, so that confidence matters."""
+    generator = torch.Generator().manual_seed(17)
+    x = 2 * torch.randn(n, 2, generator=generator, dtype=F64)
+    with torch.no_grad():
+        f = problem.model(x)
+    if problem.likelihood == "classification":
+        y = torch.multinomial((f / 2.5).softmax(-1), 1, generator=generator)[:, 0]
+    else:
+        y = f + 1.1 * torch.randn(n, C, generator=generator, dtype=F64)
+    return list(zip(x.split(size), y.split(size)))
+
+
+def fit(problem: Problem, **options) -> ELLALaplace:
+    """Fit with the landmarks of the problem; the temperature is free."""
+    la = ELLALaplace(problem.model, **problem.options(**{"n_eigenvalues": K, "temperature": None, **options}))
+    la.fit(problem.loader(), landmarks=problem.landmarks, val_steps=1)
+    return la
+
+
+def whole(val) -> tuple[Tensor, Tensor]:
+    """All batches in one."""
+    return tuple(torch.cat(part) for part in zip(*val))
+
+
+def outputs_and_targets(problem: Problem, val) -> tuple[Tensor, Tensor]:
+    x, y = whole(val)
+    with torch.no_grad():
+        return problem.model(x), y
+
+
+def brier(p: Tensor, y: Tensor) -> Tensor:
+    return (p - F.one_hot(y, C)).square().sum(-1).mean()
+
+
+def grid_search(la: ELLALaplace, val, **options) -> float:
+    """Search the prior precision over 15 values, and return what was chosen."""
+    options = {"log_prior_prec_min": -3, "log_prior_prec_max": 4, "grid_size": 15, **options}
+    la.optimize_prior_precision(method="gridsearch", val_loader=val, **options)
+    return la.prior_precision.item()
+
+
+def by_loop(la: ELLALaplace, score, low: float = -3.0, high: float = 4.0, size: int = 15) -> float:
+    """Return the prior precision of the lowest score, each from calls at that value."""
+    scores = {}
+    for delta in torch.logspace(low, high, size).tolist():
+        la.prior_precision = delta
+        scores[delta] = score()
+    la.prior_precision = 1.0
+    assert len(set(scores.values())) > size // 2
+    return min(scores, key=scores.__getitem__)
+
+
+def state(la: ELLALaplace) -> dict:
+    """What must be as before, as plain values."""
+    found = {}
+
+    def add(prefix, value):
+        if isinstance(value, dict):
+            for key, part in value.items():
+                add(f"{prefix}.{key}", part)
+        elif isinstance(value, Tensor):
+            found[prefix] = (value.dtype, value.flatten().tolist())
+        elif isinstance(value, (list, tuple)):
+            for i, part in enumerate(value):
+                add(f"{prefix}[{i}]", part)
+        else:
+            found[prefix] = value
+
+    add("state", la.state_dict())
+    return found

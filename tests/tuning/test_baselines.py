@@ -1,0 +1,162 @@
+"""The simpler methods beside a search: each is a direct minimisation on the same data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import C
+from helpers import fitted, mlp, val_loader
+from models import Applied
+from scipy.optimize import minimize, minimize_scalar
+from searching import N_VAL, brier, fit, outputs_and_targets, over_confident, validation, whole
+from torch.distributions import MultivariateNormal, Normal
+from torch.nn import functional as F
+
+from laplace_ella.posterior.links import quasi_normal
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+CLASSIFICATION = ("MAP", "temperature scaling", "vector scaling", "constant variance", "last-layer variance")
+REGRESSION = ("MAP", "constant variance", "last-layer variance")
+
+
+def scores(**options) -> tuple[dict[str, float], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores of an over-confident classifier; its outputs, targets, and squared norms of the last layer's inputs."""
+    p = over_confident("classification")
+    val = validation(p)
+    result = fit(p).optimize_hyperparameters(val, apply=False, **options)
+    assert tuple(result.baselines) == CLASSIFICATION
+    with torch.no_grad():
+        z = p.model[:-1](whole(val)[0])
+    return {k: b.score for k, b in result.baselines.items()}, *outputs_and_targets(p, val), norms(z)
+
+
+def norms(z: torch.Tensor) -> torch.Tensor:
+    return z.square().sum(-1, keepdim=True) + 1
+
+
+def test_baselines_of_a_classifier_are_direct_minimisations():
+    found, f, y, _ = scores()
+    assert found["MAP"] == pytest.approx(F.cross_entropy(f, y).item(), abs=1e-9)
+    scaled = lambda t: F.cross_entropy(f / math.exp(t), y).item()  # noqa: E731
+    best = minimize_scalar(scaled, bounds=(-5, 5), method="bounded", options={"xatol": 1e-9})
+    assert found["temperature scaling"] == pytest.approx(best.fun, abs=1e-6)
+
+    def vector(w):
+        return F.cross_entropy(f * torch.as_tensor(w[:C]) + torch.as_tensor(w[C:]), y).item()
+
+    best = minimize(vector, np.r_[np.full(C, 0.4), np.zeros(C)], method="L-BFGS-B")
+    assert found["vector scaling"] <= found["temperature scaling"] + 1e-9
+    assert found["vector scaling"] == pytest.approx(best.fun, abs=1e-4)
+    noise = quasi_normal(128, C, 0)
+
+    def constant(log_v):  # E softmax(f + v eps), eps ~ N(0, I_C), by the quasi-random points of the link
+        p = (f + math.exp(log_v / 2) * noise[:, None]).softmax(-1).mean(0)
+        return F.nll_loss(p.log(), y).item()
+
+    # Other points, or the probit link, move the optimum by less than this.
+    lowest = min(constant(v) for v in np.linspace(-8, 10, 181))
+    assert found["constant variance"] == pytest.approx(lowest, abs=0.01)
+    assert found["constant variance"] < found["MAP"]
+
+
+def test_variances_through_the_probit_link_are_direct_minimisations():
+    found, f, y, shape = scores(link_approx="probit")
+    assert found["constant variance"] == pytest.approx(found["temperature scaling"], abs=1e-5)
+
+    def last_layer(log_v):  # variance v (|z|^2 + 1) of every logit, z the input of the last layer
+        return F.cross_entropy(f / (1 + math.pi / 8 * math.exp(log_v) * shape).sqrt(), y).item()
+
+    assert found["last-layer variance"] <= min(last_layer(v) for v in np.linspace(-12, 10, 881)) + 1e-5
+
+
+def test_baselines_of_a_regression_are_direct_minimisations():
+    p = over_confident("regression")
+    val = validation(p)
+    result = fit(p).optimize_hyperparameters(val, apply=False)
+    assert tuple(result.baselines) == REGRESSION
+    found = {k: b.score for k, b in result.baselines.items()}
+    f, y = outputs_and_targets(p, val)
+    with torch.no_grad():
+        shape = norms(p.model[:-1](whole(val)[0]))
+
+    def nll(variance):
+        return -Normal(f, variance.sqrt().expand_as(f)).log_prob(y).sum().item() / len(f)
+
+    # One variance, noise and constant together: its optimum is the mean squared error.
+    assert found["constant variance"] == pytest.approx(nll((f - y).square().mean()), abs=1e-4)
+    variances = np.r_[0, np.geomspace(1e-6, 2, 80)]
+    free = min(nll(s**2 + v * shape) for s in np.linspace(0.02, 2.5, 60) for v in variances)
+    fixed = min(nll(p.sigma_noise**2 + v * shape) for v in variances)
+    assert free - 5e-3 <= found["last-layer variance"] <= fixed + 1e-3
+    assert found["MAP"] >= found["constant variance"] - 1e-9
+
+
+def test_constant_noise_is_tuned_whatever_is_searched():
+    la = fitted("regression", temperature=None, sigma_noise=0.1)
+    result = la.optimize_hyperparameters(val_loader("regression"), ["temperature"])
+    assert result.baselines["constant variance"].score < result.baselines["MAP"].score - 1
+    assert result.baselines["constant variance"].parameters["sigma_noise"] > 0.3
+
+
+def test_extreme_logits_can_be_scaled_down():
+    model = mlp()
+    with torch.no_grad():
+        model[-1].weight.mul_(60)
+    baseline = fitted(model=model, temperature=None).optimize_hyperparameters(val_loader()).baselines
+    assert baseline["temperature scaling"].parameters["logit_scale"] < 0.25
+    x, y = whole(val_loader())
+    f = model(x).detach()
+    lowest = min(F.cross_entropy(s * f, y).item() for s in torch.logspace(-2, 1, 301))
+    assert baseline["temperature scaling"].score <= lowest + 1e-6
+
+
+def test_differences_and_standard_errors_are_paired():
+    p = over_confident("classification")
+    la, val = fit(p), validation(p)
+    result = la.optimize_hyperparameters(val, link_approx="probit")
+    f, y = outputs_and_targets(p, val)
+    ours = torch.cat([F.nll_loss(la(x).log(), t, reduction="none") for x, t in val])
+    difference = F.cross_entropy(f, y, reduction="none") - ours
+    for baseline in result.baselines.values():
+        assert baseline.difference == pytest.approx(baseline.score - result.score, abs=1e-9)
+    entry = result.baselines["MAP"]
+    assert entry.difference == pytest.approx(difference.mean().item(), abs=1e-6)
+    assert entry.standard_error == pytest.approx(difference.std().item() / N_VAL**0.5, rel=0.01)
+
+
+def test_another_loss_is_what_every_method_minimises():
+    p = over_confident("classification")
+    la, val = fit(p), validation(p)
+    result = la.optimize_hyperparameters(val, link_approx="probit", loss=brier)
+    (x, y), (f, _) = whole(val), outputs_and_targets(p, val)
+    assert result.score == pytest.approx(brier(la(x), y).item(), abs=1e-6)
+    assert result.baselines["MAP"].score == pytest.approx(brier(f.softmax(-1), y).item(), abs=1e-6)
+    assert all(b.standard_error is None for b in result.baselines.values())
+    assert "MAP" in result.summary()
+
+
+def test_a_users_loss_gets_the_same_kind_of_prediction_from_every_method():
+    shapes = set()
+
+    def loss(mean, covariance, y):
+        shapes.add(covariance.shape)
+        noisy = covariance + 0.1 * torch.eye(C, dtype=covariance.dtype)
+        return -MultivariateNormal(mean, noisy).log_prob(y).mean()
+
+    la = fitted("regression", temperature=None)
+    la.optimize_hyperparameters(val_loader("regression"), ["temperature"], loss=loss)
+    assert shapes == {(17, C, C)}
+
+
+def test_last_layer_variance_is_not_available_where_no_module_returns_the_outputs():
+    p = over_confident("classification")
+    p = dataclasses.replace(p, model=Applied(lambda net, x: 2 * net(x), p.model))
+    result = fit(p).optimize_hyperparameters(validation(p))
+    assert result.baselines["last-layer variance"] is None
+    assert "last-layer variance" in result.summary()
+    assert "not available" in result.summary()
