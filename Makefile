@@ -62,7 +62,7 @@ examples: $(VENV)/.installed-examples  ## run the examples, with their assertion
 	PYTHONWARNINGS=ignore $(RUN)/torchrun --nproc-per-node 2 examples/distributed.py --quick
 
 bench: $(VENV)/.installed-bench  ## costs on this machine, as JSON
-	$(RUN)/python benchmarks/run.py --quick
+	$(RUN)/python -m benchmarks.run --quick
 
 # The oldest versions supported, in an environment of their own.
 .venv-oldest/.installed: setup.cfg pyproject.toml

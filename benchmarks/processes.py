@@ -1,8 +1,8 @@
 """Fit and tune a ResNet-20 in one process and in several, each with one thread: what is gained, and whether they agree.
 
-    python benchmarks/processes.py [--data PATH] [--world 2] [--rounds 3] [--out benchmarks/results/processes.json]
+    python -m benchmarks.processes [--data PATH] [--world 2] [--rounds 3] [--out benchmarks/results/processes.json]
 
-Every run has processes of its own. scaling_report.py puts the result into docs/scaling.md.
+Every run has processes of its own. The report of the study of scaling puts the result into docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from measure import GIGABYTE, PeakMemory
-from problems import network, samples
-from run import HERE, environment
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import laplace_ella
+from benchmarks.environment import HERE, environment
+from benchmarks.measure import GIGABYTE, PeakMemory
+from benchmarks.problems import network, samples
 
 N_TRAIN, N_VALIDATION, N_TEST, BATCH = 4000, 1000, 50, 50
 OPTIONS = {"subsample_size": 300, "n_eigenvalues": 20, "curvature_size": 1000}

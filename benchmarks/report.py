@@ -1,6 +1,6 @@
 """Write the README's cost table and the tables and plots of docs/performance.md from the JSON of run.py.
 
-    python benchmarks/report.py [FOLDER]
+    python -m benchmarks.report [FOLDER]
 
 FOLDER (default: results/ here) holds quick.json, and quick_malloc.json and cuda.json if they were measured.
 """

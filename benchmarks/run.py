@@ -1,6 +1,6 @@
 """Measure what ELLA costs on this machine, in plain forward passes, and write it as JSON.
 
-    python benchmarks/run.py --quick [--device cpu|cuda] [--data PATH] [--only CASE,CASE] [--malloc] [--out FILE]
+    python -m benchmarks.run --quick [--device cpu|cuda] [--data PATH] [--only CASE,CASE] [--malloc] [--out FILE]
 
 See README.md beside this file for what is measured, and how.
 """
@@ -10,35 +10,30 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, COMBINE, CUDA_CASES, TUNING_CASES
-from measure import failure
-from method_costs import COST_CASES
-from planning import PLAN_CASES
 
 import laplace_ella
+from benchmarks.cases import ALL_CASES, CASES, COMBINE, COST_CASES, CUDA_CASES
+from benchmarks.environment import HERE, environment
+from benchmarks.measure import failure
 
-HERE = Path(__file__).resolve().parent
 # Of the environment: numbers of one file are measured alike.
 SAME_IN_A_FILE = (
     *("cpu", "gpu", "torch", "laplace-torch", "threads", "malloc", "OMP_WAIT_POLICY"),
     *("weights", "images", "dtype", "quick"),
 )
-ALL_CASES = {**CASES, **TUNING_CASES, **COST_CASES, **CUDA_CASES, **PLAN_CASES}
 
 
 def in_fresh_process(case: str, part: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Run one part of a case in a process of its own, so that none inherits another's memory."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", case, part]
+    command = [sys.executable, "-m", "benchmarks.run", "--part", case, part]
     command += ["--device", str(args.device), "--threads", str(args.threads)]
     command += ["--quick"] if args.quick else []
     command += ["--malloc"] if args.malloc else []
@@ -56,42 +51,6 @@ def in_fresh_process(case: str, part: str, args: argparse.Namespace) -> list[dic
     for note in notes:
         print(note)
     return json.loads(last)
-
-
-def environment(args: argparse.Namespace) -> dict[str, Any]:
-    def git(*words: str) -> str:
-        try:
-            done = subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-        return done.stdout.strip()
-
-    return {
-        "torch": torch.__version__,
-        "laplace-torch": version("laplace-torch"),
-        "laplace_ella": laplace_ella.__version__,
-        "python": platform.python_version(),
-        "commit": git("rev-parse", "HEAD") or None,
-        "package_changed_since": bool(git("status", "--porcelain", "--", "../laplace_ella")),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "malloc": laplace_ella.raise_malloc_thresholds() if args.malloc else "as it comes",
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
-        "load_before": round(os.getloadavg()[0], 2),
-        "gpu": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else None,
-        "weights": "cifar10_resnet20" if args.data else "random",
-        "images": "CIFAR-10 (JPEG)" if args.data else "noise",
-        "dtype": "float32",
-        "quick": args.quick,
-    }
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def report(row: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Fit and predict for a long time in one process, and see whether memory, descriptors, hooks or threads grow.
 
-    python benchmarks/soak.py [--quick] [--threads 2] [--out benchmarks/results/soak.json]
+    python -m benchmarks.soak [--quick] [--threads 2] [--out benchmarks/results/soak.json]
 
 Writes JSON, prints a summary, and exits with 1 if something grows beyond its bound.
 """
@@ -8,8 +8,6 @@ Writes JSON, prints a summary, and exits with 1 if something grows beyond its bo
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import gc
 import json
 import math
@@ -25,13 +23,13 @@ from typing import Any
 
 import psutil
 import torch
-from laplace_ella.links import quasi_normal
-from measure import loader, peak_memory
-from run import HERE, environment
 from scipy.stats import t as student
 from torch import Tensor, nn
 
 import laplace_ella
+from benchmarks.environment import HERE, environment
+from benchmarks.inside import forget_points
+from benchmarks.measure import give_back, loader, peak_memory
 
 # Memory that a fit or a prediction may leave behind, in kB.
 BOUNDS = {"fit": 10.0, "prediction": 1.0}
@@ -139,14 +137,13 @@ class Subject:
 def rss() -> float:
     """Return the resident set in kB, after garbage was collected and, with glibc, free memory given back."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # other libraries of C have no such function
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     return psutil.Process().memory_info().rss / 1024
 
 
 def counts(models: Iterable[nn.Module]) -> dict[str, int]:
     """Count what must not grow; the points of Monte-Carlo links, of which the latest eight sets stay, are let go."""
-    quasi_normal.cache_clear()
+    forget_points()
     tensors = sum(issubclass(type(o), Tensor) for o in gc.get_objects())
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     modules = [m for model in models for m in model.modules()]

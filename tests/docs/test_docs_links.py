@@ -12,14 +12,9 @@ PAGES = sorted(
 )
 
 
-def _module(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/_hooks/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-links = _module("links")
+spec = importlib.util.spec_from_file_location("links", ROOT / "docs/_hooks/links.py")
+links = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(links)
 
 
 def leads_somewhere(target, text, page):

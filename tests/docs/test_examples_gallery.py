@@ -25,12 +25,11 @@ def test_every_example_is_in_the_gallery_and_in_make_examples(script):
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda text: text.splitlines()[0])
 def test_quoted_code_is_that_of_the_script(section):
-    name = re.search(r"examples/(\w+\.py)", section)[1]
-    script = squeezed((ROOT / "examples" / name).read_text())
+    script = ROOT / re.search(r"examples/\w+\.py", section)[0]
     quotes = re.findall(r"```python\n(.*?)```", section, flags=re.S)
     assert quotes
     for quote in quotes:
-        assert squeezed(quote) in script, f"not in {name}:\n{quote}"
+        assert squeezed(quote) in squeezed(script.read_text()), f"not in {script.name}:\n{quote}"
 
 
 def test_every_section_is_one_example():

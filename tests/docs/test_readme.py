@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import report
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -24,42 +26,44 @@ def test_the_ten_lines_run():
     assert "retained trace" in repr(names["la"])
 
 
-@pytest.fixture
-def report(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    return importlib.import_module("report")
-
-
-def test_the_cost_table_is_the_benchmarks(report):
+def test_the_cost_table_is_the_benchmarks():
     assert report.cost_table(report.read(ROOT / "benchmarks/results")) in README
 
 
-def test_the_tables_on_performance_are_the_benchmarks(report):
-    page = (ROOT / "docs/performance.md").read_text()
+def test_the_tables_on_performance_are_the_benchmarks():
+    page = report.PAGE.read_text()
     assert report.with_tables(page, report.read(ROOT / "benchmarks/results")) == page
 
 
 @pytest.mark.parametrize(
-    ("page", "script"),
+    "script",
     [
-        ("evidence", "quality_report"),
-        ("regression", "regression_report"),
-        ("ablations", "ablation_report"),
-        ("robustness", "shift_report"),
-        ("paper", "paper_report"),
-        ("scaling", "scaling_report"),
-        ("../README", "readme_report"),
+        "quality.report",
+        "quality.readme",
+        *(f"{s}.report" for s in ("regression", "ablations", "shift", "paper", "scaling")),
     ],
 )
-def test_the_tables_are_the_benchmarks(report, page, script):
-    module = importlib.import_module(script)
-    text = (ROOT / f"docs/{page}.md").read_text()
-    found = module.read(ROOT / "benchmarks/results")
-    assert report.with_tables(text, found, module.TABLES, f"{script}.py") == text
+def test_the_tables_are_the_studies(script):
+    study = importlib.import_module(f"benchmarks.studies.{script}")
+    page = study.PAGE.read_text()
+    script = f"studies/{script.replace('.', '/')}.py"
+    assert report.with_tables(page, study.read(), study.TABLES, script) == page
 
 
-def test_the_model_of_scaling_is_that_of_the_measurement(report):
-    module = importlib.import_module("scaling_model")
-    found = importlib.import_module("scaling_report").read(ROOT / "benchmarks/results")
-    links = module.Links(**found["model"]["links"])
-    assert json.loads(json.dumps(module.modelled(found["measured"], links))) == found["model"]
+def test_the_model_of_scaling_is_that_of_the_measurement():
+    from benchmarks.studies.scaling import model
+    from benchmarks.studies.scaling.report import read
+
+    found = read()
+    links = model.Links(**found["model"]["links"])
+    assert json.loads(json.dumps(model.modelled(found["measured"], links))) == found["model"]
+
+
+@pytest.mark.parametrize("study", ["quality", "regression", "ablations", "shift", "paper", "scaling"])
+def test_studies_say_how_they_are_started(study, monkeypatch, capsys):
+    from benchmarks.studies.common.start import start
+
+    monkeypatch.setattr(sys, "argv", ["", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        start(f"benchmarks.studies.{study}")
+    assert f"python -m benchmarks.studies.{study} run" in capsys.readouterr().out

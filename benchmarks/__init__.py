@@ -1,0 +1,1 @@
+"""What the package costs. benchmarks/README.md says what is measured, and how."""

@@ -1,0 +1,1 @@
+"""What several studies share: images, networks' training, methods, scores, and the tables of reports."""
