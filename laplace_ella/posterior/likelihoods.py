@@ -223,7 +223,7 @@ class Regression(Likelihood):
         return 0.5 * (squared / var + (2 * math.pi * var).log()).sum(-1)
 
     def log_normaliser(self, sigma_noise: Tensor) -> Tensor:
-        r"""Return :math:`\log \sigma \sqrt{2 \pi}`."""
+        """Return log(sigma sqrt(2 pi))."""
         return torch.log(sigma_noise * math.sqrt(2 * math.pi))
 
 
