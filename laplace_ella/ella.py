@@ -1125,11 +1125,9 @@ class ELLALaplace(ParametricLaplace):
         # The evidence is the same on all ranks, each of which may maximise it by itself.
         ranks = self._ranks if method == "gridsearch" else ALONE
         with ranks.together("the arguments of optimize_prior_precision()"):
-            check_flag("verbose", verbose)
-            check_flag("progress_bar", progress_bar)
+            verbose, progress_bar = check_flag("verbose", verbose), check_flag("progress_bar", progress_bar)
             steps = prior.checked_evidence(*of_evidence, self.n_layers, self.n_params, self._device)
-            likelihood = self._posterior.likelihood
-            search = prior.checked_search(method, interval, options, val_loader, likelihood)
+            search = prior.checked_search(method, interval, options, val_loader, self._posterior.likelihood)
             now = self._fitted()
         with torch.inference_mode(False):
             if method == "marglik":
