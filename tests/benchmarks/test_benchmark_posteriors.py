@@ -20,16 +20,8 @@ B, C, N = 3, 5, 11
 def problem():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(2, 3, 3),
-            nn.BatchNorm2d(3),
-            nn.Tanh(),
-            nn.Flatten(),
-            nn.Linear(12, 7),
-            nn.Tanh(),
-            nn.Linear(7, C),
-        )
-        model = model.double().eval()
+        features = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten()
+        model = nn.Sequential(*features, nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, C)).double().eval()
         x, y = torch.randn(N, 2, 4, 4, dtype=torch.float64), torch.arange(N) % C
         return model, x, y, torch.randn(B, 2, 4, 4, dtype=torch.float64)
 
@@ -76,22 +68,17 @@ def test_ella_of_laplace_torch(problem):
     assert_close(ours.covariance(ours.rotated(x_test)[1], 0.7), covariance, 1e-8)
 
 
-def test_temperature_multiplies_the_covariance(problem):
-    """The covariance at (delta, T) is T times that at (delta T, 1), which the grid search relies on."""
-    model, x, y, x_test = problem
-    ours = all_weights.diagonal(model, x, y, 1.0)
-    js = all_weights.jacobians(model, x_test)[1]
-    tempered = js / (ours.eigenvalues / 3.0 + 0.7) @ js.mT
-    assert_close(3.0 * ours.covariance(js, 3.0 * 0.7), tempered, 1e-10)
-
-
 def test_covariances_of_a_whole_grid(problem):
+    """That at (delta, T) is T times that at (delta T, 1), which the grid search relies on."""
     model, x, y, x_test = problem
     ours = all_weights.diagonal(model, x, y, 1.0)
     f, found = all_weights.covariances_at(ours, x_test, [0.3, 0.7])
     assert_close(f, model(x_test), 1e-10)
     for precision, covariance in zip((0.3, 0.7), found):
         assert_close(covariance.double(), ours.covariance(ours.rotated(x_test)[1], precision), 1e-5)
+    js = all_weights.jacobians(model, x_test)[1]
+    tempered = js / (ours.eigenvalues / 3.0 + 0.7) @ js.mT
+    assert_close(3.0 * ours.covariance(js, 3.0 * 0.7), tempered, 1e-10)
 
 
 @pytest.fixture

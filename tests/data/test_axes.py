@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import C, H, N, build, fitted, targets
-from parts import Applied, check, draws, pairs
+from models import Applied
+from parts import check, draws, pairs
 from torch import nn
 
 F64 = torch.float64
@@ -69,23 +70,16 @@ def sequences(*lengths):
     ]
 
 
-def test_classes_on_the_wrong_axis_are_refused_by_the_targets_shape():
+def test_targets_tell_which_axis_holds_the_classes():
+    channels_second = build(model=Channels(last=False))
     with pytest.raises(ValueError, match="movedim"):
-        build(model=Channels(last=False)).fit(sequences(5))
-
-
-@pytest.mark.parametrize("last", [False, True])
-def test_two_readings_of_the_outputs_are_said_once(last):
-    la = build(model=Channels(last))
-    with pytest.warns(UserWarning, match=r"\(4, 3, 3\).*last axis.*classes") as said:
-        la.fit(sequences(C, C))
-    assert len([w for w in said if "last axis" in str(w.message)]) == 1
-
-
-def test_a_second_length_decides_between_two_readings():
-    la = build(model=Channels(last=False))
+        channels_second.fit(sequences(5))
     with pytest.warns(UserWarning, match="last axis"), pytest.raises(ValueError, match="batch 1"):
-        la.fit(sequences(C, 5))
+        channels_second.fit(sequences(C, 5))
+    for last in (False, True):
+        with pytest.warns(UserWarning, match=r"\(4, 3, 3\).*last axis.*classes") as said:
+            build(model=Channels(last)).fit(sequences(C, C))
+        assert len([w for w in said if "last axis" in str(w.message)]) == 1
 
 
 # ---------------------------------------------------------------------- models that squeeze

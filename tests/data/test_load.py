@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import ConvNet, Residual
-from helpers import C, D, build, fitted, inputs, loader, mlp, targets, train_loader
+from helpers import C, D, assert_same, build, fitted, inputs, loader, mlp, targets
 from torch import nn
 
 import laplace_ella
@@ -174,24 +174,6 @@ def test_a_fit_that_fails_leaves_nothing_behind():
     assert held([model]) == before
 
 
-def test_a_fitted_estimator_does_not_grow_with_predictions():
-    la = fitted(model=mlp(), residual="isotropic")
-    x = inputs()
-
-    def predictions():
-        for size in (1, 5, 23):
-            la(x[:size])
-            la(x[:size], link_approx="mc")
-            la.functional_samples(x[:size], n_samples=3)
-            la.novelty(x[:size])
-
-    predictions()
-    before = held([la.model])
-    for _ in range(10):
-        predictions()
-    assert held([la.model]) == before
-
-
 # ---------------------------------------------------------------------------- threads
 
 
@@ -210,77 +192,31 @@ def calls(la, x, i):
 KINDS = tuple(calls(None, None, 0))
 
 
-def tensors(found):
-    return found if isinstance(found, tuple) else (found,)
+def test_threads_that_fit_and_predict_at_once_get_what_one_thread_gets():
+    model = mlp()
+    states = [fitted("classification", model), fitted("regression", model, residual="isotropic")]
+    x, barrier = inputs(61, seed=8), threading.Barrier(N_THREADS)
 
+    def work(thread, estimators):
+        found = []
+        for i in range(thread, thread + 12):
+            la = estimators[i % 2]
+            found.append(calls(la, x[i : i + 9], i)[KINDS[(thread + 3 * i) % len(KINDS)]]())
+        la = fitted(model=model, seed=thread, curvature_size=(None, 11)[thread % 2])
+        return [*found, (la.H, la.basis.eigenvalues, la(x[:9]))]
 
-def in_threads(work, repeats):
-    """Call ``work(thread, repeat)`` in threads that start together."""
-    barrier = threading.Barrier(N_THREADS)
-
-    def run(thread):
+    def together(thread, estimators):
         barrier.wait(timeout=60)
-        return [work(thread, repeat) for repeat in range(repeats)]
+        return work(thread, estimators)
 
+    expected = [work(i, states) for i in range(N_THREADS)]
+    restored = [build(la.likelihood, model, residual=la.residual) for la in states]
+    for la, state in zip(restored, states, strict=True):
+        la.load_state_dict(
+            state.state_dict()
+        )  # so that threads meet at what is computed at the first call too
     with ThreadPoolExecutor(N_THREADS) as pool:
-        return [future.result() for future in [pool.submit(run, i) for i in range(N_THREADS)]]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("likelihood", ["classification", "regression"])
-def test_threads_at_once_get_what_one_thread_gets(likelihood, kind):
-    model = mlp()
-    state = fitted(likelihood, model).state_dict()
-    x = inputs(61, seed=8)
-
-    def work_of(la):
-        return lambda thread, repeat: calls(la, x[thread : thread + 9 + repeat], 10 * thread + repeat)[kind]()
-
-    one, many = build(likelihood, model), build(likelihood, model)
-    one.load_state_dict(state)
-    many.load_state_dict(state)  # so that threads meet at what is computed at the first call too
-    expected = [[work_of(one)(i, j) for j in range(5)] for i in range(N_THREADS)]
-    found = in_threads(work_of(many), 5)
-    for row, expected_row in zip(found, expected, strict=True):
-        for a, b in zip(row, expected_row, strict=True):
-            for t, u in zip(tensors(a), tensors(b), strict=True):
-                assert torch.equal(t, u)
-    assert not torch.equal(tensors(expected[0][0])[0], tensors(expected[1][0])[0])
-
-
-def test_threads_with_kinds_and_models_mixed_get_what_one_thread_gets():
-    model = mlp()
-    estimators = [
-        fitted("classification", model),
-        fitted("regression", model, residual="isotropic"),
-        fitted("classification", model, train_loader(), curvature="exact", seed=3),
-    ]
-    x = inputs(61, seed=8)
-    flags = [m.training for m in model.modules()]
-
-    def work(thread, repeat):
-        i = thread + repeat
-        la = estimators[i % len(estimators)]
-        return calls(la, x[i : i + 9], i)[KINDS[(thread + 3 * repeat) % len(KINDS)]]()
-
-    expected = [[work(i, j) for j in range(12)] for i in range(N_THREADS)]
-    found = in_threads(work, 12)
-    for row, expected_row in zip(found, expected, strict=True):
-        for a, b in zip(row, expected_row, strict=True):
-            for t, u in zip(tensors(a), tensors(b), strict=True):
-                assert torch.equal(t, u)
-    assert [m.training for m in model.modules()] == flags
-
-
-def test_threads_that_fit_at_once_get_what_one_thread_gets():
-    model = mlp()
-
-    def work(thread, repeat):
-        la = fitted(model=model, seed=thread, curvature_size=(None, 11)[repeat % 2])
-        return la.H, la.basis.eigenvalues, la(inputs(9, seed=thread))
-
-    expected = [[work(i, j) for j in range(2)] for i in range(N_THREADS)]
-    found = in_threads(work, 2)
-    for row, expected_row in zip(found, expected, strict=True):
-        for a, b in zip(row, expected_row, strict=True):
-            assert all(torch.equal(t, u) for t, u in zip(a, b, strict=True))
+        futures = [pool.submit(together, i, restored) for i in range(N_THREADS)]
+        for future, one in zip(futures, expected, strict=True):
+            for a, b in zip(future.result(), one, strict=True):
+                assert_same(a, b)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections import namedtuple
-from collections.abc import MutableMapping
+from collections import UserDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
 from helpers import C, D, H, N, build, fitted, inputs, mlp, reference_features, targets
-from parts import Applied, check, draws, mappings
+from models import Applied
+from parts import check, draws
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -21,19 +21,12 @@ F64 = torch.float64
 Pair = namedtuple("Pair", ["left", "right"])
 
 
+class Graph:
+    def __init__(self, adjacency):
+        self.adjacency = adjacency
+
+
 # ---------------------------------------------------------------------- containers in a mapping
-
-
-class Contained(nn.Module):
-    """Adds up what two tensors, somewhere in its input, are mapped to."""
-
-    def __init__(self, find):
-        super().__init__()
-        self.find, self.first, self.second = find, mlp(seed=1), mlp(seed=2)
-
-    def forward(self, batch):
-        a, b = self.find(batch)
-        return self.first(a) * self.second(b).tanh()
 
 
 CONTAINERS = {
@@ -53,8 +46,11 @@ def contained(kind, n=N, seed=0):
 
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_tensors_in_containers_are_cut(kind):
-    _, find = CONTAINERS[kind]
-    model = Contained(lambda batch: find(batch["in"]))
+    def forward(nets, batch):
+        a, b = CONTAINERS[kind][1](batch["in"])
+        return nets[0](a) * nets[1](b).tanh()
+
+    model = Applied(forward, nn.ModuleList([mlp(seed=1), mlp(seed=2)]))
     la = check(model, contained(kind), {k: v for k, v in contained(kind, 5, seed=7)[0].items() if k == "in"})
     restored = build(model=model)
     restored.load_state_dict(la.state_dict())
@@ -79,18 +75,6 @@ def test_packed_inputs_are_plain_and_get_their_types_back(kind, tmp_path):
         packed(nested({**x, "graph": Graph(None)}, [("in", 0)]))
 
 
-class Scaled(nn.Module):
-    """Scales each row by what a list says of it."""
-
-    def __init__(self, number):
-        super().__init__()
-        self.net, self.number = mlp(), number
-
-    def forward(self, batch):
-        scales = torch.tensor([float(self.number(v)) for v in batch["said"]], dtype=F64)
-        return self.net(batch["x"] * scales[: len(batch["x"]), None])
-
-
 @pytest.mark.parametrize(
     ("number", "said"),
     [
@@ -108,162 +92,67 @@ def test_lists_of_a_value_for_each_row_are_refused_by_name_whatever_the_values(n
     alike = type(said)([said[0]] * 6) if not isinstance(said, np.ndarray) else np.repeat(said[:1], 6)
     first = {"x": x[:6], "said": alike if later else said, "labels": y[:6]}
     second = {"x": x[6:], "said": said, "labels": y[6:]}
+
+    def scaled(net, batch):
+        scales = torch.tensor([float(number(v)) for v in batch["said"]], dtype=F64)
+        return net(batch["x"] * scales[: len(batch["x"]), None])
+
     with pytest.raises(ValueError, match="'said'"):
-        build(model=Scaled(number), dict_key_x="x").fit([first, second])
+        build(model=Applied(scaled), dict_key_x="x").fit([first, second])
 
 
-def test_a_list_that_is_not_used_is_no_hindrance_in_any_batch():
-    class Counts(Scaled):
-        def forward(self, batch):
-            assert len(batch["said"]) == 6  # a list of all rows is handed on as it is
-            return self.net(batch["x"])
+class Attributes(UserDict):
+    """A mapping whose entries are attributes too, as in Hugging Face's."""
 
-    x, y = inputs(12), targets("classification", 12)
-    words = [["a"] * 6, ["b", "cc", "d", "ee", "f", "g"]]
-    batches = [{"x": x[i : i + 6], "said": words[i // 6], "labels": y[i : i + 6]} for i in (0, 6)]
-    model = Counts(len)
-    la = fitted(model=model, data=batches, dict_key_x="x")
-    plain = fitted(model=model.net, data=[(b["x"], b["labels"]) for b in batches])
-    torch.testing.assert_close(la.H, plain.H)
-    torch.testing.assert_close(la(batches[1]), plain(x[6:]))
+    def __getattr__(self, name):
+        if name == "data":
+            raise AttributeError(name)
+        return self.data[name]
 
 
-class Wrapper(MutableMapping):
-    """A mapping around another, which copies of it share."""
+def test_a_forward_pass_gets_a_fresh_mapping_of_the_users_type_with_entries_of_any_kind():
+    """Which it may write into; entries that it does not use may be anything."""
 
-    def __init__(self, entries):
-        self.entries = entries
-
-    def __getitem__(self, key):
-        return self.entries[key]
-
-    def __setitem__(self, key, value):
-        self.entries[key] = value
-
-    def __delitem__(self, key):
-        del self.entries[key]
-
-    def __iter__(self):
-        return iter(self.entries)
-
-    def __len__(self):
-        return len(self.entries)
-
-
-def test_mappings_of_the_users_own_type_are_handed_on_and_left_alone():
-    class Typed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, batch):
-            assert type(batch) is Wrapper
-            return self.net(batch.entries["x"])
-
-    x, y = inputs(), targets("classification")
-    batches = [Wrapper({"x": a, "labels": t}) for a, t in zip(x.split(7), y.split(7))]
-    model = Typed()
-    la = fitted(model=model, data=batches, dict_key_x="x")
-    torch.testing.assert_close(la.H, fitted(model=model.net, data=[(x, y)]).H)
-    assert batches[0].entries.keys() == {"x", "labels"}
-    assert torch.equal(batches[0]["x"], x[:7])
-
-
-class Graph:
-    def __init__(self, adjacency):
-        self.adjacency = adjacency
-
-
-def test_entries_that_the_model_does_not_use_may_be_anything():
-    x = inputs()
-    plain = mappings(x)
-    more = [{**b, "text": ["a"] * len(b["x"]), "graph": Graph(None), "n": 3} for b in plain]
-    model = Applied(lambda net, batch: net(batch["x"]))
-    la = check(model, plain, {"x": inputs(5, seed=4)})
-    other = build(model=model)
-    other.fit(more)
-    torch.testing.assert_close(other.H, la.H)
-    torch.testing.assert_close(other.basis.eigenvalues, la.basis.eigenvalues)
-
-
-# ---------------------------------------------------------------------- forwards that write
-
-
-class WritesEntry(nn.Module):
-    """Normalises an entry of its mapping in place of the old one, and takes the labels out."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = mlp()
-
-    def forward(self, batch):
-        batch["x"] = (batch["x"] - 0.5) / 2
+    def forward(net, batch):
+        batch["x"] = (batch.x - 0.5) / 2
         batch.pop("labels", None)
-        return self.net(batch["x"])
+        assert len(batch.get("said", "6 rows")) == 6  # a list of all rows is handed on as it is
+        return net(batch.x)
 
-
-def test_a_forward_that_writes_into_its_mapping_sees_a_fresh_one_at_every_call():
-    x, y = inputs(), targets("classification")
-    batches = mappings(x)
-    model = WritesEntry()
-    la = build(model=model, chunk_size=1, memory_budget=2000)  # many calls of the model
-    la.fit(batches)
-    plain = build(model=model.net, chunk_size=1, memory_budget=2000)
-    plain.fit([((a - 0.5) / 2, t) for a, t in zip(x.split(7), y.split(7))])
-    new = inputs(11, seed=5)
-    for link in ("probit", "mc", "bridge"):
-        torch.testing.assert_close(la({"x": new}, link_approx=link), plain((new - 0.5) / 2, link_approx=link))
+    x, y, new = inputs(12), targets("classification", 12), inputs(11, seed=5)
+    words = [["a"] * 6, ["b", "cc", "d", "ee", "f", "g"]]
+    parts = zip(x.split(6), words, y.split(6))
+    batches = [Attributes(x=a, said=s, graph=Graph(None), n=3, labels=t) for a, s, t in parts]
+    model = Applied(forward)
+    options = {"dict_key_x": "x", "chunk_size": 1, "memory_budget": 2000}  # many calls of the model
+    la = fitted(model=model, data=batches, **options)
+    plain = fitted(model=model.net, data=[((x - 0.5) / 2, y)], **options)
     torch.testing.assert_close(la.H, plain.H)
-    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    torch.testing.assert_close(
-        la({"x": new}, "nn", link_approx="mc", n_samples=5, generator=generators[0]),
-        plain((new - 0.5) / 2, "nn", link_approx="mc", n_samples=5, generator=generators[1]),
-    )
-    assert batches[0].keys() == {"x", "labels"}
-    assert torch.equal(batches[0]["x"], x[:7])
+    for link in ("probit", "mc", "bridge"):
+        found = la(Attributes(x=new), link_approx=link)
+        torch.testing.assert_close(found, plain((new - 0.5) / 2, link_approx=link))
+    samples = [
+        e(given, "nn", link_approx="mc", n_samples=5, generator=torch.Generator().manual_seed(0))
+        for e, given in ((la, Attributes(x=new)), (plain, (new - 0.5) / 2))
+    ]
+    torch.testing.assert_close(*samples)
+    assert batches[0].keys() == {"x", "said", "graph", "n", "labels"}
+    assert torch.equal(batches[0]["x"], x[:6])
 
 
 # ---------------------------------------------------------------------- dtypes of inputs
 
 
-class SinceEpoch(nn.Module):
-    """Takes Unix seconds, whose differences float32 cannot tell."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(1, H), nn.Tanh(), nn.Linear(H, C))
-        self.register_buffer("offset", torch.tensor(1.7e9, dtype=F64))
-
-    def forward(self, seconds):
-        return self.net(((seconds - self.offset) / 10).float())
-
-
 def test_inputs_keep_the_precision_they_come_with():
+    """Unix seconds, whose differences float32 cannot tell."""
     seconds = (1.7e9 + torch.arange(24, dtype=F64))[:, None]
-    torch.manual_seed(0)
-    model = SinceEpoch()
+    net = nn.Sequential(nn.Linear(1, H), nn.Tanh(), nn.Linear(H, C))
+    model = Applied(lambda net, x: net(((x - 1.7e9) / 10).float()), net)
     la = fitted(model=model, data=[(seconds, targets("classification", 24))])
     phi, f = la.features(seconds[:6])
     torch.testing.assert_close(f, model(seconds[:6]).detach())
     assert len(la(seconds[:6]).unique(dim=0)) == 6
     torch.testing.assert_close(phi, reference_features(model, la.basis, seconds[:6])[0], rtol=1e-4, atol=1e-5)
-
-
-def test_inputs_of_a_model_whose_first_weight_is_coarse_keep_their_bits():
-    class Mixed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-            self.net = mlp(dtype=torch.float32)
-
-        def forward(self, x):
-            assert x.dtype == torch.float32
-            return self.net(x) * self.gate.float()
-
-    torch.manual_seed(0)
-    model, x = Mixed(), inputs(dtype=torch.float32)
-    la = fitted(model=model, data=[(x, targets("classification"))])
-    torch.testing.assert_close(la.features(x)[1], model(x).detach())
 
 
 def test_inputs_are_converted_only_where_the_model_fails_without_it():
@@ -303,18 +192,6 @@ def test_sequences_packed_inside_the_model_work():
         la.fit(batches)
         new = {"x": x[:3], "lengths": lengths[:3]}
         torch.testing.assert_close(la.features(new)[0], reference_features(la.model, la.basis, new)[0])
-
-
-def test_integers_into_a_floating_point_model_say_so():
-    model = Applied(lambda net, x: net(x.double() / 255))
-    images = torch.randint(256, (7, D), dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"torch.uint8.*torch.float64.*scale"):
-        build(model=mlp()).fit([(images, targets("classification", 7))])
-
-    torch.testing.assert_close(
-        fitted(model=model, data=[(images, targets("classification", 7))]).H,
-        fitted(model=model.net, data=[(images.double() / 255, targets("classification", 7))]).H,
-    )
 
 
 def packed_rows(n=7):
@@ -386,9 +263,3 @@ def test_a_fitted_estimator_refuses_other_inputs():
         la(inputs(7).to_sparse())
     with pytest.raises(RuntimeError):  # the model's own
         la(torch.zeros(3, D + 1, dtype=F64))
-
-
-def test_complex_weights_say_so():
-    model = nn.Sequential(nn.Linear(D, C, dtype=torch.complex64))
-    with pytest.raises(ValueError, match=r"complex.*'0.weight'"):
-        build(model=model)

@@ -12,8 +12,6 @@ from conftest import assert_close
 from helpers import (
     C,
     D,
-    H,
-    M,
     N,
     Snapshot,
     build,
@@ -26,9 +24,7 @@ from parts import (
     KINDS,
     SIZE,
     SIZES,
-    Calls,
     Counting,
-    Kind,
     Untouchable,
     X,
     assert_same_posterior,
@@ -56,155 +52,73 @@ def kind(request):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_basis_takes_the_place_of_landmarks(kind, size):
-    first, second = kind.build(curvature_size=size), kind.build(curvature_size=size)
+def test_a_basis_takes_the_place_of_landmarks(kind, size, monkeypatch):
+    first, second, third = (kind.build(curvature_size=size) for _ in range(3))
     first.fit(kind.data(1))
-    assert second.fit(kind.data(1), basis=first.basis) is None
-    assert torch.equal(second.basis.eigenvalues, first.basis.eigenvalues)
-    assert_same_posterior(second, first)
-    third = kind.build(curvature_size=size)
-    third.fit(kind.data(2), basis=first.basis)
-    fourth = kind.build(curvature_size=size)
-    fourth.fit(kind.data(2))
-    assert not torch.equal(third.basis.directions["0.weight"], fourth.basis.directions["0.weight"])
-    assert third.basis.rank == first.basis.rank
-    assert (third.H - first.H).abs().max() > 1e-3 * first.H.abs().max()
-
-
-def test_a_basis_saves_the_gradients_of_landmarks(monkeypatch):
-    la = fitted(model=Calls(mlp()))
-    again = build(model=Calls(mlp()))
-    again.fit(list(la_data()))
-    with_landmarks = again.model.calls
-    given = build(model=Calls(mlp()))
     monkeypatch.setattr(stages, "basis_of", lambda *args: pytest.fail("a basis is built"))
-    given.fit(list(la_data()), basis=la.basis)
-    assert given.model.calls < with_landmarks
-
-
-def test_a_basis_with_landmarks_or_with_data_that_are_added_is_refused():
-    la = fitted()
-    landmarks = inputs(M), torch.arange(M) % C
-    refused(la, lambda: la.fit(Untouchable(), basis=la.basis, landmarks=landmarks), "basis")
-    refused(la, lambda: la.fit(Untouchable(), override=False, basis=la.basis), "basis")
+    second.fit(kind.data(1), basis=first.basis)
+    assert_same_posterior(second, first)
+    third.fit(kind.data(2), basis=first.basis)
+    assert torch.equal(third.basis.directions["0.weight"], first.basis.directions["0.weight"])
+    assert (third.H - first.H).abs().max() > 1e-3 * first.H.abs().max()
 
 
 def test_added_data_are_those_of_one_fit(kind):
     la, whole = kind.build(), kind.build()
     la.fit(kind.data(1))
-    whole.fit(kind.data(1) + kind.data(2), basis=la.basis)
-    la.fit(kind.data(2), override=False)
-    assert_same_posterior(la, whole)
+    for last in (2, 3):
+        whole.fit([b for seed in range(1, last + 1) for b in kind.data(seed)], basis=la.basis)
+        la.fit(kind.data(last), override=False)
+        assert_same_posterior(la, whole)
     assert len(la.snapshots) == 1
     assert_close(la.snapshots[0][1], la.H)
-    la.fit(kind.data(3), override=False)
-    whole.fit(kind.data(1) + kind.data(2) + kind.data(3), basis=la.basis)
-    assert_same_posterior(la, whole)
-
-
-@pytest.mark.parametrize("curvature", ["exact", "mc"])
-def test_adding_without_a_fit_before_is_a_fit(curvature):
-    la, other = build(curvature=curvature), build(curvature=curvature)
-    la.fit(la_data(), override=False)
-    other.fit(la_data())
-    assert torch.equal(la.H, other.H)
-    assert len(la.snapshots) == len(other.snapshots) > 1
-
-
-def test_data_that_cannot_be_added_leave_the_estimator_as_it_was(kind):
-    la = kind.build()
-    la.fit(kind.data(1))
     x, y = kind.data(2)[0]
-    broken = [*kind.data(2), (x * math.nan, y)]
-    refused(la, lambda: la.fit(broken, override=False), "NaN")
+    refused(la, lambda: la.fit([(x, y), (x * math.nan, y)], override=False), "NaN")
     refused(la, lambda: la.fit([], override=False), "no data")
+    refused(la, lambda: la.fit(Untouchable(), override=False, basis=la.basis), "basis")
+    landmarks = x, torch.arange(SIZE) % C
+    refused(la, lambda: la.fit(Untouchable(), basis=la.basis, landmarks=landmarks), "basis")
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_merging_is_adding(kind, size):
+    """With the basis of the one, and its novelty not calibrated any more; what can be done with a fit can go on."""
     la, other = two(kind, curvature_size=size)
-    added = kind.build(la.model, curvature_size=size)
+    added, restored = (kind.build(la.model, curvature_size=size) for _ in range(2))
     added.fit(kind.data(1))
     added.fit(kind.data(2), override=False)
-    before = [la.H.clone(), other.H.clone()]
-    untouched = Snapshot(other, kind.data(9)[0][0])
-    assert la.merge(other) is None
+    if kind.likelihood != "regression":
+        la.calibrate_novelty(kind.data(8))
+    H, untouched = la.H + other.H, Snapshot(other, kind.data(9)[0][0])
+    with torch.inference_mode():
+        la.merge(other)
+    assert not la.H.is_inference()
     untouched.check()
-    assert torch.equal(other.H, before[1])
-    assert_close(la.H, before[0] + before[1])
+    assert_close(la.H, H)
     if size != 11:  # else other inputs are drawn, as positions go on
         assert_same_posterior(la, added)
-    assert (la.n_data, la.n_curvature) == (added.n_data, added.n_curvature)
-    assert la.n_predictions == added.n_predictions
+    assert (la.n_data, la.n_curvature, la.n_predictions) == (2 * N, added.n_curvature, added.n_predictions)
     assert_close(la.loss, added.loss)
     assert [n for n, _ in la.snapshots] == [la.n_curvature]
+    assert la.fit_history_ == {"processed_examples": [float(la.n_curvature)], "val_nll": []}
     assert torch.equal(la.snapshots[0][1], la.H)
-
-
-def test_merging_many_parts_in_any_order(kind):
-    model = kind.model()
-    first = kind.build(model)
-    first.fit(kind.data(1))
-    parts = []
-    for seed in (2, 3, 4):
-        part = kind.build(model)
-        part.fit(kind.data(seed, n=7 + seed), basis=first.basis)
-        parts.append(part)
-    whole = kind.build(model)
-    whole.fit(
-        [b for seed in (1, 2, 3, 4) for b in kind.data(seed, n=7 + seed if seed > 1 else N)],
-        basis=first.basis,
-    )
-    copy = kind.build(model)
-    copy.fit(kind.data(1), basis=first.basis)
-    for part in parts:
-        first.merge(part)
-    for part in parts[::-1]:
-        copy.merge(part)
-    assert_same_posterior(first, whole)
-    assert_same_posterior(copy, whole)
-
-
-def test_a_merged_estimator_can_go_on(tmp_path):
-    kind = KINDS[0]
-    la, other = two(kind)
-    la.merge(other)
-    torch.save(la.state_dict(), tmp_path / "la.pt")
-    restored = kind.build(la.model)
-    restored.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
-    restored.merge(other)
-    la.merge(other)
+    x = kind.data(9)[0][0]
+    assert torch.equal(la.novelty(x), la.residual_share(x))
+    restored.load_state_dict(la.state_dict())
+    for estimator in (la, restored):
+        estimator.merge(other)
     assert torch.equal(restored.H, la.H)
-    assert la.n_data == 3 * N
-    la.fit(kind.data(5), override=False)
-    la.forget(kind.data(5))
-    assert_same_posterior(la, restored)
+    if size is None:
+        la.fit(kind.data(5), override=False)
+        la.forget(kind.data(5))
+        assert_same_posterior(la, restored)
     la.optimize_prior_precision(n_steps=3)
-
-
-def test_merging_does_not_keep_what_belonged_to_the_posterior_before():
-    la, other = two(KINDS[0])
-    before = la(X)
-    la.calibrate_novelty(KINDS[0].data(8))
-    la.merge(other)
-    assert not torch.equal(la(X), before)
-    added = KINDS[0].build(la.model)
-    added.fit(KINDS[0].data(1))
-    added.fit(KINDS[0].data(2), override=False)
-    assert_close(la.novelty(X), added.novelty(X))  # not calibrated any more
-
-
-def nudged():
-    model = mlp()
-    with torch.no_grad():
-        model[2].bias[0] += 1e-9
-    return model
 
 
 DIFFERENT = {
     "basis": ({"seed": 5}, "basis|directions"),
     "rank": ({"n_eigenvalues": 3}, "basis|directions"),
-    "model": ({"model": nudged}, "model"),
+    "model": ({}, "model"),
     "temperature": ({"temperature": 2.0}, "temperature"),
     "prior_precision": ({"prior_precision": 3.0}, "prior_precision"),
     "prior_precision of layers": ({"prior_precision": torch.arange(1.0, 5.0)}, "prior_precision"),
@@ -215,9 +129,10 @@ DIFFERENT = {
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_what_differs_is_not_merged(name):
     changes, message = DIFFERENT[name]
-    changes = dict(changes)
-    la = fitted()
-    other = build(model=changes.pop("model", mlp)(), **changes)
+    la, other = fitted(), build(**changes)
+    if name == "model":
+        with torch.no_grad():
+            other.model[2].bias[0] += 1e-9
     same_basis = name not in ("basis", "rank")
     basis = replace(la.basis, of_model=None)  # else that of another model is refused here already
     other.fit(la_data(), **({"basis": basis} if same_basis else {}))
@@ -230,91 +145,29 @@ def test_other_noise_or_likelihood_is_not_merged():
     la, other = two(KINDS[1])
     other.sigma_noise = 0.7
     refused(la, lambda: la.merge(other), "sigma_noise")
-    counts = Kind("bernoulli").build(la.model)
-    counts.fit(Kind("bernoulli").data(2), basis=la.basis)
+    counts = KINDS[2].build(la.model)
+    counts.fit(KINDS[2].data(2), basis=la.basis)
     refused(la, lambda: la.merge(counts), "likelihood")
 
 
-def test_merging_in_inference_mode_leaves_tensors_that_a_graph_can_save():
-    la, other = two(KINDS[1])
-    with torch.inference_mode():
-        la.merge(other)
-    assert not la.H.is_inference()
-    assert not la.loss.is_inference()
-    prior, sigma = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.7, 0.6))
-    la.log_marginal_likelihood(prior, sigma).backward()
-    assert sigma.grad.isfinite()
-
-
-def test_the_history_is_that_of_what_was_merged_and_forgotten():
-    la, other = two(KINDS[0])
-    la.merge(other)
-    assert la.fit_history_ == {"processed_examples": [float(la.n_curvature)], "val_nll": []}
-    la.forget(KINDS[0].data(2))
-    assert la.fit_history_ == {"processed_examples": [float(N)], "val_nll": []}
-
-
-def test_a_basis_of_another_dtype_is_refused():
-    la, other = fitted(), build(model=mlp(dtype=torch.float32))
-    x, y = inputs(dtype=torch.float32), targets("classification")
-    with pytest.raises(ValueError, match="dtype"):
-        other.fit([(x, y)], basis=la.basis)
-    assert other.H is None
-
-
 @pytest.mark.parametrize("size", [None, 2000])
-def test_forgetting_undoes_adding(kind, size):
+def test_forgetting_undoes_adding_and_reads_the_data_once(kind, size):
     la, kept = kind.build(curvature_size=size), kind.build(curvature_size=size)
     la.fit(kind.data(1) + kind.data(2))
     kept.fit(kind.data(1), basis=la.basis)
     loader = Counting(kind.data(2, size=4))
-    assert la.forget(loader) is None
+    la.forget(loader)
     assert loader.reads == 1
     assert_same_posterior(la, kept)
     assert torch.equal(la.snapshots[-1][1], la.H)
-    la.fit(kind.data(2), override=False)
-    kept.fit(kind.data(2), override=False)
+    for estimator in (la, kept):
+        estimator.fit(kind.data(2), override=False)
     assert_same_posterior(la, kept)
-
-
-def test_forgetting_in_parts_and_again(kind):
-    la, kept = kind.build(), kind.build()
-    la.fit(kind.data(1) + kind.data(2))
     kept.fit(kind.data(1)[:2], basis=la.basis)
     for batch in kind.data(2) + kind.data(1)[2:]:
         la.forget([batch])
-    assert la.n_data == 2 * SIZE
     assert_same_posterior(la, kept, rtol=1e-8)
-
-
-def test_forgetting_runs_the_model_in_evaluation_mode_and_once():
-    model = Calls(
-        nn.Sequential(nn.Linear(D, H), nn.Dropout(0.5), nn.Tanh(), nn.Linear(H, C)).double()
-    ).train()
-    la = build(model=model)
-    la.fit(la_data())
-    model.calls = 0
-    la(la_data()[0][0])
-    of_one_batch = model.calls
-    model.calls = 0
-    la.forget(la_data()[:2])
-    assert model.calls <= 2 * of_one_batch + 2
-    assert model.training
-
-
-def test_sampled_labels_that_were_merged_forget_nothing():
-    """The counts of a sum of exact and sampled parts are those of an exact one."""
-    la, sampled, exact = build(), build(curvature="mc"), build()
-    la.fit(la_data())
-    sampled.fit(KINDS[0].data(2), basis=la.basis)
-    exact.fit(la_data() + KINDS[0].data(2), basis=la.basis)
-    try:
-        la.merge(sampled)
-    except ValueError as error:
-        assert "curvature" in str(error)  # noqa: PT017
-    else:
-        assert (la.H - exact.H).norm() > 1e-3 * exact.H.norm()
-        refused(la, lambda: la.forget(la_data()[:1]), r".")
+    assert la.fit_history_ == {"processed_examples": [2.0 * SIZE], "val_nll": []}
 
 
 def test_data_that_were_never_added_are_not_forgotten(kind):
@@ -414,19 +267,17 @@ def test_forgetting_in_low_precision(dtype):
 # ---------------------------------------------------------------------------- what is refused
 
 
-def without_last(values):
-    return {k: v[:-1] if k == "0.bias" else v for k, v in values.items()}
-
-
+FLOATS = [(x.float(), y) for x, y in la_data()]
 BASES = {
     "shape": lambda b: replace(
         b, directions={k: v.mT if k == "0.weight" else v for k, v in b.directions.items()}
     ),
-    "missing weight": lambda b: replace(
-        b, directions={k: v for k, v in b.directions.items() if k != "0.bias"}
-    ),
+    "missing weight": lambda b: replace(b, directions={"0.weight": b.directions["0.weight"]}),
+    "dtype": lambda b: fitted(model=mlp(dtype=torch.float32), data=FLOATS).basis,
     "other model": lambda b: fitted(model=mlp(4), data=la_data()).basis,
-    "too few directions": lambda b: replace(b, directions=without_last(b.directions)),
+    "too few directions": lambda b: replace(
+        b, directions={**b.directions, "0.bias": b.directions["0.bias"][:-1]}
+    ),
     "too few eigenvalues": lambda b: replace(b, eigenvalues=b.eigenvalues[:-1]),
     "no basis": lambda b: {},
     "tensor": lambda b: torch.zeros(3),
@@ -436,7 +287,7 @@ BASES = {
 @pytest.mark.parametrize("name", BASES)
 def test_a_basis_that_does_not_fit_the_model_is_refused(name):
     la = fitted()
-    refused(la, lambda: la.fit(Untouchable(), basis=BASES[name](la.basis)), r"basis|directions")
+    refused(la, lambda: la.fit(Untouchable(), basis=BASES[name](la.basis)), r"basis|directions|dtype")
 
 
 @pytest.mark.parametrize("override", [False, True])
@@ -468,6 +319,7 @@ APPROXIMATE = {
     "sample": ({"curvature_size": 11}, {}),
     "sampled labels": ({"curvature": "mc"}, {}),
     "sampled labels, streamed": ({"curvature": "mc", "curvature_size": None}, {}),
+    "sampled labels, merged": ({}, {}),
     "scaled": ({}, {"n_total": 200}),
     "early stop": ({"temperature": None}, {"val_loader": [(X, mlp()(X).argmin(1))]}),
 }
@@ -478,6 +330,10 @@ def test_an_approximate_curvature_forgets_nothing(name):
     options, fit_options = APPROXIMATE[name]
     la, exact = build(**options), build()
     la.fit(la_data(), **fit_options)
+    if "merged" in name:
+        sampled = build(curvature="mc")
+        sampled.fit(la_data(), basis=la.basis)
+        la.merge(sampled)
     refused(la, lambda: la.forget(la_data()[:1]), r".")
     exact.fit(la_data())
     exact.forget(la_data()[:1])  # exact so far

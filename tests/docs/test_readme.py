@@ -35,14 +35,10 @@ def test_the_tables_on_performance_are_the_benchmarks():
     assert report.with_tables(page, report.read(ROOT / "benchmarks/results")) == page
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "quality.report",
-        "quality.readme",
-        *(f"{s}.report" for s in ("regression", "ablations", "shift", "paper", "scaling")),
-    ],
-)
+STUDIES = ["quality", "regression", "ablations", "shift", "paper", "scaling"]
+
+
+@pytest.mark.parametrize("script", ["quality.readme", *(f"{study}.report" for study in STUDIES)])
 def test_the_tables_are_the_studies(script):
     study = importlib.import_module(f"benchmarks.studies.{script}")
     page = study.PAGE.read_text()
@@ -59,7 +55,7 @@ def test_the_model_of_scaling_is_that_of_the_measurement():
     assert json.loads(json.dumps(model.modelled(found["measured"], links))) == found["model"]
 
 
-@pytest.mark.parametrize("study", ["quality", "regression", "ablations", "shift", "paper", "scaling"])
+@pytest.mark.parametrize("study", STUDIES)
 def test_studies_say_how_they_are_started(study, monkeypatch, capsys):
     from benchmarks.studies.common.start import start
 

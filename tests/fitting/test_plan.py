@@ -7,15 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
 from helpers import (
     C,
     D,
-    DictModel,
     N,
     Snapshot,
     build,
-    dict_batches,
     fitted,
     inputs,
     loader,
@@ -79,15 +76,11 @@ def check(la, clock):
 # The clock stands still in backward passes, so that autodiff="double" is not here.
 OPTIONS = [
     {},
-    {"chunk_size": 2},
     {"chunk_size": 3, "curvature_size": 11},
-    {"memory_budget": 9000},
     {"memory_budget": 2000},
     {"memory_budget": 2000, "spill": "cpu"},
     {"autodiff": "reverse"},
-    {"curvature": "mc"},
     {"curvature": "mc", "curvature_samples": 3},
-    {"curvature_size": 10},
     {"curvature_size": None},
     {"n_eigenvalues": 1},
     {"subsample_size": 3, "n_eigenvalues": 2},
@@ -95,20 +88,15 @@ OPTIONS = [
 
 
 @pytest.mark.filterwarnings("ignore:curvature='mc' estimates G")
-@pytest.mark.parametrize("fixed", [0.0, 1.0])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_planned_seconds_are_those_of_fit_and_predictions(monkeypatch, options, fixed):
+@pytest.mark.parametrize("options", [*OPTIONS, *(m for m in FEATURES if m != "double")], ids=str)
+def test_planned_seconds_are_those_of_fit_and_predictions(monkeypatch, options):
     monkeypatch.setattr(engine, "CPU_WORKING_SET", 6 * 7 * 8)  # bytes of six inputs
-    check(*priced(monkeypatch, fixed, **options))
-
-
-@pytest.mark.parametrize("mode", FEATURES)
-def test_planned_seconds_of_every_way_to_compute_features(monkeypatch, mode):
-    if mode == "double":  # see OPTIONS
+    if isinstance(options, str):
+        monkeypatch.setattr(engine.Engine, "mode", lambda self, x, rank: options)
+        assert check(*priced(monkeypatch)).mode == options
         return
-    monkeypatch.setattr(engine, "CPU_WORKING_SET", 6 * 7 * 8)
-    monkeypatch.setattr(engine.Engine, "mode", lambda self, x, rank: mode)
-    assert check(*priced(monkeypatch)).mode == mode
+    for fixed in (0.0, 1.0):
+        check(*priced(monkeypatch, fixed, **options))
 
 
 def test_a_call_that_is_long_is_timed_once(monkeypatch):
@@ -166,14 +154,10 @@ def test_tangents_are_stored_as_a_basis_is():
     for name, stored in la.basis.directions.items():
         assert found[name].stride()[1:] == stored.stride()[1:]
         assert found[name].shape[1:] == stored.shape[1:]
-    lengths = sum(v.flatten(1).square().sum(1) for v in found.values())
-    assert_close(lengths, torch.ones_like(lengths))
 
 
 def test_a_plan_says_what_exceeds_the_budget():
-    within = build().plan(train_loader(), verbose=False)
-    assert within.over_budget == ()
-    assert "WARNING" not in str(within)
+    assert build().plan(train_loader(), verbose=False).over_budget == ()
     beyond = build(memory_budget=3000).plan(train_loader(), verbose=False)
     assert beyond.over_budget
     names = [s.name for s in beyond.stages if s.n_bytes > 3000]
@@ -193,12 +177,6 @@ def test_the_printed_plan_has_the_seconds_of_each_stage(monkeypatch):
     la, _ = priced(monkeypatch, fixed=0.5, per_row=0.0)
     assert "500 ms alone" in str(la.plan(train_loader(), verbose=False))
     assert "a prediction takes 2.9 s an input in batches like the first, 20 s alone" in str(plan)
-
-
-def test_a_plan_of_mappings_and_of_a_share_of_the_trace():
-    plan = build(model=DictModel(), n_eigenvalues=0.9).plan(dict_batches(), verbose=False)
-    assert plan.total_seconds > 0
-    assert plan.prediction > 0
 
 
 def test_a_plan_compiles_nothing(monkeypatch):

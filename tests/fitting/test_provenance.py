@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import (
-    C,
     Snapshot,
     assert_same,
     build,
@@ -86,13 +85,6 @@ def tensors(value):
             yield from tensors(item)
 
 
-def containers(value):
-    if isinstance(value, (dict, list)):
-        yield value
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from containers(item)
-
-
 def calibrated(**options):
     la = fitted(residual="isotropic", **options)
     la.calibrate_novelty(val_loader())
@@ -110,8 +102,7 @@ def test_a_state_shares_no_memory_with_the_estimator_saved_or_restored(direction
     restored = other(X), other.novelty(X)
     for tensor in tensors(state):
         tensor.zero_()
-    for container in containers(state):
-        container.clear()
+    state["fit_history"].clear()
     assert_same((la(X), la.novelty(X)), expected)
     assert_same((other(X), other.novelty(X)), restored)
     for estimator in (la, other):
@@ -119,76 +110,23 @@ def test_a_state_shares_no_memory_with_the_estimator_saved_or_restored(direction
             assert torch.equal(getattr(estimator, name).reshape(-1), before[name].reshape(-1)), name
         assert estimator.fit_history_ == before["fit_history"]
     state = la.state_dict(directions=directions)
-    kept = copy.deepcopy(state)
     la.H.zero_()
     la.basis.eigenvalues.zero_()
-    la.fit_history_["val_nll"].append(3.0)
-    for a, b in zip(tensors(state), tensors(kept), strict=True):
+    for a, b in zip(tensors(state), tensors(before), strict=True):
         assert torch.equal(a, b)
-    assert state["fit_history"] == kept["fit_history"]
 
 
 # ---------------------------------------------------------------------------- damage
 
-NAN = float("nan")
-
-
-def nan_like(value):
-    if isinstance(value, torch.Tensor):
-        out = value.clone()
-        if out.is_floating_point():
-            out.view(-1)[0] = NAN
-            return out
-        return None
-    return NAN
-
-
-def negative(value):
-    if isinstance(value, torch.Tensor):
-        return -value - 1
-    return -value - 1 if isinstance(value, (int, float)) else None
-
-
-def other_shape(value):
-    if isinstance(value, torch.Tensor):
-        return torch.cat([value.reshape(-1), value.reshape(-1)])
-    return [*value, *value] if isinstance(value, list) else None
-
-
-def other_dtype(value):
-    if not isinstance(value, torch.Tensor):
-        return None
-    return value.to(torch.int32 if value.is_floating_point() else torch.float64)
-
-
-DAMAGE = {
-    "NaN": nan_like,
-    "negative": negative,
-    "shape": other_shape,
-    "dtype": other_dtype,
-    "string": lambda value: "x",
-    "none": lambda value: None,
-    "list": lambda value: [value],
-    "tensor": lambda value: torch.full((2, 2), 0.5),
-    "sparse": lambda value: torch.eye(5, dtype=torch.float64).to_sparse(),
-    "meta": lambda value: torch.empty(5, 5, dtype=torch.float64, device="meta"),
-    "complex": lambda value: 1j,
-}
+WRONG_VALUES = (
+    "x",
+    None,
+    1j,
+    torch.full((2, 2), 0.5),
+    torch.eye(5, dtype=torch.float64).to_sparse(),
+    torch.empty(5, 5, dtype=torch.float64, device="meta"),
+)
 BASIS = ("directions", "eigenvalues", "trace", "spectrum", "shard", "grams", "model", "stored")
-# What may be None, or have another value of this kind, and be a state that could have been saved
-# (the hash tells that it was not).
-ALLOWED = {
-    ("none", "curvature_size"),
-    ("none", "novelty_reference"),
-    ("none", "basis.grams"),
-    ("none", "basis.model"),
-    ("string", "basis.model"),
-    ("negative", "seed"),
-    ("negative", "prior_mean"),
-    ("list", "novelty_setting"),
-    ("shape", "novelty_setting"),
-    ("shape", "named_by_user"),
-}
 
 
 def entry(state, path):
@@ -224,42 +162,16 @@ def old(state):
     return {**{k: v for k, v in state.items() if k != "digest"}, "format": 3, "basis": basis}
 
 
-def is_same(a, b):
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        alike = (a.shape, a.dtype, a.layout, a.device) == (b.shape, b.dtype, b.layout, b.device)
-        return alike and a.layout == torch.strided and not a.is_meta and torch.equal(a, b)
-    return type(a) is type(b) and not isinstance(a, torch.Tensor) and a == b
-
-
-@pytest.mark.parametrize("path", sorted([*STATE_KEYS, *(f"basis.{name}" for name in BASIS)]))
-def test_an_entry_that_is_damaged_is_refused(path, good, victim):
-    la, before = victim
-    value = entry(good, path)
-    for kind, damage in DAMAGE.items():
-        changed = damage(value)
-        if is_same(changed, value) or (changed is None and kind != "none"):
-            continue
-        with pytest.raises(ValueError, match=r"checkpoint|state must come from"):
-            la.load_state_dict(with_entry(good, path, changed))
-        if (kind, path) not in ALLOWED and path.split(".")[-1] not in ("model", "stored"):
-            # Not by the hash alone: by what is wrong.
-            resigned = with_entry(good, path, changed)
-            with pytest.raises(ValueError, match=r"checkpoint|state must come from") as said:
-                la.load_state_dict({**resigned, "digest": "?"})
-            assert "what was read is not what was saved" not in str(said.value), (kind, path)
-            if path not in ("basis", "format"):
-                with pytest.raises(ValueError, match=r"checkpoint|state must come from"):
-                    la.load_state_dict(old(resigned))
-    before.check()
-
-
 @pytest.mark.parametrize("path", sorted([*STATE_KEYS, "digest", *(f"basis.{name}" for name in BASIS)]))
-def test_a_missing_or_an_added_entry_is_refused(path, good, victim):
+def test_an_entry_that_is_damaged_missing_or_added_is_refused(path, good, victim):
     la, before = victim
-    with pytest.raises(ValueError, match=r"checkpoint|state must come from"):
-        la.load_state_dict(without(good, path))
-    with pytest.raises(ValueError, match=r"checkpoint"):
-        la.load_state_dict(with_entry(good, f"{path}_", 3))
+    states = [without(good, path), with_entry(good, f"{path}_", 3)]
+    states += [
+        with_entry(good, path, v) for v in WRONG_VALUES if v is not None or entry(good, path) is not None
+    ]
+    for state in states:
+        with pytest.raises(ValueError, match=r"checkpoint|state must come from"):
+            la.load_state_dict(state)
     before.check()
 
 
@@ -344,40 +256,32 @@ def test_what_is_plausible_and_not_what_was_saved_is_refused(good, victim):
 
 
 def outcome(la):
-    parts = [la(X), la(X, link_approx="mc"), la.log_marginal_likelihood(), la.H, la.basis.eigenvalues]
-    parts += [la.sample(2, torch.Generator().manual_seed(0)), la.novelty(X)]
-    return parts, (la.n_data, la.n_curvature, la.seed, la.basis.trace, la.fit_history_, la.temperature)
+    parts = la(X), la.log_marginal_likelihood(), la.H, la.sample(2, torch.Generator().manual_seed(0))
+    return (*parts, la.novelty(X)), (la.n_data, la.n_curvature, la.seed, la.basis.trace, la.temperature)
 
 
 @pytest.mark.parametrize("directions", ["full", "half", "landmarks"])
 def test_a_flipped_bit_in_a_file_is_found_or_changes_nothing(directions, tmp_path):
-    model = mlp()
-    la = fitted(model=model, residual="isotropic")
-    la.calibrate_novelty(val_loader())
+    la = calibrated()
     file = tmp_path / "la.pt"
     torch.save(la.state_dict(directions=directions), file)
     whole = file.read_bytes()
-    other = build(model=model, residual="isotropic")
+    other = build(residual="isotropic")
     other.load_state_dict(torch.load(file, weights_only=True))
     expected, plain = outcome(other)
     draw, refused = random.Random(0), 0
-    for _ in range(60 if directions == "full" else 30):
+    for _ in range(30):
         damaged = bytearray(whole)
         damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         file.write_bytes(damaged)
         try:
-            state = torch.load(file, weights_only=True)
+            other.load_state_dict(torch.load(file, weights_only=True))
         except Exception:
-            refused += 1
-            continue
-        try:
-            other.load_state_dict(state)
-        except ValueError:
             refused += 1
             continue
         found, found_plain = outcome(other)
         assert found_plain == plain
-        assert_same(tuple(found), tuple(expected))
+        assert_same(found, expected)
     assert refused > 5
 
 
@@ -398,52 +302,14 @@ def test_a_state_of_the_first_release_loads(likelihood, tmp_path):
     build(likelihood).load_state_dict(again)
 
 
-def everything(seed=0):
-    x = inputs(60, seed=seed)
-    return loader(x, targets("classification", 60))
-
-
-@pytest.mark.filterwarnings("ignore:n_eigenvalues was reduced", "ignore:subsample_size was reduced")
+@pytest.mark.filterwarnings("ignore:(n_eigenvalues|subsample_size) was reduced")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_directions_down_to_the_numerical_rank_load(dtype, tmp_path):
     """The smallest eigenvalues that are kept are rounding next to the largest, and their directions nearly so."""
-    model = mlp(dtype=dtype)
     x = inputs(60, dtype=dtype)
     data = loader(torch.cat([x, x * 1.01]), targets("classification", 120))
-    la = build(model=model, subsample_size=200, n_eigenvalues=0.9999999999)
-    la.fit(data)
+    la = fitted(model=mlp(dtype=dtype), data=data, subsample_size=200, n_eigenvalues=0.9999999999)
     for directions in ("full", "half", "landmarks"):
-        other = build(model=model)
-        other.load_state_dict(saved(old_or_new(la.state_dict(directions=directions)), tmp_path))
+        other = build(model=la.model)
+        other.load_state_dict(saved(la.state_dict(directions=directions), tmp_path))
         assert other.basis.rank == la.basis.rank
-
-
-def old_or_new(state):
-    return old(state) if state["basis"]["stored"] == "full" else state
-
-
-@pytest.mark.filterwarnings("ignore:subsample_size was reduced")
-@pytest.mark.parametrize("n_outputs", [1, C])
-def test_the_state_after_every_change_loads(n_outputs, tmp_path):
-    likelihood = "regression" if n_outputs == 1 else "classification"
-    x, y = inputs(), targets(likelihood, n_outputs=n_outputs)
-    model = mlp(n_outputs)
-    la = fitted(likelihood, model, loader(x[:12], y[:12]), temperature=None)
-    la.fit(loader(x[12:], y[12:]), override=False)
-    la.forget(loader(x[:2], y[:2]))
-    other = build(likelihood, model)
-    other.load_state_dict(saved(la.state_dict(), tmp_path))
-    assert_same(other(X), la(X))
-    la.fit(loader(x, y), val_loader=loader(x[:5], y[:5]), val_steps=1)
-    other.load_state_dict(saved(la.state_dict(), tmp_path))
-    assert_same(other(X), la(X))
-    assert other.n_curvature == la.n_curvature
-
-
-def test_a_model_whose_outputs_do_not_depend_on_its_inputs_loads(tmp_path):
-    la = fitted()
-    la.H = torch.zeros_like(la.H)
-    la.snapshots = [(23, la.H)]
-    other = build()
-    other.load_state_dict(saved(la.state_dict(), tmp_path))
-    assert_same(other(X), la(X))

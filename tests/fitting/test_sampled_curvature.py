@@ -47,7 +47,10 @@ def sampled(problem: Problem, seeds: int = SEEDS, **options) -> Tensor:
 
 def test_sampled_curvature_is_unbiased_symmetric_and_positive_semi_definite(likelihood):
     p = problem_of(likelihood)
-    G, exact = sampled(p), fit(p).H
+    exact = fit(p).H
+    traces = sampled(p, curvature_size=13).diagonal(dim1=1, dim2=2).sum(1)
+    assert (traces.mean() - exact.trace()).abs() < 5 * traces.std() / SEEDS**0.5
+    G = sampled(p)
     standard_error = G.std(0) / SEEDS**0.5
     assert (standard_error > 0).all()
     assert ((G.mean(0) - exact).abs() / standard_error).max() < 5
@@ -56,12 +59,6 @@ def test_sampled_curvature_is_unbiased_symmetric_and_positive_semi_definite(like
     assert G.dtype == F64
     assert_close(G, G.mT)
     assert torch.linalg.eigvalsh(G).min() > -1e-12 * traces.max()
-
-
-def test_sampled_curvature_of_a_part_of_the_data_is_unbiased_too(likelihood):
-    p = problem_of(likelihood)
-    traces = sampled(p, curvature_size=13).diagonal(dim1=1, dim2=2).sum(1)
-    assert (traces.mean() - fit(p).H.trace()).abs() < 5 * traces.std() / SEEDS**0.5
 
 
 def test_one_label_an_input_gives_rank_one_an_input(likelihood):
@@ -87,25 +84,10 @@ def test_seed_and_position_decide_the_labels(likelihood):
         assert_close(fit(p, batch, curvature="mc", seed=3).H, la.H)
     flipped = fit(p.with_data(p.x, p.y.flip(0)), curvature="mc", seed=3)
     assert_close(flipped.H, la.H)
+    exact = fit(p)
+    assert_close(exact.loss, la.loss)
+    assert_close(exact.features(p.x_test)[0], la.features(p.x_test)[0])
     assert (flipped.loss - la.loss).abs() > 1e-6
-
-
-def test_error_falls_with_the_number_of_labels(likelihood):
-    """Variance falls as 1 / s, so the error at s = 9 is a third of that at s = 1."""
-    p = problem_of(likelihood)
-    exact = fit(p).H
-    errors = [
-        (sampled(p, 20, curvature_samples=s) - exact).square().sum((1, 2)).mean().sqrt() for s in (1, 9)
-    ]
-    assert 0.22 * errors[0] < errors[1] < 0.47 * errors[0]
-
-
-def test_basis_and_loss_are_those_of_the_exact_curvature(likelihood):
-    p = problem_of(likelihood)
-    la, exact = fit(p, curvature="mc"), fit(p)
-    assert_close(la.loss, exact.loss)
-    assert_close(la.basis.eigenvalues, exact.basis.eigenvalues)
-    assert_close(la.features(p.x_test)[0], exact.features(p.x_test)[0])
 
 
 def test_added_data_are_sampled_independently(likelihood):
@@ -143,18 +125,6 @@ def test_fewer_than_twenty_inputs_a_direction_warn_once(likelihood, n, curvature
     said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
     assert len(said) == expected
     assert all("badly wrong" in text for text in said)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("curvature", value) for value in ("MC", "ef", "empirical", None, 1)),
-        *(("curvature_samples", value) for value in (0, -1, 1.5, None, "1")),
-    ],
-)
-def test_bad_values_are_refused(name, value):
-    with pytest.raises(ValueError, match=name):
-        fit(problem_of("classification"), **{"curvature": "mc", name: value})
 
 
 def test_a_restored_estimator_knows_its_curvature(tmp_path):

@@ -28,11 +28,7 @@ PACKAGE = str(Path(laplace_ella.__file__).parent)
 P = sum(p.numel() for p in mlp().parameters())
 
 
-class Thing:
-    """No argument takes one."""
-
-
-THING = Thing()
+THING = type("Thing", (), {})()  # no argument takes one
 
 # ------------------------------------------------------------------ values that are wrong
 
@@ -102,16 +98,7 @@ WRONG: dict[str, list[Any]] = {
     "process_group": [3, "nccl", True, THING],
     **each("train_loader loader in_distribution_loader", [None, *LOADER]),
     "val_loader": LOADER,
-    "landmarks": [
-        3,
-        "random",
-        X,
-        (X,),
-        (X, None),
-        (X, [0] * 11),
-        (None, torch.zeros(11, dtype=torch.long)),
-        THING,
-    ],
+    "landmarks": [3, "random", X, (X,), (X, None), (X, [0] * 11), (None, torch.zeros(11).long()), THING],
     "basis": BASIS,
     "checkpoint": [3, 0.5, True, "", b"file", ["a"], THING, "/no/such/folder/file", "/"],
     "x": INPUT,
@@ -155,11 +142,13 @@ def searched(la, **values):
 
 def signature(function, *without: str) -> list[str]:
     """The names of the arguments; those of the host that have no meaning here left out."""
-    return [
-        n
-        for n in inspect.signature(function).parameters
-        if n not in ("self", "model_kwargs", "kwargs", *without)
-    ]
+    left_out = ("self", "model_kwargs", "kwargs", *without)
+    return [n for n in inspect.signature(function).parameters if n not in left_out]
+
+
+def own(name: str, **fixed: Any) -> tuple[Callable[..., Any], list[str]]:
+    """A method of the estimator with all its arguments."""
+    return method(name, **fixed), signature(getattr(ELLALaplace, name))
 
 
 PRIOR_SEARCH = ELLALaplace.optimize_prior_precision
@@ -172,32 +161,23 @@ METHODS: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "ELLALaplace": (constructed, signature(ELLALaplace.__init__)),
     "Laplace": (through_the_factory, ["model", "likelihood", "subset_of_weights", "hessian_structure"]),
     "assignment": (attribute, SETTERS.split()),
-    "fit": (method("fit", train_loader=train_loader()), signature(ELLALaplace.fit)),
-    "plan": (method("plan", train_loader=train_loader(), verbose=False), signature(ELLALaplace.plan)),
-    "merge": (method("merge"), signature(ELLALaplace.merge)),
-    "forget": (method("forget", loader=val_loader()), signature(ELLALaplace.forget)),
-    "calibrate_novelty": (method("calibrate_novelty"), signature(ELLALaplace.calibrate_novelty)),
+    "fit": own("fit", train_loader=train_loader()),
+    "plan": own("plan", train_loader=train_loader(), verbose=False),
+    "forget": own("forget", loader=val_loader()),
+    **{name: own(name) for name in ["merge", "calibrate_novelty", "log_marginal_likelihood", "sample"]},
+    **{name: own(name, x=X) for name in ["functional_samples", "predictive_samples", "predictive"]},
     **{
         name: (method(name), ["x"])
-        for name in ("features", "residual_share", "novelty", "approximation_error")
+        for name in ["features", "residual_share", "novelty", "approximation_error"]
     },
-    "log_marginal_likelihood": (
-        method("log_marginal_likelihood"),
-        signature(ELLALaplace.log_marginal_likelihood),
-    ),
-    "sample": (method("sample"), signature(ELLALaplace.sample)),
-    "functional_samples": (method("functional_samples", x=X), signature(ELLALaplace.functional_samples)),
-    "predictive_samples": (method("predictive_samples", x=X), signature(ELLALaplace.predictive_samples)),
-    "call": (method("__call__", x=X), signature(ELLALaplace.__call__)),
+    "call": own("__call__", x=X),
     "call nn": (method("__call__", x=X, pred_type="nn", link_approx="mc"), ["x", "n_samples"]),
-    "predictive": (method("predictive", x=X), signature(ELLALaplace.predictive)),
     "functional_variance": (method("functional_variance"), ["Js"]),
     "functional_covariance": (method("functional_covariance"), ["Js"]),
     "marglik": (method("optimize_prior_precision", method="marglik"), signature(PRIOR_SEARCH, "loss")),
     "gridsearch": (method("optimize_prior_precision", **GRID), signature(PRIOR_SEARCH)),
-    "optimize_hyperparameters": (
-        method("optimize_hyperparameters", val_loader=val_loader(), search=["logit_scale"]),
-        signature(ELLALaplace.optimize_hyperparameters),
+    "optimize_hyperparameters": own(
+        "optimize_hyperparameters", val_loader=val_loader(), search=["logit_scale"]
     ),
     "NystromGGN": (
         lambda la, **o: NystromGGN(**{"model": mlp(), "likelihood": "classification", **o}),
@@ -221,10 +201,7 @@ SPECIAL: dict[tuple[str, str], tuple[Callable[..., Any], list[Any]]] = {
             lambda la, name=name, more=more, **o: getattr(la.backend, name)(o["input"], *more),
             [value for value in INPUT if not isinstance(value, torch.Tensor)],
         )
-        for name, more in (
-            ("jacobians", ()),
-            ("full", (torch.zeros(11).long(),)),
-        )
+        for name, more in (("jacobians", ()), ("full", (torch.zeros(11).long(),)))
     },
 }
 

@@ -34,12 +34,12 @@ X = inputs(11, seed=7)
 NAN, INF = float("nan"), float("inf")
 
 
-def assert_refused(la, data, match, error=ValueError, **options):
+def assert_refused(la, data, match):
     """A fresh fit, a second one and an addition of data are refused; the previous fit stays."""
     before = Snapshot(la, X)
     for override in (True, False):
-        with pytest.raises(error, match=match):
-            la.fit(data, override=override, **options)
+        with pytest.raises(ValueError, match=match):
+            la.fit(data, override=override)
         before.check()
 
 
@@ -110,17 +110,18 @@ def bad_targets(likelihood):
     }
 
 
+LABELS = targets("classification", 7)
 BAD_BATCHES = {
     "a tensor": inputs(7),
     "one element": (inputs(7),),
-    "three elements": (inputs(7), targets("classification", 7), targets("classification", 7)),
+    "three elements": (inputs(7), LABELS, LABELS),
     "a string": "xy",
     "a number": 3,
-    "inputs as list": (inputs(7).tolist(), targets("classification", 7)),
-    "targets as list": (inputs(7), [0, 1, 2, 0, 1, 2, 0]),
-    "other length": (inputs(7), targets("classification", 5)),
+    "inputs as list": (inputs(7).tolist(), LABELS),
+    "targets as list": (inputs(7), LABELS.tolist()),
+    "other length": (inputs(7), LABELS[:5]),
     "scalar target": (inputs(7), torch.tensor(1)),
-    "scalar input": (torch.tensor(1.0), targets("classification", 7)),
+    "scalar input": (torch.tensor(1.0), LABELS),
     "a mapping without inputs": {"labels": torch.tensor(1)},
 }
 
@@ -153,21 +154,16 @@ def with_value(x, row, value):
     return x
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("value", [NAN, -INF])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_inputs_that_are_not_finite(value, likelihood):
     la = fitted(likelihood)
     assert_refused(la, loader(with_value(inputs(), 8, value), targets(likelihood)), "batch 1")
     before, bad = Snapshot(la, X), with_value(X, 3, value)
-    for predict in (
-        lambda: la(bad),
-        lambda: la(bad, "nn", link_approx="mc"),
-        lambda: la.functional_samples(bad),
-        lambda: la.functional_samples(bad, "nn"),
-        lambda: la.predictive_samples(bad),
-    ):
-        with pytest.raises(ValueError, match="finite"):
-            predict()
+    for draw in (la, la.functional_samples, la.predictive_samples):
+        for options in ({}, {"pred_type": "nn"} | ({"link_approx": "mc"} if draw is la else {})):
+            with pytest.raises(ValueError, match="finite"):
+                draw(bad, **options)
     before.check()
 
 
@@ -198,6 +194,7 @@ class Shrinking:
 
 NO_DATA = {"list": list, "iterator": lambda: iter(()), "rows": lambda: of_rows(0)}
 READERS = {
+    "plan": lambda la, data: la.plan(data),
     "fit": lambda la, data: la.fit(data),
     "add": lambda la, data: la.fit(data, override=False),
     "val_loader": lambda la, data: la.fit(train_loader(), val_loader=data),
@@ -217,18 +214,14 @@ def test_loaders_without_data(use):
     la = fitted(temperature=None)
     before = Snapshot(la, X)
     for make in NO_DATA.values():
-        with pytest.raises(ValueError, match=r"no data|at least two inputs; got 0"):
+        with pytest.raises(ValueError, match=r"no data|iterator|at least two inputs; got 0"):
             READERS[use](la, make())
     before.check()
 
 
-def test_plans_and_errors_of_no_data():
-    la = fitted()
-    for make in NO_DATA.values():
-        with pytest.raises(ValueError, match=r"no data|iterator"):
-            la.plan(make())
+def test_errors_of_no_inputs():
     with pytest.raises(ValueError, match="x must hold at least one input; got none"):
-        la.approximation_error(inputs(0))
+        fitted().approximation_error(inputs(0))
 
 
 BAD_VALIDATION = {
@@ -238,13 +231,13 @@ BAD_VALIDATION = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_VALIDATION)
 @pytest.mark.parametrize("use", ["val_loader", "joint", "gridsearch"])
-def test_bad_validation_data_change_nothing(name, use):
+def test_bad_validation_data_change_nothing(use):
     la = fitted(temperature=None)
     before = Snapshot(la, X)
-    with pytest.raises(ValueError, match=r"[Vv]alidation|batch|\w+ .*\w+"):
-        READERS[use](la, BAD_VALIDATION[name])
+    for data in BAD_VALIDATION.values():
+        with pytest.raises(ValueError, match=r"[Vv]alidation|batch|\w+ .*\w+"):
+            READERS[use](la, data)
     before.check()
 
 
@@ -354,48 +347,32 @@ def test_landmarks_that_are_wrong(name):
     before.check()
 
 
-def test_balanced_landmarks_need_classes():
-    la = fitted("regression")
-    before = Snapshot(la, X)
-    with pytest.raises(ValueError, match="balanced"):
-        la.fit(train_loader("regression"), balanced=True)
-    before.check()
-
-
 # ------------------------------------------------------------------ before a fit
 
+WITHOUT_ARGUMENTS = "sample log_marginal_likelihood optimize_prior_precision state_dict"
+OF_INPUTS = "functional_samples predictive_samples features residual_share novelty approximation_error"
+ATTRIBUTES = (
+    "basis posterior_precision posterior_covariance posterior_scale "
+    "log_det_posterior_precision log_det_prior_precision log_det_ratio"
+)
 UNFITTED = {
     "call": lambda la: la(X),
     "nn": lambda la: la(X, "nn", link_approx="mc"),
     "predictive": lambda la: la.predictive(X, "glm", "probit", 3),
-    "sample": lambda la: la.sample(3),
-    "functional_samples": lambda la: la.functional_samples(X),
     "functional_samples nn": lambda la: la.functional_samples(X, "nn"),
-    "predictive_samples": lambda la: la.predictive_samples(X),
-    "features": lambda la: la.features(X),
-    "jacobians": lambda la: la.backend.jacobians(X),
+    "backend.jacobians": lambda la: la.backend.jacobians(X),
     "backend.full": lambda la: la.backend.full(X, targets("classification", 11)),
     "functional_variance": lambda la: la.functional_variance(torch.zeros(11, C, 5)),
     "functional_covariance": lambda la: la.functional_covariance(torch.zeros(11, C, 5)),
-    "evidence": lambda la: la.log_marginal_likelihood(),
-    "marglik": lambda la: la.optimize_prior_precision(),
     "gridsearch": lambda la: la.optimize_prior_precision(method="gridsearch", val_loader=val_loader()),
-    "joint": lambda la: la.optimize_hyperparameters(val_loader()),
-    "state_dict": lambda la: la.state_dict(),
+    "optimize_hyperparameters": lambda la: la.optimize_hyperparameters(val_loader()),
     "forget": lambda la: la.forget(train_loader()),
     "merge": lambda la: la.merge(fitted()),
     "merge other": lambda la: fitted().merge(la),
-    "share": lambda la: la.residual_share(X),
-    "novelty": lambda la: la.novelty(X),
-    "calibrate": lambda la: la.calibrate_novelty(val_loader()),
-    "error": lambda la: la.approximation_error(X),
-    **{
-        name: lambda la, name=name: getattr(la, name)
-        for name in (
-            *("basis", "posterior_precision", "posterior_covariance", "posterior_scale"),
-            *("log_det_posterior_precision", "log_det_prior_precision", "log_det_ratio"),
-        )
-    },
+    "calibrate_novelty": lambda la: la.calibrate_novelty(val_loader()),
+    **{name: lambda la, name=name: getattr(la, name)() for name in WITHOUT_ARGUMENTS.split()},
+    **{name: lambda la, name=name: getattr(la, name)(X) for name in OF_INPUTS.split()},
+    **{name: lambda la, name=name: getattr(la, name) for name in ATTRIBUTES.split()},
 }
 
 
@@ -409,17 +386,6 @@ def test_use_before_a_fit_raises_an_attribute_error_as_in_the_host(name):
 
 
 # ------------------------------------------------------------------ settings
-
-
-@pytest.mark.parametrize(
-    ("likelihood", "sigma"), [("regression", -1.0), ("regression", NAN), ("classification", 0.5)]
-)
-def test_a_refused_noise_leaves_the_prior_too(likelihood, sigma):
-    la = fitted(likelihood)
-    before = Snapshot(la, X)
-    with pytest.raises(ValueError, match=r"noise"):
-        la.log_marginal_likelihood(prior_precision=torch.tensor(7.0), sigma_noise=torch.tensor(sigma))
-    before.check()
 
 
 @pytest.mark.parametrize("value", [1e39, 1e-50])
@@ -438,9 +404,8 @@ def test_numbers_that_float32_cannot_hold(value):
 def test_the_models_own_error_is_raised_and_says_what_it_was_given(name, monkeypatch):
     la = fitted()
     before = Snapshot(la, X)
-    wide = torch.zeros(11, D + 2, dtype=torch.float64)
-    monkeypatch.setitem(globals(), "X", wide)
-    use = {**UNFITTED, "fit": lambda la: la.fit([(wide, torch.zeros(11, dtype=torch.long))])}[name]
+    monkeypatch.setitem(globals(), "X", torch.zeros(11, D + 2, dtype=torch.float64))
+    use = {**UNFITTED, "fit": lambda la: la.fit([(X, torch.zeros(11, dtype=torch.long))])}[name]
     with pytest.raises(RuntimeError, match="shape") as caught:
         use(la)
     assert caught.value.__notes__ == ["The inputs were x of shape (11, 7)."]

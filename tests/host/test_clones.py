@@ -12,10 +12,11 @@ import laplace
 import pytest
 import torch
 from helpers import (
-    C,
+    DictModel,
     Snapshot,
     assert_same,
     build,
+    dict_batches,
     fitted,
     inputs,
     loader,
@@ -78,34 +79,49 @@ of_every_copy = pytest.mark.parametrize("name", COPIES)
 
 SETTINGS = {
     "defaults": {},
-    "scalars": {"prior_precision": 0.3, "prior_mean": 0.2, "temperature": 7.0, "logit_scale": 0.8},
-    "vectors": {"prior_precision": torch.arange(1.0, 5), "prior_mean": torch.ones(P)},
-    "diagonal": {"prior_precision": torch.arange(1.0, P + 1)},
-    "noise": {"likelihood": "regression", "sigma_noise": torch.tensor([0.4]), "temperature": 2.0},
-    "bernoulli": {"likelihood": "bernoulli", "enable_backprop": True},
-    "sizes": {"subsample_size": 7, "n_eigenvalues": 3, "curvature_size": 11, "seed": 5},
-    "share, all data": {"n_eigenvalues": 0.9, "curvature_size": None},
-    "labels": {"curvature": "mc", "curvature_samples": 3},
-    "residual": {"residual": "isotropic", "residual_scale": 0.1, "residual_samples": 3},
-    "compiled": {"compile": True},  # nothing is compiled before the first call
-    "computing": {"chunk_size": 2, "memory_budget": 10_000, "autodiff": "double", "process_group": None},
-    "spilling": {"spill": "cpu", "spill_dtype": torch.float32},
-    "backend": {"backend": ReverseNystromGGN},
-    "host's backend": {"backend": CurvlinopsGGN},
-    "backend's arguments": {"backend_kwargs": {"chunk_size": 3, "autodiff": "reverse"}},
-    "keys": {"dict_key_x": "x", "dict_key_y": "y", "asdl_fisher_kwargs": {"a": 1}},
+    "numbers": {
+        "prior_precision": 0.3,
+        "prior_mean": 0.2,
+        "temperature": 7.0,
+        "logit_scale": 0.8,
+        "seed": 5,
+        "n_eigenvalues": 0.9,
+        "curvature_size": None,
+    },
+    "vectors": {
+        "likelihood": "regression",
+        "sigma_noise": torch.tensor([0.4]),
+        "temperature": 2.0,
+        "prior_precision": torch.arange(1.0, P + 1),
+        "prior_mean": torch.ones(P),
+        "enable_backprop": True,
+    },
+    "residual": {
+        "residual": "isotropic",
+        "residual_scale": 0.1,
+        "residual_samples": 3,
+        "backend_kwargs": {"chunk_size": 3, "autodiff": "reverse"},
+    },
+    "computing": {
+        "likelihood": "bernoulli",
+        "prior_precision": torch.arange(1.0, 5),
+        "process_group": None,
+        "chunk_size": 2,
+        "memory_budget": 10_000,
+        "autodiff": "double",
+        "spill": "cpu",
+        "spill_dtype": torch.float32,
+        "curvature": "mc",
+        "curvature_samples": 3,
+    },
+    "backend": {"backend": ReverseNystromGGN, "dict_key_x": "x", "dict_key_y": "y"},
+    "host's backend": {"backend": CurvlinopsGGN, "compile": True, "asdl_fisher_kwargs": {"a": 1}},
 }
 
 
 def estimator(name, **more):
-    # Small defaults, that nothing has to be reduced.
-    options = {
-        "likelihood": "classification",
-        "subsample_size": 13,
-        "curvature_size": 17,
-        **more,
-        **SETTINGS[name],
-    }
+    sizes = {"subsample_size": 13, "curvature_size": 17}  # that nothing has to be reduced
+    options = {"likelihood": "classification", **sizes, **more, **SETTINGS[name]}
     return laplace_ella.Laplace(mlp(), subset_of_weights="all", hessian_structure="ella", **options)
 
 
@@ -126,7 +142,7 @@ def test_an_estimator_built_again_is_equal(name, again):
 
 @pytest.mark.filterwarnings("ignore:n_eigenvalues was reduced")
 @pytest.mark.parametrize("again", REBUILT)
-@pytest.mark.parametrize("name", ["noise", "residual", "share, all data", "backend's arguments"])
+@pytest.mark.parametrize("name", ["numbers", "vectors", "residual"])
 def test_an_estimator_built_again_fits_the_same(name, again):
     la = estimator(name, n_eigenvalues=5)
     new = REBUILT[again](la)
@@ -184,17 +200,12 @@ def test_arguments_are_kept_as_the_host_has_them_without_graphs():
     assert params["model"] is la.model
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("value", "fixed"), [(None, False), (3.0, True), (1.0, True)])
-def test_temperature_is_fixed_by_a_number_unless_something_else_is_said(value, fixed):
-    assert build(temperature=value).temperature_fixed is fixed
-    for given in (True, False):
-        la = build(temperature=value, temperature_fixed=given)
-        assert la.temperature_fixed is given
-        assert la.temperature == (value or 1.0)
-        la.fit(train_loader())
-        la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), grid_size=3)
-        assert (la.temperature == (value or 1.0)) == given
+def test_temperature_is_fixed_by_a_number_unless_something_else_is_said():
+    for value in (None, 3.0, 1.0):
+        assert build(temperature=value).temperature_fixed is (value is not None)
+        for given in (True, False):
+            la = build(temperature=value, temperature_fixed=given)
+            assert (la.temperature_fixed, la.temperature) == (given, value or 1.0)
 
 
 def test_sizes_left_at_their_defaults_stay_defaults():
@@ -212,21 +223,11 @@ def test_sizes_left_at_their_defaults_stay_defaults():
 def test_a_backend_instance_gives_its_class_and_options():
     options = {"chunk_size": 3, "spill": "cpu", "spill_dtype": torch.float32}
     theirs = ReverseNystromGGN(mlp(seed=3), "regression", **options)
-    la = build(backend=theirs)
+    la = build(backend=theirs, chunk_size=5)  # what is named comes first
     assert type(la.backend) is ReverseNystromGGN
-    assert la.backend is not theirs
     assert la.backend.model is la.model
     assert la.backend.likelihood == "classification"
-    assert la.backend.options == theirs.options
-    assert la.chunk_size == la.backend.engine.chunk_size == 3
-    theirs = NystromGGN(mlp(), "classification", chunk_size=3, autodiff="reverse")
-    la = build(
-        backend=theirs, chunk_size=5, backend_kwargs={"autodiff": "forward"}
-    )  # what is named comes first
-    assert (la.backend.engine.chunk_size, la.backend.engine.autodiff) == (5, "forward")
-
-
-def test_a_backend_instance_of_the_host_selects_the_class():
+    assert la.backend.options == {**theirs.options, "chunk_size": 5}
     theirs = laplace.Laplace(mlp(), "classification", "all", "diag").backend
     assert type(build(backend=theirs).backend) is NystromGGN
     with pytest.raises(ValueError, match="empirical Fisher"):
@@ -251,9 +252,9 @@ def test_a_backend_with_arguments_of_its_own(again):
 # ------------------------------------------------------------------ copies
 
 
-def used(**options):
+def used():
     """A fitted estimator whose caches are full, with a calibration."""
-    la = fitted(residual="isotropic", **options)
+    la = fitted(residual="isotropic")
     la.calibrate_novelty(val_loader())
     la(X), la.novelty(X)
     return la
@@ -279,11 +280,6 @@ def test_a_copy_predicts_the_same_and_is_independent(name):
     before.check()
     assert_same(la.novelty(X), novelty)
     assert la.fit_history_ == history
-    assert la.snapshots[-1][1].shape == la.H.shape
-    before = Snapshot(new, X)
-    la.fit(other_loader())
-    la.load_state_dict(fitted(prior_precision=3.0).state_dict())
-    before.check()
 
 
 @pytest.mark.parametrize("name", ["deepcopy", "pickle"])
@@ -300,39 +296,23 @@ def test_a_deep_copy_is_of_a_model_of_its_own(name):
         for p in model.parameters():
             p.mul_(1.5)
     before.check()
-    # What it computes is of its own weights: an oracle by a network built with them.
-    features, f = new.features(X)
-    torch.testing.assert_close(f, model(X))
-    assert not torch.equal(features, la.features(X)[0])
     new.fit(train_loader())
     other = mlp()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(new(X), fitted(model=other, residual="isotropic")(X))
 
 
+def weighted(net, batch):
+    return net({**batch, "attention_mask": batch["attention_mask"] * batch["weights"]})
+
+
 @of_every_copy
-def test_a_copy_knows_how_inputs_are_read(name):
-    """Tokens, and positions that all inputs share."""
-    torch.manual_seed(0)
-    net = nn.ModuleDict({"tokens": nn.Embedding(11, 7), "place": nn.Embedding(5, 7), "head": nn.Linear(7, C)})
-    model = Applied(embedded, net.double())
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        {
-            "input_ids": torch.randint(11, (n, 5), generator=generator),
-            "position_ids": torch.arange(5),
-            "labels": torch.randint(C, (n,), generator=generator),
-        }
-        for n in (7, 9, 7)
-    ]
-    la = fitted(model=model, data=batches)
-    five = {k: v if k == "position_ids" else v[:5] for k, v in batches[0].items()}
+def test_a_copy_knows_which_entries_all_inputs_share(name):
+    weights = torch.arange(1.0, 6.0).double()
+    batches = [{"weights": weights, **b} for b in dict_batches()]
+    la = fitted(model=Applied(weighted, DictModel()), data=batches)
+    five = {k: v if k == "weights" else v[:5] for k, v in batches[0].items()}
     assert_same(COPIES[name](la)(five), la(five))
-
-
-def embedded(net, batch):
-    h = net["tokens"](batch["input_ids"]) + net["place"](batch["position_ids"])
-    return net["head"](h.tanh().mean(1))
 
 
 @of_every_copy
@@ -347,28 +327,20 @@ def test_copies_after_a_gradient_of_the_evidence_and_of_a_frozen_model(name):
     assert [p.numel() for p in new.params] == [p.numel() for p in la.params]
 
 
-class Group:
-    """What a process group is to a copy: something that belongs to the process."""
-
-    def __deepcopy__(self, memo):
-        raise TypeError("cannot be copied")
-
-
 def test_a_process_group_is_shared_by_copies_and_refused_by_pickle():
     la = build()
-    la.process_group = group = Group()  # no rank is asked
+    la.process_group = group = threading.Lock()  # no rank is asked, and nothing can copy it
     for again in (copy.copy, copy.deepcopy):
         assert again(la).process_group is group
     with pytest.raises(TypeError, match=r"process_group must be 'default' or None.*state_dict"):
         pickle.dumps(la)
 
 
-@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda la: type(la)(la.model, "classification")])
-def test_a_copy_waits_until_another_thread_has_put_the_weights_back(again):
+def test_a_copy_waits_until_another_thread_has_put_the_weights_back():
     la, found = fitted(model=Waiting()), []
     la.model.stop()
     predicting = threading.Thread(target=lambda: la(X))
-    copying = threading.Thread(target=lambda: found.append(again(la)))
+    copying = threading.Thread(target=lambda: found.append(copy.deepcopy(la)))
     predicting.start()
     assert la.model.inside.wait(30)
     copying.start()
@@ -376,8 +348,7 @@ def test_a_copy_waits_until_another_thread_has_put_the_weights_back(again):
     assert not found
     la.model.go_on.set()
     predicting.join(), copying.join()
-    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in found[0].model.parameters())
-    assert len(found[0].params) == len(la.params)
+    assert all(isinstance(p, nn.Parameter) for p in found[0].model.parameters())
 
 
 # ------------------------------------------------------------------ subclasses
@@ -401,30 +372,25 @@ class Named(ELLALaplace):
         return super().__call__(x, *args, **kwargs)
 
 
-class Plain(ELLALaplace):
-    """Without anything of its own, a key neither."""
-
-
 def named():
     options = {"name": "b", "subsample_size": 13, "n_eigenvalues": 5}
     return laplace.Laplace(mlp(), "classification", "all", "named", **options)
 
 
-def test_a_subclass_has_the_key_it_gives_itself():
-    assert type(laplace_ella.Laplace(mlp(), "classification", "all", "named")) is Named
+def test_a_subclass_has_the_key_it_gives_itself_or_none():
     la = named()
     la.fit(train_loader())
     la.predictive(X)
     assert la.calls == ["fit", "call"]
     assert_same(la(X), fitted(temperature=None)(X))
 
+    class Plain(ELLALaplace):
+        pass
 
-def test_a_subclass_without_a_key_does_not_take_the_place_of_its_parent():
     assert Plain._key != ELLALaplace._key
     assert type(laplace.Laplace(mlp(), "classification", "all", "ella")) is ELLALaplace
     la = Plain(mlp(), "classification", subsample_size=13, n_eigenvalues=5)
     la.fit(train_loader())
-    assert_same(la(X), fitted(temperature=None)(X))
     Plain(mlp(), "classification").load_state_dict(la.state_dict())
 
 
@@ -432,8 +398,6 @@ def test_a_subclass_without_a_key_does_not_take_the_place_of_its_parent():
 def test_a_subclass_is_built_again_with_its_own_arguments(again):
     la = named()
     new = REBUILT[again](la)
-    assert type(new) is Named
-    assert (new.name, new.subsample_size) == ("b", 13)
+    assert (type(new), new.name, new.subsample_size) == (Named, "b", 13)
     new.fit(train_loader())
-    assert new.calls == ["fit"]
-    assert la.calls == []
+    assert (new.calls, la.calls) == (["fit"], [])

@@ -34,6 +34,7 @@ from typing import Any
 import pytest
 import torch
 import unchanged_models as models
+import unchanged_numbers as numbers
 from torch import Tensor
 
 import laplace_ella
@@ -123,15 +124,15 @@ def read(name: str) -> dict[str, Any]:
 
 def streams() -> list[Any]:
     """Return the beginnings of the random streams that samples and the Monte-Carlo link depend on."""
-    normal = torch.randn(5, 7, generator=models.generator(), dtype=torch.float64)
-    few = torch.randn(3, generator=models.generator(), dtype=torch.float64)
-    seed = torch.randint(2**31, (), generator=models.generator())
+    normal = torch.randn(5, 7, generator=numbers.generator(), dtype=torch.float64)
+    few = torch.randn(3, generator=numbers.generator(), dtype=torch.float64)
+    seed = torch.randint(2**31, (), generator=numbers.generator())
     points = torch.quasirandom.SobolEngine(5, scramble=True, seed=3).draw(8, dtype=torch.float64)
     return [packed(normal), packed(few), int(seed), packed(points[1:])]
 
 
 def tangents() -> Any:
-    return torch.randn(40, generator=models.generator(), dtype=torch.float32).tolist()
+    return torch.randn(40, generator=numbers.generator(), dtype=torch.float32).tolist()
 
 
 def streams_are_known() -> bool:
@@ -275,15 +276,15 @@ def test_states_have_the_same_entries(stored):
 @pytest.mark.parametrize("name", STATES)
 def test_saved_states_load(name):
     la = loaded(name)
-    compare_numbers(models.of_small(la), read("checkpoints")[name])
+    compare_numbers(numbers.of_small(la), read("checkpoints")[name])
 
 
 @pytest.mark.parametrize("case", models.CASES, ids=lambda c: c.name)
 def test_numbers(case):
-    compare_numbers(models.numbers_of(case), read(case.name))
+    compare_numbers(numbers.numbers_of(case), read(case.name))
 
 
-def compare_numbers(values: models.Numbers, expected: dict[str, Any]) -> None:
+def compare_numbers(values: numbers.Numbers, expected: dict[str, Any]) -> None:
     actual = {k: packed(v) for k, v in values.items()}
     if not streams_are_known():
         assert version("torch") != read("streams")["torch"], "the streams of this version were others"
@@ -312,7 +313,7 @@ def write_states() -> None:
         state = fitted().state_dict(directions=stored)
         assert name == f"format_{state['format']}_{stored}", "this version writes another format"
         torch.save(state, path)
-        known[name] = {k: packed(v) for k, v in models.of_small(loaded(name)).items()}
+        known[name] = {k: packed(v) for k, v in numbers.of_small(loaded(name)).items()}
     write_json("checkpoints", known)
 
 
@@ -322,7 +323,7 @@ def write() -> None:
     write_json("surface", everything_about_the_surface())
     write_json("streams", {"torch": version("torch"), "streams": streams(), "tangents": tangents()})
     for case in models.CASES:
-        write_json(case.name, {k: packed(v) for k, v in models.numbers_of(case).items()})
+        write_json(case.name, {k: packed(v) for k, v in numbers.numbers_of(case).items()})
 
 
 def compare() -> None:
@@ -330,7 +331,7 @@ def compare() -> None:
     largest: dict[str, tuple[float, str]] = defaultdict(lambda: (0.0, ""))
     for case in models.CASES:
         expected = read(case.name)
-        for name, value in models.numbers_of(case).items():
+        for name, value in numbers.numbers_of(case).items():
             off = difference(packed(value), expected[name])
             largest[name] = max(largest[name], (off, case.name))
     for name, (off, of_case) in sorted(largest.items(), key=lambda item: -item[1][0]):

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import C, DictModel, build, dict_batches, loader, reference_features, targets
-from laplace.curvature import AsdlGGN
 from models import N_INPUTS, Applied, Checkpointed, Residual
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,10 +89,10 @@ class SelfAttention(nn.MultiheadAttention):
         return super().forward(x, x, x)
 
 
-def scaled_dot_product(mask: Tensor | None = None, is_causal: bool = False) -> nn.Module:
+def scaled_dot_product(mask: Tensor | None = None) -> nn.Module:
     def attention(qkv: nn.Module, x: Tensor) -> Tensor:
         q, k, v = qkv(x)[:, None].chunk(3, -1)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal)[:, 0]
+        return F.scaled_dot_product_attention(q, k, v, mask)[:, 0]
 
     return Pooled(Applied(attention, nn.Linear(WIDTH, 3 * WIDTH)))
 
@@ -184,32 +183,6 @@ def without_checkpoints(model: nn.Module) -> nn.Module:
     return twin
 
 
-class LowRank(nn.Module):
-    """A frozen layer and a trainable update of rank 2 (LoRA), away from its initial value 0."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.layer = layer.requires_grad_(False)
-        self.down = nn.Parameter(torch.randn(2, layer.in_features))
-        self.up = nn.Parameter(torch.randn(layer.out_features, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x) + x @ self.down.T @ self.up.T
-
-
-def adapted() -> nn.Module:
-    frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
-    return nn.Sequential(frozen, nn.Tanh(), LowRank(nn.Linear(WIDTH, WIDTH)), nn.Tanh(), nn.Linear(WIDTH, C))
-
-
-def tied() -> nn.Module:
-    """Reads its tokens and scores its outputs with one matrix, as language models do."""
-    embedding, decoder = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11, bias=False)
-    decoder.weight = embedding.weight
-    net = nn.Sequential(embedding, decoder, nn.Linear(11, C))
-    return Applied(lambda net, x: net[2](net[1](net[0](x).mean(1).tanh())), net)
-
-
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.Linear(5, C))
 
@@ -244,7 +217,6 @@ BOTH = (FEATURES, ROWS)
 CASES = [
     # attention
     Case("multi-head attention", lambda: Pooled(SelfAttention(WIDTH, 2, batch_first=True)), sequences),
-    Case("transformer encoder", encoder, sequences),
     Case("transformer encoder, training", encoder, sequences, training=True),
     Case("scaled dot product", scaled_dot_product, sequences),
     Case(
@@ -252,7 +224,6 @@ CASES = [
         lambda: scaled_dot_product(torch.ones(STEPS, STEPS).tril().bool()),
         sequences,
     ),
-    Case("scaled dot product, causal", lambda: scaled_dot_product(is_causal=True), sequences),
     # recurrent layers
     Case("LSTM", lambda: Pooled(nn.LSTM(WIDTH, 5, batch_first=True), 5), sequences, (ROWS,)),
     Case("GRU", lambda: Pooled(nn.GRU(WIDTH, 5, batch_first=True), 5), sequences, (ROWS,)),
@@ -273,7 +244,6 @@ CASES = [
     # normalisation and dropout
     Case("group norm", lambda: convolutional(nn.GroupNorm(2, 4)), images),
     Case("layer norm", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)), sequences),
-    Case("instance norm", lambda: convolutional(nn.InstanceNorm2d(4, affine=True)), images),
     Case(
         "instance norm, statistics",
         lambda: convolutional(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
@@ -281,14 +251,11 @@ CASES = [
         training=True,
     ),
     Case("batch norm 1d", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))),
-    Case("batch norm 2d", lambda: convolutional(nn.BatchNorm2d(4)), images),
     Case("batch norm 2d, training", lambda: convolutional(nn.BatchNorm2d(4)), images, training=True),
     Case("dropout", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)), training=True),
     # others
     Case("transposed convolution", lambda: convolutional(nn.Tanh(), nn.ConvTranspose2d(4, 3, 2, 2)), images),
     Case("in-place residual", Residual, of_shape(N_INPUTS)),
-    Case("tied weights", tied, tokens),
-    Case("frozen backbone and LoRA", adapted),
     Case("mapping in, logits out", DictModel, mapping),
     # custom functions
     Case("function, no rules", custom(_Cube), vectors, BOTH),
@@ -354,11 +321,3 @@ def test_architecture(case: Case) -> None:
     torch.testing.assert_close(phi, expected_phi)
     assert phi.abs().max() > 0
     check_fallbacks(case, la.backend.support(x), [w.message for w in record])
-
-
-def test_a_library_that_cannot_differentiate_a_layer_says_what_to_do():
-    model = nn.Sequential(nn.Conv2d(1, 2, 2, dilation=2), nn.Flatten(), nn.Linear(2 * 3 * 3, 3))
-    la = build(model=model, backend=AsdlGGN)
-    x = torch.randn(7, 1, 5, 5, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r"ASDL cannot differentiate this model.*Leave `backend` out"):
-        la.fit([(x, torch.arange(7) % 3)])

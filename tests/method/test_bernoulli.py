@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from conftest import B, K, M, assert_close
-from helpers import fitted, inputs, loader, mlp, moments
+from helpers import inputs, loader, mlp, moments
 from models import Applied
 from scipy.integrate import quad
 from searching import by_loop, grid_search
@@ -59,16 +59,6 @@ def test_full_span_equals_dense_laplace(n_outputs):
     assert_close(la.loss, torch.tensor(expected, dtype=F64))
 
 
-def test_loss_and_curvature_stay_finite_for_confident_logits():
-    model = mlp(3)
-    with torch.no_grad():
-        model[-1].bias.copy_(torch.tensor([0.0, 800.0, -800.0]))
-    la = fit(3, model=model)
-    assert la.loss.isfinite()
-    assert torch.linalg.eigvalsh(la.H)[0] > -1e-12 * la.H.trace()
-    assert la(X).isfinite().all()
-
-
 def test_one_logit_is_classification_with_the_logits_zero_and_f():
     la, model = fit(1), Applied(lambda net, x: F.pad(net(x), (1, 0)), mlp(1))
     two = ELLALaplace(model, "classification", **BASE)
@@ -101,12 +91,8 @@ def test_targets_of_any_type_give_the_same_fit_and_may_be_flat_for_one_output(fo
 BAD = {
     "flat": (3, labels(3)[:, 0]),
     "too wide": (1, labels(3)),
-    "too narrow": (3, labels(2)),
-    "an axis more": (3, labels(3)[..., None]),
-    "two": (3, labels(3) + 1),
     "minus one": (3, 2 * labels(3) - 1),
     "NaN": (3, labels(3).double().where(labels(3) > 0, float("nan"))),
-    "infinite": (1, labels(1).double() / 0.0),
     "complex": (1, labels(1).to(torch.complex128)),
 }
 
@@ -153,19 +139,6 @@ def test_links_are_the_closed_form_and_the_integral(n_outputs):
     assert_close(la(X, link_approx="mc", n_samples=128), expected, rtol=0, atol=0.03)
 
 
-@pytest.mark.parametrize("pred_type", ["glm", "nn"])
-@pytest.mark.parametrize("n_outputs", WIDTHS)
-def test_samples_are_probabilities_of_functional_samples(n_outputs, pred_type):
-    la = fit(n_outputs, **WIDE)
-    draws = (la.functional_samples, la.predictive_samples)
-    functional, predictive = (draw(X, pred_type, 13, generator=generator(4)) for draw in draws)
-    assert predictive.shape == (13, B, n_outputs)
-    assert_close(predictive, functional.sigmoid())
-    if pred_type == "nn":
-        found = la(X, "nn", link_approx="mc", n_samples=13, generator=generator(4))
-        assert_close(found, predictive.mean(0))
-
-
 def test_logit_scale_multiplies_the_mean_only(tmp_path):
     la = fit(3, **WIDE)
     mean, cov = moments(la, X)
@@ -174,7 +147,9 @@ def test_logit_scale_multiplies_the_mean_only(tmp_path):
     found, same = moments(la, X)
     assert_close(found, 1.7 * mean)
     assert_close(same, cov)
-    assert_close(la.functional_samples(X, n_samples=7, generator=generator()), plain + 0.7 * mean)
+    samples = la.functional_samples(X, n_samples=7, generator=generator())
+    assert_close(samples, plain + 0.7 * mean)
+    assert_close(la.predictive_samples(X, n_samples=7, generator=generator()), samples.sigmoid())
     torch.save(la.state_dict(), tmp_path / "la.pt")
     other = ELLALaplace(la.model, "bernoulli")
     other.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
@@ -203,10 +178,3 @@ def test_grid_search_finds_what_a_loop_over_calls_finds(n_outputs, loss, link):
     options = {"link_approx": link, "n_samples": 23}
     expected = by_loop(la, lambda: float((loss or nll)(la(x, **options), y)))
     assert grid_search(la, loader(x, y, 5), loss=loss, **options) == expected
-
-
-def test_marglik_increases_the_evidence():
-    la = fitted("bernoulli", mlp(3), loader(inputs(), labels(3)))
-    start = la.log_marginal_likelihood(torch.tensor(5.0)).item()
-    la.optimize_prior_precision(method="marglik", n_steps=30, init_prior_prec=5.0)
-    assert la.log_marginal_likelihood().item() > start

@@ -1,11 +1,10 @@
 """Inputs and models at the edges: each was wrong once, or easily could be."""
 
-from collections import UserDict
 from copy import deepcopy
 
 import pytest
 import torch
-from helpers import N_TEST, C, D, N, build, fitted, inputs, loader, mlp, targets, train_loader, val_loader
+from helpers import N_TEST, C, D, N, build, fitted, inputs, mlp, targets, train_loader
 from models import Applied
 from torch import nn
 
@@ -29,22 +28,6 @@ def test_entries_shared_by_a_batch_stay_with_its_rows():
     torch.testing.assert_close(sampled.H, streamed.H)
 
 
-class AttributeBatch(UserDict):
-    """A mapping whose entries models may take as attributes, as in Hugging Face's."""
-
-    def __getattr__(self, name):
-        if name == "data":
-            raise AttributeError(name)
-        return self.data[name]
-
-
-def test_mappings_keep_their_type():
-    x, y = inputs(), targets("classification")
-    model = Applied(lambda net, batch: net(batch.input_ids))
-    la = fitted(model=model, data=[AttributeBatch(input_ids=x, labels=y)])
-    torch.testing.assert_close(la(AttributeBatch(input_ids=X)), fitted(data=[(x, y)])(X))
-
-
 @pytest.mark.parametrize("backend", [None, ReverseNystromGGN])
 def test_weights_without_axes_or_entries(backend):
     model = Applied(lambda net, x: model.gate * net(x))
@@ -57,17 +40,6 @@ def test_weights_without_axes_or_entries(backend):
     torch.testing.assert_close(V @ V.T, torch.eye(5, dtype=F64))
     la.prior_precision = torch.arange(1.0, la.n_layers + 1)
     assert la(X).isfinite().all()
-
-
-def test_history_of_added_data_scores_the_whole_posterior():
-    la = fitted()
-    la.fit(loader(inputs(seed=7), targets("classification", seed=8)), override=False, val_loader=val_loader())
-    x, y = (torch.cat(part) for part in zip(*val_loader()))
-    expected = -la(x).gather(1, y[:, None]).log().mean().item()
-    assert la.fit_history_ == {"processed_examples": [2 * N], "val_nll": [pytest.approx(expected)]}
-    other = fitted()
-    other.load_state_dict(la.state_dict())
-    assert other.fit_history_ == la.fit_history_
 
 
 def test_a_restored_estimator_finds_its_gradient_engine_again():
@@ -96,16 +68,6 @@ def test_what_a_forward_pass_stores_is_no_tensor_of_ours():
     model.hidden = kept
     la(X)
     assert model.hidden is kept
-
-
-def test_the_basis_is_that_of_its_landmarks_whatever_the_history():
-    """A rank that was cut, a fit again: the share asked for decides anew."""
-    la = fitted(n_eigenvalues=0.9, temperature=None)
-    rank = la.basis.rank
-    assert la.basis.retained >= 0.9
-    assert la.basis.spectrum.shape == (13,)
-    la.fit(train_loader())
-    assert la.basis.rank == rank
 
 
 @pytest.mark.filterwarnings("ignore:curvature=.mc.")

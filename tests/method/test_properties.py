@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,8 +18,8 @@ from laplace_ella.nystrom.basis import NystromBasis
 from laplace_ella.posterior.attributes import become
 from laplace_ella.posterior.gaussian import Outputs
 from laplace_ella.posterior.likelihoods import LIKELIHOODS
-from laplace_ella.posterior.links import Noise, quasi_normal
-from laplace_ella.posterior.prediction import moments, predict
+from laplace_ella.posterior.links import quasi_normal
+from laplace_ella.posterior.prediction import moments
 
 LINKS = ("probit", "mc", "bridge", "bridge_norm")
 F64 = torch.float64
@@ -81,13 +80,6 @@ def test_directions_are_orthonormal_and_span_the_landmark_gradients(problem):
     assert la.basis.retained == pytest.approx(1, abs=1e-12)
 
 
-def test_leading_columns_are_the_solution_of_lower_rank(problem):
-    large, small = fit(problem, n_eigenvalues=9), fit(problem, n_eigenvalues=4)
-    assert_close(large.features(problem.x_test)[0][..., :4], small.features(problem.x_test)[0])
-    assert_close(large.H[:4, :4], small.H)
-    assert_close(large.basis.eigenvalues[:4], small.basis.eigenvalues)
-
-
 def test_rotating_the_basis_changes_nothing(small_problem):
     la, other = (fit(small_problem, prior_precision=PRIORS["layerwise"]) for _ in range(2))
     Q = torch.linalg.qr(torch.randn(K, K, dtype=F64))[0]
@@ -128,32 +120,6 @@ def test_covariance_is_exact_where_the_span_holds_the_rows_involved(dtype):
 # ---------------------------------------------------------------------------- the curvature
 
 
-@pytest.mark.parametrize("curvature_size", [None, 2000, N])
-def test_curvature_is_a_sum_over_data(small_problem, curvature_size):
-    """Of parts that are fitted apart, and of data that are added later; a sample that holds all data is exact."""
-    p = small_problem
-    first, second = (p.with_data(p.x[s], p.y[s]) for s in (slice(0, 9), slice(9, N)))
-    whole, la, part = fit(p), fit(first, curvature_size=curvature_size), fit(second)
-    assert_close(la.H + part.H, whole.H)
-    assert_close(la.loss + part.loss, whole.loss)
-    basis = la.basis
-    la.fit(second.loader(), override=False)
-    assert la.basis is basis
-    assert la.n_data == N
-    assert_close(la.loss, whole.loss)
-    assert_close(la.H, whole.H)
-    assert_close(all_covariances(la, p.x_test), all_covariances(whole, p.x_test))
-    assert_close(fit(p, curvature_size=curvature_size).H, whole.H)
-
-
-def test_overriding_forgets_the_data_before(small_problem):
-    p = small_problem
-    la = fit(p)
-    la.fit(p.loader(), landmarks=p.landmarks)
-    assert la.n_data == N
-    assert_close(la.H, fit(p).H)
-
-
 def test_sampled_curvature_is_unbiased(small_problem):
     n, n_seeds = 7, 200
     fits = [fit(small_problem, curvature_size=n, seed=seed).H for seed in range(n_seeds)]
@@ -162,26 +128,6 @@ def test_sampled_curvature_is_unbiased(small_problem):
     standard_error = draws.std(0) / n_seeds**0.5
     assert (standard_error > 0).all()
     assert (error.abs() / standard_error).max() < 4.5
-
-
-def test_curvature_is_positive_semi_definite_for_confident_outputs(dtype):
-    p = make_problem("mlp", "classification", dtype)
-    with torch.no_grad():
-        p.model[-1].bias.copy_(torch.tensor([0.0, 50.0, -50.0]))
-    la = fit(p)
-    assert smallest_eigenvalue(la.H) >= -1e-12 * float(la.H.trace())
-    assert torch.linalg.cholesky(la.posterior_precision).isfinite().all()
-
-
-def test_adding_a_constant_to_all_logits_changes_no_curvature(dtype):
-    """Lambda has the null vector 1: without its mean term this fails."""
-    model = nn.Linear(2, C).to(dtype)
-    p = make_problem("mlp", "classification", dtype)
-    la = ELLALaplace(model, "classification", n_eigenvalues=3 * C)
-    la.fit(p.loader(), landmarks=(p.x[: 3 * C], torch.arange(3 * C) % C))
-    shift = torch.cat([torch.zeros(2 * C, dtype=dtype), torch.ones(C, dtype=dtype)])
-    z = dense_directions(la).T @ shift
-    assert float(z @ la.H @ z) < 1e-12 * float(la.H.trace())
 
 
 def test_neither_batch_size_nor_the_order_of_data_and_landmarks_matters(small_problem):
@@ -198,16 +144,6 @@ def test_neither_batch_size_nor_the_order_of_data_and_landmarks_matters(small_pr
 
 
 # ---------------------------------------------------------------------------- the posterior
-
-
-def test_stopping_after_n_points_is_a_temperature_and_a_prior(dtype):
-    """[G_n + (n/N) delta I]^-1 is T = N/n, delta n/N with the unbiased (N/n) G_n."""
-    p, n, delta = make_problem("mlp", "classification", dtype), 9, 0.6
-    G_n = fit(p.with_data(p.x[:n], p.y[:n])).H
-    la = fit(p, temperature=N / n, prior_precision=delta * n / N)
-    la.H = (N / n) * G_n
-    expected = torch.linalg.inv(G_n + n / N * delta * torch.eye(K, dtype=F64))
-    assert_close(la.posterior_covariance, expected)
 
 
 @every_prior
@@ -228,31 +164,6 @@ def test_one_eigendecomposition_gives_all_variances(small_problem):
         h = 1 / (small_problem.sigma_noise**2 * T)
         variances = ((phi @ Q).square() / (h * g + delta)).sum(-1)
         assert_close(all_covariances(la, x).diagonal().reshape(B, C), variances)
-
-
-@pytest.mark.parametrize("name", ["temperature", "prior_precision", "sigma_noise"])
-def test_a_new_hyperparameter_reaches_the_next_prediction(name, dtype):
-    p = make_problem("mlp", "regression", dtype)
-    la = fit(p)
-    la(p.x_test)
-    setattr(la, name, 2.9)
-    assert_close(all_covariances(la, p.x_test), all_covariances(fit(p, **{name: 2.9}), p.x_test))
-
-
-def test_infinite_prior_precision_leaves_no_variance(small_problem):
-    x, la = small_problem.x_test, fit(small_problem, prior_precision=1e20)
-    assert all_covariances(la, x).abs().max() < 1e-18 * all_covariances(fit(small_problem), x).abs().max()
-    if small_problem.likelihood == "classification":
-        for link in ("probit", "mc"):
-            assert_close(la(x, link_approx=link), la.features(x)[1].softmax(-1))
-
-
-def test_prior_mean_moves_the_evidence_only(small_problem):
-    la, other = fit(small_problem), fit(small_problem, prior_mean=0.4)
-    assert_close(all_covariances(other, small_problem.x_test), all_covariances(la, small_problem.x_test))
-    theta = oracle.weights(small_problem.model)
-    moved = small_problem.prior_precision * ((theta - 0.4).square().sum() - theta.square().sum())
-    assert_close(other.log_marginal_likelihood() - la.log_marginal_likelihood(), -0.5 * moved)
 
 
 def test_variance_vanishes_for_gradients_orthogonal_to_the_span(dtype):
@@ -283,31 +194,12 @@ def test_functional_samples_have_the_joint_covariance_of_all_inputs(small_proble
     mean, cov = la._glm_predictive_distribution(x, joint=True)
     samples = la.functional_samples(x, n_samples=20_000, generator=torch.Generator().manual_seed(0))
     within_sampling_error(samples.flatten(1), mean, cov)
+    predictive = la.predictive_samples(x, n_samples=20_000, generator=torch.Generator().manual_seed(0))
+    assert_close(predictive, samples.softmax(-1) if small_problem.likelihood == "classification" else samples)
     outside = cov - torch.block_diag(*(cov[i : i + C, i : i + C] for i in range(0, B * C, C)))
     assert outside.abs().max() > 0.1 * cov.abs().max()  # noise of each input's own would fail
     samples = la.functional_samples(x, n_samples=20_000, diagonal_output=True)
     within_sampling_error(samples.flatten(1), mean, cov.diagonal().diag())
-
-
-def test_functional_samples_share_one_noise_of_k_dimensions(small_problem):
-    la, x = fit(small_problem), small_problem.x_test
-
-    def draw(inputs):
-        return la.functional_samples(inputs, n_samples=13, generator=torch.Generator().manual_seed(2))
-
-    assert torch.linalg.matrix_rank((draw(x) - la.features(x)[1]).flatten(1), rtol=1e-9) == K
-    assert_close(torch.cat([draw(part) for part in x.split([2, 5])], 1), draw(x))
-
-
-@pytest.mark.parametrize("kind", ["glm", "nn"])
-def test_predictive_samples_are_functional_samples_through_the_link(small_problem, kind):
-    la, x = fit(small_problem), small_problem.x_test
-    functional, predictive = (
-        draw(x, pred_type=kind, n_samples=13, generator=torch.Generator().manual_seed(4))
-        for draw in (la.functional_samples, la.predictive_samples)
-    )
-    expected = functional.softmax(-1) if small_problem.likelihood == "classification" else functional
-    assert_close(predictive, expected)
 
 
 def test_weight_samples_have_the_posterior_covariance(small_problem):
@@ -335,19 +227,7 @@ def test_samples_follow_the_generator_or_the_global_one(small_problem):
 # ---------------------------------------------------------------------------- links
 
 
-def test_mc_link_is_repeatable_and_leaves_the_global_generator_alone(dtype):
-    p = make_problem("mlp", "classification", dtype)
-    la = fit(p)
-    first = la(p.x_test, link_approx="mc")
-    torch.manual_seed(99)
-    before = torch.get_rng_state()
-    assert torch.equal(la(p.x_test, link_approx="mc"), first)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(fit(p)(p.x_test, link_approx="mc"), first)
-    assert_close(la(p.x_test[2:4], link_approx="mc"), first[2:4])
-
-
-def test_mc_link_agrees_with_independent_samples(dtype):
+def test_mc_link_agrees_with_independent_samples_and_is_repeatable(dtype):
     p = make_problem("mlp", "classification", dtype)
     la = fit(p, prior_precision=0.01, temperature=30.0)  # wide: the link matters
     iid = la.predictive_samples(p.x_test, n_samples=50_000)
@@ -357,6 +237,9 @@ def test_mc_link_agrees_with_independent_samples(dtype):
     coarse = la(p.x_test, link_approx="mc", n_samples=128)
     assert_close(coarse, dense, rtol=0, atol=0.02)
     assert (dense - la.features(p.x_test)[1].softmax(-1)).abs().max() > 0.05
+    torch.manual_seed(99)
+    assert torch.equal(la(p.x_test, link_approx="mc", n_samples=128), coarse)
+    assert_close(la(p.x_test[2:4], link_approx="mc", n_samples=128), coarse[2:4])
 
 
 @pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2**-30])
@@ -373,33 +256,6 @@ def test_mc_noise_is_finite_for_every_point_of_the_sequence(point, monkeypatch):
     assert_close(noise[1:], expected, 0, 0.2)  # the first of all points comes from the engine's own state
 
 
-def test_mc_noise_is_standard_normal():
-    noise = quasi_normal(2**12, K, seed=0)
-    assert_close(noise.mean(0), torch.zeros(K, dtype=F64), atol=1e-3)
-    assert_close(noise.T.cov(), torch.eye(K, dtype=F64), atol=0.02)
-
-
-@pytest.mark.parametrize("rank", [1, 2, C, K])
-def test_every_link_gives_probabilities_at_every_rank(rank, dtype):
-    p = make_problem("mlp", "classification", dtype)
-    la = fit(p, n_eigenvalues=rank)
-    more = [{"n_samples": n, "diagonal_output": d} for n in (1, 7, 1000) for d in (False, True)]
-    for options in [*({"link_approx": link} for link in LINKS), *({"link_approx": "mc", **m} for m in more)]:
-        probabilities = la(p.x_test, **options)
-        assert probabilities.shape == (B, C)
-        assert (probabilities >= 0).all()
-        assert_close(probabilities.sum(-1), torch.ones(B, dtype=dtype), name=str(options))
-
-
-@pytest.mark.parametrize("link", LINKS)
-def test_links_are_equivariant_to_the_order_of_classes(link):
-    f, psi = torch.randn(B, C, dtype=F64), torch.randn(B, C, K, dtype=F64)
-    order = torch.tensor([2, 0, 1])
-    plain = predict(Outputs(f, psi), CLASSES, link, Noise())
-    permuted = predict(Outputs(f[:, order], psi[:, order]), CLASSES, link, Noise())
-    assert_close(permuted, plain[:, order])
-
-
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor that any operator returns."""
 
@@ -413,20 +269,7 @@ class LargestTensor(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("link", [*LINKS, "mc diagonal", "variance"])
-def test_links_never_form_a_matrix_of_classes(link):
-    batch, n_classes, rank = 64, 1000, 20
-    f, psi = torch.randn(batch, n_classes), torch.randn(batch, n_classes, rank)
-    with LargestTensor() as record:
-        if link == "variance":
-            moments(Outputs(f, psi), diagonal_output=True)
-        else:
-            name, *diagonal = link.split()
-            predict(Outputs(f, psi), CLASSES, name, Noise(diagonal_output=bool(diagonal)))
-    assert 0 < record.numel <= batch * n_classes * rank < batch * n_classes**2 / 40
-
-
-def test_fit_and_prediction_never_form_a_matrix_of_classes():
+def test_fit_and_predictions_never_form_a_matrix_of_classes():
     batch, n_classes, rank = 64, 1000, 20
     model, x = nn.Linear(2, n_classes), torch.randn(batch, 2)
     la = ELLALaplace(model, "classification", subsample_size=53, n_eigenvalues=rank)
@@ -434,18 +277,10 @@ def test_fit_and_prediction_never_form_a_matrix_of_classes():
         la.fit([(x, torch.randint(n_classes, (batch,)))])
         for link in LINKS:
             la(x, link_approx=link)
+        la(x, link_approx="mc", diagonal_output=True)
+        moments(Outputs(*la.features(x)[::-1]), diagonal_output=True)
     assert la.basis.rank == rank
-    assert 0 < record.numel <= batch * n_classes * rank
-
-
-def test_small_memory_budget_never_holds_all_rows(dtype):
-    p, largest = make_problem("mlp", "classification", dtype), []
-    n_weights = len(oracle.weights(p.model))
-    for rows in (4, M):
-        with LargestTensor() as record:
-            fit(p, memory_budget=rows * n_weights * 8)
-        largest.append(record.numel)
-    assert largest[0] < M * n_weights <= largest[1]
+    assert 0 < record.numel <= batch * n_classes * rank < batch * n_classes**2 / 40
 
 
 # ---------------------------------------------------------------------------- precision
@@ -474,30 +309,3 @@ def test_low_precision_agrees_with_double(low, name, likelihood):
     exact_mean, exact_cov = reference._glm_predictive_distribution(p.x_test.double())
     assert_close(mean, exact_mean, tolerance)
     assert_close(cov, exact_cov, 3 * tolerance)
-
-
-@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
-def test_rank_twenty_survives_low_precision(low):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(13, 53), nn.Tanh(), nn.Linear(53, C)).to(low)
-        x = torch.randn(67, 13).to(low)
-    la = ELLALaplace(model, "classification", subsample_size=61, n_eigenvalues=20)
-    la.fit([(x, torch.arange(67) % C)])
-    assert la.basis.rank == 20
-    V = dense_directions(la).double()
-    assert_close(V.T @ V, torch.eye(20, dtype=F64), rtol=10 * torch.finfo(low).eps)
-    for link in LINKS:
-        probabilities = la(x[:B], link_approx=link).double()
-        assert_close(probabilities.sum(-1), torch.ones(B, dtype=F64), rtol=10 * torch.finfo(low).eps)
-    assert math.isfinite(float(la.log_marginal_likelihood()))
-
-
-def test_double_data_enter_a_single_precision_model(dtype):
-    p = make_problem("mlp", "regression", torch.float32)
-    la = fit(p)
-    doubled = p.with_data(p.x.double(), p.y.double())
-    with pytest.warns(UserWarning, match=r"converted to torch.float32"):
-        assert_close(fit(doubled).H, la.H)
-    with pytest.warns(UserWarning, match=r"converted to torch.float32"):
-        assert la(p.x_test.double())[0].dtype == torch.float32

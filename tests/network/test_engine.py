@@ -182,34 +182,6 @@ def test_a_mode_is_chosen_by_outputs_directions_and_the_kind_of_network():
     assert ReverseNystromGGN(model, "classification").engine.mode(x, 1) == "reverse"
 
 
-def test_operators_without_a_batching_rule_are_named_and_run_slice_by_slice():
-    class Taken(nn.Linear):
-        def forward(self, x):
-            h = super().forward(x)
-            return h.take(torch.arange(h.numel())).view_as(h)
-
-    model = Taken(5, C, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="no batching rule") as record:
-        support = NystromGGN(model, "classification").support(X)
-    assert (support.features, support.rows) == ("forward", "vmap")
-    of_gradients, of_features = (str(r.message) for r in record if r.category is UserWarning)
-    assert "so that landmark gradients of many inputs at once run it slice by slice" in of_gradients
-    assert "so that features run it slice by slice" in of_features
-    assert all("The reason: take: " in message for message in (of_gradients, of_features))
-
-
-def test_reverse_mode_of_single_rows_is_what_was_asked_for():
-    class Recurrent(nn.GRU):
-        def forward(self, x):
-            return super().forward(x)[0][:, -1]
-
-    model = Recurrent(5, C, batch_first=True, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="one by one") as record:
-        support = NystromGGN(model, "classification", autodiff="reverse").support(X[:, None])
-    assert (support.features, support.rows) == ("reverse loop", "loop")
-    assert sum(r.category is UserWarning for r in record) == 1
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 def test_only_batched_forward_mode_is_compiled(compiled, monkeypatch):
     made = []

@@ -71,13 +71,6 @@ def test_rows_are_held_so_that_they_are_computed_least_often(n_rows, landmarks_p
         assert held.gradients <= HeldRows(s, kept, streamed).gradients + M  # kept is the largest that fits
 
 
-def test_how_often_gradients_are_computed():
-    # 6 are kept while those after them stream past; then V needs all but the last block again.
-    assert HeldRows(source(), 6, 2).gradients == M + (M - 6) + (M - 12) + 12
-    held = choose_rows(source(), 8 * ROW)  # a quarter of the budget is for the rows that stream past
-    assert (len(held.blocks[0]), held.n_streamed) == (6, 2)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_spilled_rows_give_the_basis_to_their_precision(dtype, where, tmp_path):

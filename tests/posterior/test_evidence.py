@@ -107,13 +107,3 @@ def test_evidence_of_the_full_span_is_the_exact_one(likelihood, prior):
     assert la.basis.rank == n_weights
     exact = full_laplace(p, prior_precision=delta, prior_mean=0.2).log_marginal_likelihood()
     assert_close(la.log_marginal_likelihood(), exact, rtol=1e-7)
-
-
-def test_evidence_of_the_span_of_all_training_gradients_is_the_exact_one():
-    """Scalar prior: what lies outside of the training gradients is as the prior has it."""
-    p = make_problem("mlp", "regression")
-    rows = p.x[:7].repeat_interleave(C, 0), torch.arange(7 * C) % C
-    p = dataclasses.replace(p, x=p.x[:7], y=p.y[:7], landmarks=rows)
-    la = fit(p, n_eigenvalues=7 * C)
-    assert la.basis.rank == 7 * C < N_WEIGHTS
-    assert_close(la.log_marginal_likelihood(), full_laplace(p).log_marginal_likelihood(), rtol=1e-7)

@@ -193,17 +193,6 @@ def test_links_have_no_jumps(link, what):
     assert (p[1:] - p[:-1]).abs().max() < 5e-3
 
 
-def test_each_input_is_judged_by_itself():
-    f = torch.tensor([[1.5, -0.5, 0.2]], dtype=F64).expand(3, 3)
-    psi = torch.eye(3, dtype=F64).expand(3, 3, 3).clone()
-    psi[1] = 0
-    psi[2, 2] = 0
-    together = through("bridge", Outputs(f, psi))
-    for i in range(3):
-        alone = through("bridge", Outputs(f[i : i + 1], psi[i : i + 1]))
-        assert torch.equal(alone[0], together[i])
-
-
 # ---------------------------------------------------------------------- large numbers are right numbers
 
 
@@ -239,16 +228,3 @@ def test_probabilities_of_models_of_every_dtype(dtype, prior):
 def test_monte_carlo_in_too_many_dimensions_names_the_limit():
     with pytest.raises(ValueError, match="at most 21201 dimensions"):
         quasi_normal(3, 30000, 0)
-
-
-def test_samples_that_half_precision_cannot_hold():
-    model = mlp(dtype=torch.float16)
-    la = build(model=model, prior_precision=1e-12, residual="isotropic")
-    la.fit(loader(inputs(dtype=torch.float16), targets("classification")))
-    x = inputs(5, seed=3, dtype=torch.float16)
-    generator = torch.Generator().manual_seed(0)
-    assert la.functional_samples(x, n_samples=7, generator=generator).isinf().any()
-    for diagonal in (False, True):
-        p = la.predictive_samples(x, n_samples=7, diagonal_output=diagonal, generator=generator)
-        assert p.dtype == torch.float16
-        assert_probabilities(p)

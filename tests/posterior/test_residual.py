@@ -9,21 +9,17 @@ import pytest
 import torch
 from conftest import N_HIDDEN, N_INPUTS, B, C, K, Problem, assert_close, make_problem
 from helpers import (
-    DictModel,
     N,
     as_tuple,
     build,
-    dict_batches,
     fitted,
     inputs,
     mlp,
     moments,
     train_loader,
-    val_loader,
 )
 from laplace import FullLaplace
 from laplace.curvature import GGNInterface
-from models import Applied
 from torch.utils.data import DataLoader, TensorDataset
 
 from laplace_ella import ELLALaplace
@@ -119,14 +115,6 @@ def test_exact_residual_is_the_part_of_the_gradients_outside_of_the_span(small_p
     assert_close(added(la, p.x_test), rho / p.prior_precision * R @ R.T, 1e-8)
 
 
-def test_prior_predictive_with_exact_residual_is_the_ntk_over_the_prior_precision(small_problem):
-    """No data to speak of, rho = 1: J J^T / delta, whatever the span."""
-    p = small_problem
-    la = fit(p, residual="exact", temperature=1e25)
-    J = oracle.jacobian(p.model, p.x_test).flatten(0, 1)
-    assert_close(joint(la, p.x_test), J @ J.T / p.prior_precision, 1e-8)
-
-
 def test_weight_samples_have_the_functional_covariance_if_exact_and_stay_in_the_span_if_not():
     p = make_problem("mlp", "regression")
     J = oracle.jacobian(p.model, p.x_test).flatten(0, 1)
@@ -199,14 +187,6 @@ def test_isotropic_residual_depends_on_the_seed_alone_and_on_no_batch(small_prob
     assert_close(parts, moments(first, p.x_test)[1])
 
 
-def test_tangents_follow_the_seed():
-    la, other = fitted(residual="isotropic", seed=3), fitted(residual="isotropic", seed=3)
-    before = la(X)
-    other.seed = la.seed = 4
-    assert not torch.equal(la(X), before)
-    assert torch.equal(la(X), other(X))
-
-
 def test_tangents_made_in_inference_mode_can_meet_a_graph():
     la = fitted(residual="isotropic", enable_backprop=True)
     with torch.inference_mode():
@@ -240,14 +220,6 @@ def test_what_is_added_is_psd_scaled_by_rho_over_delta_and_not_tempered(small_pr
         assert_close(added(la, x), factor * difference, 1e-8)
     la.temperature = 90.0
     assert_close(added(la, x), 0.2 * difference, 1e-8)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_moments_of_single_inputs_are_blocks_of_the_joint_ones(small_problem, kind):
-    la, x = fit(small_problem, residual=kind), small_problem.x_test
-    together, cov = joint(la, x), moments(la, x)[1]
-    assert_close(cov, torch.stack([together[b : b + C, b : b + C] for b in range(0, B * C, C)]))
-    assert_close(moments(la, x, diagonal_output=True)[1], cov.diagonal(dim1=1, dim2=2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -294,34 +266,11 @@ def test_evidence_and_span_moments_do_not_see_the_residual(small_problem, kind):
     assert_close(joint(fit(p, residual_scale=5.0), p.x_test), joint(plain, p.x_test))
 
 
-@pytest.mark.parametrize("residual", KINDS)
-def test_mappings_whose_first_tensor_is_shared(residual):
-    def shifted(net, batch):
-        out = net(batch)
-        out.logits = out.logits + batch["shift"][: out.logits.shape[1]]
-        return out
-
-    data = [{"shift": torch.ones(4, dtype=F64), **batch} for batch in dict_batches()]
-    la = fitted(model=Applied(shifted, DictModel()), data=data, residual=residual)
-    assert la(data[0]).shape == (7, C)
-    assert la.residual_share(data[0]).shape == (7,)
-
-
 def test_defaults_and_what_is_refused():
     la = build()
     assert (la.residual, la.residual_scale, la.residual_samples) == ("none", 1.0, 4)
     with pytest.raises(ValueError, match="enable_backprop"):
         build(residual="exact", enable_backprop=True)
-
-
-def test_early_stopping_leaves_the_residual_alone():
-    for residual in ("none", "isotropic"):
-        la = build(temperature=None, residual=residual, residual_scale=0.3, prior_precision=2.0)
-        la.fit(train_loader(), val_loader=val_loader())
-        if residual == "none":
-            assert la.residual_scale == 0.3
-        else:
-            assert la.residual_variance == pytest.approx(0.15)
 
 
 # ---------------------------------------------------------------------------- checkpoints

@@ -1,4 +1,4 @@
-"""Likelihoods with models and data that come in parts, loaders that count, refusals, and models of containers."""
+"""Likelihoods with models and data that come in parts, loaders that count, refusals, and a dense check."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from itertools import count
 import pytest
 import torch
 from conftest import assert_close
-from helpers import C, D, H, N, Snapshot, as_tuple, build, inputs, mlp, reference_features, targets
-from torch import nn
+from helpers import C, D, N, Snapshot, as_tuple, build, inputs, mlp, reference_features, targets
 from torch.utils.data import IterableDataset, TensorDataset, get_worker_info
 
 SIZE = 5
@@ -18,12 +17,6 @@ X = inputs(11, seed=7)
 
 
 L = 2
-
-
-def positions_model(dtype=torch.float64):
-    """Outputs (B, L, C) for inputs (B, L, D)."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, C)).to(dtype)
 
 
 class Kind:
@@ -36,7 +29,7 @@ class Kind:
         return self.likelihood + (" at positions" if self.positions else "")
 
     def model(self):
-        return positions_model() if self.positions else mlp()
+        return mlp()
 
     def build(self, model=None, **options):
         options = {"curvature_size": None, **self.options, **options}
@@ -73,8 +66,7 @@ def assert_same_posterior(la, expected, rtol=1e-9):
     for name in ("n_data", "n_curvature", "n_predictions", "n_outputs"):
         assert getattr(la, name) == getattr(expected, name), name
     assert_close(la.log_marginal_likelihood(), expected.log_marginal_likelihood(), rtol)
-    x = torch.randn(7, L, D, dtype=torch.float64) if getattr(la.model[0], "in_features", 0) == 0 else X
-    for a, b in zip(as_tuple(la(x)), as_tuple(expected(x)), strict=True):
+    for a, b in zip(as_tuple(la(X)), as_tuple(expected(X)), strict=True):
         assert_close(a, b, rtol)
     for k, v in expected.basis.directions.items():
         assert torch.equal(la.basis.directions[k], v)
@@ -91,16 +83,6 @@ class Counting:
         for batch in self.data:
             self.asked += 1
             yield batch
-
-
-class Calls(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net, self.calls = net, 0
-
-    def forward(self, x):
-        self.calls += 1
-        return self.net(x)
 
 
 class Untouchable:
@@ -197,20 +179,5 @@ def draws(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-class Applied(nn.Module):
-    """A network behind a function of (network, input)."""
-
-    def __init__(self, function, net=None):
-        super().__init__()
-        self.net, self.function = mlp() if net is None else net, function
-
-    def forward(self, x):
-        return self.function(self.net, x)
-
-
 def pairs(x, y=None, size=7):
     return list(zip(x.split(size), (targets("classification", len(x)) if y is None else y).split(size)))
-
-
-def mappings(x, **more):
-    return [{"x": a, "labels": t, **more} for a, t in pairs(x)]

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import assert_close
-from helpers import Snapshot, as_tuple, assert_same, build, fitted, inputs, mlp, train_loader, val_loader
+from helpers import Snapshot, as_tuple, assert_same, build, fitted, inputs, mlp, train_loader
 
 from laplace_ella.posterior.gaussian import NotPositiveDefiniteError
 from laplace_ella.posterior.links import quasi_normal
@@ -48,9 +48,6 @@ def fresh(likelihood="classification", **values):
     return la
 
 
-# ---------------------------------------------------------------------- first used under inference_mode
-
-
 @pytest.mark.parametrize("residual", ["none", "isotropic"])
 @pytest.mark.parametrize("link", ["probit", "mc", "bridge", "bridge_norm"])
 def test_backward_passes_after_predictions_under_inference_mode(link, residual):
@@ -67,23 +64,6 @@ def test_backward_passes_after_predictions_under_inference_mode(link, residual):
             la(X, link_approx=link, n_samples=9)
 
     assert torch.equal(gradient(predict), gradient(lambda la: None))
-
-
-@pytest.mark.parametrize("structure", PRIORS)
-def test_evidence_has_gradients_after_predictions_under_inference_mode(structure):
-    def gradient(before):
-        la = fresh(prior_precision=PRIORS[structure])
-        before(la)
-        prior = PRIORS[structure].clone().requires_grad_()
-        la.log_marginal_likelihood(prior).backward()
-        return prior.grad
-
-    def use(la):
-        with torch.inference_mode():
-            la.log_marginal_likelihood()
-            predictions(la)
-
-    assert torch.equal(gradient(use), gradient(lambda la: None))
 
 
 def test_a_life_under_inference_mode():
@@ -120,46 +100,32 @@ def test_a_life_under_inference_mode():
         assert_same(gradients(la), gradients(expected))
 
 
-# ---------------------------------------------------------------------- changed in place
-
 IN_PLACE = {
-    "fill_": lambda t, value: t.copy_(value),
+    "plainly": lambda t, value: t.copy_(value),
     "through data": lambda t, value: t.data.copy_(value),
-    "one by one": lambda t, value: [t.__setitem__(i, v) for i, v in enumerate(value)],
     "detached": lambda t, value: t.detach().copy_(value),
     "numpy": lambda t, value: t.numpy().__setitem__(..., value.numpy()),
 }
 
 
 @pytest.mark.parametrize("how", IN_PLACE)
-@pytest.mark.parametrize("structure", PRIORS)
-def test_a_prior_precision_changed_in_place_is_used(structure, how):
-    expected = predictions(fresh(prior_precision=PRIORS[structure]))
-    la = fresh(prior_precision=3 * PRIORS[structure])
+@pytest.mark.parametrize("structure", [*PRIORS, "noise"])
+def test_what_was_changed_in_place_is_used(structure, how):
+    if structure == "noise":
+        likelihood, name, value = "regression", "sigma_noise", torch.tensor(0.4, dtype=torch.float64)
+    else:
+        likelihood, name, value = "classification", "prior_precision", PRIORS[structure]
+    expected, la = predictions(fresh(likelihood, **{name: value})), fresh(likelihood, **{name: 3 * value})
     before = predictions(la)
-    IN_PLACE[how](la.prior_precision, PRIORS[structure])
+    IN_PLACE[how](getattr(la, name), value)
     assert_same(predictions(la), expected)
-    assert not torch.equal(before[0], expected[0])
+    assert not all(map(torch.equal, before, expected))
 
 
-@pytest.mark.parametrize("how", ["fill_", "through data", "detached", "numpy"])
-def test_a_noise_changed_in_place_is_used(how):
-    value = torch.tensor(0.4, dtype=torch.float64)
-    expected = predictions(fresh("regression", sigma_noise=value))
-    la = fresh("regression", sigma_noise=0.9)
-    predictions(la)
-    IN_PLACE[how](la.sigma_noise, value)
-    assert_same(predictions(la), expected)
-
-
-@pytest.mark.parametrize("change", ["in place", "assigned"])
-def test_a_curvature_that_was_changed_is_used(change):
+def test_a_curvature_that_was_changed_is_used():
     la, other = fitted(), fitted()
     predictions(la)
-    if change == "in place":
-        la.H.mul_(3)
-    else:
-        la.H = 3 * la.H
+    la.H.mul_(3)
     other.H = 3 * other.H
     assert_same(predictions(la), predictions(other))
     assert_close(torch.linalg.inv(la.posterior_covariance), la.posterior_precision)
@@ -191,22 +157,6 @@ def test_the_root_that_is_handed_out_is_a_copy():
     assert torch.equal(la(X), before)
 
 
-def test_a_leaf_that_is_optimised_reaches_predictions():
-    """As laplace-torch's users tune by hand: each value that the evidence got is the current one."""
-    la = fitted("regression")
-    logs = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.SGD([logs], lr=1e-3)
-    for _ in range(3):
-        optimiser.zero_grad()
-        (-la.log_marginal_likelihood(logs[:1].exp(), logs[1].exp())).backward()
-        optimiser.step()
-        la(X)
-    la.log_marginal_likelihood(logs[:1].exp(), logs[1].exp())
-    prior, noise = logs.detach().exp()
-    expected = fresh("regression", prior_precision=prior, sigma_noise=noise)
-    assert_same(la(X), expected(X))
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 0.0])
 def test_a_bad_value_set_in_place_is_refused_when_it_is_used(bad):
     la = fitted()
@@ -222,66 +172,30 @@ def test_a_bad_value_set_in_place_is_refused_when_it_is_used(bad):
         la(X)
 
 
-def test_novelty_notices_another_prior_of_several_values():
-    la = fresh(prior_precision=PRIORS["layerwise"])
-    la.calibrate_novelty(val_loader())
-    la.novelty(X)
-    la.prior_precision = 2 * PRIORS["layerwise"]
-    with pytest.raises(ValueError, match="has changed since calibrate_novelty"):
-        la.novelty(X)
-
-
-# ---------------------------------------------------------------------- refused, and gone
-
 NAN, INF = float("nan"), float("inf")
+
+
 BAD = {
-    "prior_mean": [
-        NAN,
-        INF,
-        torch.full((N_PARAMS,), NAN),
-        torch.zeros(3),
-        torch.zeros(2, 2),
-        "one",
-        None,
-        [0.0],
-    ],
-    "prior_precision": [NAN, INF, 0.0, -1.0, torch.tensor([1.0, NAN, 1.0, 1.0]), torch.ones(3), "one", None],
-    "sigma_noise": [NAN, INF, 0.0, -1.0, torch.ones(2), torch.ones(1, 1), "one", None],
-    "temperature": [NAN, INF, 0.0, -1.0, "one", torch.ones(2)],
-    "logit_scale": [NAN, INF, 0.0, 2.0, "one", None],
-    "residual": ["some", None, 1],
-    "residual_scale": [NAN, INF, 0.0, -1.0, "one", None],
+    "prior_mean": [float("nan"), torch.full((N_PARAMS,), float("inf")), torch.zeros(3), "one", None, [0.0]],
+    "prior_precision": [float("inf"), 0.0, torch.tensor([1.0, float("nan"), 1.0, 1.0]), torch.ones(3), None],
+    "sigma_noise": [float("nan"), -1.0, torch.ones(2), torch.ones(1, 1), None],
+    "temperature": [float("nan"), 0.0, "one", torch.ones(2)],
+    "logit_scale": [float("inf"), 2.0, "one"],
+    "residual": ["some", None],
+    "residual_scale": [float("inf"), -1.0, None],
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(k, v) for k, values in BAD.items() for v in values])
-def test_a_refused_value_does_not_stay(name, value):
+@pytest.mark.parametrize("name", BAD)
+def test_a_refused_value_does_not_stay(name):
     la = fitted("regression", prior_precision=0.4, sigma_noise=0.8, prior_mean=0.1)
-    before, snapshot = getattr(la, name), Snapshot(la, X)
-    evidence = la.log_marginal_likelihood()
-    with pytest.raises(ValueError, match=r"."):
-        setattr(la, name, value)
-    assert getattr(la, name) is before
-    snapshot.check()
-    assert torch.equal(la.log_marginal_likelihood(), evidence)
-
-
-@pytest.mark.parametrize(
-    ("likelihood", "prior", "noise"),
-    [
-        ("classification", torch.tensor([2.0]), torch.tensor(1.0)),  # noise, even of 1, is for regression
-        ("classification", torch.tensor([2.0]), torch.tensor(0.5)),
-        ("regression", torch.tensor([2.0]), torch.tensor(NAN)),
-        ("regression", torch.ones(3), torch.tensor(0.5)),
-        ("regression", torch.tensor([2.0]), torch.ones(3)),
-    ],
-)
-def test_evidence_that_is_refused_leaves_prior_and_noise_alone(likelihood, prior, noise):
-    la = fitted(likelihood)
-    snapshot = Snapshot(la, X)
-    with pytest.raises(ValueError, match=r"."):
-        la.log_marginal_likelihood(prior, noise)
-    snapshot.check()
+    before, snapshot, evidence = getattr(la, name), Snapshot(la, X), la.log_marginal_likelihood()
+    for value in BAD[name]:
+        with pytest.raises(ValueError, match=r"."):
+            setattr(la, name, value)
+        assert getattr(la, name) is before
+        snapshot.check()
+        assert torch.equal(la.log_marginal_likelihood(), evidence)
 
 
 def test_evidence_that_fails_leaves_prior_and_noise_alone():

@@ -8,11 +8,16 @@ import pytest
 import torch
 from conftest import assert_close
 from helpers import C, build, fitted, inputs, loader, mlp, targets, train_loader
+from interrupting import Ending, go_on, interrupt
+from models import Applied
 from processes import Group
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:The best (prior_precision|temperature)"),
+]
 
 X = inputs(7, seed=7)
 
@@ -37,16 +42,9 @@ def transformer():
 
 
 def recurrent():
-    class Last(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.lstm, self.head = nn.LSTM(8, 5, batch_first=True), nn.Linear(5, C)
-
-        def forward(self, x):
-            return self.head(self.lstm(x)[0][:, -1])
-
-    return Last()
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.LSTM(8, 5, batch_first=True), nn.Linear(5, C)])
+    return Applied(lambda net, x: net[1](net[0](x)[0][:, -1]), layers)
 
 
 SHAPES = {"conv": (conv_net, (3, 8, 8)), "transformer": (transformer, (3, 8)), "LSTM": (recurrent, (3, 8))}
@@ -92,24 +90,6 @@ def test_autocast(dtype):
     assert la.H.dtype == torch.float64
 
 
-def test_tf32_is_left_as_it_was():
-    before = (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.enabled,
-    )
-    fitted(
-        model=recurrent().cuda(),
-        data=loader(torch.randn(23, 3, 8), targets("classification")),
-        n_eigenvalues=2,
-    )
-    assert before == (
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.enabled,
-    )
-
-
 def test_running_out_of_memory_halves_the_chunks():
     model = nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, C)
@@ -133,14 +113,8 @@ def test_rows_are_spilled_off_the_device(tmp_path):
     data = train_loader()
     exact = fitted(model=mlp().cuda(), data=data, n_eigenvalues=2)
     for spill in ("cpu", tmp_path):
-        la = fitted(
-            model=mlp().cuda(),
-            data=data,
-            n_eigenvalues=2,
-            memory_budget=3000,
-            spill=spill,
-            spill_dtype=torch.float32,
-        )
+        options = {"memory_budget": 3000, "spill": spill, "spill_dtype": torch.float32}
+        la = fitted(model=mlp().cuda(), data=data, n_eigenvalues=2, **options)
         assert_close(la.H, exact.H, rtol=1e-4)
 
 
@@ -157,11 +131,8 @@ def test_everything_that_is_tuned_is_what_a_cpu_tunes(residual, curvature):
     assert found[1].score == pytest.approx(found[0].score, rel=1e-4)
     for la in (cpu, gpu):
         la.calibrate_novelty(data)
-    gpu.temperature, gpu.logit_scale, gpu.residual_scale = (
-        cpu.temperature,
-        cpu.logit_scale,
-        cpu.residual_scale,
-    )
+    for name in ("temperature", "logit_scale", "residual_scale"):
+        setattr(gpu, name, getattr(cpu, name))
     if gpu.basis.rank == cpu.basis.rank:
         assert_close(gpu(X.cuda(), link_approx="mc"), cpu(X, link_approx="mc"), rtol=1e-6)
         assert_close(gpu.residual_share(X.cuda()), cpu.residual_share(X), rtol=1e-6)
@@ -179,24 +150,6 @@ def test_validation_features_are_spilled_off_the_device():
     assert float(little.prior_precision) == float(much.prior_precision)
 
 
-@pytest.mark.parametrize("likelihood", ["bernoulli", "classification"])
-def test_positions_and_binary_labels(likelihood):
-    class Sequence(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = mlp()
-
-        def forward(self, x):
-            return self.net(x)
-
-    x = torch.randn(23, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    shape = (23, 7, C) if likelihood == "bernoulli" else (23, 7)
-    y = torch.randint(2, shape, generator=torch.Generator().manual_seed(1))
-    cpu, gpu = (fitted(likelihood, m, loader(x, y)) for m in (Sequence(), Sequence().cuda()))
-    assert_close(gpu.H, cpu.H, rtol=1e-6)
-    assert_close(gpu(x[:3].cuda()), cpu(x[:3]), rtol=1e-6)
-
-
 def test_data_come_and_go():
     found = []
     for device in ("cpu", "cuda"):
@@ -212,27 +165,25 @@ def test_data_come_and_go():
         assert_close(gpu, cpu, rtol=1e-6)
 
 
+@pytest.mark.parametrize("likelihood", ["bernoulli", "classification"])
+def test_positions_and_binary_labels(likelihood):
+    x = torch.randn(23, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    shape = (23, 7, C) if likelihood == "bernoulli" else (23, 7)
+    y = torch.randint(2, shape, generator=torch.Generator().manual_seed(1))
+    cpu, gpu = (fitted(likelihood, m, loader(x, y)) for m in (mlp(), mlp().cuda()))
+    assert_close(gpu.H, cpu.H, rtol=1e-6)
+    assert_close(gpu(x[:3].cuda()), cpu(x[:3]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("size", [None, 11])
 def test_an_interrupted_fit_goes_on(size, tmp_path):
-    whole = build(model=mlp().cuda(), curvature_size=size)
-    batches = list(train_loader())
-    whole.fit(batches)
-
-    def breaking():
-        yield from batches[:2]
-        raise OSError("interrupted")
-
-    class Breaking:
-        def __iter__(self):
-            return breaking()
-
-    la = build(model=mlp().cuda(), curvature_size=size)
-    with pytest.raises(OSError, match="interrupted"):
-        la.fit(Breaking(), checkpoint=tmp_path / "fit", checkpoint_every=1)
-    la.fit(batches, checkpoint=tmp_path / "fit", checkpoint_every=1)
+    whole, la = (build(model=mlp().cuda(), curvature_size=size) for _ in range(2))
+    data = list(train_loader())
+    whole.fit(data)
+    interrupt(la, Ending(data, at=2), tmp_path / "fit", error=OSError)
+    go_on(la, data, tmp_path / "fit")
     assert la.H.is_cuda
     assert_close(la.H, whole.H)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("shard", [False, True])

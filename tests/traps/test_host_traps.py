@@ -9,16 +9,11 @@ import sys
 import warnings
 from pathlib import Path
 
-import laplace
 import pytest
 import torch
 from awkward import X
-from helpers import N_TEST, C, D, DictModel, K, build, dict_batches, fitted, inputs, loader, mlp, val_loader
-from laplace.utils import RunningNLLMetric
+from helpers import N_TEST, C, D, DictModel, K, dict_batches, fitted, inputs, loader, val_loader
 from torch import nn
-from torch.nn import functional as F
-
-from laplace_ella import ELLALaplace
 
 # Networks of a few weights on random labels often have their optimum on an edge of the grid;
 # test_hyperparameter_search.py tests what is said of it.
@@ -35,37 +30,11 @@ def test_fewer_directions_than_outputs(link, rank):
     assert la.predictive_samples(X, n_samples=7).isfinite().all()
 
 
-class SubclassWithKey(ELLALaplace):
-    _key = ("all", "ella-of-the-trap-tests")
-
-
-def test_a_subclass_with_its_own_key_leaves_the_parent_in_place():
-    assert type(laplace.Laplace(mlp(), "classification", "all", "ella-of-the-trap-tests")) is SubclassWithKey
-    assert type(laplace.Laplace(mlp(), "classification", "all", "ella")) is ELLALaplace
-
-
 @pytest.mark.parametrize("link", ["bridge", "bridge_norm"])
 def test_bridge_links_edit_nothing_in_place(link):
     la = fitted(temperature=200.0)
     first = la(X, link_approx=link)
     assert torch.equal(first, la(X, link_approx=link))
-    # The tuning keeps features: were they edited, later settings would be scored wrongly.
-    grid, scores = torch.logspace(-1, 3, 7).tolist(), []
-    for delta in grid:
-        la.prior_precision = delta
-        scores.append(
-            sum(F.nll_loss(la(x, link_approx=link).log(), y, reduction="sum") for x, y in val_loader())
-        )
-    options = {"log_prior_prec_min": -1, "log_prior_prec_max": 3, "grid_size": 7, "link_approx": link}
-    la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), **options)
-    assert la.prior_precision.item() == grid[int(torch.stack(scores).argmin())]
-
-
-def test_the_constructor_of_the_host_assigns_through_our_setters():
-    la = build("regression", prior_precision=2.0, sigma_noise=0.5, temperature=3.0)
-    assert la.H is None
-    assert (la.prior_precision.item(), la.sigma_noise.item(), la.temperature) == (2.0, 0.5, 3.0)
-    assert la.mean is la.prior_mean
 
 
 def test_members_of_the_host_live_in_the_span():
@@ -80,13 +49,6 @@ def test_members_of_the_host_live_in_the_span():
     torch.testing.assert_close(draws @ V @ V.T, draws)
     found = (draws @ V).T.cov()
     assert (found - A.inverse()).norm() < 0.05 * A.inverse().norm()
-
-
-def test_marglik_warns_once_that_the_temperature_stays():
-    la = fitted(temperature=None)
-    with pytest.warns(UserWarning, match="temperature") as caught:
-        la.optimize_prior_precision(n_steps=2)
-    assert len(caught) == 1
 
 
 def test_marglik_does_not_reset_a_temperature_that_was_tuned():
@@ -109,20 +71,6 @@ def test_the_default_loss_of_regression_depends_on_the_prior():
     assert la.prior_precision.item() != 7.7
 
 
-def test_a_loss_that_ties_leaves_the_setting_and_says_so():
-    la = fitted("regression", prior_precision=7.7, temperature=None)
-    with pytest.warns(UserWarning, match="same for every setting") as caught:
-        la.optimize_prior_precision(
-            method="gridsearch",
-            val_loader=val_loader("regression"),
-            loss=lambda mean, cov, y: (mean - y).square().mean(),
-            grid_size=3,
-        )
-    assert len(caught) == 1
-    assert la.prior_precision.item() == pytest.approx(7.7)
-    assert la.temperature == 1.0
-
-
 def test_the_default_grid_reaches_large_priors():
     torch.manual_seed(0)
     la = fitted(model=nn.Linear(D, C).double(), temperature=1e9)
@@ -141,29 +89,6 @@ def test_mappings_and_logits_without_gradients(context):
         batch = dict_batches()[0]
         p = la(batch)
     torch.testing.assert_close(p, la(batch))
-
-
-def test_a_metric_is_reset_between_values():
-    la = fitted(temperature=200.0)
-    metric = RunningNLLMetric()
-    metric.update(torch.full((3, C), 1 / C), torch.zeros(3, dtype=torch.long))
-    options = {"log_prior_prec_min": -2, "log_prior_prec_max": 3, "grid_size": 17}
-    la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), loss=metric, **options)
-    chosen = la.prior_precision.item()
-    scores = {}
-    for delta in torch.logspace(-2, 3, 17).tolist():
-        la.prior_precision = delta
-        scores[delta] = sum(F.nll_loss(la(x).log(), y, reduction="sum").item() for x, y in val_loader())
-    assert chosen == min(scores, key=scores.get)
-
-
-def test_outputs_with_logits_can_be_fitted():
-    class Plain(DictModel):
-        def forward(self, batch):
-            return super().forward(batch).logits
-
-    la, plain = fitted(model=DictModel(), data=dict_batches()), fitted(model=Plain(), data=dict_batches())
-    assert torch.equal(la.H, plain.H)
 
 
 def test_asdl_is_the_right_package():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import GeneratorType
 from typing import Any
@@ -143,9 +142,6 @@ def test_an_interrupt_at_any_line_of_model_or_loader_leaves_all_as_it_was(name, 
     check(new(Storing()), name, lost, most, (__name__,), interrupt)
 
 
-# ---------------------------------------------------------------------------- Ctrl-C waits
-
-
 def steps(n_signals: int, done: list[int]) -> None:
     """Do three chunks of work, in the first of which the signal comes."""
 
@@ -202,20 +198,6 @@ def test_a_handler_of_the_programs_own_is_called_at_the_end(nested):
         signal.signal(signal.SIGINT, before)
 
 
-def test_calls_in_other_threads_leave_signals_alone():
-    found = []
-    before = signal.getsignal(signal.SIGINT)
-    work = threading.Thread(
-        target=lambda: safely(Storing(), lambda: found.append(signal.getsignal(signal.SIGINT)))
-    )
-    work.start()
-    work.join()
-    assert found == [before]
-
-
-# ---------------------------------------------------------------------------- errors
-
-
 def raising(error: BaseException) -> None:
     raise error
 
@@ -256,9 +238,6 @@ def test_the_lock_is_held_as_often_as_before(nested):
         assert LOCK._is_owned()
         assert not free()
     assert free()
-
-
-# ---------------------------------------------------------------------------- what is noted and restored
 
 
 def change_everything(model: Storing) -> None:
@@ -306,21 +285,13 @@ def test_what_an_action_changes_is_restored(inference, enable_backprop):
     assert users.id in model.last._forward_hooks
 
 
-class Elsewhere(nn.Module):
-    """Has its mode elsewhere than in its attributes, as modules of TorchScript do."""
-
-    mode = True
-
-    @property
-    def training(self) -> bool:
-        return self.mode
-
-    @training.setter
-    def training(self, value: bool) -> None:
-        type(self).mode = value
-
-
 def test_modes_that_are_properties():
+    """As those of TorchScript's modules are."""
+    modes = {}
+
+    class Elsewhere(nn.Module):
+        training = property(lambda m: modes.get("now", True), lambda m, value: modes.update(now=value))
+
     model = Elsewhere().train()
     state = ModuleState([model])
     state.evaluate()

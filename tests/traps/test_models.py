@@ -24,6 +24,7 @@ from helpers import (
     val_loader,
 )
 from laplace.curvature import AsdlGGN, BackPackGGN
+from models import N_INPUTS, Applied, Tied
 from torch import nn
 
 from laplace_ella import NystromGGN, ReverseNystromGGN
@@ -39,6 +40,7 @@ def test_wrappers_are_taken_off():
         la = fitted(model=wrapped)
         assert list(la.basis.directions) == ["0.weight", "0.bias", "2.weight", "2.bias"]
         assert torch.equal(la(X), plain(X))
+        assert type(la.model) is nn.Sequential
         la.load_state_dict(plain.state_dict())  # of the bare model
 
 
@@ -64,6 +66,7 @@ def test_autocast():
             model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32), n_eigenvalues=3
         )
     assert phi.dtype == torch.bfloat16
+    assert len(la.backend.engine._support) == 2  # what is supported is found out in either
     assert (phi.float() - exact).norm() < 2e-2 * exact.norm()
     assert again.H.dtype == torch.float64
     assert torch.is_autocast_cache_enabled()
@@ -83,13 +86,6 @@ def test_links_keep_their_precision_under_autocast(link, dtype):
     with torch.autocast("cpu", dtype):
         found = la(x, link_approx=link)
     assert (found.float() - exact).abs().max() < 3e-2
-
-
-def test_what_is_supported_under_autocast_is_found_out_there():
-    la = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
-    with torch.autocast("cpu", torch.bfloat16):
-        la(X.float())
-    assert len(la.backend.engine._support) == 2
 
 
 @pytest.mark.parametrize("backend", [NystromGGN, ReverseNystromGGN, BackPackGGN, AsdlGGN])
@@ -144,47 +140,6 @@ def test_predicting_in_inference_mode(likelihood, context, backend):
     assert torch.equal(samples, la.predictive_samples(x, "nn", 3, generator=torch.Generator().manual_seed(0)))
 
 
-def test_tuning_in_inference_mode():
-    la, other = fitted(temperature=200.0), fitted(temperature=200.0)
-    with torch.inference_mode():
-        la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), grid_size=5)
-    other.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), grid_size=5)
-    assert la.prior_precision.item() == other.prior_precision.item()
-
-
-def conv_net(memory_format=torch.contiguous_format):
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 5, 2), nn.Flatten(), nn.Linear(20, C)
-    )
-    return model.double().to(memory_format=memory_format)
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("memory_budget", [None, 20_000], ids=["rows", "blocks"])
-def test_directions_have_the_strides_and_dtype_of_their_weights(memory_format, memory_budget):
-    x = torch.randn(N, 2, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    la = fitted(
-        model=conv_net(memory_format),
-        data=loader(x, targets("classification")),
-        memory_budget=memory_budget,
-    )
-    for name, p in la.model.named_parameters():
-        v = la.basis.directions[name]
-        assert v.shape == (5, *p.shape)
-        assert v[0].stride() == p.stride(), name
-        assert v.dtype == p.dtype
-    check_features(la, x[:3])
-
-
-def test_a_transposed_weight():
-    model = mlp()
-    model[0].weight = nn.Parameter(model[0].weight.detach().T.contiguous().T)
-    la = fitted(model=model)
-    assert la.basis.directions["0.weight"][0].stride() == (1, H)
-    torch.testing.assert_close(la(X), fitted()(X))
-
-
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 1e-2), (torch.bfloat16, 6e-2)]
 )
@@ -203,9 +158,7 @@ def test_low_precision(dtype, tolerance, likelihood):
         assert (got.double() - expected).norm() < tolerance * expected.norm()
 
 
-def test_wrapped_and_sharded_models():
-    assert type(fitted(model=nn.DataParallel(mlp())).model) is nn.Sequential
-
+def test_sharded_models_are_refused():
     class FullyShardedDataParallel(nn.Sequential):
         pass
 
@@ -216,42 +169,18 @@ def test_wrapped_and_sharded_models():
             build(model=model)
 
 
-class Tied(nn.Module):
-    """Uses one weight at two places."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.head = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, C)
-        self.second.weight = self.first.weight
-        self.double()
-
-    def forward(self, x):
-        return self.head(self.second(self.first(x).tanh()).tanh())
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("memory_budget", [None, 20_000], ids=["rows", "blocks"])
 def test_tied_weights_are_one_weight(backend, memory_budget):
-    la = fitted(model=Tied(), backend=backend, memory_budget=memory_budget)
-    n_params = sum(p.numel() for p in la.model.parameters())
-    assert sorted(la.basis.directions) == [
-        "first.bias",
-        "first.weight",
-        "head.bias",
-        "head.weight",
-        "second.bias",
-    ]
+    x = torch.randn(N, N_INPUTS, dtype=torch.float64)
+    data, model = loader(x, targets("classification")), Tied().double()
+    n_params = sum(p.numel() for p in model.parameters())
+    prior = torch.linspace(1, 2, n_params)
+    la = fitted(model=model, data=data, backend=backend, memory_budget=memory_budget, prior_precision=prior)
+    assert list(la.basis.directions) == [name for name, _ in model.named_parameters()]
     assert la.sample(2).shape == (2, n_params)
-    check_features(la, X)
-    fixed = fitted(model=Tied(), prior_precision=torch.linspace(1, 2, n_params))
-    assert fixed.prior_precision_diag.shape == (n_params,)
-
-
-@pytest.mark.parametrize("backend", [BackPackGGN, AsdlGGN])
-def test_libraries_that_do_not_know_of_tied_weights_are_not_trusted(backend):
-    with pytest.raises(ValueError, match=r"first\.weight|second\.weight"):
-        fitted(model=Tied(), backend=backend)
+    assert la.prior_precision_diag.shape == (n_params,)
+    check_features(la, x[:3])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -275,23 +204,16 @@ def test_backpack_refuses_frozen_weights_as_in_the_host():
         build(model=model, backend=BackPackGGN)
 
 
-class Norm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(D, C, bias=False).double()
-
-    def forward(self, x):
-        f = self.net(x)
+def test_a_root_at_zero_is_named():
+    def norm_added(net, x):
+        f = net(x)
         return f + f.square().sum(-1, keepdim=True).sqrt()
 
-
-def test_a_root_at_zero_is_named():
     x = inputs()
     x[9] = 0
-    landmarks = (inputs(M, seed=20), torch.arange(M) % C)
-    la = build(model=Norm())
+    la = build(model=Applied(norm_added, nn.Linear(D, C, bias=False).double()))
     with pytest.raises(ValueError, match=r"training inputs \["):
-        la.fit(loader(x, targets("classification")), landmarks=landmarks)
+        la.fit(loader(x, targets("classification")), landmarks=(inputs(M, seed=20), torch.arange(M) % C))
     with pytest.raises(ValueError, match="landmarks"):
         la.fit(train_loader(), landmarks=(torch.zeros(1, D, dtype=torch.float64), torch.tensor([0])))
     assert la.H is None

@@ -4,123 +4,80 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import count
 
 import numpy as np
 import pytest
 import torch
-from helpers import N_TEST, C, D, H, build, fitted, inputs, mlp, reference_features, train_loader
+from awkward import X, check_features
+from helpers import C, D, H, build, fitted, mlp, train_loader
+from models import Applied
 from torch import nn
 from torch.nn import functional as F
 
-X = inputs(N_TEST, seed=7)
 MODES = ["auto", "forward", "double", "reverse"]
+GENERATOR, CALLS = torch.Generator(), count()
 
 
-class MCDropout(nn.Module):
-    def forward(self, x):
-        return F.dropout(x, 0.5)
-
-
-class Noise(nn.Module):
-    def forward(self, x):
-        return x + 0.1 * torch.rand_like(x)
-
-
-class OwnGenerator(nn.Module):
-    """Draws from a generator that no global state shows, without a gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.generator = torch.Generator()
-
-    def forward(self, x):
-        return x * torch.rand(1, generator=self.generator).to(x)
-
-
-class Gumbel(nn.Module):
-    def forward(self, x):
-        return F.gumbel_softmax(x, dim=-1)
-
-
-class Depth(nn.Module):
-    """Leaves a layer out of a whole batch, rarely: rows of one pass are equal, and passes most often too."""
-
-    def __init__(self, p=0.1):
-        super().__init__()
-        self.p, self.layer = p, nn.Linear(H, H).double()
-
-    def forward(self, x):
-        return x if torch.rand(()) < self.p else x + self.layer(x)
-
-
-class PythonDepth(Depth):
-    def forward(self, x):
-        return x if random.random() < self.p else x + self.layer(x)
-
-
-class NumpyNoise(nn.Module):
-    def forward(self, x):
-        return x + float(np.random.rand())  # noqa: NPY002
-
-
-class Counting(nn.Module):
-    """Not random, but no function of its input either."""
-
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return x + self.calls
-
-
-def net(layer):
+def net(function):
+    """A network whose module '0.2' calls a function of a layer and its inputs."""
     torch.manual_seed(0)
-    body = nn.Sequential(nn.Linear(D, H).double(), nn.Tanh(), layer)
-    return nn.Sequential(body, nn.Linear(H, C).double())
+    body = nn.Sequential(nn.Linear(D, H), nn.Tanh(), Applied(function, nn.Linear(H, H)))
+    return nn.Sequential(body, nn.Linear(H, C)).double()
 
 
-LAYERS = [MCDropout, Noise, OwnGenerator, Gumbel, Depth, PythonDepth, NumpyNoise, Counting]
-DRAWING = {
-    MCDropout: "bernoulli_",
-    Noise: "rand_like",
-    OwnGenerator: "rand",
-    Gumbel: "exponential_",
-    Depth: "rand",
+def dropped(layer, x):
+    return F.dropout(x, 0.5)
+
+
+# Functions, and what draws their numbers where that is known. Layers left out for a whole batch, rarely, have equal
+# rows in one pass, and equal passes most often too.
+RANDOM = {
+    "dropout": (dropped, "bernoulli_"),
+    "noise": (lambda layer, x: x + 0.1 * torch.rand_like(x), "rand_like"),
+    "own generator": (lambda layer, x: x * torch.rand(1, generator=GENERATOR).to(x), "rand"),
+    "gumbel": (lambda layer, x: F.gumbel_softmax(x, dim=-1), "exponential_"),
+    "depth": (lambda layer, x: x if torch.rand(()) < 0.1 else x + layer(x), "rand"),
+    "depth by Python": (lambda layer, x: x if random.random() < 0.1 else x + layer(x), ""),
+    "noise by numpy": (lambda layer, x: x + float(np.random.rand()), ""),  # noqa: NPY002
+    "no function of its input": (lambda layer, x: x + next(CALLS), ""),
 }
 
 
 @pytest.mark.parametrize("autodiff", MODES)
-@pytest.mark.parametrize("layer", LAYERS)
-def test_random_forwards_are_refused_with_their_cause(layer, autodiff):
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_forwards_are_refused_with_their_cause(name, autodiff):
     random.seed(0)
-    model = net(layer())
+    function, draws = RANDOM[name]
+    model = net(function)
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     la = build(model=model, autodiff=autodiff)
-    drawn = f"drawn by {DRAWING[layer]}()" if layer in DRAWING else "differ by up to"
-    cause = f"The first difference arises in module '0.2' ({layer.__name__})."
+    drawn = f"drawn by {draws}()" if draws else "differ by up to"
+    cause = "The first difference arises in module '0.2' (Applied)."
     with pytest.raises(ValueError, match=f"forward pass is random.*{re.escape(drawn)}.*{re.escape(cause)}"):
         la.fit(train_loader())
     assert la.H is None
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
 
 
-def test_the_models_own_forward_is_named():
-    model = mlp()
-    model.forward = lambda x: nn.Sequential.forward(model, F.dropout(x, 0.5))
+def test_where_it_arises_outside_of_the_layers():
+    model = Applied(lambda net, x: net(F.dropout(x, 0.5)))
     with pytest.raises(ValueError, match=r"arises in the model's own forward\(\)"):
         fitted(model=model)
-
-
-def test_a_module_that_is_called_twice_is_found():
-    layer = MCDropout()
+    layer = Applied(dropped, nn.Identity())
     model = nn.Sequential(nn.Linear(D, H), layer, nn.Linear(H, H), layer, nn.Linear(H, C)).double()
-    with pytest.raises(ValueError, match=r"arises in module '1' \(MCDropout\)"):
+    with pytest.raises(ValueError, match=r"arises in module '1' \(Applied\)"):
+        fitted(model=model)
+    model = mlp()
+    model.register_forward_pre_hook(lambda m, args: F.dropout(args[0], 0.5))
+    said = r"differ by up to .* Random numbers are drawn by \w+\(\)\. Linearised"
+    with pytest.raises(ValueError, match=said):
         fitted(model=model)
 
 
 def test_it_is_said_before_any_long_work():
     rows, read = [], []
-    model = net(MCDropout())
+    model = net(dropped)
     model.register_forward_pre_hook(lambda m, args: rows.append(len(args[0])))
     batches = (read.append(batch) or batch for batch in train_loader())
     with pytest.raises(ValueError, match="forward pass is random"):
@@ -129,75 +86,39 @@ def test_it_is_said_before_any_long_work():
     assert sum(rows) < 50
 
 
-def test_where_it_arises_outside_of_modules_the_draws_are_named():
-    model = mlp()
-    model.register_forward_pre_hook(lambda m, args: F.dropout(args[0], 0.5))
-    with pytest.raises(
-        ValueError, match=r"differ by up to .* Random numbers are drawn by \w+\(\)\. Linearised"
-    ):
-        fitted(model=model)
+def unused(layer, x):
+    torch.rand_like(x), random.random()
+    return x
 
 
-# ------------------------------------------------------------------ what is not random
+def seeded(layer, x):
+    return x * torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
 
 
-class Unused(nn.Module):
-    """Draws numbers that nothing depends on."""
-
-    def forward(self, x):
-        torch.rand_like(x), random.random()
-        return x
-
-
-class Seeded(nn.Module):
-    def forward(self, x):
-        noise = torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
-        return x * noise
-
-
-class Off(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, x):
-        return F.dropout(self.dropout(x), 0.5, self.training)
+def off(layer, x):
+    return F.dropout(x, 0.5, layer.training)
 
 
 @pytest.mark.filterwarnings("ignore:.*(one by one|forward mode)")  # vmap takes no random numbers
-@pytest.mark.parametrize("layer", [Unused, Seeded, Off])
-@pytest.mark.parametrize("training", [False, True])
-def test_forwards_that_are_functions(layer, training):
-    model = net(layer()).train(training)
-    la = fitted(model=model)
-    phi, _ = la.features(X)
-    torch.testing.assert_close(phi, reference_features(model, la.basis, X)[0])
+@pytest.mark.parametrize("function", [unused, seeded, off])
+def test_forwards_that_are_functions(function):
+    check_features(fitted(model=net(function).train()), X)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_atomic_additions_are_not_random(dtype):
-    class Scattered(nn.Module):
-        def forward(self, x):
-            index = torch.arange(H * 1000, device=x.device) % H
-            return torch.zeros_like(x).index_add(1, index, x.repeat(1, 1000) / 1000)
+    def scattered(layer, x):
+        index = torch.arange(H * 1000, device=x.device) % H
+        return torch.zeros_like(x).index_add(1, index, x.repeat(1, 1000) / 1000)
 
-    model = net(Scattered()).to("cuda", dtype)
-    fitted(model=model, data=train_loader(dtype=dtype), n_eigenvalues=1)
+    fitted(model=net(scattered).to("cuda", dtype), data=train_loader(dtype=dtype), n_eigenvalues=1)
 
 
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.01)]
 )
 def test_sums_in_another_order_are_not_random(dtype, size):
-    class Reordered(nn.Module):
-        """Rounds in another way in every call, as atomic additions on a GPU do."""
-
-        calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            return x * (1 + size * (self.calls % 2))
-
-    model = net(Reordered()).to(dtype)
+    """Rounding in another way in every call, as atomic additions on a GPU do."""
+    model = net(lambda layer, x: x * (1 + size * (next(CALLS) % 2))).to(dtype)
     fitted(model=model, data=train_loader(dtype=dtype), n_eigenvalues=1)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import C, D, build, inputs, targets, train_loader
 from torch import nn
-from torch.nn import functional as F
 
 from laplace_ella.posterior.gaussian import Linearised
 from laplace_ella.posterior.likelihoods import LIKELIHOODS
@@ -92,18 +91,6 @@ def test_each_batch_is_seen_as_it_was(likelihood, job, as_mapping):
         la.fit(data[0])
         results.append((la.H, job(la, *data)))
     torch.testing.assert_close(*results, rtol=1e-9, atol=0)
-
-
-def test_a_search_finds_the_temperature_of_the_data_and_not_of_the_last_batch():
-    train, val = loaders("classification")
-    la = build(temperature=None)
-    la.fit(train)
-    la.optimize_prior_precision(method="gridsearch", val_loader=val, link_approx="probit")
-    nll = [F.nll_loss(la(x).log(), y, reduction="sum") for x, y in val.batches]
-    result = la.optimize_hyperparameters(
-        val, {"temperature": [la.temperature]}, link_approx="probit", apply=False
-    )
-    assert result.score == pytest.approx(float(sum(nll)) / (4 * LENGTH), rel=1e-9)
 
 
 def test_what_is_kept_of_a_batch_is_a_copy():

@@ -7,12 +7,10 @@ import pytest
 import torch
 from conftest import assert_close
 from helpers import C, D, H, K, M, N, build, fitted, inputs, loader, targets
-from laplace.curvature import AsdlGGN
 from torch import nn
 from torch.nn import functional as F
 
-from laplace_ella.network.functional import FunctionalModel, flat, is_dense
-from laplace_ella.nystrom.basis import identity_basis
+from laplace_ella.network.functional import flat, is_dense
 
 F64 = torch.float64
 
@@ -97,7 +95,7 @@ def test_in_blocks_and_spilled(model, spilled):
     check_against_dense(fit(model, memory_budget=2000, **spilled), model, rtol=1e-4 if spilled else None)
 
 
-def test_restored_shortened_and_merged(model, tmp_path):
+def test_restored_and_shortened(model, tmp_path):
     la = fit(model)
     torch.save(la.state_dict(), tmp_path / "la.pt")
     restored = build(model=model)
@@ -105,11 +103,6 @@ def test_restored_shortened_and_merged(model, tmp_path):
     assert torch.equal(restored(inputs()), la(inputs()))
     V = dense(la.basis.leading(K))
     assert_close(V.T @ V, torch.eye(K, dtype=F64), name="V^T V")
-    other = build(model=model)
-    other.fit(loader(inputs(seed=8), targets("classification", seed=9)), basis=la.basis)
-    G = la.H + other.H
-    la.merge(other)
-    assert_close(la.H, G)
 
 
 def test_the_exact_residual_and_sampled_weights(model):
@@ -125,19 +118,6 @@ def test_the_exact_residual_and_sampled_weights(model):
     assert la.predictive_samples(x, "nn", n_samples=3).isfinite().all()
 
 
-def test_exact_linearised_laplace_is_found_with_all_directions(model):
-    V = dense(identity_basis(FunctionalModel(model).weights()))
-    assert torch.equal(V, torch.eye(len(V), dtype=F64))
-    data = loader(inputs(), targets("classification"))
-    assert fit(model).approximation_error(inputs(7), data).covariance_error < 1
-
-
-def test_landmark_gradients_of_a_library(model):
-    layers = nn.Sequential(nn.Linear(D, H, bias=False), nn.Tanh(), nn.Linear(H, C)).double()
-    layers[0].weight = nn.Parameter(model.weight.detach().T)
-    check_against_dense(fit(layers, backend=AsdlGGN), layers)
-
-
 def test_a_network_keeps_the_strides_of_its_dense_weights():
     """Tangents whose strides differ from their weight's are copied at every use."""
     torch.manual_seed(0)
@@ -149,18 +129,6 @@ def test_a_network_keeps_the_strides_of_its_dense_weights():
     for name, p in model.named_parameters():
         assert la.basis.directions[name][0].stride() == p.stride(), name
     assert model[2].weight.stride() == (1, C)
-
-
-def test_structured_pruning():
-    """Hidden units are cut off, and the layers hold what is left of the larger weights."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(D, 2 * H), nn.Tanh(), nn.Linear(2 * H, C)).double()
-    model[0].weight = nn.Parameter(model[0].weight[::2])
-    model[0].bias = nn.Parameter(model[0].bias[::2])
-    model[2].weight = nn.Parameter(model[2].weight[:, ::2])
-    before = [(id(p), p.data_ptr(), p.stride()) for p in model.parameters()]
-    check_against_dense(fit(model), model)
-    assert [(id(p), p.data_ptr(), p.stride()) for p in model.parameters()] == before
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 5), (5, 0), (2, 3), (1, 3, 1), (2, 3, 2, 2)])

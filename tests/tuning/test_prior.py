@@ -18,12 +18,10 @@ from helpers import (
     loader,
     mlp,
     nll_of_calls,
-    targets,
     train_loader,
     val_loader,
 )
 from laplace.utils import validate
-from models import Applied
 from searching import (
     brier,
     by_loop,
@@ -36,8 +34,6 @@ from searching import (
     whole,
 )
 from torch import nn
-from torch.distributions import Normal
-from torch.nn import functional as F
 
 F64 = torch.float64
 X = inputs(7, seed=7)
@@ -108,34 +104,24 @@ def test_grid_search_uses_noise_scale_and_residual(likelihood, options):
 
 
 @quiet
-def test_grid_search_over_another_base():
-    la, val = fitted(temperature=200.0), val_loader()
-    options = {"log_prior_prec_min": 1, "log_prior_prec_max": 4, "grid_size": 4, "log_prior_prec_base": 2.0}
-    assert grid_search(la, val, **options) in (2, 4, 8, 16)
-
-
-@quiet
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("as_float", [False, True])
 def test_a_callable_gets_what_the_hosts_validation_gives_it(likelihood, as_float):
-    la, calls = fitted(likelihood, temperature=30.0), []
+    la, calls = fitted(likelihood, temperature=30.0, prior_precision=0.7), []
 
     def record(*parts):
         calls.append(parts)
         value = sum(p.double().square().sum() for p in parts[:-1]).log() ** 2
         return value.item() if as_float else value
 
-    grid_search(la, val_loader(likelihood), loss=record, grid_size=3)
-    ours = list(calls)
-    calls.clear()
-    for delta in reversed(torch.logspace(-3, 4, 3).tolist()):  # from large to small precision, as ours
-        la.prior_precision = delta
-        la.model.eval()
-        validate(la, val_loader(likelihood), lambda *p: torch.as_tensor(record(*p)))
-    assert [len(parts) for parts in ours] == [2 if likelihood == "classification" else 3] * 3
-    for left, right in zip(ours, calls, strict=True):
-        for a, b in zip(left, right, strict=True):
-            torch.testing.assert_close(a, b)
+    validate(la, val_loader(likelihood), lambda *p: torch.as_tensor(record(*p)))
+    value = math.log10(0.7)
+    options = {"log_prior_prec_min": value, "log_prior_prec_max": value + 1, "grid_size": 2}
+    grid_search(la, val_loader(likelihood), loss=record, **options)
+    expected, *ours = calls  # from large to small precision
+    assert [len(parts) for parts in ours] == [2 if likelihood == "classification" else 3] * 2
+    for a, b in zip(ours[-1], expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class VarianceMetric(torchmetrics.Metric):
@@ -172,6 +158,13 @@ def test_a_metric_of_two_arguments_gets_the_mean():
     assert la.prior_precision.item() == 1.0
 
 
+@quiet
+def test_grid_search_over_another_base():
+    la, val = fitted(temperature=200.0), val_loader()
+    options = {"log_prior_prec_min": 1, "log_prior_prec_max": 4, "grid_size": 4, "log_prior_prec_base": 2.0}
+    assert grid_search(la, val, **options) in (2, 4, 8, 16)
+
+
 # ---------------------------------------------------------------------------- sampled weights
 
 
@@ -188,28 +181,6 @@ def test_the_nn_predictive_is_repeatable_and_leaves_the_global_generator_alone(l
         assert torch.equal(torch.get_rng_state(), before)
     grid = torch.logspace(-4, 6, 5).tolist()
     assert chosen[0] == chosen[1] in grid[1:]  # a prior as wide as the first ruins sampled weights
-
-
-@quiet
-@pytest.mark.parametrize("n_outputs", [1, C])
-def test_the_nn_predictive_of_a_regression_is_scored_by_its_own_variances(n_outputs):
-    val = [(inputs(17, seed=3), targets("regression", 17, n_outputs, seed=4))]
-    data = loader(inputs(), targets("regression", N, n_outputs))
-    la = fitted("regression", mlp(n_outputs), data, temperature=30.0)
-
-    def nll(mean, var, y):
-        return -Normal(mean, (var + la.sigma_noise**2).sqrt()).log_prob(y).sum()
-
-    options = {"pred_type": "nn", "link_approx": "mc", "n_samples": 7, "grid_size": 5}
-    assert grid_search(la, val, loss=nll, **options) == grid_search(la, val, **options)
-
-
-def test_settings_whose_samples_overflow_are_skipped():
-    la = fitted(model=Applied(lambda net, x: net(x).mul(40).exp()))
-    options = {"pred_type": "nn", "link_approx": "mc", "n_samples": 5, "grid_size": 7}
-    with pytest.warns(UserWarning, match="settings were skipped"):
-        grid_search(la, val_loader(), log_prior_prec_min=-8, log_prior_prec_max=12, **options)
-    assert la.prior_precision > 1e-4
 
 
 # ---------------------------------------------------------------------------- a free temperature
@@ -251,18 +222,6 @@ def test_a_free_temperature_of_a_regression_is_tuned_to_its_closed_form(temperat
 
 
 @quiet
-def test_a_free_temperature_is_tuned_jointly_with_the_prior():
-    la = fitted(temperature=None)
-    val = soft_labels(la, 1e3, prior_precision=1.0)
-    best = sum(F.cross_entropy(y.log(), y, reduction="sum").item() for _, y in val) / 31
-    la.optimize_prior_precision(method="gridsearch", val_loader=val)
-    reached = sum(-(y * la(x).log()).sum().item() for x, y in val) / 31
-    assert best <= reached + 1e-12
-    assert reached == pytest.approx(best, abs=2e-4)
-    assert la.temperature > 30
-
-
-@quiet
 def test_a_given_temperature_is_fixed_and_none_is_free():
     val = soft_labels(fitted(), 1e3)
     free, fixed = (fitted(temperature=t) for t in (None, 1.0))
@@ -289,24 +248,13 @@ def test_a_given_temperature_is_fixed_and_none_is_free():
 @pytest.mark.parametrize("right", [True, False])
 def test_an_optimum_on_an_edge_of_the_prior_grid_warns_and_says_which_way(right):
     p = over_confident("classification")
-    la, (f, _), (x, _) = (
-        fit(p, temperature=100.0),
-        outputs_and_targets(p, validation(p)),
-        whole(validation(p)),
-    )
-    val = [(x, f.argmax(1) if right else f.argmin(1))]
+    la, x = fit(p, temperature=100.0), whole(validation(p))[0]
+    f, _ = outputs_and_targets(p, validation(p))
     # Right labels want less variance, hence a larger precision.
+    labels = f.argmax(1) if right else f.argmin(1)
     with pytest.warns(UserWarning, match=rf"edge.*log_prior_prec_{'max' if right else 'min'}"):
-        grid_search(la, val, log_prior_prec_min=-1, log_prior_prec_max=2)
+        grid_search(la, [(x, labels)], log_prior_prec_min=-1, log_prior_prec_max=2)
     assert la.prior_precision.item() == pytest.approx(100.0 if right else 0.1)
-
-
-def test_an_optimum_on_an_edge_of_the_temperature_range_warns():
-    p = over_confident("classification")
-    la, (f, _), (x, _) = fit(p), outputs_and_targets(p, validation(p)), whole(validation(p))
-    with pytest.warns(UserWarning, match=r"[Tt]emperature"):
-        grid_search(la, [(x, f.argmin(1))], log_prior_prec_min=-12, log_prior_prec_max=-8, grid_size=5)
-    assert la.temperature > 1e5
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -333,14 +281,6 @@ def test_skipped_candidates_are_counted_and_all_failing_changes_nothing():
     with pytest.raises(ValueError, match="finite"):
         grid_search(la, val_loader(), loss=lambda *parts: float("nan"))
     assert state(la) == before
-
-
-def test_a_grid_that_ends_before_it_begins_is_refused():
-    la = fitted()
-    for low, high in ((2.0, 2.0), (3.0, -1.0)):
-        with pytest.raises(ValueError, match="log_prior_prec"):
-            grid_search(la, val_loader(), log_prior_prec_min=low, log_prior_prec_max=high)
-    assert la.prior_precision.item() == 1.0
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -389,18 +329,19 @@ def test_marglik_is_the_default_and_keeps_the_structure_of_its_start():
     la.optimize_prior_precision(n_steps=3)
     assert la.prior_precision.shape == (1,)
     assert la.prior_precision.item() != 1.0
-    la.optimize_prior_precision(method="marglik", n_steps=3, init_prior_prec=torch.ones(4))
+    la.optimize_prior_precision(n_steps=3, init_prior_prec=torch.ones(4))
     assert la.prior_precision.shape == (4,)
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "exact"])
 @pytest.mark.parametrize("structure", ["layerwise", "diag"])
-def test_a_prior_of_several_values_is_not_tuned_with_a_residual(kind, structure):
-    la = fitted(residual=kind)
-    with pytest.raises(ValueError, match="scalar"):
-        la.optimize_prior_precision(method="marglik", prior_structure=structure, n_steps=2)
+def test_a_prior_of_several_values_is_refused_with_a_residual(kind, structure):
+    la, several = fitted(residual=kind), torch.ones(SIZES[structure])
+    for action in (
+        lambda: la.optimize_prior_precision(method="marglik", prior_structure=structure, n_steps=2),
+        lambda: setattr(la, "prior_precision", several),
+        lambda: build(residual=kind, prior_precision=several),
+    ):
+        with pytest.raises(ValueError, match="scalar"):
+            action()
     assert la.prior_precision.item() == 1.0
-    with pytest.raises(ValueError, match="scalar"):
-        la.prior_precision = torch.ones(SIZES[structure])
-    with pytest.raises(ValueError, match="scalar"):
-        build(residual=kind, prior_precision=torch.ones(SIZES[structure]))

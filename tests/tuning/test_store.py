@@ -37,16 +37,7 @@ def test_what_comes_back_is_what_went_in_whatever_the_budget(budget, dtype):
         assert torch.equal(first, torch.cat([p[0] for p in parts]))
         assert torch.equal(second, torch.cat([p[1] for p in parts]))
         assert third is None
-
-
-def test_memory_stays_within_the_budget():
-    parts = [(rows(11, seed=seed),) for seed in range(7)]
-    size = parts[0][0].numel() * 8
-    store = filled(2 * size, parts)
-    assert store.kept <= 2 * size
-    # What is read from the file is a new tensor every time.
-    in_memory = [first is again for (first,), (again,) in zip(store, store, strict=True)]
-    assert {True, False} == set(in_memory)
+    assert store.kept <= budget
 
 
 def test_batches_are_joined_and_transposed_tensors_come_back_as_they_were():

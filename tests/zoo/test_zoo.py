@@ -20,6 +20,7 @@ from helpers import build, loader, reference_features, targets
 from models import ConvNet
 from test_architectures import FEATURES, ROWS
 from torch import Tensor, nn
+from untouched import Untouched
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]  # the packages' own warnings
 
@@ -133,17 +134,8 @@ make_small_vit = from_torchvision(
     hidden_dim=16,
     mlp_dim=24,
 )
-make_gpt2 = from_transformers(
-    "GPT2",
-    vocab_size=VOCABULARY,
-    n_embd=16,
-    n_layer=2,
-    n_head=2,
-    n_positions=STEPS,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=1,
-)
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": STEPS}
+make_gpt2 = from_transformers("GPT2", **GPT2, pad_token_id=0, bos_token_id=1, eos_token_id=1)
 make_distilbert = from_transformers(
     "DistilBert", vocab_size=VOCABULARY, dim=16, n_layers=2, n_heads=2, hidden_dim=24
 )
@@ -194,21 +186,6 @@ def batches(x: Any) -> Any:
     return loader(x, y, batch_size=N_TRAIN) if isinstance(x, Tensor) else [{**x, "labels": y}]
 
 
-def unchanged(model: nn.Module) -> Callable[[], None]:
-    """Return a function that fails if the model is no longer what it is now."""
-    state = {k: v.clone() for k, v in model.state_dict().items()}
-    training = [m.training for m in model.modules()]
-
-    def check() -> None:
-        assert [m.training for m in model.modules()] == training
-        assert all(p.grad is None for p in model.parameters())
-        after = model.state_dict()
-        assert after.keys() == state.keys()
-        assert all(torch.equal(after[k], v) for k, v in state.items())
-
-    return check
-
-
 def check_close(found: Tensor, expected: Tensor) -> None:
     """Compare relative to the largest entry, to the accuracy that deep networks keep of the dtype."""
     tolerance = 1e-3 if expected.dtype == torch.float32 else 1e-9
@@ -219,7 +196,7 @@ def check_close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_zoo(case: Case, table: list[list[str]]) -> None:
     model = case.model()
-    check_unchanged = unchanged(model)
+    untouched = Untouched(model)
     data, x = batches(case.make_input(N_TRAIN, case.dtype)), case.make_input(N_TEST, case.dtype)
     la = build(model=model, subsample_size=M, n_eigenvalues=K)
     with warnings.catch_warnings(record=True) as record:
@@ -227,7 +204,7 @@ def test_zoo(case: Case, table: list[list[str]]) -> None:
         la.fit(data)
         phi, f = la.features(x)
         probs = la(x, link_approx="mc")
-    check_unchanged()
+    untouched.check(case.name)
     assert probs.shape == (N_TEST, C)
     assert probs.isfinite().all()
     expected_phi, expected_f = reference_features(model, la.basis, x)
