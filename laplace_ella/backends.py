@@ -144,7 +144,7 @@ class NystromGGN(GGNInterface):
             If the forward pass is random, if it finds weights where exchanging them does not reach, if nothing
             works, or if forward and reverse mode disagree.
         """
-        return self.engine.known_support() or self.engine.support(self.engine.to_model(x))
+        return self.engine.support_for(x)
 
     def features(self, x: Input, basis: NystromBasis, enable_backprop: bool = False) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B, C, K) and f(x) (B, C) with a given basis.

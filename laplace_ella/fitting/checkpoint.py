@@ -25,14 +25,8 @@ from .state_checks import ENTRIES, check_basis, check_entries, check_orthonormal
 FORMAT, READABLE = 4, (3, 4)
 # Entries that are attributes of the estimator, and not of its posterior.
 OF_ESTIMATOR = (
-    *(
-        "enable_backprop",
-        "subsample_size",
-        "n_eigenvalues",
-        "curvature_size",
-        "curvature",
-        "curvature_samples",
-    ),
+    *("enable_backprop", "subsample_size", "n_eigenvalues"),
+    *("curvature_size", "curvature", "curvature_samples"),
 )
 STATE_KEYS = {"format", "cls_name", "likelihood", "fingerprint", "basis", *ENTRIES}
 

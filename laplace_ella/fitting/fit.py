@@ -131,7 +131,7 @@ def _scan(job: Job, recipe: Recipe, draws: bool) -> Scan:
             inputs, outputs = unchecked.pop()
             of_landmark = engine.forward(rows(inputs, 0, 1)) if f.ndim > 2 else f
             check_coordinates(outputs, of_landmark.shape[1:].numel())
-        engine.known_support() or engine.support(engine.to_model(x))  # probes, at the first batch too
+        engine.support_for(x)  # probes, at the first batch too
         return f
 
     read_data(job, found, partial(scan, forward=forward, likelihood=job.likelihood, scheme=recipe.scheme))

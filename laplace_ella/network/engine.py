@@ -73,9 +73,8 @@ class Engine:
         self._facts: dict[Any, InputFacts] = {}
         self._smaller: dict[Any, Chunks] = {}
         self._free: dict[torch.device, int] = {}
-        self._prepared: Any = (
-            WeakTensorKeyDictionary()
-        )  # of the first of some directions: what ways make of them
+        # Of the first of some directions: what ways make of them.
+        self._prepared: Any = WeakTensorKeyDictionary()
 
     # A copy finds out by itself what is of this module or process; weights and how inputs are read do not change.
     def __getstate__(self) -> Any:
@@ -208,9 +207,9 @@ class Engine:
         """Return the bytes of one gradient row."""
         return sum(w.numel() * w.element_size() for w in self.function.weights().values())
 
-    def known_support(self) -> Support | None:
-        """Return what was found out on this device, if anything."""
-        return self._support.get(setting_of(self.module))
+    def support_for(self, x: Raw | Input) -> Support:
+        """Say what the model supports, given an input as it comes, which is only looked at if that is not known yet."""
+        return self._support.get(setting_of(self.module)) or self.support(self.to_model(x))
 
     def support(self, x: Input) -> Support:
         """Say what the model supports; this is found out once per device, on two copies of a row of ``x``."""

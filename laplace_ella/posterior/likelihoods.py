@@ -107,7 +107,29 @@ class Classification(Likelihood):
 
     def targets(self, y: Tensor, f: Tensor) -> Tensor:
         """Return class indices (B,) or probabilities (B, C)."""
-        return _softmax_targets(y, f)
+        n_outputs = f.shape[-1]
+        if n_outputs < 2:
+            raise ValueError(
+                "Classification needs at least two outputs (the softmax of one is constant); "
+                f"got outputs of shape {tuple(f.shape)}. Give the model one output per class, or use likelihood='bernoulli'."
+            )
+        if y.ndim == 2 and y.shape[1] == 1:
+            y = y[:, 0]
+        if y.ndim == 2:
+            return _class_probabilities(y, f)
+        if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+            raise ValueError(
+                "Classification targets must be class indices of shape (batch,), or class probabilities of "
+                f"shape (batch, {n_outputs}); got shape {tuple(y.shape)} and {y.dtype}. "
+                "Convert indices with y.long()."
+            )
+        bad = (y < 0) | (y >= n_outputs)
+        if bad.any():
+            raise ValueError(
+                f"Class indices must lie in 0..{n_outputs - 1}, the model's outputs; got {int(y[bad][0])}. "
+                "Check the labels, or the width of the model's last layer; there is no ignore_index."
+            )
+        return y.long()
 
     def loss(self, f: Tensor, y: Tensor) -> Tensor:
         """Return the cross-entropy."""
@@ -160,7 +182,21 @@ class Bernoulli(Likelihood):
 
     def targets(self, y: Tensor, f: Tensor) -> Tensor:
         """Return targets (B, C) in [0, 1]."""
-        return _binary_targets(y, f)
+        if y.ndim == 1 and f.shape[-1] == 1:
+            y = y[:, None]
+        if y.shape != f.shape:
+            raise ValueError(
+                f"Bernoulli targets must have the shape of the outputs, {tuple(f.shape)}, with one 0 or 1 for each; "
+                f"got {tuple(y.shape)}."
+            )
+        if y.is_complex():
+            raise ValueError(f"Bernoulli targets must be 0 or 1; got {y.dtype}.")
+        y = y.double()
+        if not bool(((y >= 0) & (y <= 1)).all()):
+            raise ValueError(
+                f"Bernoulli targets must lie in [0, 1]; got {float(y.min()):.4g}..{float(y.max()):.4g}."
+            )
+        return y
 
     def loss(self, f: Tensor, y: Tensor) -> Tensor:
         """Return the binary cross-entropy."""
@@ -200,7 +236,15 @@ class Regression(Likelihood):
 
     def targets(self, y: Tensor, f: Tensor) -> Tensor:
         """Return targets (B, C) in the dtype of the outputs."""
-        return _gaussian_targets(y, f)
+        if y.shape != f.shape:
+            hint = " Add the output axis with y.unsqueeze(-1)." if y.ndim == 1 else ""
+            raise ValueError(
+                f"Regression targets must have the shape of the outputs, {tuple(f.shape)}; "
+                f"got {tuple(y.shape)}, which would broadcast.{hint}"
+            )
+        if not y.isfinite().all():
+            raise ValueError("Regression targets must be finite; got NaN or infinity.")
+        return y.to(f.dtype)
 
     def loss(self, f: Tensor, y: Tensor) -> Tensor:
         """Return half the sum of squared errors."""
@@ -237,32 +281,6 @@ def name_of(likelihood: Any) -> str:
     return str(getattr(likelihood, "value", likelihood))
 
 
-def _softmax_targets(y: Tensor, f: Tensor) -> Tensor:
-    n_outputs = f.shape[-1]
-    if n_outputs < 2:
-        raise ValueError(
-            "Classification needs at least two outputs (the softmax of one is constant); "
-            f"got outputs of shape {tuple(f.shape)}. Give the model one output per class, or use likelihood='bernoulli'."
-        )
-    if y.ndim == 2 and y.shape[1] == 1:
-        y = y[:, 0]
-    if y.ndim == 2:
-        return _class_probabilities(y, f)
-    if y.ndim != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(
-            "Classification targets must be class indices of shape (batch,), or class probabilities of "
-            f"shape (batch, {n_outputs}); got shape {tuple(y.shape)} and {y.dtype}. "
-            "Convert indices with y.long()."
-        )
-    bad = (y < 0) | (y >= n_outputs)
-    if bad.any():
-        raise ValueError(
-            f"Class indices must lie in 0..{n_outputs - 1}, the model's outputs; got {int(y[bad][0])}. "
-            "Check the labels, or the width of the model's last layer; there is no ignore_index."
-        )
-    return y.long()
-
-
 def _class_probabilities(y: Tensor, f: Tensor) -> Tensor:
     if y.shape != f.shape:
         raise ValueError(
@@ -276,36 +294,6 @@ def _class_probabilities(y: Tensor, f: Tensor) -> Tensor:
             f"got rows that sum to {float(y.sum(-1).min()):.4g}..{float(y.sum(-1).max()):.4g}."
         )
     return y
-
-
-def _binary_targets(y: Tensor, f: Tensor) -> Tensor:
-    if y.ndim == 1 and f.shape[-1] == 1:
-        y = y[:, None]
-    if y.shape != f.shape:
-        raise ValueError(
-            f"Bernoulli targets must have the shape of the outputs, {tuple(f.shape)}, with one 0 or 1 for each; "
-            f"got {tuple(y.shape)}."
-        )
-    if y.is_complex():
-        raise ValueError(f"Bernoulli targets must be 0 or 1; got {y.dtype}.")
-    y = y.double()
-    if not bool(((y >= 0) & (y <= 1)).all()):
-        raise ValueError(
-            f"Bernoulli targets must lie in [0, 1]; got {float(y.min()):.4g}..{float(y.max()):.4g}."
-        )
-    return y
-
-
-def _gaussian_targets(y: Tensor, f: Tensor) -> Tensor:
-    if y.shape != f.shape:
-        hint = " Add the output axis with y.unsqueeze(-1)." if y.ndim == 1 else ""
-        raise ValueError(
-            f"Regression targets must have the shape of the outputs, {tuple(f.shape)}; "
-            f"got {tuple(y.shape)}, which would broadcast.{hint}"
-        )
-    if not y.isfinite().all():
-        raise ValueError("Regression targets must be finite; got NaN or infinity.")
-    return y.to(f.dtype)
 
 
 def _log(p: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ tangents. Source: docs/math.md, section "Residual".
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,8 +27,6 @@ from ..nystrom.jacobian import row_source
 from ..nystrom.rows import kernels as kernels_of_rows
 from .gaussian import Linearised
 from .kept import Memory
-
-Offsets = Callable[[Weights], Weights]
 
 
 class Residual:

@@ -23,6 +23,7 @@ from helpers import (
 )
 from parts import (
     KINDS,
+    QUIET,
     SIZE,
     SIZES,
     Counting,
@@ -38,14 +39,7 @@ from parts import (
 )
 from torch.utils.data import DataLoader
 
-# Tuning of a few weights on a few random labels.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The best (prior_precision|temperature)",
-    "ignore:No setting predicts better than the network itself",
-    "ignore:.*validation inputs",
-    "ignore:curvature='mc' estimates G",
-    "ignore:(subsample_size|n_eigenvalues) was reduced",
-)
+pytestmark = QUIET
 
 
 @pytest.fixture(params=KINDS[:4], ids=repr)

@@ -22,6 +22,7 @@ from helpers import (
 )
 from parts import (
     KINDS,
+    QUIET,
     SIZE,
     SIZES,
     Counting,
@@ -36,14 +37,7 @@ from torch import nn
 
 from laplace_ella.fitting import stages
 
-# Tuning of a few weights on a few random labels.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The best (prior_precision|temperature)",
-    "ignore:No setting predicts better than the network itself",
-    "ignore:.*validation inputs",
-    "ignore:curvature='mc' estimates G",
-    "ignore:(subsample_size|n_eigenvalues) was reduced",
-)
+pytestmark = QUIET
 
 
 @pytest.fixture(params=KINDS[:4], ids=repr)

@@ -12,6 +12,14 @@ from torch.utils.data import IterableDataset, TensorDataset, get_worker_info
 
 SIZE = 5
 
+# Tuning of a few weights on a few random labels.
+QUIET = pytest.mark.filterwarnings(
+    "ignore:The best (prior_precision|temperature)",
+    "ignore:No setting predicts better than the network itself",
+    "ignore:.*validation inputs",
+    "ignore:curvature='mc' estimates G",
+    "ignore:(subsample_size|n_eigenvalues) was reduced",
+)
 
 X = inputs(11, seed=7)
 
