@@ -275,7 +275,7 @@ class ELLALaplace(ParametricLaplace):
             self.curvature_size, self.seed = curvature_size, seed
             self.curvature, self.curvature_samples = curvature, curvature_samples
             self.residual_samples = residual_samples
-            asked.check_sizes(self)
+            asked.checked_sizes(self)
             self.process_group, self.shard_directions = process_group, bool(shard_directions)
             self.backend_kwargs = check_options("backend_kwargs", backend_kwargs)
             self.asdl_fisher_kwargs = check_options("asdl_fisher_kwargs", asdl_fisher_kwargs)
@@ -540,10 +540,8 @@ class ELLALaplace(ParametricLaplace):
         checkpoints.check_unchanged(now.fit.fingerprint, self.model)
         return now
 
-    def _stream(
-        self, loader: Iterable[Any], progress_bar: bool = False, ranks: Ranks | None = None, **more: Any
-    ) -> Stream:
-        ranks = ranks or self._ranks
+    def _stream(self, loader: Iterable[Any], progress_bar: bool = False, **more: Any) -> Stream:
+        ranks = self._ranks
         bars = progress_bars(progress_bar and ranks.rank == 0)
         return Stream(loader, self.dict_key_x, self.dict_key_y, self._engine.inputs, ranks, bars, **more)
 
@@ -1065,7 +1063,8 @@ class ELLALaplace(ParametricLaplace):
         if sigma_noise is not None:
             checks.check_noise_is_tunable(now.likelihood)
         evidence = replace(now, setting=now.setting.at(**values)).log_evidence
-        become(self, setting=values)  # which they do not if it fails
+        if values:  # which do not become current if it fails
+            become(self, setting=values)
         return evidence
 
     def optimize_prior_precision(
@@ -1135,7 +1134,7 @@ class ELLALaplace(ParametricLaplace):
             else:
                 stream = self._stream(val_loader, progress_bar)  # type: ignore[arg-type]
                 new, remarks = prior.tuned_prior(now, self._engine, stream, ranks, search)
-        become(self, now.fit, setting=new)
+        become(self, setting=new)
         for remark in remarks:
             warn_user(remark)
         if verbose:
@@ -1298,9 +1297,8 @@ class ELLALaplace(ParametricLaplace):
             state = without_inference(state_dict)
             basis = checkpoints.unpack_saved_basis(state["basis"], engine, ranks)
             new = posterior_of(state, basis, now, engine.function.flat_weights())
-        self.__dict__.update({name: state[name] for name in checkpoints.OF_ESTIMATOR})
-        self._named_by_user = set(state["named_by_user"])
-        attributes.exchange(self, new)
+        own = {name: state[name] for name in checkpoints.OF_ESTIMATOR}
+        attributes.exchange(self, new, **own, _named_by_user=set(state["named_by_user"]))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the arguments of an estimator like this one, with the hyperparameters it has now.

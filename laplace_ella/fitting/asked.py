@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.batches import Raw, batch_size, input_digest
-from ..data.checks import check_choice, check_flag, check_seed, check_size, shown
+from ..data.checks import check_choice, check_flag, check_seed, check_size, integer, shown
 from ..data.hashing import digest
 from ..data.landmarks import Scheme, balanced, check_landmarks, uniform
 from ..data.loading import check_loader
@@ -29,30 +29,45 @@ from .stages import Job
 
 DEFAULT_SUBSAMPLE_SIZE = 500
 DEFAULT_N_EIGENVALUES = 20
-# The attributes of an estimator that say how to fit.
-SIZES = ("subsample_size", "n_eigenvalues", "curvature_size", "curvature", "curvature_samples")
 
 
-def check_sizes(estimator: Any) -> None:
-    """Require values that a fit can use, and make them plain; they may have been assigned since the last fit.
+@dataclass(frozen=True)
+class Sizes:
+    """How to fit, as an estimator's attributes of these names say at one moment."""
+
+    subsample_size: int
+    n_eigenvalues: int | float
+    curvature_size: int | None
+    curvature: str
+    curvature_samples: int
+
+    @property
+    def labels(self) -> int:
+        """How many labels are sampled for each curvature input; 0 for the exact curvature."""
+        return 0 if self.curvature == "exact" else self.curvature_samples
+
+
+def checked_sizes(estimator: Any) -> Sizes:
+    """Return values that a fit can use, and make the estimator's plain; they may have been assigned since the last fit.
 
     Raises
     ------
     ValueError
     """
-    check, e = check_size, estimator
-    e.subsample_size = check("subsample_size", e.subsample_size) or DEFAULT_SUBSAMPLE_SIZE
-    e.n_eigenvalues = check_rank(e.n_eigenvalues) or DEFAULT_N_EIGENVALUES
-    e.curvature_samples = check("curvature_samples", e.curvature_samples, optional=False)
-    e.residual_samples = check("residual_samples", e.residual_samples, optional=False)
-    e.curvature_size = check("curvature_size", e.curvature_size)
-    e.seed = check_seed(e.seed)
-    check_choice("curvature", e.curvature, CURVATURES)
-
-
-def labels_of(estimator: Any) -> int:
-    """Return how many labels are sampled for each curvature input; 0 for the exact curvature."""
-    return 0 if estimator.curvature == "exact" else estimator.curvature_samples
+    e, curvature = estimator, estimator.curvature
+    check_choice("curvature", curvature, CURVATURES)
+    sizes = Sizes(
+        check_size("subsample_size", e.subsample_size) or DEFAULT_SUBSAMPLE_SIZE,
+        check_rank(e.n_eigenvalues) or DEFAULT_N_EIGENVALUES,
+        check_size("curvature_size", e.curvature_size),
+        curvature,
+        integer("curvature_samples", e.curvature_samples, "a positive integer", 1),
+    )
+    n_tangents = integer("residual_samples", e.residual_samples, "a positive integer", 1)
+    plain = {**vars(sizes), "residual_samples": n_tangents, "seed": check_seed(e.seed)}
+    for name, value in plain.items():
+        setattr(e, name, value)
+    return sizes
 
 
 def named(**values: Any) -> set[str]:
@@ -112,21 +127,21 @@ def prepare(estimator: Any, request: Request) -> tuple[Job, Recipe, Fit | None]:
     with ranks.together("the arguments of fit"):
         fresh = check_flag("override", request.override) or now.current is None
         check_flag("progress_bar", request.progress_bar)
-        _check_loader(request, estimator, now.likelihood)
+        sizes = _checked_loader(request, estimator, now.likelihood)
         _check_weights(engine, estimator.params, fresh)
         estimator._follow_model()
         now = estimator._posterior if fresh else estimator._unchanged()
         _check_basis(request, engine, sharing(estimator), fresh)
         request = _checked_options(request, now.likelihood, estimator.dict_key_x)
         needed = request.checkpoint is not None or ranks.size > 1  # hashing V takes seconds
-        arguments = _arguments(request, estimator, now, fresh) if needed else {}
+        arguments = _arguments(request, sizes, estimator, now, fresh) if needed else {}
         options = {k: str(v) for k, v in engine_options(estimator).items()}
         files = FitFiles(request.checkpoint, request.checkpoint_every, {**arguments, **options}, ranks)
         more = {"first_position": 0 if fresh else now.fit.n_data, "max_samples": request.max_samples}
         stream = estimator._stream(request.train_loader, request.progress_bar, **more)
-        recipe = _recipe(request, estimator, engine)
+        recipe = _recipe(request, sizes, estimator, engine)
     ranks.require_equal({**arguments, "checkpoint": request.checkpoint is not None}, "fit()")
-    of_labels = request.every, now.seed, labels_of(estimator)
+    of_labels = request.every, now.seed, sizes.labels
     job = Job(ranks, stream, files, stream.progress, engine, now.likelihood, *of_labels)
     return job, recipe, None if fresh else now.fit
 
@@ -138,16 +153,18 @@ def engine_options(estimator: Any) -> dict[str, Any]:
 
 
 @exclusively
-def _check_loader(request: Request, estimator: Any, likelihood: Likelihood) -> None:
+def _checked_loader(request: Request, estimator: Any, likelihood: Likelihood) -> Sizes:
+    """Require a loader that can be read as often as the sizes ask for, and return these."""
     check_loader("train_loader", request.train_loader)
-    check_sizes(estimator)
+    sizes = checked_sizes(estimator)
     if check_flag("balanced", request.balanced) and not likelihood.has_classes:
         raise ValueError(f"balanced=True needs classes; {likelihood.name} has none. Leave it out.")
-    if estimator.curvature_size is None and isinstance(request.train_loader, Iterator):
+    if sizes.curvature_size is None and isinstance(request.train_loader, Iterator):
         raise ValueError(
             "curvature_size=None reads the data twice, and this loader is an iterator that can be read once. "
             "Pass an iterable that can be started again, or a number as curvature_size."
         )
+    return sizes
 
 
 @exclusively
@@ -205,11 +222,13 @@ def _checked_options(request: Request, likelihood: Likelihood, dict_key_x: str) 
     )
 
 
-def _recipe(request: Request, estimator: Any, engine: Engine) -> Recipe:
+def _recipe(request: Request, sizes: Sizes, estimator: Any, engine: Engine) -> Recipe:
     """Return what is to be fitted, the landmarks given being cut into single inputs."""
     given = request.pairs
     return Recipe(
-        **{name: getattr(estimator, name) for name in SIZES[:3]},
+        sizes.subsample_size,
+        sizes.n_eigenvalues,
+        sizes.curvature_size,
         shard=estimator.shard_directions,
         named=frozenset(estimator._named_by_user),
         landmarks=None if given is None else (engine.inputs(given[0], len(given[1])), given[1]),
@@ -219,19 +238,20 @@ def _recipe(request: Request, estimator: Any, engine: Engine) -> Recipe:
     )
 
 
-def _arguments(request: Request, estimator: Any, now: Posterior, fresh: bool) -> dict[str, Any]:
+def _arguments(request: Request, sizes: Sizes, estimator: Any, now: Posterior, fresh: bool) -> dict[str, Any]:
     """Return what the result of a fit depends on, data apart, in plain types."""
-    given, basis, scheme = request.pairs, request.basis, request.scheme
+    given, basis = request.pairs, request.basis
     before = "nothing" if fresh else digest(now.fit.H, now.fit.basis.fingerprint())
     return {
         "model": checkpoint.fingerprint(estimator.model),
         "seed": now.seed,
-        **{name: getattr(estimator, name) for name in (*SIZES, "shard_directions")},
+        **vars(sizes),
+        "shard_directions": estimator.shard_directions,
         "likelihood": now.likelihood.name,
         "backend": type(estimator.backend).__name__,
         "dtype": str(now.setting.prior_precision.dtype),
         "override": fresh,
-        "scheme": f"{scheme.__module__}.{scheme.__qualname__}",
+        "scheme": _name_of(request.scheme),
         "val_loader": request.val_loader is not None,
         "val_steps": request.every,
         "max_samples": request.max_samples,
@@ -242,23 +262,32 @@ def _arguments(request: Request, estimator: Any, now: Posterior, fresh: bool) ->
     }
 
 
+def _name_of(scheme: Scheme) -> str:
+    """Return the name by which the landmark schemes of two fits are compared."""
+    if not hasattr(scheme, "__qualname__"):
+        raise ValueError(
+            "With checkpoint=, and on several ranks, landmarks= must be a function with a name, by which it is told apart "
+            f"from others; got {shown(scheme)}. Define one with def."
+        )
+    return f"{scheme.__module__}.{scheme.__qualname__}"
+
+
 def plan(estimator: Any, train_loader: Any) -> Plan:
     """Work out what a fit will cost; see :meth:`laplace_ella.ELLALaplace.plan`."""
     check_loader("train_loader", train_loader)
-    check_sizes(estimator)
-    ranks, engine, n = estimator._ranks, estimator._engine, estimator.curvature_size
-    rank = estimator.n_eigenvalues
+    sizes = checked_sizes(estimator)
+    ranks, engine, n, rank = estimator._ranks, estimator._engine, sizes.curvature_size, sizes.n_eigenvalues
     if not isinstance(rank, int):  # a share, which is not known before: as much as the budget allows
-        rank = max(1, min(estimator.subsample_size, engine.budget() // engine.row_size()))
+        rank = max(1, min(sizes.subsample_size, engine.budget() // engine.row_size()))
     with random_state_restored(train_loader):
         x = first_batch(train_loader, estimator.dict_key_x, estimator.dict_key_y, engine.inputs)
     return make_plan(
         engine.eager(),
         engine.to_model(x),
         n_data=data_size(train_loader, batch_size(x)),
-        n_landmarks=ranks.lengths(estimator.subsample_size)[0],
+        n_landmarks=ranks.lengths(sizes.subsample_size)[0],
         rank=rank,
         n_curvature=None if n is None else ranks.lengths(n)[0],
-        sampled=labels_of(estimator),
+        sampled=sizes.labels,
         likelihood=estimator._posterior.likelihood,
     )

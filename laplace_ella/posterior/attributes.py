@@ -39,7 +39,7 @@ def become(
     Parameters
     ----------
     of : Fit, optional
-        The fit that the changes were derived from.
+        The fit that a new one (``current``) was derived from.
     setting : mapping
         New values of parameters of the setting.
     **changes
@@ -52,18 +52,18 @@ def become(
     """
     with SWAP:
         before = estimator._posterior
-        if of is not None and before.current is not of:
+        if "current" in changes and of is not None and before.current is not of:
             raise RuntimeError(REPLACED)
         exchange(estimator, replace(before, setting=before.setting.at(**setting), **changes))
 
 
-def exchange(estimator: Any, posterior: Posterior) -> None:
-    """Give an estimator another posterior."""
+def exchange(estimator: Any, posterior: Posterior, **attributes: Any) -> None:
+    """Give an estimator another posterior, and with it other values of plain attributes, in one step."""
     fit = posterior.current
     with SWAP:
         if fit is not None and fit is not estimator._posterior.current:
             estimator.model.output_size = fit.n_outputs  # as the host does
-        estimator._posterior = posterior
+        vars(estimator).update(attributes, _posterior=posterior)
 
 
 def follow(estimator: Any, device: torch.device, dtype: torch.dtype) -> None:

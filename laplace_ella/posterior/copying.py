@@ -39,8 +39,10 @@ def _argument_names(cls: type) -> list[str]:
 
 def own_state(estimator: Any) -> dict[str, Any]:
     """Return the attributes of an estimator, the posterior without the graphs that deepcopy refuses."""
-    posterior = estimator._posterior
-    return {**vars(estimator), "_posterior": replace(posterior, setting=posterior.setting.detached())}
+    own = vars(estimator)
+    now = own["_posterior"]
+    detached = replace(now, setting=now.setting.detached(), prior_mean=now.prior_mean.detach())
+    return {**own, "_posterior": detached}
 
 
 def picklable_state(estimator: Any) -> dict[str, Any]:

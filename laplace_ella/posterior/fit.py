@@ -14,7 +14,7 @@ from ..nystrom.basis import NystromBasis
 Snapshots = Sequence[tuple[int, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fit:
     """What a fit leaves; nothing in it changes.
 

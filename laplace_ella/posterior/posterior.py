@@ -25,7 +25,7 @@ from .residual import RESIDUALS, Residual
 from .setting import Setting
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Posterior:
     r"""A Gaussian over the K coordinates of the weights, and what it needs to predict.
 
@@ -55,8 +55,8 @@ class Posterior:
     temperature_fixed: bool = False
     current: Fit | None = None
     # Tangents, which all posteriors of one estimator share; and what was made of this one.
-    tangents: Memory = field(default_factory=Memory, repr=False, compare=False)
-    _kept: Memory = field(default_factory=Memory, init=False, repr=False, compare=False)
+    tangents: Memory = field(default_factory=Memory, repr=False)
+    _kept: Memory = field(default_factory=Memory, init=False, repr=False)
 
     @classmethod
     def unfitted(cls, likelihood: Likelihood, residual: Residual) -> Posterior:
@@ -91,7 +91,10 @@ class Posterior:
         return replace(self, setting=candidate.rounded(self.setting))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Posterior:
-        """Return the posterior on another device."""
+        """Return the posterior on another device; the same object if it is there."""
+        place = self.setting.prior_precision
+        if (place.device, place.dtype) == (device, dtype):
+            return self
         return replace(
             self,
             setting=self.setting.to(device, dtype),

@@ -133,14 +133,18 @@ def grids_of(posterior: Posterior, search: Any) -> dict[str, Sequence[Any]]:
 
 
 def applied(posterior: Posterior, best: Setting, names: Sequence[str]) -> dict[str, Any]:
-    """Return the fit and the values of the setting with some parameters of another; directions beyond K' are dropped."""
+    """Return the values of some parameters of a setting, and a fit if these ask for another one.
+
+    Directions beyond K' are dropped.
+    """
     fit, n, rank = posterior.fit, best.curvature_size, best.n_eigenvalues
     if "curvature_size" in names and n is not None:
         fit = fit.first(n)
     if "n_eigenvalues" in names and rank is not None and rank < fit.basis.rank:
         fit = fit.leading(rank)
     new = best.rounded(posterior.setting)
-    return {"current": fit, "setting": {k: getattr(new, k) for k in names if k not in DISCRETE}}
+    values = {k: getattr(new, k) for k in names if k not in DISCRETE}
+    return {"setting": values, **({} if fit is posterior.fit else {"current": fit})}
 
 
 @torch.no_grad()

@@ -401,3 +401,11 @@ def test_a_subclass_is_built_again_with_its_own_arguments(again):
     assert (type(new), new.name, new.subsample_size) == (Named, "b", 13)
     new.fit(train_loader())
     assert (new.calls, la.calls) == (["fit"], [])
+
+
+def test_a_prior_mean_with_a_graph_is_copied_without_it():
+    mean = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    la = fitted(prior_mean=mean * 2)
+    again = copy.deepcopy(la)
+    assert not again.prior_mean.requires_grad
+    assert_same(again(X), la(X))

@@ -1,9 +1,12 @@
 """What users of the package's modules may add from outside: a likelihood, a link."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import C, build, fitted, inputs, loader, mlp
 
+from laplace_ella.data.landmarks import uniform
 from laplace_ella.posterior.likelihoods import LIKELIHOODS, Likelihood
 from laplace_ella.posterior.links import LINKS, Link
 
@@ -99,3 +102,10 @@ def test_a_landmark_scheme_is_one_function():
     assert chosen.sort().values.tolist() == inputs().norm(dim=1).sort().values[-5:].tolist()
     with pytest.raises(ValueError, match="landmarks= is a scheme"):
         la.fit(loader(inputs(), torch.arange(23) % C), landmarks=longest, balanced=True)
+
+
+def test_a_landmark_scheme_without_a_name_is_refused_where_fits_are_compared(tmp_path):
+    data, scheme = loader(inputs(), torch.arange(23) % C), partial(uniform)
+    build(subsample_size=5, n_eigenvalues=3).fit(data, landmarks=scheme)
+    with pytest.raises(ValueError, match="must be a function with a name"):
+        build().fit(data, landmarks=scheme, checkpoint=tmp_path / "fit")

@@ -16,6 +16,7 @@ from helpers import C, D, H, build, inputs, targets
 from torch import Tensor, nn
 from untouched import Untouched, process_flags
 
+from laplace_ella.network import interrupts
 from laplace_ella.network.memory import Chunks, OutOfMemory, attempt, with_smaller_chunks
 from laplace_ella.network.module_state import ModuleState
 from laplace_ella.network.safety import LOCK, safely
@@ -313,3 +314,11 @@ def test_modes_of_the_callers_stay_entered():
         before = process_flags()
         safely(Storing(), lambda: None)
         assert process_flags() == before
+
+
+def test_a_ctrl_c_that_was_raised_is_not_raised_again(monkeypatch):
+    la = new(Storing())
+    monkeypatch.setattr(
+        interrupts, "_waiting", [None]
+    )  # as a second one leaves it that comes while the first is raised
+    la(X)

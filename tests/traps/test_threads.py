@@ -313,3 +313,26 @@ def test_the_backend_has_the_basis_of_the_estimator():
         change()
         assert la.backend.basis is la.basis
         assert same(la.backend.jacobians(X), la.features(X))
+
+
+@pytest.mark.parametrize(
+    "tune",
+    [
+        lambda la, val: la.optimize_prior_precision(method="gridsearch", val_loader=val, grid_size=3),
+        lambda la, val: la.optimize_hyperparameters(val, {"temperature": [10.0, 100.0]}),
+    ],
+)
+def test_a_setting_is_taken_over_though_another_fit_came_meanwhile(tune):
+    la = build(temperature=None)
+    la.fit(halves()[0])
+
+    class Fitting:
+        def __iter__(self):
+            la.fit(halves()[1])
+            return iter(val_loader())
+
+    tune(la, Fitting())
+    fresh = build(model=la.model)
+    fresh.fit(halves()[1])
+    assert torch.equal(la.H, fresh.H)
+    assert la.temperature != 1
