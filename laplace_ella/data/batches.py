@@ -289,7 +289,7 @@ def is_finite(x: Raw | Input) -> bool:
     return all(bool(t.isfinite().all()) for t in tensors(x) if t.is_floating_point() or t.is_complex())
 
 
-def rows(x: Input, start: int, stop: int) -> Input:
+def inputs_between(x: Input, start: int, stop: int) -> Input:
     """Slice the batch axis."""
     return each_row(x, lambda t: t[start:stop])
 
@@ -313,9 +313,9 @@ def copied(x: Input) -> Input:
     return each(x, lambda t: t.detach().clone())
 
 
-def single_row(x: Input, index: int) -> Input:
+def single_input(x: Input, index: int) -> Input:
     """Copy one row out of a batch."""
-    return copied(rows(x, index, index + 1))
+    return copied(inputs_between(x, index, index + 1))
 
 
 def n_bytes(x: Input) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Input, Raw, batch_size, check_finite, raw_size, single_row
+from .batches import Input, Raw, batch_size, check_finite, raw_size, single_input
 from .checks import shown
 from .hashing import LANDMARK_INPUT, LANDMARK_OUTPUT, LANDMARK_PAIR, hash_keys
 from .stream import Batch
@@ -185,7 +185,7 @@ def offer_inputs(sample: BottomK, batch: Batch, n_coordinates: int, scheme: Sche
     if not sample.capacity:
         return
     keys, groups = scheme(batch, seed)
-    sample.offer(batch.positions, keys, groups, lambda i: (single_row(batch.x, i), n_coordinates))
+    sample.offer(batch.positions, keys, groups, lambda i: (single_input(batch.x, i), n_coordinates))
 
 
 def draw_outputs(sample: BottomK, seed: int) -> Landmarks:
@@ -256,4 +256,4 @@ def check_coordinates(outputs: Tensor, n_outputs: int) -> None:
 def explicit_landmarks(given: tuple[Input, Tensor]) -> Landmarks:
     """Return the landmarks of a pair of M inputs and a LongTensor (M,)."""
     inputs, outputs = given
-    return Landmarks([single_row(inputs, i) for i in range(len(outputs))], outputs.cpu())
+    return Landmarks([single_input(inputs, i) for i in range(len(outputs))], outputs.cpu())

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DistributedSampler
 
 from ..parallel.ranks import ALONE, Ranks
-from .batches import Input, batch_size, in_slices, input_digest, rows
+from .batches import Input, batch_size, in_slices, input_digest, inputs_between
 from .hashing import digest
 from .loading import Prepare, named_batches, named_inputs
 from .progress import Progress, no_progress
@@ -139,7 +139,7 @@ class Stream:
             stop = first + batch_size(x)
             if self.limit is not None and stop > self.limit:
                 size, stop = self.limit - first, self.limit
-                x, y = rows(x, 0, size), [t[:size] for t in y]
+                x, y = inputs_between(x, 0, size), [t[:size] for t in y]
             yield first, (name, x, *y)
             first = stop
             if first == self.limit:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.batches import Input, rows
+from ..data.batches import Input, inputs_between
 from ..data.landmarks import BottomK, Scheme, check_coordinates, draw_outputs, explicit_landmarks, uniform
 from ..data.loading import check_total
 from ..data.notices import warn_user
@@ -129,7 +129,7 @@ def _scan(job: Job, recipe: Recipe, draws: bool) -> Scan:
         f = engine.forward(x)
         while unchecked:  # at the first batch, before any long work
             inputs, outputs = unchecked.pop()
-            of_landmark = engine.forward(rows(inputs, 0, 1)) if f.ndim > 2 else f
+            of_landmark = engine.forward(inputs_between(inputs, 0, 1)) if f.ndim > 2 else f
             check_coordinates(outputs, of_landmark.shape[1:].numel())
         engine.support_for(x)  # probes, at the first batch too
         return f

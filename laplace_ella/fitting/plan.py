@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.batches import Input, batch_size, n_bytes, rows
+from ..data.batches import Input, batch_size, inputs_between, n_bytes
 from ..data.loading import Prepare, named_batches
 from ..network.engine import Engine
 from ..network.features import FEATURES
@@ -207,7 +207,7 @@ def make_plan(
 
     def plan() -> Plan:
         return Plan(
-            stages=_stages(rehearsal, n_data, int(n_kept) * n_bytes(rows(x, 0, 1))),
+            stages=_stages(rehearsal, n_data, int(n_kept) * n_bytes(inputs_between(x, 0, 1))),
             n_data=n_data,
             n_outputs=engine.facts(x).n_outputs,
             n_params=engine.row_count(),
@@ -230,14 +230,14 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
     m, rank, n, sampled = len(held.source), rehearsal.rank, rehearsal.n_curvature, rehearsal.sampled
     facts, size, directions = engine.facts(x), batch_size(x), rank * engine.row_size()
     chunks = engine.chunks(mode, x, rank)
-    chunks = Chunks(min(chunks.rows, size), chunks.directions)
+    chunks = Chunks(min(chunks.inputs, size), chunks.directions)
     cost = 2 + 3 * sampled if sampled else FEATURES[mode].forwards(facts.n_coordinates, rank)
     table = [  # name, of what, forward passes, bytes, seconds
         (
             "training data",
             "all inputs once, number unknown" if n_data is None else f"{n_data} inputs once",
             n_data or 0,
-            _PLAIN_TENSORS * size * facts.row_bytes,
+            _PLAIN_TENSORS * size * facts.input_bytes,
             (n_data or 0) * rehearsal.per_forward,
         ),
         (
@@ -245,7 +245,7 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
             f"{m} landmarks x {held.gradients / m:.3g} ({held.kind})",
             GRADIENT_COST * held.gradients,
             held.n_bytes + engine.gradient_bytes(x, m),
-            held.gradients * rehearsal.per_row() + rehearsal.of_gram(),
+            held.gradients * rehearsal.per_gradient() + rehearsal.of_gram(),
         ),
         (
             "directions",

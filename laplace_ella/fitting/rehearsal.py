@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Input, batch_size, rows, single_row
+from ..data.batches import Input, batch_size, inputs_between, single_input
 from ..data.landmarks import Landmarks
 from ..network.engine import Engine
 from ..network.features import FEATURES
@@ -94,7 +94,7 @@ class Rehearsal:
         """Seconds of a plain forward pass of one input, in a batch like the one at hand."""
         return seconds_of(lambda: self.engine.forward(self.x)) / batch_size(self.x)
 
-    def per_row(self) -> float:
+    def per_gradient(self) -> float:
         """Return the seconds of a gradient row."""
         source = self.held.source
         n = min(source.landmarks_per_call, len(source))
@@ -122,7 +122,7 @@ class Rehearsal:
     @cached_property
     def per_prediction(self) -> float:
         """Seconds of the features of one input, in a batch like the one at hand."""
-        at_once = self.engine.chunks(self.mode, self.x, self.rank).rows
+        at_once = self.engine.chunks(self.mode, self.x, self.rank).inputs
         # As Engine.bounded cuts features off that would take too much.
         width = 8 * self.rank * self.engine.facts(self.x).n_coordinates
         at_once = min(at_once, self.engine.budget() // 4 // width)
@@ -130,7 +130,7 @@ class Rehearsal:
 
     def of_single_prediction(self) -> float:
         """Return the seconds of the features of an input alone."""
-        return self._n_parts * seconds_of(lambda: self._features(rows(self.x, 0, 1)))
+        return self._n_parts * seconds_of(lambda: self._features(inputs_between(self.x, 0, 1)))
 
     def _columns(self) -> tuple[Tensor, float]:
         """Return some columns of M rows, and how many times as many there are in all."""
@@ -163,7 +163,9 @@ class Rehearsal:
         """Return the seconds per input of a batch that is cut into calls of at most so many."""
         size = batch_size(self.x)
         n_calls = math.ceil(size / max(1, at_once))
-        return n_calls * seconds_of(lambda: compute(rows(self.x, 0, math.ceil(size / n_calls)))) / size
+        return (
+            n_calls * seconds_of(lambda: compute(inputs_between(self.x, 0, math.ceil(size / n_calls)))) / size
+        )
 
     def _features(self, x: Input) -> Tensor:
         return curvature(self.likelihood, *self.engine.features(x, self.tangents[0]))
@@ -177,13 +179,13 @@ class Rehearsal:
             positions = torch.arange(batch_size(x), dtype=torch.int64, device="cpu")
             return of(Part("the first batch", positions, x))
 
-        looped = self.engine.support(self.x).rows != "vmap"
+        looped = self.engine.support(self.x).gradients != "vmap"
         return self._per_input(compute, 1 if looped else self.engine.gradients_per_call(self.x))
 
 
 def rehearsed_landmarks(x: Input, n_landmarks: int) -> Landmarks:
     """Return M landmarks made of the inputs of a batch, over and over, each with its first output."""
-    inputs: list[Any] = [single_row(x, i) for i in range(min(batch_size(x), n_landmarks))]
+    inputs: list[Any] = [single_input(x, i) for i in range(min(batch_size(x), n_landmarks))]
     repeated = [inputs[i % len(inputs)] for i in range(n_landmarks)]
     return Landmarks(repeated, torch.zeros(n_landmarks, dtype=torch.int64, device="cpu"))
 

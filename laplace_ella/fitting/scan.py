@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import NamingShape, batch_size, single_row
+from ..data.batches import NamingShape, batch_size, single_input
 from ..data.hashing import CURVATURE_INPUT, hash_keys
 from ..data.landmarks import BottomK, Entry, Scheme, offer_inputs, uniform
 from ..data.loading import check_some
@@ -133,7 +133,7 @@ def scan(
             )
         offer_inputs(found.landmarks, replace(batch, y=y), raw.shape[1:].numel(), scheme, seed)
         keys = hash_keys(seed, CURVATURE_INPUT, batch.positions)
-        found.curvature.offer(batch.positions, keys, None, partial(single_row, x))
+        found.curvature.offer(batch.positions, keys, None, partial(single_input, x))
         found.loss = found.loss.to(f.device) + likelihood.loss(f, y)
         found.n_outputs, found.longest = f.shape[-1], max(found.longest, size)
         found.n_data, found.n_predictions = found.n_data + size, found.n_predictions + len(f)

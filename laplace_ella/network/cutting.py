@@ -29,15 +29,15 @@ from ..data.batches import (
     copied,
     detached,
     doubled,
+    inputs_between,
     leaves,
     moved,
     name_of,
     nested,
     raw_size,
-    rows,
     tensors,
 )
-from ..data.row_lists import rotated, row_lists
+from ..data.input_lists import input_lists, rotated
 from .functional import FunctionalModel, first_weight, setting_of, with_batch_statistics
 from .memory import attempt
 from .recording import Recording, coarsest, with_graph
@@ -137,7 +137,7 @@ class Cutting:
     def _lists(self, x: Raw, size: int) -> Iterator[Path]:
         """Yield the paths of lists that have one value for each input, and that the model may use."""
         if isinstance(x, Mapping):
-            yield from (path for path, _ in row_lists(x, size) if path not in self._unused)
+            yield from (path for path, _ in input_lists(x, size) if path not in self._unused)
 
     def _kind(self, x: Input) -> Any:
         """Tell apart what the model may treat differently: its setting, entries and how they are cut, dtypes."""
@@ -292,7 +292,7 @@ class Cutting:
     def _agrees(self, x: Input, f: Tensor, eps: float) -> bool:
         """Tell whether the first and the last row, alone, have the outputs that they have in the batch."""
         for i in {0, len(f) - 1}:
-            row = rows(x, i, i + 1)
+            row = inputs_between(x, i, i + 1)
             found, _ = attempt(partial(self._run, doubled(row)))
             if found is None or not _alike(found, f[[i, i]], f, eps):
                 return False

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..data.batches import Input, NamingShape, Nested, Raw, batch_size, detached, doubled, rows, signature
+from ..data.batches import (
+    Input,
+    NamingShape,
+    Nested,
+    Raw,
+    batch_size,
+    detached,
+    doubled,
+    inputs_between,
+    signature,
+)
 from ..data.packing import unpacked
 from .cutting import Cutting
 from .facts import InputFacts, find_facts
@@ -129,7 +139,7 @@ class Engine:
         with NamingShape(x):
             x = self.cutting(x, size)
         if isinstance(x, Nested) and self._example is None:
-            self._example = rows(x, 0, 1)
+            self._example = inputs_between(x, 0, 1)
         return x
 
     def restored(self, x: Any) -> Input:
@@ -170,10 +180,10 @@ class Engine:
         """Cut a batch into parts with ``width`` float64 numbers for each output in a quarter of the memory budget."""
         x = self.inputs(x)
         size = batch_size(x)
-        per_row = 8 * width * self.facts(self.to_model(x)).n_coordinates
-        step = max(1, self.budget() // 4 // per_row)
+        per_input = 8 * width * self.facts(self.to_model(x)).n_coordinates
+        step = max(1, self.budget() // 4 // per_input)
         for start in range(0, size, step):
-            yield x if step >= size else rows(x, start, start + step)
+            yield x if step >= size else inputs_between(x, start, start + step)
 
     # ------------------------------------------------------------------ what was found out
 
@@ -236,8 +246,10 @@ class Engine:
         if self.autodiff == "auto" and FEATURES[support.features].directions != "all":
             facts = self.facts(x)
             if reverse_is_cheaper(facts.n_coordinates, rank, facts.graph_bytes / self.row_size()):
-                of_rows = (k for k, way in FEATURES.items() if way.rows == support.rows == "vmap")
-                return next(of_rows, support.features)
+                of_gradients = (
+                    k for k, way in FEATURES.items() if way.gradients == support.gradients == "vmap"
+                )
+                return next(of_gradients, support.features)
         return support.features
 
     def features(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
@@ -269,12 +281,12 @@ class Engine:
 
     def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safely``."""
-        function, looped = self.function, self.support(x).rows != "vmap"
+        function, looped = self.function, self.support(x).gradients != "vmap"
         found, _ = with_smaller_chunks(
             lambda c: pulled_cotangents(function, function.weights(), directions, x, cotangents, c, looped),
             Chunks(self.gradients_per_call(x), 1),
             self.device,
-            lambda c: self.gradient_bytes(x, c.rows),
+            lambda c: self.gradient_bytes(x, c.inputs),
         )
         return found
 
@@ -296,12 +308,14 @@ class Engine:
     def feature_bytes(self, mode: str, chunks: Chunks, x: Input) -> int:
         """Estimate what one call of the features holds."""
         facts = self.facts(x)
-        sizes = facts.row_bytes, facts.graph_bytes, self.row_size()
-        return chunks.rows * chunks.directions * sum(n * size for n, size in zip(FEATURES[mode].held, sizes))
+        sizes = facts.input_bytes, facts.graph_bytes, self.row_size()
+        return (
+            chunks.inputs * chunks.directions * sum(n * size for n, size in zip(FEATURES[mode].held, sizes))
+        )
 
-    def gradient_bytes(self, x: Input, n_rows: int) -> int:
+    def gradient_bytes(self, x: Input, n_inputs: int) -> int:
         """Estimate what a call of the landmark gradients holds, for at most so many of them."""
-        return min(n_rows, self.gradients_per_call(x)) * self._bytes_per_gradient(x)
+        return min(n_inputs, self.gradients_per_call(x)) * self._bytes_per_gradient(x)
 
     def _bytes_per_gradient(self, x: Input) -> int:
         return 2 * self.row_size() + self.facts(x).graph_bytes
@@ -309,21 +323,21 @@ class Engine:
     def chunks(self, mode: str, x: Input, rank: int) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within cache or budget."""
         way = FEATURES[mode]
-        if way.rows == "loop":
+        if way.gradients == "loop":
             return Chunks(1, 1)
         if way.directions == "all":
-            return Chunks(self._rows_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
+            return Chunks(self._inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
         at_once = rank if way.directions == "several" else 1
-        return plan_chunks(self.facts(x).row_bytes, at_once, self._working_set(), self.chunk_size)
+        return plan_chunks(self.facts(x).input_bytes, at_once, self._working_set(), self.chunk_size)
 
     def gradients_per_call(self, x: Input) -> int:
         """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
-        return self._rows_within_budget(x, self._bytes_per_gradient(x))
+        return self._inputs_within_budget(x, self._bytes_per_gradient(x))
 
-    def _rows_within_budget(self, x: Input, bytes_per_row: int) -> int:
-        by_budget = self.budget() // 4 // bytes_per_row
+    def _inputs_within_budget(self, x: Input, bytes_per_input: int) -> int:
+        by_budget = self.budget() // 4 // bytes_per_input
         if self.device.type == "cpu":
-            by_budget = min(by_budget, CPU_GRADIENT_SET // self.facts(x).row_bytes)
+            by_budget = min(by_budget, CPU_GRADIENT_SET // self.facts(x).input_bytes)
         return max(1, by_budget)
 
     def _working_set(self) -> int:
@@ -333,7 +347,7 @@ class Engine:
 
 def _pair(x: Input) -> Input:
     """Return two copies of the first row, cut from any graph."""
-    return doubled(detached(rows(x, 0, 1)))
+    return doubled(detached(inputs_between(x, 0, 1)))
 
 
 @cache

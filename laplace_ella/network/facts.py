@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..data.batches import Input, doubled, rows
+from ..data.batches import Input, doubled, inputs_between
 from .functional import FunctionalModel
 from .rewriting import rewritten
 
@@ -25,7 +25,7 @@ class InputFacts:
         The axes of the outputs between batch and C: () for one prediction per input.
     n_outputs : int
         C.
-    row_bytes : int
+    input_bytes : int
         Bytes that a row takes in the largest intermediate tensor.
     graph_bytes : int
         Bytes that a row takes in all of them: what a backward pass keeps, at most.
@@ -35,7 +35,7 @@ class InputFacts:
 
     positions: tuple[int, ...]
     n_outputs: int
-    row_bytes: int
+    input_bytes: int
     graph_bytes: int
     rewritten: FunctionalModel
 
@@ -59,9 +59,9 @@ def find_facts(model: FunctionalModel, pair: Input, precision: torch.dtype | Non
     Cost: three or four passes of a row or two. Call it inside :func:`laplace_ella.network.safety.safely`.
     """
     shape = model.outputs(model.weights(), pair).shape
-    row_bytes, graph_bytes = activation_bytes(model, pair)
+    input_bytes, graph_bytes = activation_bytes(model, pair)
     for_forward = model if precision is None else rewritten(model, pair, precision)
-    return InputFacts(tuple(shape[1:-1]), shape[-1], row_bytes, graph_bytes, for_forward)
+    return InputFacts(tuple(shape[1:-1]), shape[-1], input_bytes, graph_bytes, for_forward)
 
 
 class _TensorSizes(TorchDispatchMode):
@@ -90,7 +90,7 @@ def activation_bytes(model: FunctionalModel, pair: Input) -> tuple[int, int]:
     with the batch (weights, masks).
     """
     sizes, n_rows = [], 2 if model.in_pairs else 1
-    for batch in (pair, doubled(pair)) if model.in_pairs else (rows(pair, 0, 1), pair):
+    for batch in (pair, doubled(pair)) if model.in_pairs else (inputs_between(pair, 0, 1), pair):
         with torch.no_grad(), _TensorSizes() as record:
             model(model.weights(), batch)
         sizes.append(record.nbytes)

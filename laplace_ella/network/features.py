@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp, vmap
 
-from ..data.batches import Input, batch_size, rows
+from ..data.batches import Input, batch_size, inputs_between
 from .functional import FunctionalModel, Pull, Weights, backward_passes, flat
-from .gradients import per_row
+from .gradients import per_input
 from .memory import LIVE_TENSORS, Chunks
 
 # (model, weights, directions or what is prepared of them, x, chunks) -> (phi, f)
@@ -51,8 +51,8 @@ class Way:
         What a model has or has not, and what is done at which cost where it has nothing cheaper.
     directions : {"one", "several", "all"}
         How many a call takes: one after the other, as many as the chunks say, or always all of them.
-    rows : {"vmap", "loop"}, optional
-        If it forms gradients of rows: of many at once, for models that support it, or one by one, for others.
+    gradients : {"vmap", "loop"}, optional
+        If it forms gradients of single inputs: of many at once, for models that support it, or one by one, for others.
     forward : bool
         It is forward mode, for which models are rewritten.
     reference : bool
@@ -68,7 +68,7 @@ class Way:
     held: tuple[int, int, int]
     words: str
     directions: str = "one"
-    rows: str | None = None
+    gradients: str | None = None
     forward: bool = False
     reference: bool = False
     prepare: Callable[[FunctionalModel, Weights], Any] | None = None
@@ -98,7 +98,7 @@ def forward_features(
 
     Notes
     -----
-    Cost: at least 1 + 2K forward passes per row. Memory: ``chunks.rows`` x
+    Cost: at least 1 + 2K forward passes per row. Memory: ``chunks.inputs`` x
     ``chunks.directions`` copies of a row's activations, a few layers at a time.
     """
 
@@ -111,7 +111,7 @@ def forward_features(
             parts.append(phi)
         return torch.cat(parts, -1), f[0]
 
-    return _in_blocks(push_block, chunks.rows, x)
+    return _in_blocks(push_block, chunks.inputs, x)
 
 
 def looped_forward_features(
@@ -127,7 +127,7 @@ def looped_forward_features(
         pushed = [push({name: v[k] for name, v in directions.items()}) for k in range(_rank(directions))]
         return torch.stack([phi for _, phi in pushed], -1), pushed[-1][0]
 
-    return _in_blocks(push_block, chunks.rows, x)
+    return _in_blocks(push_block, chunks.inputs, x)
 
 
 def _pushing(
@@ -166,7 +166,7 @@ def double_vjp_features(
         phi = torch.stack([pushed(k) for k in range(_rank(directions))], -1)
         return phi, f if record else f.detach()
 
-    return _in_blocks(lambda block: backward_passes(model, block, push), chunks.rows, x)
+    return _in_blocks(lambda block: backward_passes(model, block, push), chunks.inputs, x)
 
 
 def reverse_features(
@@ -177,9 +177,9 @@ def reverse_features(
     Notes
     -----
     Cost: about 1 + 2C forward passes per row plus the contraction, C K / t of them where
-    t positions share a weight, however large K is. Memory: ``chunks.rows`` x P numbers.
+    t positions share a weight, however large K is. Memory: ``chunks.inputs`` x P numbers.
     """
-    return _pulled(model, weights, directions, x, chunks.rows)
+    return _pulled(model, weights, directions, x, chunks.inputs)
 
 
 def looped_reverse_features(
@@ -204,11 +204,11 @@ def pulled_cotangents(
     r"""Compute :math:`V^T J(x)^T u` (B, n, K) of n cotangents u (B, n, C) per input.
 
     ``looped``: one row after the other, with plain backward passes. Cost: about 1 + 2n
-    forward passes per row, plus contractions. Memory: ``chunks.rows`` x P numbers.
+    forward passes per row, plus contractions. Memory: ``chunks.inputs`` x P numbers.
     """
     if looped:
         return _pulled(model, None, directions, x, 1, cotangents)[0]
-    return _pulled(model, weights, directions, x, chunks.rows, cotangents)[0]
+    return _pulled(model, weights, directions, x, chunks.inputs, cotangents)[0]
 
 
 def _pulled(
@@ -243,7 +243,7 @@ def _pulled(
         return backward_passes(model, row, action)
 
     def compute(block: Input, *us: Tensor) -> tuple[Tensor, Tensor]:
-        return contract_alone(block, *us) if weights is None else per_row(contract, block, *us)
+        return contract_alone(block, *us) if weights is None else per_input(contract, block, *us)
 
     return _in_blocks(compute, block_rows, x, *cotangents)
 
@@ -258,7 +258,7 @@ def _in_blocks(
     size = batch_size(x)
     step = math.ceil(size / math.ceil(size / block_rows))  # blocks of equal size
     starts = range(0, size, step)
-    blocks = [compute(rows(x, a, a + step), *(t[a : a + step] for t in more)) for a in starts]
+    blocks = [compute(inputs_between(x, a, a + step), *(t[a : a + step] for t in more)) for a in starts]
     return torch.cat([phi for phi, _ in blocks]), torch.cat([f for _, f in blocks])
 
 
@@ -303,7 +303,7 @@ FEATURES: dict[str, Way] = {
         held=(0, 1, 2),
         words="one backward pass for each of C outputs, at about 1 + 4 C forward passes per row",
         directions="all",
-        rows="vmap",
+        gradients="vmap",
         reference=True,
     ),
     "reverse loop": Way(
@@ -313,7 +313,7 @@ FEATURES: dict[str, Way] = {
         held=(0, 1, 2),
         words="one backward pass for each row and output, at 1 + 4 C or more forward passes of single rows",
         directions="all",
-        rows="loop",
+        gradients="loop",
         reference=True,
     ),
 }

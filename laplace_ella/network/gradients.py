@@ -20,14 +20,14 @@ from backpack.extensions import BatchGrad
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from ..data.batches import Input, Nested, batch_size, rows
+from ..data.batches import Input, Nested, batch_size, inputs_between
 from .functional import FunctionalModel, Weights, backward_passes, outputs_of
 from .lookups import Lookups, without_padding
 
 RowEngine = Callable[[FunctionalModel, Weights, Input, Tensor], Weights]
 
 
-def per_row(function: Callable[..., Any], x: Input, *more: Any) -> Any:
+def per_input(function: Callable[..., Any], x: Input, *more: Any) -> Any:
     """Apply ``function(row, *entries)`` to every row of a batch at once.
 
     Parameters
@@ -69,7 +69,7 @@ def gradient_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
     def gradient(row: Input, c: Tensor) -> Weights:
         return grad(lambda w: model(w, row).gather(1, c.view(1, 1)).squeeze())(weights)
 
-    return per_row(gradient, x, outputs)
+    return per_input(gradient, x, outputs)
 
 
 def looped_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
@@ -83,7 +83,7 @@ def looped_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Ten
     def gradient(row: Input, c: Tensor) -> Weights:
         return backward_passes(model, row, lambda f, leaves, pull: pull(f[0, c], weights))
 
-    gradients = [gradient(rows(x, i, i + 1), outputs[i]) for i in range(batch_size(x))]
+    gradients = [gradient(inputs_between(x, i, i + 1), outputs[i]) for i in range(batch_size(x))]
     return {k: torch.stack([g[k] for g in gradients]) for k in weights}
 
 

@@ -66,29 +66,29 @@ def budget_bytes(budget: int | float | None, free: int) -> int:
 
 @dataclass(frozen=True)
 class Chunks:
-    """How much one call of the model takes: rows of the batch, and directions."""
+    """How much one call of the model takes: inputs of the batch, and directions."""
 
-    rows: int
+    inputs: int
     directions: int
 
     def halved(self) -> Chunks | None:
-        """Return half the rows, or else half the directions; None if there is one of each."""
-        if self.rows > 1:
-            return Chunks((self.rows + 1) // 2, self.directions)
+        """Return half the inputs, or else half the directions; None if there is one of each."""
+        if self.inputs > 1:
+            return Chunks((self.inputs + 1) // 2, self.directions)
         if self.directions > 1:
             return Chunks(1, (self.directions + 1) // 2)
         return None
 
 
-def plan_chunks(row_bytes: int, n_directions: int, working_set: int, chunk_size: int | None) -> Chunks:
+def plan_chunks(input_bytes: int, n_directions: int, working_set: int, chunk_size: int | None) -> Chunks:
     """Split a batch and K directions so that tensors stay within ``working_set`` bytes.
 
     Directions first: every further chunk of directions evaluates the model again.
 
     Parameters
     ----------
-    row_bytes : int
-        Bytes one row takes in the largest intermediate tensor.
+    input_bytes : int
+        Bytes one input takes in the largest intermediate tensor.
     n_directions : int
         K.
     working_set : int
@@ -96,9 +96,9 @@ def plan_chunks(row_bytes: int, n_directions: int, working_set: int, chunk_size:
     chunk_size : int, optional
         Directions per call, if the user fixed them.
     """
-    slots = max(1, working_set // max(1, row_bytes))
+    slots = max(1, working_set // max(1, input_bytes))
     directions = min(n_directions, chunk_size or slots)
-    return Chunks(rows=max(1, slots // directions), directions=directions)
+    return Chunks(inputs=max(1, slots // directions), directions=directions)
 
 
 def with_smaller_chunks(
@@ -135,8 +135,8 @@ def with_smaller_chunks(
         else:
             if chunks != first:
                 warnings.warn(
-                    f"{device} ran out of memory with {first.rows} rows x {first.directions} directions in one call; "
-                    f"going on with {chunks.rows} x {chunks.directions}. A lower memory_budget avoids this.",
+                    f"{device} ran out of memory with {first.inputs} inputs x {first.directions} directions in one call; "
+                    f"going on with {chunks.inputs} x {chunks.directions}. A lower memory_budget avoids this.",
                     stacklevel=2,
                 )
             return result, chunks

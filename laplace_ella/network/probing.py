@@ -42,20 +42,20 @@ class Support:
     ----------
     features : str
         A key of :data:`laplace_ella.network.features.FEATURES`.
-    rows : {"vmap", "loop"}
+    gradients : {"vmap", "loop"}
         Whether gradients of many inputs are computed at once, or one by one.
     precision : torch.dtype
         The coarsest floating-point type on the way from the input to the outputs.
     """
 
     features: str
-    rows: str
+    gradients: str
     precision: torch.dtype
 
     @property
     def engine(self) -> RowEngine:
         """What computes landmark gradients with torch alone."""
-        return gradient_rows if self.rows == "vmap" else looped_rows
+        return gradient_rows if self.gradients == "vmap" else looped_rows
 
 
 class _FailedFunction(TorchFunctionMode):
@@ -123,8 +123,10 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
     plain, precision = plain_passes(model, x)
     check_reached(model, x, plain)
     weights = model.weights()
-    rows, why_rows = _probe_rows(model, weights, x)
-    ladder = [k for k, w in FEATURES.items() if mode in ("auto", w.autodiff) and w.rows in (None, rows)]
+    gradients, why_one_by_one = _probe_gradients(model, weights, x)
+    ladder = [
+        k for k, w in FEATURES.items() if mode in ("auto", w.autodiff) and w.gradients in (None, gradients)
+    ]
     tangents = normal_like(weights, 2, seed=0)
     name, phi, why = _probe_features(model, weights, x, tangents, ladder)
     if name is None:
@@ -143,16 +145,16 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
             f"(C = {plain.flatten(1).shape[-1]}). The reason: {why}",
             stacklevel=2,
         )
-    if rows == "loop":
+    if gradients == "loop":
         warnings.warn(
             "This model cannot be differentiated for several inputs at once, so landmark gradients are "
-            f"computed one by one, which is slower. The reason: {why_rows}",
+            f"computed one by one, which is slower. The reason: {why_one_by_one}",
             stacklevel=2,
         )
-    return Support(name, rows, precision)
+    return Support(name, gradients, precision)
 
 
-def _probe_rows(model: FunctionalModel, weights: Weights, x: Input) -> tuple[str, str]:
+def _probe_gradients(model: FunctionalModel, weights: Weights, x: Input) -> tuple[str, str]:
     device = next(iter(weights.values())).device
     outputs = torch.zeros(2, dtype=torch.int64, device=device)
     found, why = _attempt(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import collate, rows
+from ..data.batches import collate, inputs_between
 from ..data.landmarks import Landmarks
 from ..network.functional import FunctionalModel, Weights, flat
 from ..network.gradients import RowEngine
@@ -115,13 +115,16 @@ class RowSource:
 
     def _gradients(self, x: Any, outputs: Tensor) -> Weights:
         def compute(chunks: Chunks) -> Weights:
-            if chunks.rows >= len(outputs):
+            if chunks.inputs >= len(outputs):
                 return self.engine(self.model, self.weights, x, outputs)
             parts = [
                 self.engine(
-                    self.model, self.weights, rows(x, a, a + chunks.rows), outputs[a : a + chunks.rows]
+                    self.model,
+                    self.weights,
+                    inputs_between(x, a, a + chunks.inputs),
+                    outputs[a : a + chunks.inputs],
                 )
-                for a in range(0, len(outputs), chunks.rows)
+                for a in range(0, len(outputs), chunks.inputs)
             ]
             return {k: torch.cat([p[k] for p in parts]) for k in self.weights}
 
@@ -129,9 +132,9 @@ class RowSource:
             compute,
             Chunks(self.landmarks_per_call, 1),
             self.device,
-            lambda c: 2 * c.rows * self.row_bytes,
+            lambda c: 2 * c.inputs * self.row_bytes,
         )
-        self.landmarks_per_call = chunks.rows
+        self.landmarks_per_call = chunks.inputs
         return found
 
     def products(self, *sides: tuple[Tensor, int], progress: Callable[[Any], Any] = iter) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Input, Raw, batch_size, single_row
+from ..data.batches import Input, Raw, batch_size, single_input
 from ..data.hashing import TANGENT, derived_seed, normal_like
 from ..data.landmarks import Landmarks
 from ..data.progress import no_progress
@@ -189,5 +189,5 @@ def joint_kernel(engine: Engine, x: Raw | Input) -> Tensor:
 def _all_pairs(x: Input, n_coordinates: int) -> Landmarks:
     """Return every input with every output, input by input."""
     size = batch_size(x)
-    inputs = [row for row in (single_row(x, i) for i in range(size)) for _ in range(n_coordinates)]
+    inputs = [row for row in (single_input(x, i) for i in range(size)) for _ in range(n_coordinates)]
     return Landmarks(inputs, torch.arange(n_coordinates, dtype=torch.int64, device="cpu").repeat(size))

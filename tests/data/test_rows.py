@@ -14,7 +14,7 @@ from parts import check, draws
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from laplace_ella.data.batches import leaves, nested, rows
+from laplace_ella.data.batches import inputs_between, leaves, nested
 from laplace_ella.data.packing import packed, unpacked
 
 F64 = torch.float64
@@ -62,7 +62,7 @@ def test_tensors_in_containers_are_cut(kind):
 def test_packed_inputs_are_plain_and_get_their_types_back(kind, tmp_path):
     x = contained(kind)[0]
     cut = nested(x, [path for path, _ in leaves(x) if path[0] == "in"])
-    torch.save(packed(rows(cut, 2, 5)), tmp_path / "x.pt")
+    torch.save(packed(inputs_between(cut, 2, 5)), tmp_path / "x.pt")
     assert (tmp_path / "x.pt").stat().st_size < 8000
     found = torch.load(tmp_path / "x.pt", weights_only=True)
     restored = unpacked(found, cut).container()

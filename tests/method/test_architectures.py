@@ -289,8 +289,8 @@ def batches(x: Any) -> Any:
 def check_fallbacks(case: Case, support: Any, messages: list[Warning | str]) -> None:
     """Require one warning for each thing that fell back, no other, and those of the table."""
     assert support.features in {"forward", "forward loop", "double", "reverse", "reverse loop"}
-    assert support.rows in {"vmap", "loop"}
-    fell_back = {FEATURES: support.features != "forward", ROWS: support.rows == "loop"}
+    assert support.gradients in {"vmap", "loop"}
+    fell_back = {FEATURES: support.features != "forward", ROWS: support.gradients == "loop"}
     if case.fallbacks is not None:
         assert fell_back == {part: part in case.fallbacks for part in fell_back}, support
     slow = [m for m in messages if SLICES in str(m)]

@@ -269,7 +269,7 @@ def limit(monkeypatch, most):
 
     def limited(model, weights, directions, x, chunks):
         tried.append(chunks)
-        if chunks.rows * chunks.directions > most:
+        if chunks.inputs * chunks.directions > most:
             raise OutOfMemory("no room")
         return way.compute(model, weights, directions, x, chunks)
 
@@ -320,7 +320,7 @@ def test_chunks_are_halved_rows_first():
     sizes = []
     chunks = Chunks(5, 3)
     while chunks is not None:
-        sizes.append((chunks.rows, chunks.directions))
+        sizes.append((chunks.inputs, chunks.directions))
         chunks = chunks.halved()
     assert sizes == [(5, 3), (3, 3), (2, 3), (1, 3), (1, 2), (1, 1)]
     assert with_smaller_chunks(lambda c: c, Chunks(2, 2), torch.device("cpu"), lambda c: 0)[1] == Chunks(2, 2)
@@ -331,7 +331,7 @@ def test_the_budget_changes_chunks_and_no_result(budget):
     la = fitted(memory_budget=budget)
     assert_close(la(X), fitted()(X))
     engine = la.backend.engine
-    assert engine.chunks("forward", X, 5).rows >= 1
+    assert engine.chunks("forward", X, 5).inputs >= 1
     if isinstance(budget, int) and budget == 1:
         assert all(engine.chunks(mode, X, 5) == Chunks(1, 1) for mode in FEATURES)
         assert engine.gradients_per_call(X) == 1
@@ -344,7 +344,7 @@ def test_what_calls_take_follows_from_the_facts_of_their_way():
     assert chunks["reverse"] == Chunks(engine.gradients_per_call(X), 1)
     assert chunks["reverse loop"] == Chunks(1, 1)
     n_bytes = {mode: engine.feature_bytes(mode, Chunks(2, 3), X) for mode in FEATURES}
-    assert n_bytes["forward"] == n_bytes["forward loop"] == 6 * 8 * facts.row_bytes
+    assert n_bytes["forward"] == n_bytes["forward loop"] == 6 * 8 * facts.input_bytes
     assert n_bytes["double"] == 6 * 2 * facts.graph_bytes
     assert n_bytes["reverse"] == n_bytes["reverse loop"] == 6 * (2 * engine.row_size() + facts.graph_bytes)
     assert engine.gradient_bytes(X, 2) == 2 * (2 * engine.row_size() + facts.graph_bytes)
@@ -354,7 +354,7 @@ def test_views_and_results_in_place_take_no_memory():
     shape = nn.Unflatten(1, (7, 1)), nn.Flatten()
     model = nn.Sequential(nn.Linear(5, 7), *shape, nn.ReLU(inplace=True), nn.Linear(7, 3)).double()
     facts = NystromGGN(model, "classification").engine.facts(X)
-    assert (facts.row_bytes, facts.graph_bytes) == (7 * 8, (7 + 3) * 8)
+    assert (facts.input_bytes, facts.graph_bytes) == (7 * 8, (7 + 3) * 8)
 
 
 def test_malloc_thresholds_are_raised_where_there_are_any(monkeypatch):

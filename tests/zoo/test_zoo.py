@@ -211,11 +211,11 @@ def test_zoo(case: Case, table: list[list[str]]) -> None:
     check_close(f, expected_f)
     check_close(phi, expected_phi)
     support = la.backend.support(x)
-    for part, fell_back in ((FEATURES, support.features != "forward"), (ROWS, support.rows == "loop")):
+    for part, fell_back in ((FEATURES, support.features != "forward"), (ROWS, support.gradients == "loop")):
         assert sum(part in str(w.message) for w in record) == fell_back
     n_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     count = f"{n_weights:,}".replace(",", " ")
-    table.append([case.name, case.package, count, support.features, support.rows, case.note])
+    table.append([case.name, case.package, count, support.features, support.gradients, case.note])
 
 
 COMPILED = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from .batches import Path, is_container, items, leaves, rebuilt, sequence_like
 
 
-def row_lists(x: Any, size: int, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def input_lists(x: Any, size: int, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Yield lists, tuples and arrays of ``size`` values that are not all the same and hold no tensor of that length.
 
     Parameters
@@ -33,7 +33,7 @@ def row_lists(x: Any, size: int, path: Path = ()) -> Iterator[tuple[Path, Any]]:
                 if not all(_same(v, value[0]) for v in value):
                     yield here, value
             else:
-                yield from row_lists(value, size, here)
+                yield from input_lists(value, size, here)
 
 
 def rotated(x: Any, path: Path) -> Any:
