@@ -175,7 +175,13 @@ class FunctionalModel:
         ValueError
             If the outputs are not a tensor of two axes or more.
         """
-        return self._outputs_in(Lookups(), weights, x, **model_kwargs)
+        placed = {**self.constants(), **weights}
+        return self.within(placed, lambda module: self.called(module, placed, x, **model_kwargs))
+
+    def called(self, module: nn.Module, placed: Weights, x: Input, **model_kwargs: Any) -> Tensor:
+        """Return the outputs (B, ..., C) of the module, in whose places ``placed`` stands now."""
+        with Lookups():
+            return self.outputs_of(module, x, **model_kwargs)
 
     def outputs_near(self, weights: Weights, offsets: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at the sum of weights and offsets.
@@ -184,14 +190,12 @@ class FunctionalModel:
         """
         moved = {k: w + offsets[k] for k, w in weights.items()}
         held = {id(moved[k]): w for k, w in weights.items()}
-        return self._outputs_in(Lookups(held), moved, x, **model_kwargs)
 
-    def _outputs_in(self, lookups: Lookups, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         def run(module: nn.Module) -> Tensor:
-            with lookups:
+            with Lookups(held):
                 return self.outputs_of(module, x, **model_kwargs)
 
-        return self.within({**self.constants(), **weights}, run)
+        return self.within({**self.constants(), **moved}, run)
 
     def own_outputs(self, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at the module's own weights: a plain forward pass.

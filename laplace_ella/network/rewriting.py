@@ -76,21 +76,16 @@ class RewrittenModel(FunctionalModel):
         super().__init__(model.module, model.names)
         self.rewrites, self.in_pairs = rewrites, model.in_pairs
 
-    def outputs(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
-        """Return the outputs (B, ..., C) at ``weights``, in their own shape."""
+    def called(self, module: nn.Module, placed: Weights, x: Input, **model_kwargs: Any) -> Tensor:
+        """Return the outputs (B, ..., C) of the module, in whose places ``placed`` stands now."""
         if self.rewrites.channels_last and isinstance(x, Tensor):
             x = x.to(memory_format=torch.channels_last)
-        tensors = {**self.constants(), **weights}
-        mode = _Following({**dict(self.module.named_parameters()), **tensors}, self.rewrites.folds)
-
-        def run(module: nn.Module) -> Tensor:
+        mode = _Following({**dict(self.module.named_parameters()), **placed}, self.rewrites.folds)
+        try:
             with mode, Lookups():
                 return self.outputs_of(module, x, **model_kwargs)
-
-        try:
-            return self.within(tensors, run)
         except _DivergedError:  # a branch that depends on the data
-            return super().outputs(weights, x, **model_kwargs)
+            return super().called(module, placed, x, **model_kwargs)
 
 
 class _Following(TorchFunctionMode):
