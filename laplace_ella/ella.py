@@ -640,18 +640,26 @@ class ELLALaplace(ParametricLaplace):
         request = asked.Request(train_loader, override, progress_bar, *more, checkpoint, checkpoint_every)
         job, recipe, before = asked.prepare(self, request)
 
+        def joined(new: Fit) -> dict[str, Any]:
+            return {"current": new if before is None else before.plus(new), "more": new}
+
         def finished(new: Fit) -> dict[str, Any]:
             """Return what the estimator is to take over, having chosen among snapshots of G."""
+            whole = joined(new)
             if val_loader is None:
-                return {"current": new}
-            stream, now = self._stream(val_loader, progress_bar), replace(self._posterior, current=new)
+                return whole
+            now, stream = (
+                replace(self._posterior, current=whole["current"]),
+                self._stream(val_loader, progress_bar),
+            )
             free = before is None and not now.temperature_fixed
-            return early_stopping.stopped_early(now, self._engine, stream, job.ranks, link_approx, free)
+            chosen = early_stopping.stopped_early(now, self._engine, stream, job.ranks, link_approx, free)
+            return {**whole, **chosen}
 
         try:
             found = fit(job, recipe, before, finished)
         except FitInterrupted as stop:
-            become(self, before, current=stop.fit)
+            become(self, before, **joined(stop.fit))
             warn_user(
                 f"{stop} The estimator is fitted with G as estimated from these, scaled to N = {self.n_data}."
             )
@@ -724,7 +732,7 @@ class ELLALaplace(ParametricLaplace):
         """
         merging.check_other(self, other, ELLALaplace)
         mine, theirs = self._unchanged(), other._unchanged()
-        become(self, mine.fit, current=merging.merged(mine, theirs))
+        become(self, mine.fit, current=merging.merged(mine, theirs), more=theirs.fit)
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -76,14 +76,14 @@ class FitInterrupted(KeyboardInterrupt):
 def fit(
     job: Job, recipe: Recipe, before: Fit | None = None, finished: Callable[[Fit], Any] = lambda fit: fit
 ) -> Any:
-    """Fit, or add data to what was fitted before, with the basis that there is.
+    """Fit to data, with a new basis or with that of what was fitted before.
 
     Parameters
     ----------
     job : Job
     recipe : Recipe
     before : Fit, optional
-        The fit that data are added to.
+        The fit that the caller adds the new one to.
     finished : callable
         What is done with the new fit, and part of it: an interruption leaves the fit as it is without.
 
@@ -95,7 +95,7 @@ def fit(
     Raises
     ------
     FitInterrupted
-        After Ctrl-C in a single process. Not if data are added and kept in files: they would be added twice.
+        After Ctrl-C in a single process. Not if the new fit is added and kept in files: it would be added twice.
     """
     ranks = job.ranks
     own = _scan(job, recipe, draws=before is None and recipe.basis is None and recipe.landmarks is None)
@@ -107,7 +107,7 @@ def fit(
     basis = (_new_basis(job, recipe, found) if basis is None else basis).to(job.engine.device)
     found = replace(found, landmarks=BottomK(0))
     total = RunningSum(basis.rank, job.engine.device)
-    result = partial(_result, job, recipe, basis, found, total, before)
+    result = partial(_result, job, recipe, basis, found, total)
     try:
         accumulate(job, basis, sample, n_read, found.longest, total)
         return finished(result(ranks))
@@ -171,11 +171,10 @@ def _result(
     basis: NystromBasis,
     found: Scan,
     total: RunningSum,
-    before: Fit | None,
     ranks: Ranks,
     unfinished: bool = False,
 ) -> Fit:
-    """Put together what was found, scaled to all data, and add it to what was fitted before."""
+    """Put together what was found, scaled to all data."""
     n_data = recipe.n_total or found.n_data
     snapshots = total.snapshots(n_data, ranks, unfinished)
     if job.labels and snapshots[-1][0] < 20 * basis.rank:
@@ -198,5 +197,4 @@ def _result(
         fingerprint=fingerprint(engine.module),
         labels_sampled=job.labels > 0,
     )
-    whole = whole.with_sums(snapshots, loss, n_data, whole.n_predictions)
-    return whole if before is None else before.plus(whole)
+    return whole.with_sums(snapshots, loss, n_data, whole.n_predictions)

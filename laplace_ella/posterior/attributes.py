@@ -25,14 +25,18 @@ REPLACED = (
     "Another thread has fitted, loaded or tuned this estimator meanwhile, and what was computed here belongs to the "
     "fit that it had before. The estimator is as the other thread left it. Call again."
 )
-# Held while a posterior is exchanged for another, and never while anything else runs.
+# Held while a posterior is exchanged for another, and never while a model runs or processes talk.
 SWAP = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child finds no change half made, and a lock that somebody releases
     os.register_at_fork(before=SWAP.acquire, after_in_parent=SWAP.release, after_in_child=SWAP.release)
 
 
 def become(
-    estimator: Any, of: Fit | None = None, setting: Mapping[str, Any] = MappingProxyType({}), **changes: Any
+    estimator: Any,
+    of: Fit | None = None,
+    setting: Mapping[str, Any] = MappingProxyType({}),
+    more: Fit | None = None,
+    **changes: Any,
 ) -> None:
     """Give an estimator the posterior that it has now with some changes.
 
@@ -42,18 +46,23 @@ def become(
         The fit that a new one (``current``) was derived from.
     setting : mapping
         New values of parameters of the setting.
+    more : Fit, optional
+        What was added to that fit. It is added to the one that the estimator has by now, if that has the same basis.
     **changes
         New values of fields of the posterior.
 
     Raises
     ------
     RuntimeError
-        If the estimator has another fit by now.
+        If the estimator has another fit by now, to which nothing can be added.
     """
     with SWAP:
         before = estimator._posterior
-        if "current" in changes and of is not None and before.current is not of:
-            raise RuntimeError(REPLACED)
+        now = before.current
+        if "current" in changes and of is not None and now is not of:
+            if more is None or now is None or now.basis is not of.basis:
+                raise RuntimeError(REPLACED)
+            changes["current"] = now.plus(more)
         exchange(estimator, replace(before, setting=before.setting.at(**setting), **changes))
 
 
