@@ -30,7 +30,7 @@ from .fitting import asked, merging
 from .fitting import checkpoint as checkpoints
 from .fitting.fit import FitInterrupted, fit
 from .fitting.plan import Plan
-from .fitting.state import posterior_of, state_of
+from .fitting.state import assigned, posterior_of, state_of
 from .network.checks import check_model, check_module
 from .network.engine import Engine
 from .network.functional import n_trainable, unwrap
@@ -1297,6 +1297,7 @@ class ELLALaplace(ParametricLaplace):
         checkpoints.check_state(state_dict, name, now.likelihood.name, self.model, engine.function.weights())
         ranks = asked.sharing(self)
         checkpoints.check_shard(state_dict["basis"]["shard"], ranks, "The checkpoint")
+        like = assigned(self, now, state_dict)
         chosen = now.setting.temperature if now.temperature_fixed else None
         for remark in checkpoints.differences(state_dict, self.enable_backprop, chosen):
             warn_user(remark)
@@ -1304,7 +1305,7 @@ class ELLALaplace(ParametricLaplace):
         with outside_inference():  # what is loaded may meet a graph later
             state = without_inference(state_dict)
             basis = checkpoints.unpack_saved_basis(state["basis"], engine, ranks)
-            new = posterior_of(state, basis, now, engine.function.flat_weights())
+            new = posterior_of(state, basis, like, engine.function.flat_weights())
         own = {name: state[name] for name in checkpoints.OF_ESTIMATOR}
         attributes.exchange(self, new, **own, _named_by_user=set(state["named_by_user"]))
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..nystrom.basis import NystromBasis
+from ..posterior import attributes, checks
 from ..posterior.fit import Fit
 from ..posterior.posterior import Posterior
 from ..posterior.residual import RESIDUALS
@@ -36,8 +37,29 @@ def state_of(posterior: Posterior) -> dict[str, Any]:
     return copied({**state, "snapshots": list(fit.snapshots), "largest_sums": list(fit.largest_sums)})
 
 
+def assigned(estimator: Any, now: Posterior, state: dict[str, Any]) -> Posterior:
+    """Return a posterior with the attributes that a state holds, which must be such as could be assigned one by one.
+
+    Raises
+    ------
+    ValueError
+        As assigning them does.
+    """
+    state = copied(
+        {name: state[name] for name in (*_OF_SETTING, *_OF_POSTERIOR, "residual", "enable_backprop")}
+    )
+    prior, graphs = state["prior_precision"], state["enable_backprop"]
+    residual = RESIDUALS[state["residual"]]
+    residual.check(prior, graphs)
+    checks.check_sharding(estimator.shard_directions, prior, estimator.n_params, graphs)
+    new = replace(now, residual=residual, **{name: state[name] for name in _OF_POSTERIOR})
+    setting = {name: attributes.checked(estimator, name, state[name], new) for name in _OF_SETTING}
+    mean = attributes.checked(estimator, "prior_mean", new.prior_mean, new).reshape(new.prior_mean.shape)
+    return replace(new, setting=new.setting.at(**setting), prior_mean=mean)
+
+
 def posterior_of(state: dict[str, Any], basis: NystromBasis, like: Posterior, mean: Any) -> Posterior:
-    """Return the posterior that a checked state holds, where another one of the same model is.
+    """Return a posterior with the fit that a checked state holds.
 
     Parameters
     ----------
@@ -45,32 +67,17 @@ def posterior_of(state: dict[str, Any], basis: NystromBasis, like: Posterior, me
         Which is not shared.
     basis : NystromBasis
         That of the state, on the model's device.
+    like : Posterior
+        All but the fit; see :func:`assigned`.
     mean : Tensor (P,)
         The weights.
     """
     state = copied({k: v for k, v in state.items() if k != "basis"})
-    place = like.setting.prior_precision
-    device, usual = place.device, state["novelty_reference"]
+    usual = state["novelty_reference"]
     fit = Fit(
         basis=basis,
         mean=mean,
         novelty=None if usual is None else (usual, state["novelty_setting"]),
         **{name: state[key] for key, name in _OF_FIT.items()},
     )
-    new = replace(
-        like,
-        setting=like.setting.at(**{name: state[name] for name in _OF_SETTING}),
-        residual=RESIDUALS[state["residual"]],
-        current=fit,
-        **{name: state[name] for name in _OF_POSTERIOR},
-    )
-    new = replace(new, setting=new.setting.at(**_shaped(new.setting)))
-    return new.to(device, place.dtype)
-
-
-def _shaped(setting: Any) -> dict[str, Any]:
-    """Return prior and noise in the shapes that an estimator stores."""
-    return {
-        "prior_precision": setting.prior_precision.reshape(-1),
-        "sigma_noise": setting.sigma_noise.reshape(()),
-    }
+    return replace(like, current=fit.to(mean.device))

@@ -3,6 +3,7 @@ r"""What each entry of a saved estimator has to be: its type, shape and range, a
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from .curvature import CURVATURES
 
 # Rounding of sums over data, relative to the largest entry or eigenvalue.
 ROUNDING = 1e-8
+LARGEST = sys.float_info.max
 F32, F64, I64 = torch.float32, torch.float64, torch.int64
 
 # ---------------------------------------------------------------------- kinds of values
@@ -33,7 +35,8 @@ def of_type(*types: type) -> Holds:
 
 def number(above: float = -math.inf, types: tuple[type, ...] = (int, float)) -> Holds:
     """Return whether a value is a finite number."""
-    return lambda v, s: type(v) in types and math.isfinite(v) and v > above
+    # No integer that is too large for a float, of which isfinite makes an OverflowError.
+    return lambda v, s: type(v) in types and abs(v) <= LARGEST and v > above
 
 
 def one_of(allowed: tuple[str, ...]) -> Holds:
@@ -158,7 +161,7 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
         "a positive integer, or a share in (0, 1)",
         lambda v, s: COUNT(v, s) or (type(v) is float and 0 < v < 1),
     ),
-    "seed": ("an integer", INTEGER),
+    "seed": ("an integer from 0 to 2^63 - 1", lambda v, s: INTEGER(v, s) and 0 <= v < 2**63),
     **dict.fromkeys(
         ("temperature", "logit_scale", "residual_scale"), ("a positive and finite number", POSITIVE)
     ),

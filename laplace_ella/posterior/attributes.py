@@ -81,14 +81,19 @@ def follow(estimator: Any, device: torch.device, dtype: torch.dtype) -> None:
         estimator._posterior = estimator._posterior.to(device, dtype)
 
 
-def checked(estimator: Any, name: str, value: Any) -> Any:
-    """Return a value of a parameter of the setting as it is stored.
+def checked(estimator: Any, name: str, value: Any, posterior: Posterior | None = None) -> Any:
+    """Return a value of a parameter of the setting, or a prior mean, as it is stored.
+
+    Parameters
+    ----------
+    posterior : Posterior, optional
+        The one whose likelihood and residual the value is to go with; by default the estimator's.
 
     Raises
     ------
     ValueError
     """
-    posterior = estimator._posterior
+    posterior = posterior or estimator._posterior
     like = torch.empty((), dtype=estimator._dtype, device=estimator._device)
     with outside_inference():  # what is stored may meet a graph later
         value = without_inference(value)
@@ -97,6 +102,8 @@ def checked(estimator: Any, name: str, value: Any) -> Any:
             return checks.checked_prior_precision(value, posterior.residual, *sizes, like)
         if name == "sigma_noise":
             return checks.checked_noise(value, posterior.likelihood, like)
+        if name == "prior_mean":
+            return checks.checked_prior_mean(value, estimator.n_params, like)
     if name == "logit_scale":
         return checks.checked_logit_scale(value, posterior.likelihood)
     return positive_number(name, value)
@@ -174,10 +181,7 @@ def of_prior_mean(stub: Callable[..., Any]) -> Any:
     """Make the property of the prior mean."""
 
     def write(estimator: Any, value: Any) -> None:
-        like = torch.empty((), dtype=estimator._dtype, device=estimator._device)
-        with outside_inference():
-            mean = checks.checked_prior_mean(without_inference(value), estimator.n_params, like)
-        become(estimator, prior_mean=mean)
+        become(estimator, prior_mean=checked(estimator, "prior_mean", value))
 
     return property(lambda estimator: estimator._posterior.prior_mean, write, doc=stub.__doc__)
 
