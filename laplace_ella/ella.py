@@ -275,6 +275,8 @@ class ELLALaplace(ParametricLaplace):
             self.curvature_size, self.seed = curvature_size, seed
             self.curvature, self.curvature_samples = curvature, curvature_samples
             self.residual_samples = residual_samples
+            self.chunk_size, self.memory_budget, self.autodiff = chunk_size, memory_budget, autodiff
+            self.compile, self.spill, self.spill_dtype = compile, spill, spill_dtype
             asked.checked_sizes(self)
             self.process_group, self.shard_directions = process_group, bool(shard_directions)
             self.backend_kwargs = check_options("backend_kwargs", backend_kwargs)
@@ -290,12 +292,7 @@ class ELLALaplace(ParametricLaplace):
                 dict_key_x,
                 dict_key_y,
                 nystrom_backend(backend),
-                # in the order of OPTIONS
-                backend_options(
-                    backend,
-                    (chunk_size, memory_budget, autodiff, compile, spill, spill_dtype),
-                    self.backend_kwargs,
-                ),
+                backend_options(backend, vars(self), self.backend_kwargs),
                 self.asdl_fisher_kwargs,
             )
             self.likelihood = likelihood
@@ -640,34 +637,33 @@ class ELLALaplace(ParametricLaplace):
         request = asked.Request(train_loader, override, progress_bar, *more, checkpoint, checkpoint_every)
         job, recipe, before = asked.prepare(self, request)
 
-        def joined(new: Fit) -> dict[str, Any]:
-            return {"current": new if before is None else before.plus(new), "more": new}
+        def joined(new: Fit) -> Fit:
+            return new if before is None else before.plus(new)
 
-        def finished(new: Fit) -> dict[str, Any]:
-            """Return what the estimator is to take over, having chosen among snapshots of G."""
-            whole = joined(new)
-            if val_loader is None:
-                return whole
-            now, stream = (
-                replace(self._posterior, current=whole["current"]),
-                self._stream(val_loader, progress_bar),
-            )
-            free = before is None and not now.temperature_fixed
-            chosen = early_stopping.stopped_early(now, self._engine, stream, job.ranks, link_approx, free)
-            return {**whole, **chosen}
+        def finished(new: Fit) -> tuple[Fit, dict[str, Any]]:
+            return new, self._chosen(joined(new), request, job.ranks, before is None)
 
         try:
-            found = fit(job, recipe, before, finished)
+            new, found = fit(job, recipe, before, finished)
         except FitInterrupted as stop:
-            become(self, before, **joined(stop.fit))
+            become(self, before, more=stop.fit, current=joined(stop.fit))
             warn_user(
                 f"{stop} The estimator is fitted with G as estimated from these, scaled to N = {self.n_data}."
             )
             raise
         with job.ranks.together("the last stage of fit"):
             pass  # no rank deletes its files while another still needs its own
-        become(self, before, **found)
+        become(self, before, more=new, **found)
         job.files.delete_all()
+
+    def _chosen(self, fit: Fit, request: asked.Request, ranks: Ranks, fresh: bool) -> dict[str, Any]:
+        """Return what the estimator is to take over after a fit, having chosen among snapshots of G."""
+        if request.val_loader is None:
+            return {"current": fit}
+        now = replace(self._posterior, current=fit)
+        stream = self._stream(request.val_loader, request.progress_bar)
+        free = fresh and not now.temperature_fixed
+        return early_stopping.stopped_early(now, self._engine, stream, ranks, request.link_approx, free)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -1329,7 +1325,8 @@ class ELLALaplace(ParametricLaplace):
         AttributeError
             If a subclass keeps an argument of its constructor under no attribute of the same name.
         """
-        return copying.arguments_of(self)
+        unnamed = {"subsample_size", "n_eigenvalues"} - self._named_by_user
+        return copying.arguments_of(self, {"backend": self._backend_cls, **dict.fromkeys(unnamed)})
 
     def __sklearn_clone__(self: Self) -> Self:
         # clone() itself compares arguments by identity, and hyperparameters are converted to tensors.
@@ -1347,11 +1344,15 @@ class ELLALaplace(ParametricLaplace):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         memo[id(self.process_group)] = self.process_group  # which belongs to the process
-        new.__dict__.update(deepcopy(copying.own_state(self), memo))
+        new.__dict__.update(deepcopy(self._state(), memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return copying.picklable_state(self)
+        copying.check_picklable(self.process_group)
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {**vars(self), "_posterior": copying.detached(self._posterior)}
 
     def __repr__(self) -> str:
         return attributes.description(self, f"M={self.subsample_size}, K={self.n_eigenvalues}")

@@ -109,27 +109,62 @@ def checked(estimator: Any, name: str, value: Any, posterior: Posterior | None =
     return positive_number(name, value)
 
 
+def _property(
+    stub: Callable[..., Any], read: Callable[[Posterior], Any], changes: Callable[[Any, Any], dict[str, Any]]
+) -> Any:
+    """Make a property of the posterior.
+
+    Parameters
+    ----------
+    changes : callable
+        (estimator, value) -> what :func:`become` is told when a value is assigned.
+    """
+
+    def write(estimator: Any, value: Any) -> None:
+        become(estimator, **changes(estimator, value))
+
+    return property(lambda estimator: read(estimator._posterior), write, doc=stub.__doc__)
+
+
 def of_setting(stub: Callable[..., Any]) -> Any:
     """Make a property of a parameter of the setting, checked when it is assigned."""
     name = stub.__name__
-
-    def read(estimator: Any) -> Any:
-        return getattr(estimator._posterior.setting, name)
-
-    def write(estimator: Any, value: Any) -> None:
-        become(estimator, setting={name: checked(estimator, name, value)})
-
-    return property(read, write, doc=stub.__doc__)
+    return _property(
+        stub, lambda p: getattr(p.setting, name), lambda e, v: {"setting": {name: checked(e, name, v)}}
+    )
 
 
 def of_temperature(stub: Callable[..., Any]) -> Any:
     """Make the property of the temperature, which is free if None is assigned, and fixed else."""
 
-    def write(estimator: Any, value: Any) -> None:
+    def changes(estimator: Any, value: Any) -> dict[str, Any]:
         number = 1.0 if value is None else positive_number("temperature", value)
-        become(estimator, setting={"temperature": number}, temperature_fixed=value is not None)
+        return {"setting": {"temperature": number}, "temperature_fixed": value is not None}
 
-    return property(lambda estimator: estimator._posterior.setting.temperature, write, doc=stub.__doc__)
+    return _property(stub, lambda p: p.setting.temperature, changes)
+
+
+def of_choice(stub: Callable[..., Any]) -> Any:
+    """Make a property of what the posterior is made with, which is used, and checked, by the next call."""
+    name = stub.__name__
+    return _property(stub, lambda p: getattr(p, name), lambda e, v: {name: v})
+
+
+def of_prior_mean(stub: Callable[..., Any]) -> Any:
+    """Make the property of the prior mean."""
+    return _property(stub, lambda p: p.prior_mean, lambda e, v: {"prior_mean": checked(e, "prior_mean", v)})
+
+
+def of_residual(stub: Callable[..., Any]) -> Any:
+    """Make the property of the residual's name."""
+
+    def changes(estimator: Any, value: Any) -> dict[str, Any]:
+        check_choice("residual", value, RESIDUALS)
+        residual = RESIDUALS[value]
+        residual.check(estimator._posterior.setting.prior_precision, estimator.enable_backprop)
+        return {"residual": residual}
+
+    return _property(stub, lambda p: p.residual.name, changes)
 
 
 def of_fit(stub: Callable[..., Any]) -> Any:
@@ -153,37 +188,6 @@ def of_fit(stub: Callable[..., Any]) -> Any:
 def of_posterior(stub: Callable[..., Any]) -> Any:
     """Make a read-only property of what follows from the posterior of a fitted estimator: what the function returns."""
     return property(lambda estimator: stub(estimator._fitted()), doc=stub.__doc__)
-
-
-def of_choice(stub: Callable[..., Any]) -> Any:
-    """Make a property of what the posterior is made with, which is used, and checked, by the next call."""
-    name = stub.__name__
-
-    def write(estimator: Any, value: Any) -> None:
-        become(estimator, **{name: value})
-
-    return property(lambda estimator: getattr(estimator._posterior, name), write, doc=stub.__doc__)
-
-
-def of_residual(stub: Callable[..., Any]) -> Any:
-    """Make the property of the residual's name."""
-
-    def write(estimator: Any, value: Any) -> None:
-        check_choice("residual", value, RESIDUALS)
-        residual = RESIDUALS[value]
-        residual.check(estimator._posterior.setting.prior_precision, estimator.enable_backprop)
-        become(estimator, residual=residual)
-
-    return property(lambda estimator: estimator._posterior.residual.name, write, doc=stub.__doc__)
-
-
-def of_prior_mean(stub: Callable[..., Any]) -> Any:
-    """Make the property of the prior mean."""
-
-    def write(estimator: Any, value: Any) -> None:
-        become(estimator, prior_mean=checked(estimator, "prior_mean", value))
-
-    return property(lambda estimator: estimator._posterior.prior_mean, write, doc=stub.__doc__)
 
 
 def description(estimator: Any, sizes: str) -> str:
