@@ -1134,7 +1134,7 @@ class ELLALaplace(ParametricLaplace):
             now = self._fitted()
         with torch.inference_mode(False):
             if method == "marglik":
-                new, remarks = self._maximised(*steps, val_loader, progress_bar)
+                new, remarks = self._maximised(*steps, val_loader=val_loader, progress_bar=progress_bar)
             else:
                 stream = self._stream(val_loader, progress_bar)  # type: ignore[arg-type]
                 new, remarks = prior.tuned_prior(now, self._engine, stream, ranks, search)
@@ -1144,22 +1144,12 @@ class ELLALaplace(ParametricLaplace):
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}, temperature {self.temperature:.4g}.")
 
-    def _maximised(self, *arguments: Any) -> tuple[dict[str, Any], list[str]]:
+    def _maximised(self, *steps: Any, **more: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the prior precision that laplace-torch finds for the evidence, on a copy; and what is to be said."""
-        n_steps, lr, init, structure, val_loader, progress_bar = arguments
         twin = copy(self)
         # The host's optimiser keeps its steps on the default device.
         with prior.quiet_host(), torch.enable_grad(), self._device:
-            super(ELLALaplace, twin).optimize_prior_precision(
-                "glm",
-                "marglik",
-                n_steps,
-                lr,
-                init,
-                structure,
-                val_loader=val_loader,
-                progress_bar=progress_bar,
-            )
+            super(ELLALaplace, twin).optimize_prior_precision("glm", "marglik", *steps, **more)
         return {"prior_precision": twin.prior_precision}, prior.remarks_on_evidence(twin._posterior)
 
     def optimize_hyperparameters(
@@ -1267,11 +1257,8 @@ class ELLALaplace(ParametricLaplace):
         check_choice("directions", directions, STORED)
         now = self._unchanged()
         own = {name: getattr(self, name) for name in checkpoints.OF_ESTIMATOR}
-        named = sorted(self._named_by_user)
-        return checkpoints.whole_state(
-            {**state_of(now), **own, "cls_name": type(self).__name__, "named_by_user": named},
-            checkpoints.pack_saved_basis(now.fit.basis, directions),
-        )
+        own |= {"cls_name": type(self).__name__, "named_by_user": sorted(self._named_by_user)}
+        return checkpoints.whole_state({**state_of(now), **own}, now.fit.basis, directions)
 
     @exclusively
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A posterior as tensors and plain types, and back."""
+"""Turns a posterior into tensors and plain types, and back."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from ..posterior.posterior import Posterior
 from ..posterior.residual import RESIDUALS
 from .checkpoint import copied
 
-_OF_FIT = {
-    **{name: name for name in ("H", "loss", "n_data", "n_predictions", "n_outputs", "n_curvature")},
-    **{name: name for name in ("snapshots", "labels_sampled", "largest_sums", "fingerprint")},
-    "fit_history": "history",
-}
+_OF_FIT = (
+    *("H", "loss", "snapshots", "n_data", "n_predictions", "n_outputs", "n_curvature"),
+    *("labels_sampled", "largest_sums", "fingerprint"),
+)
 _OF_SETTING = ("temperature", "prior_precision", "sigma_noise", "logit_scale", "residual_scale")
 _OF_POSTERIOR = ("prior_mean", "temperature_fixed", "seed", "residual_samples")
 
@@ -30,7 +29,8 @@ def state_of(posterior: Posterior) -> dict[str, Any]:
         "residual": posterior.residual.name,
         "novelty_reference": usual,
         "novelty_setting": found_with,
-        **{key: getattr(fit, name) for key, name in _OF_FIT.items()},
+        "fit_history": fit.history,
+        **{name: getattr(fit, name) for name in _OF_FIT},
         **{name: getattr(setting, name) for name in _OF_SETTING},
         **{name: getattr(posterior, name) for name in _OF_POSTERIOR},
     }
@@ -38,12 +38,19 @@ def state_of(posterior: Posterior) -> dict[str, Any]:
 
 
 def assigned(estimator: Any, now: Posterior, state: dict[str, Any]) -> Posterior:
-    """Return a posterior with the attributes that a state holds, which must be such as could be assigned one by one.
+    """Return a posterior with the attributes that a state holds, refusing those that could not be assigned together.
+
+    Parameters
+    ----------
+    estimator : ELLALaplace
+        The estimator that is to take the state.
+    now : Posterior
+        The posterior that it has now.
 
     Raises
     ------
     ValueError
-        As assigning them does.
+        For the reasons, and with the messages, that assignments have.
     """
     state = copied(
         {name: state[name] for name in (*_OF_SETTING, *_OF_POSTERIOR, "residual", "enable_backprop")}
@@ -64,13 +71,13 @@ def posterior_of(state: dict[str, Any], basis: NystromBasis, like: Posterior, me
     Parameters
     ----------
     state : dict
-        Which is not shared.
+        The state, whose tensors are copied.
     basis : NystromBasis
-        That of the state, on the model's device.
+        The basis of the state, on the model's device.
     like : Posterior
-        All but the fit; see :func:`assigned`.
+        Everything but the fit, as :func:`assigned` returns it.
     mean : Tensor (P,)
-        The weights.
+        The model's weights.
     """
     state = copied({k: v for k, v in state.items() if k != "basis"})
     usual = state["novelty_reference"]
@@ -78,6 +85,7 @@ def posterior_of(state: dict[str, Any], basis: NystromBasis, like: Posterior, me
         basis=basis,
         mean=mean,
         novelty=None if usual is None else (usual, state["novelty_setting"]),
-        **{name: state[key] for key, name in _OF_FIT.items()},
+        history=state["fit_history"],
+        **{name: state[name] for name in _OF_FIT},
     )
     return replace(like, current=fit.to(mean.device))

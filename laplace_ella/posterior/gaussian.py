@@ -11,7 +11,7 @@ noise and temperature; :class:`Outputs` is the Gaussian that a posterior makes o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -208,8 +208,7 @@ class Linearised:
 
     def detached(self) -> Linearised:
         """Return the same without graphs."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        found: dict[str, Any] = {k: None if v is None else v.detach() for k, v in parts.items()}
+        found: dict[str, Any] = {k: None if v is None else v.detach() for k, v in vars(self).items()}
         return Linearised(**found)
 
     def traces(self) -> tuple[Tensor, Tensor]:
