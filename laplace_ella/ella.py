@@ -1339,7 +1339,7 @@ class ELLALaplace(ParametricLaplace):
         return self._state()
 
     def _state(self) -> dict[str, Any]:
-        return {**vars(self), "_posterior": copying.detached(self._posterior)}
+        return {**vars(self), "_posterior": self._posterior.detached()}
 
     def __repr__(self) -> str:
         return attributes.description(self, f"M={self.subsample_size}, K={self.n_eigenvalues}")

@@ -133,6 +133,10 @@ def are_snapshots(value: Any, sizes: Sizes) -> bool:
 NONE, FLAG, INTEGER = of_type(type(None)), of_type(bool), number(types=(int,))
 COUNT, POSITIVE, CURVATURE = number(0, (int,)), number(0), tensor("KK", also=semi_definite)
 NAMED = ("subsample_size", "n_eigenvalues")
+COUNTS = (
+    *("n_data", "n_predictions", "n_outputs", "n_curvature"),
+    *("subsample_size", "residual_samples", "curvature_samples"),
+)
 BASIS: dict[str, tuple[str, Holds]] = {
     "eigenvalues": ("positive numbers in float64, descending", tensor("?", above=0, also=descends)),
     "spectrum": ("numbers in float64, descending", tensor("?", also=descends)),
@@ -152,10 +156,7 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
     "H": ("a (K, K) matrix in float64, symmetric and positive semi-definite", CURVATURE),
     "snapshots": ("a list of pairs (n, matrix as H), n ascending", are_snapshots),
     "loss": ("a floating-point tensor () of at least 0", tensor("", None, also=lambda v: bool(v >= 0))),
-    **dict.fromkeys(("n_data", "n_predictions", "n_outputs", "n_curvature"), ("a positive integer", COUNT)),
-    **dict.fromkeys(
-        ("subsample_size", "residual_samples", "curvature_samples"), ("a positive integer", COUNT)
-    ),
+    **dict.fromkeys(COUNTS, ("a positive integer", COUNT)),
     "curvature_size": ("a positive integer or None", either(NONE, COUNT)),
     "n_eigenvalues": (
         "a positive integer, or a share in (0, 1)",

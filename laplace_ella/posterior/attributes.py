@@ -1,4 +1,4 @@
-r"""Attributes of an estimator that are those of its posterior: read from it, checked and assigned as a whole.
+r"""Attributes of an estimator that belong to its posterior, which is read from and replaced as a whole.
 
 An estimator holds its posterior as ``_posterior``, and nothing else that predictions depend on.
 """

@@ -1,15 +1,12 @@
-"""Copies of an estimator: what they are made of, and the arguments of one like it."""
+"""The arguments of an estimator like another, and what a copy in another process may not hold."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-
-from .posterior import Posterior
 
 
 def arguments_of(estimator: Any, others: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,11 +38,6 @@ def _argument_names(cls: type) -> list[str]:
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
     return list(names)
-
-
-def detached(posterior: Posterior) -> Posterior:
-    """Return a posterior without the graphs of its setting, which deepcopy refuses."""
-    return replace(posterior, setting=posterior.setting.detached(), prior_mean=posterior.prior_mean.detach())
 
 
 def check_picklable(process_group: Any) -> None:
