@@ -39,7 +39,7 @@ def packed(x: Input) -> Any:
             f"The inputs hold objects other than tensors and plain Python types under {foreign}, which can neither be sent "
             "to other processes nor kept in a checkpoint. Convert them in the data set."
         )
-    return {"rows": [_own(t) for t in x.rows], "template": _plain(x.template)}
+    return {"rows": [_own(t) for t in x.cut], "template": _plain(x.template)}
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ def unpacked(found: Any, example: Input | None) -> Input:
         return _beside(found, example)
     template = _of_plain(found["template"], example.template if isinstance(example, Nested) else None)
     paths = {leaf.index: path for path, leaf in leaves(template) if isinstance(leaf, Slot)}
-    device = example.rows[0].device if isinstance(example, Nested) else torch.device("cpu")
-    rows = tuple(t.to(device) for t in found["rows"])
-    return Nested(rows, tuple(paths[i] for i in range(len(rows))), template)
+    device = example.cut[0].device if isinstance(example, Nested) else torch.device("cpu")
+    cut = tuple(t.to(device) for t in found["rows"])
+    return Nested(cut, tuple(paths[i] for i in range(len(cut))), template)
 
 
 def _of_plain(found: dict[str, Any], example: Any) -> Any:

@@ -35,7 +35,7 @@ class Batch:
         How messages call it.
     positions : LongTensor (B,)
         Where its inputs stand in the data of all ranks.
-    x : input of B rows
+    x : Input
     y : Tensor (B, ...)
     """
 
@@ -62,7 +62,7 @@ class Stream:
         The batches of this rank.
     dict_key_x, dict_key_y : str
     prepare : callable
-        (inputs as the loader has them, how many there are) -> inputs that can be cut into rows.
+        (inputs as the loader has them, how many there are) -> inputs that can be cut along the batch.
     ranks : Ranks
     progress : callable
     first_position : int

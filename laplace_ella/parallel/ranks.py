@@ -63,14 +63,11 @@ class Ranks:
         """Return how many of n items each rank takes."""
         return [n // self.size + (r < n % self.size) for r in range(self.size)]
 
-    def bounds(self, n: int) -> slice:
-        """Return which of n items, that all ranks know, are this rank's share: some in succession."""
-        start = sum(self.lengths(n)[: self.rank])
-        return slice(start, start + self.lengths(n)[self.rank])
-
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this rank's share of items that all ranks know."""
-        return items[self.bounds(len(items))]
+    def share(self, items: Any) -> Any:
+        """Return this rank's share of a sequence or tensor that all ranks know: some items in succession."""
+        lengths = self.lengths(len(items))
+        start = sum(lengths[: self.rank])
+        return items[start : start + lengths[self.rank]]
 
     def turns(self) -> slice:
         """Return which items belong to this rank where they are dealt like cards."""
