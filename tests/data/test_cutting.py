@@ -116,7 +116,7 @@ def test_a_forward_pass_gets_a_fresh_mapping_of_the_users_type_with_entries_of_a
     def forward(net, batch):
         batch["x"] = (batch.x - 0.5) / 2
         batch.pop("labels", None)
-        assert len(batch.get("said", "6 inputs")) == 6  # a list of all inputs is handed on as it is
+        assert len(batch.get("said", "inputs")) == 6  # a list of all inputs is handed on as it is
         return net(batch.x)
 
     x, y, new = inputs(12), targets("classification", 12), inputs(11, seed=5)
