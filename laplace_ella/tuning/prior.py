@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import copied
-from ..data.checks import check_choice, check_size, positive_number
+from ..data.checks import check_choice, check_size, integer, positive_number
 from ..data.loading import check_loader, check_some
 from ..data.stream import Stream
 from ..network.engine import Engine
@@ -25,7 +25,7 @@ from ..posterior.posterior import Posterior
 from ..posterior.sampling import Draws, averaged, outputs_at, weight_offsets
 from ..posterior.setting import Setting
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
-from .checks import check_count, check_given, check_interval, check_loss
+from .checks import check_interval, check_loss
 from .scoring import Loss, score
 from .search import FLAT, TEMPERATURES, Search, grid_search
 
@@ -67,7 +67,8 @@ def checked_evidence(
     ValueError
     """
     check_choice("prior_structure", structure, ("scalar", "layerwise", "diag"))
-    steps, rate, start = check_count("n_steps", n_steps), positive_number("lr", lr), as_prior(init)
+    steps, rate = integer("n_steps", n_steps, "an integer, 0 or more", 0), positive_number("lr", lr)
+    start = as_prior(init)
     check_prior_precision("init_prior_prec", start, n_layers, n_params)
     if not isinstance(start, Tensor):
         start = torch.tensor(start, dtype=torch.float32, device=device)
@@ -99,7 +100,8 @@ def checked_search(
     if is_used:
         check_link(likelihood, link)
         check_loss(loss)
-        check_given("val_loader", val_loader, "method='gridsearch' scores on validation data")
+        if val_loader is None:
+            raise ValueError("method='gridsearch' scores on validation data: pass val_loader=...; got None.")
     grid = torch.logspace(low, high, int(size), base=base, dtype=torch.float32, device="cpu").tolist()
     return PriorSearch(grid, pred_type, name_of(link), int(n_samples), loss)
 
