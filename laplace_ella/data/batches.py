@@ -107,18 +107,15 @@ def rebuilt(x: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> An
         return rebuilt(new, function, here) if new is value and is_container(value) else new
 
     entries = {key: copied_entry((*path, key), value) for key, value in items(x)}
-    return like(x, entries) if isinstance(x, Mapping) else sequence_like(x, list(entries.values()))
+    return like(x, entries)
 
 
-def sequence_like(x: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
-    """Put values into a list, a tuple, or a named tuple, as ``x`` is."""
+def like(x: Any, entries: dict[Any, Any]) -> Any:
+    """Put entries, by their keys or indices, into a container of the type of ``x``, which models may rely on."""
     if isinstance(x, list):
-        return values
-    return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
-
-
-def like(x: Mapping[str, Any], entries: dict[str, Any]) -> Mapping[str, Any]:
-    """Put entries into a mapping of the type of ``x``, which models may rely on."""
+        return list(entries.values())
+    if isinstance(x, tuple):
+        return type(x)(*entries.values()) if hasattr(x, "_fields") else tuple(entries.values())
     if type(x) is dict or not isinstance(x, MutableMapping):
         return entries
     new = copy(x)

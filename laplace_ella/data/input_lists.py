@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .batches import Path, is_container, items, leaves, rebuilt, sequence_like
+from .batches import Path, is_container, items, leaves, like, rebuilt
 
 
 def input_lists(x: Any, size: int, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -44,7 +44,7 @@ def rotated(x: Any, path: Path) -> Any:
 def _moved_on(values: Any) -> Any:
     if isinstance(values, np.ndarray):
         return np.roll(values, 1, 0)
-    return sequence_like(values, [values[-1], *values[:-1]])
+    return like(values, dict(enumerate([values[-1], *values[:-1]])))
 
 
 def _holds_inputs(value: Any, size: int) -> bool:

@@ -8,18 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import (
-    Input,
-    Nested,
-    Slot,
-    is_container,
-    is_plain,
-    items,
-    leaves,
-    like,
-    name_of,
-    sequence_like,
-)
+from .batches import Input, Nested, Slot, is_container, is_plain, items, leaves, like, name_of
+
+# How kinds of containers are called, with an empty one of each.
+_KINDS: dict[str, tuple[type, Any]] = {"mapping": (Mapping, {}), "list": (list, []), "tuple": (tuple, ())}
 
 
 def packed(x: Input) -> Any:
@@ -44,9 +36,8 @@ def packed(x: Input) -> Any:
 
 def _own(tensor: Tensor) -> Tensor:
     moved = tensor.detach().cpu()
-    return (
-        moved if moved.untyped_storage().nbytes() == moved.numel() * moved.element_size() else moved.clone()
-    )
+    n_bytes = moved.numel() * moved.element_size()
+    return moved if moved.untyped_storage().nbytes() == n_bytes else moved.clone()
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -55,7 +46,7 @@ def _plain(value: Any) -> dict[str, Any]:
         return {"slot": value.index}
     if not is_container(value):
         return {"leaf": _own(value) if isinstance(value, Tensor) else value}
-    kind = "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, list) else "tuple"
+    kind = next(name for name, (base, _) in _KINDS.items() if isinstance(value, base))
     return {kind: [(key, _plain(entry)) for key, entry in items(value)]}
 
 
@@ -78,10 +69,8 @@ def _of_plain(found: dict[str, Any], example: Any) -> Any:
         return _beside(value, example)
     known = dict(items(example)) if is_container(example) else {}
     entries = {key: _of_plain(entry, known.get(key)) for key, entry in value}
-    if kind == "mapping":
-        return like(example, entries) if isinstance(example, Mapping) else entries
-    alike = isinstance(example, list if kind == "list" else tuple)
-    return sequence_like(example if alike else ([] if kind == "list" else ()), list(entries.values()))
+    base, empty = _KINDS[kind]
+    return like(example if isinstance(example, base) else empty, entries)
 
 
 def _beside(value: Any, example: Any) -> Any:

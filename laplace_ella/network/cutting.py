@@ -62,10 +62,14 @@ class Cutting:
 
     def __init__(self, function: FunctionalModel, dict_key_x: str = "input_ids") -> None:
         self.function, self.dict_key_x = function, dict_key_x
+        self._warned = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Find everything out again, the model having changed."""
         self._shared: set[Path] = set()  # entries known not to be cut
         self._unused: set[Path] = set()  # lists whose order does not matter to the model
-        self._known: dict[Any, torch.dtype | None] = {}  # kinds of inputs, and what they are converted to
-        self._warned = False
+        self._known: dict[Any, torch.dtype | None] = {}  # kinds of batches, and what they are converted to
 
     def knowledge(self) -> Any:
         """Return what was found out about the model's inputs, for :meth:`learn`."""
@@ -75,10 +79,6 @@ class Cutting:
     def learn(self, knowledge: Any) -> None:
         """Take over what was found out about a copy of the model."""
         self._shared, self._unused, self._known, self._warned, self.function.in_pairs = knowledge
-
-    def forget(self) -> None:
-        """Find everything out again, the model having changed."""
-        self._shared, self._unused, self._known = set(), set(), {}
 
     def __call__(self, x: Raw | Input, size: int | None = None) -> Input:
         """Say which tensors of a batch are cut.
@@ -258,7 +258,7 @@ class Cutting:
         # Whether anything is written may depend on the values: a count of writes tells too.
         changed = [name for t, old, name in entries if t._version or not torch.equal(t, old)]
         if changed:
-            raise ChangedInputError(
+            raise ValueError(
                 f"The model's forward pass changes its input{', '.join(changed)} in place, and every input is passed to it many "
                 "times. Let it work on a copy: x = x - mean instead of x -= mean, or a first layer with inplace=False."
             )
@@ -302,10 +302,6 @@ class Cutting:
             # A model that squeezes loses the batch axis of a single input.
             self.function.in_pairs |= single is None or single.shape != f[:1].shape
         return True
-
-
-class ChangedInputError(ValueError):
-    """A forward pass that writes into the tensors it is given."""
 
 
 def _cut(x: Raw, paths: list[Path]) -> Input:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 from operator import is_
 from typing import Any
 
 from torch import nn
 
-from .caches import holds_tensors
+from .caches import MAPPINGS, MISSING, OF_TORCH, holds_tensors
 
 _LISTS = (list, deque)
-_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, *_LISTS))
-# Parameters and buffers are noted by themselves; submodules and hooks are left alone.
-_OF_TORCH = frozenset(vars(nn.Module()))
-_MISSING = object()
+_CONTAINERS = (*MAPPINGS, *_LISTS)
 
 
 class ModuleState:
@@ -56,7 +53,8 @@ def _holders(m: nn.Module) -> Iterator[Any]:
     """Yield whatever of a module can hold tensors."""
     attributes = vars(m)
     yield from (m._parameters, m._buffers, attributes)
-    yield from (v for k, v in attributes.items() if type(v) in _CONTAINERS and k not in _OF_TORCH)
+    # Parameters and buffers are noted by themselves; submodules and hooks are left alone.
+    yield from (v for k, v in attributes.items() if type(v) in _CONTAINERS and k not in OF_TORCH)
 
 
 def _set_training(m: nn.Module, training: bool) -> None:
@@ -76,7 +74,7 @@ def _restore_list(current: Any, before: list[Any]) -> None:
 def _restore_mapping(current: Any, before: dict[Any, Any]) -> None:
     if _same(current.values(), before.values()):
         return
-    for key in [k for k, v in current.items() if _tensors_differ(v, before.get(k, _MISSING))]:
+    for key in [k for k, v in current.items() if _tensors_differ(v, before.get(k, MISSING))]:
         if key in before:
             current[key] = before[key]
         else:

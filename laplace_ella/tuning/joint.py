@@ -48,11 +48,7 @@ class JointSearch:
 
 
 def tuned(
-    posterior: Posterior,
-    engine: Engine,
-    stream: Stream,
-    ranks: Ranks,
-    search: JointSearch,
+    posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks, search: JointSearch
 ) -> tuple[TuningResult, list[str]]:
     """Tune, and return the result, and what is to be said.
 

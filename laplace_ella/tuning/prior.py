@@ -107,11 +107,7 @@ def checked_search(
 
 
 def tuned_prior(
-    posterior: Posterior,
-    engine: Engine,
-    stream: Stream,
-    ranks: Ranks,
-    search: PriorSearch,
+    posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks, search: PriorSearch
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the best prior precision, and temperature unless that is fixed; and what is to be said.
 
@@ -120,16 +116,13 @@ def tuned_prior(
     ValueError
         If no candidate has a finite loss.
     """
-    require_same_search(
-        posterior,
-        ranks,
-        "optimize_prior_precision()",
-        grid=search.priors,
-        pred_type=search.pred_type,
-        link_approx=search.link,
-        n_samples=search.n_samples,
-        temperature_fixed=posterior.temperature_fixed,
-    )
+    options: dict[str, Any] = {
+        "grid": search.priors,
+        "pred_type": search.pred_type,
+        "link_approx": search.link,
+    }
+    options |= {"n_samples": search.n_samples, "temperature_fixed": posterior.temperature_fixed}
+    require_same_search(posterior, ranks, "optimize_prior_precision()", **options)
     scores = _nn_scores if search.pred_type == "nn" else _glm_scores
     evaluate, score_of_map = scores(posterior, engine, stream, ranks, search)
     found = Search(evaluate)

@@ -54,15 +54,13 @@ class Search:
     def __init__(self, evaluate: Callable[[Setting], float]) -> None:
         self.evaluate = evaluate
         self.table: dict[Setting, float] = {}
-        self.failures: list[str] = []
+        self.failure = ""  # why the first of the settings that were skipped was
 
     def __call__(self, setting: Setting) -> float:
         """Return the loss of a setting; infinity if it fails."""
         if setting not in self.table:
-            value, reason = self._scored(setting)
-            if reason:
-                self.failures.append(reason)
-            self.table[setting] = value
+            self.table[setting], reason = self._scored(setting)
+            self.failure = self.failure or reason
         return self.table[setting]
 
     def _scored(self, setting: Setting) -> tuple[float, str]:
@@ -93,12 +91,12 @@ class Search:
         skipped = sum(math.isinf(v) for v in self.table.values())
         if skipped == len(self.table):
             raise ValueError(
-                f"None of the {skipped} settings tried has a finite loss; the first reason: {self.failures[0]}. "
+                f"None of the {skipped} settings tried has a finite loss; the first reason: {self.failure}. "
                 "The estimator is as it was. Check the validation targets and the loss."
             )
         if not skipped:
             return ""
-        return f"{skipped} of {len(self.table)} settings were skipped; the first reason: {self.failures[0]}."
+        return f"{skipped} of {len(self.table)} settings were skipped; the first reason: {self.failure}."
 
     def without_ignored(
         self, start: Setting, grids: Mapping[str, Sequence[Any]]
