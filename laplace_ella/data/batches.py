@@ -145,8 +145,8 @@ def tensors(x: Raw | Input) -> list[Tensor]:
 def raw_size(x: Raw, dict_key_x: str, expected: int | None = None) -> int:
     """Return how many inputs there are, as far as lengths tell.
 
-    Of a mapping: the length of the first tensor under ``dict_key_x``; without such an entry
-    ``expected`` where a tensor has that length, or else the length of the first tensor.
+    The size of a mapping is the length of the first tensor under ``dict_key_x``. Without such an entry
+    it is ``expected`` where a tensor has that length, or else the length of the first tensor.
 
     Raises
     ------
@@ -215,7 +215,7 @@ def check_finite_input(x: Raw | Input) -> None:
 class NamingShape:
     """Adds the shapes of its input to an error of the model, as torch only speaks of some product inside."""
 
-    # No generator, whose end may swallow an interrupt.
+    # This is no generator, as the end of one may swallow an interrupt.
     def __init__(self, x: Raw | Input) -> None:
         self.x = x
 

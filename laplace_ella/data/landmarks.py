@@ -173,7 +173,7 @@ def offer_inputs(sample: BottomK, batch: Batch, n_coordinates: int, scheme: Sche
     Parameters
     ----------
     batch : Batch
-        With checked targets.
+        Its targets have been checked.
     """
     if not sample.capacity:
         return

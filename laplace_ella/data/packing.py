@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .batches import Input, Nested, Slot, is_container, is_plain, items, leaves, like, name_of
 
-# How kinds of containers are called, with an empty one of each.
+# The names of the kinds of containers, each with its type and an empty one.
 _KINDS: dict[str, tuple[type, Any]] = {"mapping": (Mapping, {}), "list": (list, []), "tuple": (tuple, ())}
 
 

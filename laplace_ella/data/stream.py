@@ -32,9 +32,9 @@ class Batch:
     Attributes
     ----------
     name : str
-        How messages call it.
+        The name by which messages call it.
     positions : LongTensor (B,)
-        Where its inputs stand in the data of all ranks.
+        The positions of its inputs in the data of all ranks.
     x : Input
     y : Tensor (B, ...)
     """

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 MAPPINGS = (dict, OrderedDict, defaultdict)
-OF_TORCH = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks have their own care
+OF_TORCH = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks are cared for elsewhere
 MISSING = object()
 
 

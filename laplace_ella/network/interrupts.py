@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Where the Ctrl-C came that waits, and what the program does at one.
+# The frames in which a Ctrl-C came that waits, and what the program does at one.
 _waiting: list[FrameType | None] = []
 _program: Callable[[int, FrameType | None], Any] = signal.default_int_handler
 

@@ -1,4 +1,4 @@
-"""What a call may change of a module, noted and put back."""
+"""The state of a module that a call may change, which is noted before and put back after it."""
 
 from __future__ import annotations
 

@@ -49,11 +49,10 @@ def exclusively(method: Method) -> Method:
 def safely(module: nn.Module, action: Callable[[], Result], enable_backprop: bool = False) -> Result:
     """Run an action with the module's forward pass differentiable in both modes, and change nothing for good.
 
-    Inside: evaluation mode, mathematical attention and no fused fast path (neither
-    fused kernel has a forward-mode rule), no fused recurrent kernels if the module
-    holds recurrent layers, compiled parts run eagerly, no inference mode, gradients
-    recorded only with ``enable_backprop``. Threads take turns. Ctrl-C waits for the end of
-    a chunk of the work.
+    The action runs in evaluation mode, with mathematical attention and without the fused fast path (neither
+    fused kernel has a forward-mode rule), without fused recurrent kernels if the module holds recurrent
+    layers, with compiled parts run eagerly, outside of inference mode, and with gradients recorded only if
+    ``enable_backprop`` is set. Threads take turns. Ctrl-C waits for the end of a chunk of the work.
 
     Parameters
     ----------

@@ -54,12 +54,12 @@ class Spill:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """How far a Gram matrix has come that is made block by block, and what saves it.
+    """A Gram matrix that is made block by block, as far as it has come, and the function that saves it.
 
     Attributes
     ----------
     layout : list
-        Where the blocks start: a matrix of other blocks is of no use.
+        The starts of the blocks; a matrix of other blocks is of no use.
     done : int
         How many blocks are in it.
     matrix : Tensor (M, M), optional
@@ -91,12 +91,12 @@ class HeldRows:
     n_kept, n_streamed : int
         Rows of a block, and of those that are computed at once and stream past, on each rank.
     spill : Spill, optional
-        Where the rows of the one block are kept; None: on the device.
+        Where the rows of the one block are kept; with None, they stay on the device.
 
     Attributes
     ----------
     kind : str
-        How the rows are held, for people.
+        How the rows are held, in words.
     dtype, device
         Those of the rows at hand.
     gradients : int

@@ -41,7 +41,7 @@ class RowSource:
     to_model : callable
         Moves an input to the model.
     landmarks_per_call : int
-        For how many landmarks one call of the engine computes rows; halved when the device runs out of memory.
+        How many rows one call of the engine computes; halved when the device runs out of memory.
     ranks : Ranks
         The processes that compute the rows together, each its share.
     sharded : bool

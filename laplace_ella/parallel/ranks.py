@@ -30,7 +30,7 @@ class RankError(RuntimeError):
 
 
 class _Local(threading.local):
-    """Of this thread: in how many nested pieces of common work it is, and an error that all ranks know of."""
+    """What a thread remembers: in how many nested pieces of common work it is, and an error that all ranks know of."""
 
     depth = 0
     told: BaseException | None = None
@@ -49,7 +49,7 @@ class Ranks:
     Attributes
     ----------
     rank, size : int
-        Which of how many this process is.
+        The number of this process, and how many there are.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -284,12 +284,12 @@ class Ranks:
         return dealt_back(self.gathered(values, "a tensor dealt out"), n).to(values.device)
 
     def columns(self, rows: Tensor, lengths: Sequence[int], width: int) -> Iterator[Tensor]:
-        """Yield slices of the columns of a matrix whose rows are spread over the ranks.
+        """Yield slices of the columns of gradient rows that are spread over the ranks.
 
         Parameters
         ----------
         rows : Tensor (m, P)
-            The rows of this rank.
+            The gradient rows of this rank.
         lengths : sequence of int
             How many rows each rank has.
         width : int

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.loading import check_some
 from ..data.progress import Progress, no_progress
-from ..parallel.ranks import ALONE, Ranks
+from ..parallel.ranks import Ranks
 from ..posterior.gaussian import Outputs
 from ..posterior.likelihoods import Prediction
 from ..posterior.setting import Setting
@@ -80,9 +80,7 @@ class Scorer:
         If there are no data.
     """
 
-    def __init__(
-        self, data: ValidationData, loss: Loss | None, device: torch.device, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, data: ValidationData, loss: Loss | None, device: torch.device, ranks: Ranks) -> None:
         self.data, self.loss, self.device, self.ranks = data, loss, device, ranks
         self.likelihood = data.likelihood
         self.name = "mean NLL" if loss is None else str(getattr(loss, "__name__", type(loss).__name__))

@@ -1,4 +1,4 @@
-r"""How many curvature inputs G is made of, by validation data: the early stopping of the paper."""
+r"""The early stopping of the paper: validation data choose how many curvature inputs G is made of."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stopped_early(
     require_same_search(posterior, ranks, "fit()", link_approx=name_of(link))
     scorer = scorer_of(posterior, engine, stream, ranks)
     predict_from = link_of(posterior, link, 100)
-    # What the covariance T [G + T delta I]^-1 adds to G, whatever T is now: fitting again changes nothing.
+    # The covariance T [G + T delta I]^-1 adds T delta to G, whatever T is now, so that fitting again changes nothing.
     delta, residual_variance = setting.prior_precision * setting.temperature, posterior.residual_variance
 
     def stopped_at(n: int) -> Posterior:

@@ -19,12 +19,12 @@ from .scoring import SKIPPED
 
 # Four values a decade: NLL changes by less than a standard error in between.
 TEMPERATURES = tuple(10 ** (e / 4) for e in range(-12, 25))
-# Dense around 1, and ends that no sensible network needs.
+# The values are dense around 1, and no sensible network needs those at the ends.
 LOGIT_SCALES = (0.01, 0.1, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 10.0)
 _GOLDEN = (math.sqrt(5) - 1) / 2
-# Discrete: there is nothing between two values of their grids.
+# There is nothing between two values of the grids of these parameters.
 DISCRETE = ("n_eigenvalues", "curvature_size")
-# What only widens the variance of the logits, and which of its values is the narrowest.
+# These parameters only widen the variance of the logits; the function picks the narrowest of some values.
 NARROWEST = {"temperature": min, "residual_scale": min, "prior_precision": max}
 # Differences of the loss below this share of it are rounding.
 ROUNDING = 1e-12
@@ -48,7 +48,7 @@ class Search:
     Parameters
     ----------
     evaluate : callable
-        Setting -> loss; NaN, infinity or a precision that is not positive definite skips the setting.
+        Setting -> loss. A setting is skipped if this is NaN or infinite, or the precision is not positive definite.
     """
 
     def __init__(self, evaluate: Callable[[Setting], float]) -> None:
@@ -230,7 +230,7 @@ Gradient = Callable[[Setting, Sequence[str]], tuple[float, Sequence[float]]]
 def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradient | None) -> None:
     """Improve the best setting within the ranges of the grids.
 
-    By L-BFGS over the logarithms, if the loss has a gradient; else by golden-section
+    This is done by L-BFGS over the logarithms if the loss has a gradient; else by golden-section
     searches between the neighbouring values, one parameter after the other, twice.
 
     Parameters
