@@ -103,10 +103,9 @@ def named_batches(
     """
     for i, batch in enumerate(loader):
         x, y = split_batch(batch, dict_key_x, dict_key_y)
-        if len(y) == 0:
-            continue
-        check_finite(x, f"The inputs of batch {i}")
-        yield f"batch {i}", prepare(x, len(y)), y
+        if len(y):
+            check_finite(x, f"The inputs of batch {i}")
+            yield f"batch {i}", prepare(x, len(y)), y
 
 
 def named_inputs(loader: Iterable[Any], dict_key_x: str, prepare: Prepare) -> Iterator[tuple[str, Input]]:

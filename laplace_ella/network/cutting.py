@@ -152,25 +152,23 @@ class Cutting:
     # ------------------------------------------------------------------ at the first batch of a kind
 
     def _verified(self, x: Raw, size: int | None) -> Input:
-        f, dtype, paths = safely(self.function.module, lambda: self._confirmed(x, size))
+        some = x[:TENSOR_INPUTS] if isinstance(x, Tensor) else x
+        f, dtype, paths = safely(self.function.module, lambda: self._confirmed(some, size))
         cut = _cut(x, paths)
         self._known[self._kind(cut)] = self._known[self._kind(_converted(cut, dtype))] = dtype
-        if (
-            isinstance(cut, Nested) and len(f) > 1
-        ):  # of one input, all tensors of length 1 are cut, shared or not
+        # Where there is one input, all tensors of length 1 are cut, shared or not.
+        if isinstance(cut, Nested) and len(f) > 1:
             self._shared |= {path for path, leaf in cut.shared() if isinstance(leaf, Tensor)}
         return cut
 
     def _confirmed(self, x: Raw, size: int | None) -> tuple[Tensor, torch.dtype | None, list[Path]]:
         """Return the outputs of a batch, the dtype that inputs are converted to, and the entries that are cut."""
-        if isinstance(x, Tensor):
-            some: Input = x[:TENSOR_INPUTS]
-        else:  # a single input may have to be doubled
-            some = nested(x, self._paths(x, 1) if (size or self._size(x)) == 1 else [])
+        n = len(x) if isinstance(x, Tensor) else size
+        single = (n or self._size(x)) == 1  # it may have to be doubled
+        whole = _cut(x, self._paths(x, 1) if single else [])
         device = first_weight(self.function.module).device
         with Recording() as record:
-            f, dtype = self._plain_outputs(moved(detached(some), device))
-        n = len(some) if isinstance(some, Tensor) else size
+            f, dtype = self._plain_outputs(moved(detached(whole), device))
         if n is not None and len(f) != n:
             raise ValueError(
                 f"The model returned outputs of shape {tuple(f.shape)} for {n} inputs; their first axis must be the "
@@ -181,7 +179,7 @@ class Cutting:
             return moved(detached(cut), device, dtype)
 
         eps = _coarsest_eps(f, record.dtypes, self.function.module)
-        paths = self._reading(x, some, f, enter, eps)
+        paths = self._reading(x, f, enter, eps)
         for path in list(self._lists(x, len(f))):
             # The outputs must be the same when the values of a list have changed places.
             found, _ = attempt(partial(self._run, enter(nested(rotated(x, path), []))))
@@ -264,13 +262,11 @@ class Cutting:
             )
         return f
 
-    def _reading(
-        self, x: Raw, some: Input, f: Tensor, enter: Callable[[Input], Input], eps: float
-    ) -> list[Path]:
+    def _reading(self, x: Raw, f: Tensor, enter: Callable[[Input], Input], eps: float) -> list[Path]:
         """Return the entries that are cut, so that inputs alone have the outputs that they have in the batch."""
         readings = [[]] if isinstance(x, Tensor) else list(islice(self._readings(x, len(f)), READINGS))
         for paths in readings:
-            if self._agrees(enter(some if isinstance(x, Tensor) else nested(x, paths)), f, eps):
+            if self._agrees(enter(_cut(x, paths)), f, eps):
                 return paths
         if not readings:
             raise ValueError(
@@ -278,7 +274,7 @@ class Cutting:
                 "must have an entry for each input."
             )
         if not with_batch_statistics(self.function.module):  # of which probing warns
-            plain_passes(self.function, enter(some))  # is it random?
+            plain_passes(self.function, enter(_cut(x, readings[0])))  # is it random?
             raise ValueError(_refusal(x, readings[0], f))
         return readings[0]
 

@@ -174,7 +174,7 @@ def _one_a_decade(descending: Sequence[float]) -> list[float]:
 
 def _neighbours(grid: Sequence[float], value: float) -> tuple[float, float]:
     """Return the grid's values on both sides of one of them; itself where there is none."""
-    i = min(range(len(grid)), key=lambda j: abs(math.log(grid[j] / value)))
+    i = grid.index(_closest(grid, value))
     return grid[max(0, i - 1)], grid[min(len(grid) - 1, i + 1)]
 
 
