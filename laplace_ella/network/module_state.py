@@ -74,17 +74,16 @@ def _restore_list(current: Any, before: list[Any]) -> None:
 def _restore_mapping(current: Any, before: dict[Any, Any]) -> None:
     if _same(current.values(), before.values()):
         return
-    for key in [k for k, v in current.items() if _tensors_differ(v, before.get(k, MISSING))]:
-        if key in before:
-            current[key] = before[key]
-        else:
+    for key, value in list(current.items()):
+        old = before.get(key, MISSING)
+        if value is old or not (holds_tensors(value) or holds_tensors(old)):
+            continue
+        if old is MISSING:
             del current[key]
+        else:
+            current[key] = old
     current.update({k: v for k, v in before.items() if k not in current and holds_tensors(v)})
 
 
 def _same(left: Any, right: Any) -> bool:
     return len(left) == len(right) and all(map(is_, left, right))
-
-
-def _tensors_differ(value: Any, before: Any) -> bool:
-    return value is not before and (holds_tensors(value) or holds_tensors(before))

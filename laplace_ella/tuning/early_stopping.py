@@ -40,14 +40,13 @@ def stopped_early(
         new = setting.at(prior_precision=prior, temperature=fit.n_data / n, residual_scale=scale)
         return replace(posterior, setting=new, current=fit.first(n))
 
-    scores = []
+    scores = {}
     for n, _ in stream.progress(fit.snapshots, "Early stopping"):
         candidate = stopped_at(n)
         plain = candidate.plain.at(curvature_size=n)
-        scores.append(scorer(predictor_of(candidate, predict_from), plain))
-    sizes = [n for n, _ in fit.snapshots]
-    best = stopped_at(sizes[min(range(len(scores)), key=scores.__getitem__)])
-    history = {"processed_examples": [float(n) for n in sizes], "val_nll": scores}
+        scores[n] = scorer(predictor_of(candidate, predict_from), plain)
+    best = stopped_at(min(scores, key=scores.__getitem__))
+    history = {"processed_examples": [float(n) for n in scores], "val_nll": list(scores.values())}
     names = ("prior_precision", "temperature", "residual_scale") if free else ()
     values = {name: getattr(best.setting, name) for name in names}
     return {"current": replace(best.fit, history=history), "setting": values}
