@@ -213,7 +213,7 @@ def check_finite_input(x: Raw | Input) -> None:
 
 
 class NamingShape:
-    """Adds the shapes of its input to an error of the model, as torch only speaks of some product inside."""
+    """Adds the shapes of the inputs to an error of the model, as torch only speaks of some product inside."""
 
     # This is no generator, as the end of one may swallow an interrupt.
     def __init__(self, x: Raw | Input) -> None:
@@ -264,7 +264,7 @@ def moved(x: Input, device: torch.device, dtype: torch.dtype | None = None) -> I
     """
 
     def move(t: Tensor) -> Tensor:
-        # Waits for the copy: a loader may fill its buffer again at once.
+        # This waits for the copy, as a loader may fill its buffer again at once.
         t = t.to(device, dtype if t.is_floating_point() else None)
         return t.clone() if t.is_inference() else t
 

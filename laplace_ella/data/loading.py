@@ -1,4 +1,4 @@
-r"""Loaders: what their batches hold, told apart into inputs and targets, and checked."""
+r"""Reading loaders: their batches are separated into inputs and targets, and checked."""
 
 from __future__ import annotations
 

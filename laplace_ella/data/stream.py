@@ -50,7 +50,7 @@ class Batch:
 
 
 class Stream:
-    """A loader's batches with the positions of their inputs, up to the number of inputs that is wanted.
+    """The batches of a loader with the positions of their inputs, up to the number of inputs that is wanted.
 
     With a ``torch.utils.data.DistributedSampler``, the j-th input of rank r has the position r + j W on W
     ranks, and inputs that the sampler repeats to fill the last round are left out. With any other loader, also with
@@ -100,7 +100,7 @@ class Stream:
             self.start, self.step = first_position + ranks.rank, ranks.size
             wanted = size if max_samples is None else min(size, max_samples)
             self.limit = len(range(ranks.rank, wanted, ranks.size))
-        else:  # of batches, whose lengths are not known
+        else:  # the sampler deals batches, whose lengths are not known
             self.n_batches = len(range(ranks.rank, size, ranks.size))
 
     def batches(self, title: str) -> Iterator[Batch]:

@@ -61,7 +61,8 @@ def _without_tensors(attributes: dict[str, Any], kind: type) -> dict[str, Any]:
         if name in OF_TORCH or not holds_tensors(value):
             continue
         if getattr_static(kind, name, MISSING) is not MISSING:
-            changes[name] = MISSING  # which uncovers the class's value, or computes a cached property again
+            # This uncovers the class's value, or has a cached property computed again.
+            changes[name] = MISSING
         elif isinstance(value, Tensor):
             changes[name] = None
         elif type(value) in MAPPINGS:

@@ -164,7 +164,7 @@ class Cutting:
     def _confirmed(self, x: Raw, size: int | None) -> tuple[Tensor, torch.dtype | None, list[Path]]:
         """Return the outputs of a batch, the dtype that inputs are converted to, and the entries that are cut."""
         n = len(x) if isinstance(x, Tensor) else size
-        single = (n or self._size(x)) == 1  # it may have to be doubled
+        single = (n or self._size(x)) == 1  # a single input may have to be doubled
         whole = _cut(x, self._paths(x, 1) if single else [])
         device = first_weight(self.function.module).device
         with Recording() as record:
@@ -183,7 +183,7 @@ class Cutting:
         for path in list(self._lists(x, len(f))):
             # The outputs must be the same when the values of a list have changed places.
             found, _ = attempt(partial(self._run, enter(nested(rotated(x, path), []))))
-            bound = 100 * torch.finfo(f.dtype).eps * f.abs().max()  # for sums in another order
+            bound = 100 * torch.finfo(f.dtype).eps * f.abs().max()  # sums may be in another order
             if found is None or found.shape != f.shape or (found - f).abs().max() > bound:
                 raise ValueError(_refusal(x, paths, f))
             self._unused.add(path)
@@ -273,7 +273,7 @@ class Cutting:
                 f"The model returned outputs of shape {tuple(f.shape)}, and the input has no tensor of length {len(f)}; one "
                 "must have an entry for each input."
             )
-        if not with_batch_statistics(self.function.module):  # of which probing warns
+        if not with_batch_statistics(self.function.module):  # probing warns of these
             plain_passes(self.function, enter(_cut(x, readings[0])))  # is it random?
             raise ValueError(_refusal(x, readings[0], f))
         return readings[0]
@@ -338,6 +338,6 @@ def _alike(found: Tensor, expected: Tensor, f: Tensor, eps: float) -> bool:
 
 def _coarsest_eps(f: Tensor, recorded: set[torch.dtype], module: nn.Module) -> float:
     dtypes = {f.dtype, *recorded, *(p.dtype for p in module.parameters())}
-    if f.is_cuda and torch.float32 in dtypes:  # TF32
+    if f.is_cuda and torch.float32 in dtypes:  # TF32 has the precision of float16
         dtypes.add(torch.float16)
     return torch.finfo(coarsest(dtypes)).eps

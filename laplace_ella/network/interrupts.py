@@ -33,7 +33,7 @@ def ctrl_c_held_back() -> Iterator[None]:
         yield
         return
     _program = before
-    _waiting.clear()  # of one that a second Ctrl-C has cut short
+    _waiting.clear()  # a second Ctrl-C may have cut one short
     signal.signal(signal.SIGINT, _hold)
     try:
         yield

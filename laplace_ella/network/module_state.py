@@ -61,7 +61,7 @@ def _set_training(m: nn.Module, training: bool) -> None:
     attributes = vars(m)
     if "training" in attributes:
         attributes["training"] = training  # nn.Module.__setattr__ takes ten times as long
-    if m.training is not training:  # a property, or an attribute of C++
+    if m.training is not training:  # it is a property, or an attribute of C++
         m.training = training
 
 

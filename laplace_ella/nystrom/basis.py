@@ -92,7 +92,7 @@ class NystromBasis:
         kept = len(range(rank)[self.ranks.turns()])
         return replace(
             self,
-            # Copies, so that the memory of the others is freed.
+            # These are copies, so that the memory of the other directions is freed.
             directions={k: v[:kept].clone() for k, v in self.directions.items()},
             eigenvalues=self.eigenvalues[:rank].clone(),
             grams=None if self.grams is None else self.grams[:, :rank, :rank].clone(),
@@ -160,7 +160,7 @@ class NystromBasis:
             return self.grams
         kept = vars(self).get("_overlaps")
         if kept is None or not kept.is_of((), self.directions.values()):
-            with outside_inference():  # they are kept, and may meet a graph later
+            with outside_inference():  # the overlaps are kept, and may meet a graph later
                 kept = keep(overlaps_by_weight(self.directions), (), self.directions.values())
             vars(self)["_overlaps"] = kept
         return kept.value

@@ -118,7 +118,7 @@ class HeldRows:
         # The directions need all blocks again but the last, which is still there.
         self.gradients = sum(size - b.start for b in self.blocks) + self.blocks[-1].start
         self._kept: Tensor | None = None  # the rows of the last block
-        self._norms: Tensor | None = None  # by which spilled rows were divided
+        self._norms: Tensor | None = None  # spilled rows were divided by these
 
     def gram(self, progress: Progress, unfinished: Unfinished = FRESH) -> Tensor:
         """Return the Gram matrix (M, M), float64."""
@@ -130,7 +130,7 @@ class HeldRows:
         for i, block in enumerate(progress(self.blocks, "Gram matrix, block by block")):
             if i < done:
                 continue
-            self._kept = None  # before the next is computed
+            self._kept = None  # its memory is free before the next block is computed
             self._kept = source(block)
             own, a, b = (self._kept, len(block)), block.start, block.stop
             out[a:b, a:b] = source.products(own)
@@ -162,7 +162,7 @@ class HeldRows:
         kept = self.source(last) if self._kept is None else self._kept
         total = self.source.combination(coefficients[last.start :], kept)
         for block in progress(others[::-1], "Directions") if others else ():
-            del kept  # before the next are computed
+            del kept  # its memory is free before the next block is computed
             self._kept = None
             kept = self.source(block)
             total += self.source.combination(coefficients[block.start : block.stop], kept)
@@ -179,7 +179,7 @@ def choose_rows(source: RowSource, budget: int, spill: Spill | None = None) -> H
         return HeldRows(source, share)
     if spill is not None:
         return HeldRows(source, share, spill=spill)
-    capacity = max(2, budget // row)  # less than one row against another cannot be
+    capacity = max(2, budget // row)  # one row has to meet another at least
     at_once = source.ranks.least(source.landmarks_per_call, "the size of blocks")
     streamed = min(at_once, max(1, capacity // 4))
     return HeldRows(source, capacity - streamed, streamed)

@@ -113,7 +113,7 @@ class Ranks:
     def _settle(self, what: str, error: BaseException | None, alike: tuple[type[Exception], ...]) -> None:
         """Tell the others how a piece of work has ended, and raise if it failed anywhere."""
         if error is not None and (isinstance(error, RankError) or error is _LOCAL.told):
-            raise error  # all know of it
+            raise error  # all ranks know of it
         reports: list[Any] = []
         try:
             reports = self.gathered(None if error is None else _report(error, alike), what)
@@ -196,7 +196,7 @@ class Ranks:
         failure: Exception | None = None
         try:
             lengths, sent = self._outgoing([(what, item) for item in items])
-        except Exception as error:  # which the others have to hear of, as they wait
+        except Exception as error:  # the others wait, and have to hear of it
             failure, (lengths, sent) = error, self._outgoing([(what, _report(error))])
         steps, theirs = zip(*self._delivered(lengths, sent, what))
         failed = {r: item[FAILED] for r, item in enumerate(theirs) if type(item) is dict and FAILED in item}
@@ -267,7 +267,7 @@ class Ranks:
 
     def _replaced(self, values: Tensor, what: str, collective: Callable[..., Any]) -> Tensor:
         """Return what a collective makes of a tensor in place."""
-        with self.together(what):  # if there is no room for it, too
+        with self.together(what):  # there may be no room for it
             sent = self._wire(values.contiguous().clone())
         with self._reached(what):
             collective(sent, group=self.group)
@@ -309,7 +309,7 @@ class Ranks:
         width = max(1, min(width, -(-n_columns // self.size)))
         itemsize = rows.element_size()
         sizes = [n * width * itemsize for n in lengths]
-        with self.together("the exchange of gradient rows"):  # if there is no room for it, too
+        with self.together("the exchange of gradient rows"):  # there may be no room for it
             outgoing = rows.new_zeros(self.size, len(rows), width)
             place = self._wire(rows.new_empty(1, dtype=torch.uint8)).device
             received = torch.empty(sum(sizes), dtype=torch.uint8, device=place)

@@ -35,7 +35,7 @@ def stopped_early(
             return posterior
         prior = delta * (n / fit.n_data)
         scale = setting.residual_scale
-        if posterior.residual.adds:  # which no temperature changes
+        if posterior.residual.adds:  # the residual is not changed by the temperature
             scale = residual_variance * float(prior)
         new = setting.at(prior_precision=prior, temperature=fit.n_data / n, residual_scale=scale)
         return replace(posterior, setting=new, current=fit.first(n))

@@ -112,7 +112,7 @@ def grids_of(posterior: Posterior, search: Any) -> dict[str, Sequence[Any]]:
         "prior_precision": decades(-4, 6)[::-1],
         "logit_scale": LOGIT_SCALES,
         "residual_scale": decades(-10, 1),
-        # From large to small: directions are not given up for a tie.
+        # These go from large to small, so that directions are not given up for a tie.
         "n_eigenvalues": [rank, *(k for k in (500, 200, 100, 50, 20, 10, 5, 2, 1) if k < rank)],
         "curvature_size": sizes[::-1],
         "sigma_noise": noises(float(posterior.setting.sigma_noise)),

@@ -176,7 +176,7 @@ def _nn_scores(
             f = engine.forward(batch.x)
             flat_f, name = f.flatten(0, -2), f"validation {batch.name}"
             y = checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name)
-            # Copies: a loader may fill its buffers again.
+            # These are copies, as a loader may fill its buffers again.
             kept.append((copied(batch.x), flat_f.clone(), y.clone()))
     check_some(ranks.greatest(len(kept), "the validation data"), "validation loader")
     noise_variance = posterior.setting.sigma_noise.double().square()
@@ -189,7 +189,7 @@ def _nn_scores(
         candidate = posterior.at(setting)
 
         def predictions() -> Iterator[tuple[Prediction, Tensor]]:
-            # The same noise for every candidate, so that the best is not the luckiest.
+            # All candidates get the same noise, so that the best is not the luckiest.
             generator = torch.Generator(engine.device).manual_seed(posterior.seed)
             offsets = weight_offsets(candidate, Draws(search.n_samples, generator))
             return ((averaged(outputs_at(engine, offsets, x), likelihood), y) for x, _, y in kept)

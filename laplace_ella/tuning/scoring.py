@@ -51,7 +51,7 @@ class ValidationData:
 
     def __init__(self, likelihood: Likelihood, store: Store) -> None:
         self.likelihood, self.store, self.n_inputs = likelihood, store, 0
-        self.overlap: Tensor | None = None  # of tangents, the same for all blocks
+        self.overlap: Tensor | None = None  # the overlap of tangents is the same for all blocks
         self.lacks_last_layer = False
 
     def append(self, n_inputs: int, block: Block) -> None:
@@ -59,7 +59,7 @@ class ValidationData:
         self.n_inputs += n_inputs
         self.lacks_last_layer |= block.last_layer is None
         seen = block.linearised
-        # Copies of what may share its memory with the loader's buffers, which it may fill again.
+        # They may share their memory with buffers that the loader fills again, so that copies are kept.
         f, targets = seen.f.clone(), block.targets.clone()
         self.overlap = seen.overlap
         self.store.append(f, seen.phi, seen.pushed, seen.kernel, targets, block.last_layer)
@@ -119,7 +119,7 @@ def score(
         pairs = (pair for theirs in everyone for pair in theirs)
         return evaluate(loss, (_on_device(prediction, y, device) for prediction, y in pairs))
 
-    # On one rank, as a loss may be random, or round in another way elsewhere.
+    # One rank computes it for all, as a loss may be random, or round in another way elsewhere.
     return ranks.on_first(mine, evaluate_all, "the loss of a setting", SKIPPED)
 
 
@@ -143,7 +143,7 @@ def _metric_score(loss: Any, pairs: Iterable[tuple[Prediction, Tensor]]) -> floa
             parts = (prediction,) if isinstance(prediction, Tensor) else prediction
             try:
                 loss.update(*parts, y)
-            except TypeError:  # a metric of two arguments, as in laplace-torch
+            except TypeError:  # the metric takes two arguments, as in laplace-torch
                 loss.update(parts[0], y)
         return float(loss.compute().sum())
 

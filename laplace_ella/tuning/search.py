@@ -54,7 +54,7 @@ class Search:
     def __init__(self, evaluate: Callable[[Setting], float]) -> None:
         self.evaluate = evaluate
         self.table: dict[Setting, float] = {}
-        self.failure = ""  # why the first of the settings that were skipped was
+        self.failure = ""  # the reason why a setting was skipped for the first time
 
     def __call__(self, setting: Setting) -> float:
         """Return the loss of a setting; infinity if it fails."""
@@ -106,7 +106,7 @@ class Search:
         ignored: list[str] = []
         for name, values in grids.items():
             old = getattr(start, name)
-            if old is None or len(values) == 1:  # a single value is an order
+            if old is None or len(values) == 1:  # a single value was asked for as it is
                 continue
             tried = [self._beside(best.at(**{name: v})) for v in (old, min(values), max(values))]
             if max(tried) - lowest <= FLAT * abs(lowest):
