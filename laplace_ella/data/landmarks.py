@@ -92,7 +92,7 @@ class BottomK:
             _, dropped = heapq.heappop(self._heaps[largest])
             if dropped == position:
                 return
-            del self._items[dropped]
+            self._items.pop(dropped, None)
         self._items[position] = (group, item())
 
     def entries(self) -> list[Entry]:
