@@ -6,7 +6,7 @@ Laplace with the weights confined to :math:`\theta^* + \operatorname{span}(V)`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from os import PathLike
 from typing import Any, ClassVar
@@ -259,19 +259,19 @@ def nystrom_backend(backend: Any) -> type[NystromGGN]:
     )
 
 
-def backend_options(backend: Any, given: Sequence[Any], further: Mapping[str, Any]) -> dict[str, Any]:
+def backend_options(backend: Any, given: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a backend to be built.
 
     Parameters
     ----------
     backend : type, instance or None
         The options of a :class:`NystromGGN` are used where ``given`` has defaults.
-    given : sequence
-        A value for each of :data:`OPTIONS`, in their order.
+    given : mapping
+        A value for each of :data:`OPTIONS`, among others.
     further : mapping
         The user's ``backend_kwargs``, which come before all others.
     """
-    of_call = dict(zip(OPTIONS, given))
+    of_call = {name: given[name] for name in OPTIONS}
     own = backend.options if isinstance(backend, NystromGGN) else {}
     named = {name: value for name, value in of_call.items() if value is not OPTIONS[name]}
     return {**of_call, **own, **named, **further}

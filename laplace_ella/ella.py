@@ -30,7 +30,7 @@ from .fitting import asked, merging
 from .fitting import checkpoint as checkpoints
 from .fitting.fit import FitInterrupted, fit
 from .fitting.plan import Plan
-from .fitting.state import posterior_of, state_of
+from .fitting.state import assigned, posterior_of, state_of
 from .network.checks import check_model, check_module
 from .network.engine import Engine
 from .network.functional import n_trainable, unwrap
@@ -275,6 +275,8 @@ class ELLALaplace(ParametricLaplace):
             self.curvature_size, self.seed = curvature_size, seed
             self.curvature, self.curvature_samples = curvature, curvature_samples
             self.residual_samples = residual_samples
+            self.chunk_size, self.memory_budget, self.autodiff = chunk_size, memory_budget, autodiff
+            self.compile, self.spill, self.spill_dtype = compile, spill, spill_dtype
             asked.checked_sizes(self)
             self.process_group, self.shard_directions = process_group, bool(shard_directions)
             self.backend_kwargs = check_options("backend_kwargs", backend_kwargs)
@@ -290,12 +292,7 @@ class ELLALaplace(ParametricLaplace):
                 dict_key_x,
                 dict_key_y,
                 nystrom_backend(backend),
-                # in the order of OPTIONS
-                backend_options(
-                    backend,
-                    (chunk_size, memory_budget, autodiff, compile, spill, spill_dtype),
-                    self.backend_kwargs,
-                ),
+                backend_options(backend, vars(self), self.backend_kwargs),
                 self.asdl_fisher_kwargs,
             )
             self.likelihood = likelihood
@@ -640,26 +637,33 @@ class ELLALaplace(ParametricLaplace):
         request = asked.Request(train_loader, override, progress_bar, *more, checkpoint, checkpoint_every)
         job, recipe, before = asked.prepare(self, request)
 
-        def finished(new: Fit) -> dict[str, Any]:
-            """Return what the estimator is to take over, having chosen among snapshots of G."""
-            if val_loader is None:
-                return {"current": new}
-            stream, now = self._stream(val_loader, progress_bar), replace(self._posterior, current=new)
-            free = before is None and not now.temperature_fixed
-            return early_stopping.stopped_early(now, self._engine, stream, job.ranks, link_approx, free)
+        def joined(new: Fit) -> Fit:
+            return new if before is None else before.plus(new)
+
+        def finished(new: Fit) -> tuple[Fit, dict[str, Any]]:
+            return new, self._chosen(joined(new), request, job.ranks, before is None)
 
         try:
-            found = fit(job, recipe, before, finished)
+            new, found = fit(job, recipe, before, finished)
         except FitInterrupted as stop:
-            become(self, before, current=stop.fit)
+            become(self, before, more=stop.fit, current=joined(stop.fit))
             warn_user(
                 f"{stop} The estimator is fitted with G as estimated from these, scaled to N = {self.n_data}."
             )
             raise
         with job.ranks.together("the last stage of fit"):
             pass  # no rank deletes its files while another still needs its own
-        become(self, before, **found)
+        become(self, before, more=new, **found)
         job.files.delete_all()
+
+    def _chosen(self, fit: Fit, request: asked.Request, ranks: Ranks, fresh: bool) -> dict[str, Any]:
+        """Return what the estimator is to take over after a fit, having chosen among snapshots of G."""
+        if request.val_loader is None:
+            return {"current": fit}
+        now = replace(self._posterior, current=fit)
+        stream = self._stream(request.val_loader, request.progress_bar)
+        free = fresh and not now.temperature_fixed
+        return early_stopping.stopped_early(now, self._engine, stream, ranks, request.link_approx, free)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -724,7 +728,7 @@ class ELLALaplace(ParametricLaplace):
         """
         merging.check_other(self, other, ELLALaplace)
         mine, theirs = self._unchanged(), other._unchanged()
-        become(self, mine.fit, current=merging.merged(mine, theirs))
+        become(self, mine.fit, current=merging.merged(mine, theirs), more=theirs.fit)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -1130,7 +1134,7 @@ class ELLALaplace(ParametricLaplace):
             now = self._fitted()
         with torch.inference_mode(False):
             if method == "marglik":
-                new, remarks = self._maximised(*steps, val_loader, progress_bar)
+                new, remarks = self._maximised(*steps, val_loader=val_loader, progress_bar=progress_bar)
             else:
                 stream = self._stream(val_loader, progress_bar)  # type: ignore[arg-type]
                 new, remarks = prior.tuned_prior(now, self._engine, stream, ranks, search)
@@ -1140,22 +1144,12 @@ class ELLALaplace(ParametricLaplace):
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}, temperature {self.temperature:.4g}.")
 
-    def _maximised(self, *arguments: Any) -> tuple[dict[str, Any], list[str]]:
+    def _maximised(self, *steps: Any, **more: Any) -> tuple[dict[str, Any], list[str]]:
         """Return the prior precision that laplace-torch finds for the evidence, on a copy; and what is to be said."""
-        n_steps, lr, init, structure, val_loader, progress_bar = arguments
         twin = copy(self)
         # The host's optimiser keeps its steps on the default device.
         with prior.quiet_host(), torch.enable_grad(), self._device:
-            super(ELLALaplace, twin).optimize_prior_precision(
-                "glm",
-                "marglik",
-                n_steps,
-                lr,
-                init,
-                structure,
-                val_loader=val_loader,
-                progress_bar=progress_bar,
-            )
+            super(ELLALaplace, twin).optimize_prior_precision("glm", "marglik", *steps, **more)
         return {"prior_precision": twin.prior_precision}, prior.remarks_on_evidence(twin._posterior)
 
     def optimize_hyperparameters(
@@ -1263,11 +1257,8 @@ class ELLALaplace(ParametricLaplace):
         check_choice("directions", directions, STORED)
         now = self._unchanged()
         own = {name: getattr(self, name) for name in checkpoints.OF_ESTIMATOR}
-        named = sorted(self._named_by_user)
-        return checkpoints.whole_state(
-            {**state_of(now), **own, "cls_name": type(self).__name__, "named_by_user": named},
-            checkpoints.pack_saved_basis(now.fit.basis, directions),
-        )
+        own |= {"cls_name": type(self).__name__, "named_by_user": sorted(self._named_by_user)}
+        return checkpoints.whole_state({**state_of(now), **own}, now.fit.basis, directions)
 
     @exclusively
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -1289,6 +1280,7 @@ class ELLALaplace(ParametricLaplace):
         checkpoints.check_state(state_dict, name, now.likelihood.name, self.model, engine.function.weights())
         ranks = asked.sharing(self)
         checkpoints.check_shard(state_dict["basis"]["shard"], ranks, "The checkpoint")
+        like = assigned(self, now, state_dict)
         chosen = now.setting.temperature if now.temperature_fixed else None
         for remark in checkpoints.differences(state_dict, self.enable_backprop, chosen):
             warn_user(remark)
@@ -1296,7 +1288,7 @@ class ELLALaplace(ParametricLaplace):
         with outside_inference():  # what is loaded may meet a graph later
             state = without_inference(state_dict)
             basis = checkpoints.unpack_saved_basis(state["basis"], engine, ranks)
-            new = posterior_of(state, basis, now, engine.function.flat_weights())
+            new = posterior_of(state, basis, like, engine.function.flat_weights())
         own = {name: state[name] for name in checkpoints.OF_ESTIMATOR}
         attributes.exchange(self, new, **own, _named_by_user=set(state["named_by_user"]))
 
@@ -1320,7 +1312,8 @@ class ELLALaplace(ParametricLaplace):
         AttributeError
             If a subclass keeps an argument of its constructor under no attribute of the same name.
         """
-        return copying.arguments_of(self)
+        unnamed = {"subsample_size", "n_eigenvalues"} - self._named_by_user
+        return copying.arguments_of(self, {"backend": self._backend_cls, **dict.fromkeys(unnamed)})
 
     def __sklearn_clone__(self: Self) -> Self:
         # clone() itself compares arguments by identity, and hyperparameters are converted to tensors.
@@ -1338,11 +1331,15 @@ class ELLALaplace(ParametricLaplace):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         memo[id(self.process_group)] = self.process_group  # which belongs to the process
-        new.__dict__.update(deepcopy(copying.own_state(self), memo))
+        new.__dict__.update(deepcopy(self._state(), memo))
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return copying.picklable_state(self)
+        copying.check_picklable(self.process_group)
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
+        return {**vars(self), "_posterior": self._posterior.detached()}
 
     def __repr__(self) -> str:
         return attributes.description(self, f"M={self.subsample_size}, K={self.n_eigenvalues}")

@@ -1,1 +1,1 @@
-"""Data as they come: batches, their rows, and samples of them."""
+"""Data as they come: batches of inputs, and samples of them."""

@@ -1,8 +1,8 @@
-r"""Inputs of the model: taking them apart, moving them, putting rows together.
+r"""A batch of inputs: taking it apart, moving it, putting inputs of several batches together.
 
 What users pass is *raw*: a tensor whose first axis is the batch, or a mapping (a Hugging Face
-batch, say) of tensors, other objects, and lists, tuples and mappings of them. An *input* is a
-tensor, or a :class:`Nested`, which says which of a container's tensors are cut into rows;
+batch, say) of tensors, other objects, and lists, tuples and mappings of them. An :data:`Input` is a
+tensor, or a :class:`Nested`, which says which of a container's tensors are cut along the batch;
 :mod:`laplace_ella.network.cutting` finds that out.
 """
 
@@ -27,35 +27,35 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Slot:
-    """Takes the place of the i-th tensor that is cut into rows."""
+    """Takes the place of the i-th tensor that is cut along the batch."""
 
     index: int
 
 
 @dataclass(frozen=True)
 class Nested:
-    """A container whose tensors are partly cut into rows, and partly shared by all rows.
+    """A container of which some tensors are cut along the batch, and all inputs share the rest.
 
     Attributes
     ----------
-    rows : tuple of Tensor (B, ...)
-        Those that are cut.
+    cut : tuple of Tensor (B, ...)
+        The tensors that are cut.
     paths : tuple of Path
         Where they stand in the container.
     template : container
         The container, with slots in their places.
     """
 
-    rows: tuple[Tensor, ...]
+    cut: tuple[Tensor, ...]
     paths: tuple[Path, ...]
     template: Any
 
     def container(self) -> Any:
         """Return the user's container, made anew at every level: a model may write into it."""
-        return rebuilt(self.template, lambda path, v: self.rows[v.index] if isinstance(v, Slot) else v)
+        return rebuilt(self.template, lambda path, v: self.cut[v.index] if isinstance(v, Slot) else v)
 
     def shared(self) -> list[tuple[Path, Any]]:
-        """Return the entries that all rows share, with their paths."""
+        """Return the entries that all inputs share, with their paths."""
         return [(path, leaf) for path, leaf in leaves(self.template) if not isinstance(leaf, Slot)]
 
 
@@ -63,7 +63,7 @@ Input = Tensor | Nested
 
 
 def nested(x: Any, paths: Sequence[Path]) -> Nested:
-    """Say which tensors of a container are cut into rows; its containers are copied."""
+    """Say which tensors of a container are cut along the batch; its containers are copied."""
     found: dict[Path, Tensor] = {}
 
     def slot(path: Path, leaf: Any) -> Any:
@@ -77,12 +77,12 @@ def nested(x: Any, paths: Sequence[Path]) -> Nested:
 
 
 def leaves(x: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Yield the entries of nested containers that are none themselves, with their paths."""
+    """Yield the entries of nested containers that are none themselves, with their paths; of another value, itself."""
+    if not is_container(x):
+        yield path, x
+        return
     for key, value in items(x):
-        if is_container(value):
-            yield from leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
+        yield from leaves(value, (*path, key))
 
 
 def items(x: Any) -> Iterable[tuple[Any, Any]]:
@@ -91,8 +91,8 @@ def items(x: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def is_container(value: Any) -> bool:
-    """Tell whether a value is a container whose tensors may be cut into rows."""
-    # Rows of a packed sequence lie across its tensors.
+    """Tell whether a value is a container whose tensors may be cut along the batch."""
+    # The inputs of a packed sequence lie across its tensors.
     return isinstance(value, (Mapping, list, tuple)) and not isinstance(value, PackedSequence)
 
 
@@ -107,18 +107,15 @@ def rebuilt(x: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> An
         return rebuilt(new, function, here) if new is value and is_container(value) else new
 
     entries = {key: copied_entry((*path, key), value) for key, value in items(x)}
-    return like(x, entries) if isinstance(x, Mapping) else sequence_like(x, list(entries.values()))
+    return like(x, entries)
 
 
-def sequence_like(x: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
-    """Put values into a list, a tuple, or a named tuple, as ``x`` is."""
+def like(x: Any, entries: dict[Any, Any]) -> Any:
+    """Put entries, by their keys or indices, into a container of the type of ``x``, which models may rely on."""
     if isinstance(x, list):
-        return values
-    return type(x)(*values) if hasattr(x, "_fields") else tuple(values)
-
-
-def like(x: Mapping[str, Any], entries: dict[str, Any]) -> Mapping[str, Any]:
-    """Put entries into a mapping of the type of ``x``, which models may rely on."""
+        return list(entries.values())
+    if isinstance(x, tuple):
+        return type(x)(*entries.values()) if hasattr(x, "_fields") else tuple(entries.values())
     if type(x) is dict or not isinstance(x, MutableMapping):
         return entries
     new = copy(x)
@@ -140,18 +137,16 @@ def name_of(path: Path) -> str:
 
 def tensors(x: Raw | Input) -> list[Tensor]:
     """Return all tensors of an input, raw or not."""
-    if isinstance(x, Tensor):
-        return [x]
     if isinstance(x, Nested):
-        return [*x.rows, *(leaf for _, leaf in x.shared() if isinstance(leaf, Tensor))]
+        return [*x.cut, *(leaf for _, leaf in x.shared() if isinstance(leaf, Tensor))]
     return [leaf for _, leaf in leaves(x) if isinstance(leaf, Tensor)]
 
 
 def raw_size(x: Raw, dict_key_x: str, expected: int | None = None) -> int:
     """Return how many inputs there are, as far as lengths tell.
 
-    Of a mapping: the length of the first tensor under ``dict_key_x``; without such an entry
-    ``expected`` where a tensor has that length, or else the length of the first tensor.
+    The size of a mapping is the length of the first tensor under ``dict_key_x``. Without such an entry
+    it is ``expected`` where a tensor has that length, or else the length of the first tensor.
 
     Raises
     ------
@@ -181,31 +176,28 @@ def check_tensors(x: Raw, what: str) -> None:
     ValueError
         If an entry is sparse, nested or a packed sequence; the message names it.
     """
-    entries = [((), x)] if isinstance(x, Tensor) else leaves(x)
-    for path, leaf in entries:
+    for path, leaf in leaves(x):
         where = f" under {name_of(path)}" if path else ""
         if isinstance(leaf, PackedSequence):
             raise ValueError(
-                f"{what} hold a packed sequence{where}, which cannot be cut into rows. Pass the padded tensor and "
-                "a tensor of lengths, and pack them inside the model."
+                f"{what} hold a packed sequence{where}, which cannot be cut along the batch. Pass the padded "
+                "tensor and a tensor of lengths, and pack them inside the model."
             )
         if isinstance(leaf, Tensor) and (leaf.layout != torch.strided or leaf.is_nested):
             kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+            shape = f"({leaf.size(0)}, ...)" if leaf.is_nested else tuple(leaf.shape)
             raise ValueError(
-                f"{what} must be dense tensors; got a {kind} tensor of shape {_shape(leaf)}{where}. Convert it in the "
+                f"{what} must be dense tensors; got a {kind} tensor of shape {shape}{where}. Convert it in the "
                 "collate function, with to_dense() or to_padded_tensor()."
             )
-
-
-def _shape(x: Tensor) -> str:
-    return f"({x.size(0)}, ...)" if x.is_nested else str(tuple(x.shape))
 
 
 def check_finite(x: Raw | Input, what: str) -> None:
     """Require tensors that can be cut along their first axis, without NaN or infinity."""
     if not isinstance(x, Nested):
         check_tensors(x, what)
-    if not is_finite(x):
+    floating = (t for t in tensors(x) if t.is_floating_point() or t.is_complex())
+    if not all(bool(t.isfinite().all()) for t in floating):
         raise ValueError(
             f"{what} hold NaN or infinite values; they must be finite. Clean or drop them first."
         )
@@ -221,9 +213,9 @@ def check_finite_input(x: Raw | Input) -> None:
 
 
 class NamingShape:
-    """Adds the shapes of its input to an error of the model, as torch only speaks of some product inside."""
+    """Adds the shapes of the inputs to an error of the model, as torch only speaks of some product inside."""
 
-    # No generator, whose end may swallow an interrupt.
+    # This is no generator, as the end of one may swallow an interrupt.
     def __init__(self, x: Raw | Input) -> None:
         self.x = x
 
@@ -247,32 +239,32 @@ class NamingShape:
 def batch_size(x: Input) -> int:
     """Return the length of the batch axis."""
     if isinstance(x, Nested):
-        return x.rows[0].shape[0] if x.rows else 0
+        return x.cut[0].shape[0] if x.cut else 0
     return x.shape[0] if x.ndim else 0
 
 
-def each_row(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
-    """Apply a function to the tensors of an input that are cut into rows."""
-    return replace(x, rows=tuple(map(function, x.rows))) if isinstance(x, Nested) else function(x)
+def each_cut(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
+    """Apply a function to the tensors of a batch that are cut."""
+    return replace(x, cut=tuple(map(function, x.cut))) if isinstance(x, Nested) else function(x)
 
 
 def each(x: Input, function: Callable[[Tensor], Tensor]) -> Input:
-    """Apply a function to all tensors of an input."""
+    """Apply a function to all tensors of a batch."""
     if isinstance(x, Tensor):
         return function(x)
     template = rebuilt(x.template, lambda path, v: function(v) if isinstance(v, Tensor) else v)
-    return replace(x, rows=tuple(map(function, x.rows)), template=template)
+    return replace(x, cut=tuple(map(function, x.cut)), template=template)
 
 
 def moved(x: Input, device: torch.device, dtype: torch.dtype | None = None) -> Input:
-    """Move an input to a device; floating point to ``dtype``, if one is given.
+    """Move a batch to a device; floating point to ``dtype``, if one is given.
 
     Tensors made under ``torch.inference_mode`` are cloned, as forward-mode AD
     cannot use them.
     """
 
     def move(t: Tensor) -> Tensor:
-        # Waits for the copy: a loader may fill its buffer again at once.
+        # This waits for the copy, as a loader may fill its buffer again at once.
         t = t.to(device, dtype if t.is_floating_point() else None)
         return t.clone() if t.is_inference() else t
 
@@ -280,27 +272,22 @@ def moved(x: Input, device: torch.device, dtype: torch.dtype | None = None) -> I
 
 
 def detached(x: Input) -> Input:
-    """Cut an input from the graph that led to it."""
+    """Detach all tensors of a batch from the graph that led to them."""
     return each(x, Tensor.detach)
-
-
-def is_finite(x: Raw | Input) -> bool:
-    """Tell whether no floating-point entry of an input is NaN or infinite."""
-    return all(bool(t.isfinite().all()) for t in tensors(x) if t.is_floating_point() or t.is_complex())
 
 
 def inputs_between(x: Input, start: int, stop: int) -> Input:
     """Slice the batch axis."""
-    return each_row(x, lambda t: t[start:stop])
+    return each_cut(x, lambda t: t[start:stop])
 
 
 def doubled(x: Input) -> Input:
-    """Repeat all rows once."""
-    return each_row(x, lambda t: torch.cat([t, t]))
+    """Repeat all inputs once."""
+    return each_cut(x, lambda t: torch.cat([t, t]))
 
 
 def in_slices(x: Input, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[tuple[slice, Input]]:
-    """Cut a batch by a function that returns its parts in order; yield which rows they are, and the parts."""
+    """Cut a batch by a function that returns its parts in order; yield which inputs they are, and the parts."""
     start = 0
     for part in bounded(x):
         stop = start + batch_size(part)
@@ -314,7 +301,7 @@ def copied(x: Input) -> Input:
 
 
 def single_input(x: Input, index: int) -> Input:
-    """Copy one row out of a batch."""
+    """Copy one input out of a batch."""
     return copied(inputs_between(x, index, index + 1))
 
 
@@ -332,28 +319,28 @@ def input_digest(x: Raw | Input) -> str:
 
 
 def signature(x: Input) -> Any:
-    """Return what inputs have in common whose rows have the same shapes and dtypes, and stand in the same places."""
+    """Return what batches have in common whose inputs have the same shapes and dtypes, in the same places."""
     if isinstance(x, Tensor):
         return (x.shape[1:], x.dtype)
-    of_rows = tuple((path, t.shape[1:], t.dtype) for path, t in zip(x.paths, x.rows))
-    return of_rows, tuple((path, t.shape, t.dtype) for path, t in x.shared() if isinstance(t, Tensor))
+    cut = tuple((path, t.shape[1:], t.dtype) for path, t in zip(x.paths, x.cut))
+    return cut, tuple((path, t.shape, t.dtype) for path, t in x.shared() if isinstance(t, Tensor))
 
 
-# ---------------------------------------------------------------------- rows of several batches
+# ---------------------------------------------------------------------- inputs of several batches
 
 
 def collate(inputs: Sequence[Input], batch: int) -> Iterator[tuple[list[int], Input]]:
-    """Join single rows into batches of at most ``batch`` rows of equal shape.
+    """Join single inputs into batches of at most ``batch`` inputs of equal shape.
 
     Yields
     ------
-    indices, x : list of int, input
-        Which of ``inputs`` the rows of ``x`` are. Inputs of different shapes
+    indices, x : list of int, Input
+        Which of ``inputs`` are in the batch ``x``. Inputs of different shapes
         (sequences padded batch by batch) never meet in one batch.
     """
     groups: dict[Any, list[int]] = {}
     for i, x in enumerate(inputs):
-        # Rows may only meet where what their batches share is the same.
+        # Inputs may only meet where what their batches share is the same.
         shared = [] if isinstance(x, Tensor) else x.shared()
         values = tuple((path, _value(leaf)) for path, leaf in shared)
         groups.setdefault((signature(x), values), []).append(i)
@@ -378,5 +365,5 @@ def _join(inputs: Sequence[Input]) -> Input:
     first = inputs[0]
     if isinstance(first, Tensor):
         return torch.cat(list(inputs))  # type: ignore[arg-type]
-    columns = zip(*(x.rows for x in inputs))  # type: ignore[union-attr]
-    return replace(first, rows=tuple(torch.cat(column) for column in columns))
+    columns = zip(*(x.cut for x in inputs))  # type: ignore[union-attr]
+    return replace(first, cut=tuple(torch.cat(column) for column in columns))

@@ -105,7 +105,7 @@ def check_numbers(
     name, what : str
         The argument, and which values it may have, for the message.
     sizes : sequence of int, optional
-        How many numbers a tensor with at most one axis may hold; None: a tensor of any shape is allowed.
+        How many numbers a tensor with at most one axis may hold. With None, a tensor of any shape is allowed.
     positive : bool
         Whether the numbers must be positive too.
     """

@@ -37,7 +37,8 @@ def derived_seed(seed: int, purpose: int, position: int = 0) -> int:
 def normal_like(tensors: Mapping[str, Tensor], n: int, seed: int) -> dict[str, Tensor]:
     """Draw n standard normal tensors (n, *shape) like each of some; the same on every device.
 
-    In float32 whatever the tensors' dtype, and whatever the default one: a draw in another precision is another draw.
+    They are drawn in float32, whatever the dtype of the tensors and the default one are, as a draw in another
+    precision is another draw.
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return {

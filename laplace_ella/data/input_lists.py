@@ -1,4 +1,4 @@
-r"""Lists with one value for each input (lengths, strings, arrays), which are not tensors and cannot be cut into rows.
+r"""Lists with one value for each input (lengths, strings, arrays), which are no tensors and cannot be cut.
 
 A model uses such a list if its outputs change when the values change places.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .batches import Path, is_container, items, leaves, rebuilt, sequence_like
+from .batches import Path, is_container, items, leaves, like, rebuilt
 
 
 def input_lists(x: Any, size: int, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -29,7 +29,7 @@ def input_lists(x: Any, size: int, path: Path = ()) -> Iterator[tuple[Path, Any]
             if not (value == value[:1]).all():
                 yield here, value
         elif is_container(value):
-            if not isinstance(value, Mapping) and len(value) == size and not _holds_rows(value, size):
+            if not isinstance(value, Mapping) and len(value) == size and not _holds_inputs(value, size):
                 if not all(_same(v, value[0]) for v in value):
                     yield here, value
             else:
@@ -44,10 +44,10 @@ def rotated(x: Any, path: Path) -> Any:
 def _moved_on(values: Any) -> Any:
     if isinstance(values, np.ndarray):
         return np.roll(values, 1, 0)
-    return sequence_like(values, [values[-1], *values[:-1]])
+    return like(values, dict(enumerate([values[-1], *values[:-1]])))
 
 
-def _holds_rows(value: Any, size: int) -> bool:
+def _holds_inputs(value: Any, size: int) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size for _, leaf in leaves(value))
 
 

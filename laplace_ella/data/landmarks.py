@@ -1,11 +1,11 @@
 r"""Drawing landmarks and curvature inputs from a stream: bottom-k sampling by hash.
 
-Every row of the data gets a key, a hash of (seed, purpose, position in the stream);
-the k rows with the smallest keys are a uniform sample without replacement. One pass
+Every input of the data gets a key, a hash of (seed, purpose, position in the stream);
+the k inputs with the smallest keys are a uniform sample without replacement. One pass
 suffices, the size of the data need not be known, and the result depends neither on
 the batch size nor on the machine.
 
-A *scheme* is a function that gives keys to the rows of a batch, and may divide them into groups:
+A *scheme* is a function that gives keys to the inputs of a batch, and may divide them into groups:
 :func:`uniform` and :func:`balanced` are two.
 """
 
@@ -27,100 +27,93 @@ from .stream import Batch
 
 # (key, position, group)
 Entry = tuple[int, int, int]
-# (batch, seed) -> keys (B,), and groups (B,) or None for a single group. Of all rows, those with the smallest
-# keys are kept, evenly over the groups. Keys depend on the seed, the positions and the rows alone.
+# (batch, seed) -> keys (B,), and groups (B,) or None for a single group. Of all inputs, those with the smallest
+# keys are kept, evenly over the groups. Keys depend on the seed, the positions and the inputs alone.
 Scheme = Callable[[Batch, int], tuple[Tensor, "Sequence[int] | None"]]
 
 
 class BottomK:
     """A sample of fixed size from a stream: the smallest keys, evenly over groups.
 
-    With one group it is a uniform sample. With several, rows are given up from the
+    With one group it is a uniform sample. With several, items are given up from the
     largest group first, so that the groups end up as equal as their sizes allow:
     all of a small group, and what remains shared among the others.
 
     Parameters
     ----------
     capacity : int
-        How many rows to keep.
+        How many items to keep.
 
     Notes
     -----
-    The rows in the order of their keys are nested samples: the first n of them are a
+    The items in the order of their keys are nested samples: the first n of them are a
     uniform sample of size n.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._heaps: dict[int, list[tuple[int, int]]] = {}  # group -> [(-key, position)]
-        self._rows: dict[int, tuple[int, Any]] = {}  # position -> (group, row)
+        self._items: dict[int, tuple[int, Any]] = {}  # position -> (group, item)
 
     @classmethod
-    def of(cls, capacity: int, entries: Iterable[Entry], rows: Mapping[int, Any]) -> BottomK:
-        """Return a sample of rows that are given by their positions."""
+    def of(cls, capacity: int, entries: Iterable[Entry], items: Mapping[int, Any]) -> BottomK:
+        """Return a sample of items that are given by their positions."""
         sample = cls(capacity)
         for entry in entries:
-            sample.insert(entry, partial(rows.__getitem__, entry[1]))
+            sample._insert(entry, partial(items.__getitem__, entry[1]))
         return sample
 
     def offer(
-        self,
-        positions: Tensor,
-        keys: Tensor,
-        groups: Sequence[int] | None,
-        row: Callable[[int], Any],
+        self, positions: Tensor, keys: Tensor, groups: Sequence[int] | None, item: Callable[[int], Any]
     ) -> None:
-        """Offer rows; ``row(i)`` is called for the i-th only if it is kept for now.
+        """Offer items; ``item(i)`` is called for the i-th only if it is kept for now.
 
         Parameters
         ----------
         positions : LongTensor (B,)
         keys : Tensor (B,)
         groups : sequence of int (B,), optional
-            None: all rows belong to one group.
-        row : callable
+            With None, all items belong to one group.
+        item : callable
         """
         labels = [0] * len(positions) if groups is None else groups
         for i, entry in enumerate(zip(keys.tolist(), positions.tolist(), labels)):
-            self.insert(entry, partial(row, i))
+            self._insert(entry, partial(item, i))
 
-    def insert(self, entry: Entry, row: Callable[[], Any]) -> None:
-        """Offer one row."""
+    def _insert(self, entry: Entry, item: Callable[[], Any]) -> None:
         if not self.capacity:
             return
         key, position, group = entry
         heap = self._heaps.setdefault(group, [])
         heapq.heappush(heap, (-key, position))
-        dropped = self._drop() if len(self._rows) == self.capacity else None
-        if dropped == position:
-            return
-        self._rows.pop(dropped, None)  # type: ignore[arg-type]
-        self._rows[position] = (group, row())
-
-    def _drop(self) -> int:
-        # Ties go to the largest label, always: a group once cut back never grows again.
-        largest = max(self._heaps, key=lambda g: (len(self._heaps[g]), g))
-        return heapq.heappop(self._heaps[largest])[1]
+        if len(self._items) == self.capacity:
+            # Ties go to the largest label, always: a group once cut back never grows again.
+            largest = max(self._heaps, key=lambda g: (len(self._heaps[g]), g))
+            _, dropped = heapq.heappop(self._heaps[largest])
+            if dropped == position:
+                return
+            self._items.pop(dropped, None)
+        self._items[position] = (group, item())
 
     def entries(self) -> list[Entry]:
-        """Return (key, position, group) of the rows kept, from the smallest key on."""
+        """Return (key, position, group) of the items kept, from the smallest key on."""
         return sorted((-key, p, group) for group, heap in self._heaps.items() for key, p in heap)
 
     def row(self, position: int) -> Any:
-        """Return the row kept of a position."""
-        return self._rows[position][1]
+        """Return the item kept of a position."""
+        return self._items[position][1]
 
     def positions(self) -> list[int]:
-        """Return the positions of the rows kept, ascending."""
-        return sorted(self._rows)
+        """Return the positions of the items kept, ascending."""
+        return sorted(self._items)
 
-    def rows(self) -> list[Any]:
-        """Return the rows kept, in the order of the stream."""
-        return [self._rows[p][1] for p in self.positions()]
+    def items(self) -> list[Any]:
+        """Return the items kept, in the order of the stream."""
+        return [self._items[p][1] for p in self.positions()]
 
     def groups(self) -> list[int]:
-        """Return the group of each row kept, in the order of the stream."""
-        return [self._rows[p][0] for p in self.positions()]
+        """Return the group of each item kept, in the order of the stream."""
+        return [self._items[p][0] for p in self.positions()]
 
 
 @dataclass(frozen=True)
@@ -130,10 +123,10 @@ class Landmarks:
     Attributes
     ----------
     inputs : sequence of inputs
-        M single rows (the same object may occur several times).
+        M batches of one input (the same object may occur several times).
     outputs : LongTensor (M,)
     positions : sequence of int, optional
-        Where in the training data the inputs were; None if they were given.
+        Where the inputs stood in the training data; None if they were given.
     """
 
     inputs: Sequence[Input]
@@ -180,7 +173,7 @@ def offer_inputs(sample: BottomK, batch: Batch, n_coordinates: int, scheme: Sche
     Parameters
     ----------
     batch : Batch
-        With checked targets.
+        Its targets have been checked.
     """
     if not sample.capacity:
         return
@@ -198,7 +191,7 @@ def draw_outputs(sample: BottomK, seed: int) -> Landmarks:
     Parameters
     ----------
     sample : BottomK
-        Its rows are pairs (input, how many outputs it has); its capacity is M.
+        Its items are pairs (input, how many outputs it has); its capacity is M.
 
     Returns
     -------
@@ -206,8 +199,8 @@ def draw_outputs(sample: BottomK, seed: int) -> Landmarks:
         M pairs, or as many as there are.
     """
     positions = sample.positions()
-    inputs = [x for x, _ in sample.rows()]
-    counts = torch.tensor([n for _, n in sample.rows()], dtype=torch.int64, device="cpu")
+    inputs = [x for x, _ in sample.items()]
+    counts = torch.tensor([n for _, n in sample.items()], dtype=torch.int64, device="cpu")
     if len(inputs) == sample.capacity:
         keys = hash_keys(seed, LANDMARK_OUTPUT, torch.tensor(positions, dtype=torch.int64, device="cpu"))
         return Landmarks(inputs, keys % counts, positions)
@@ -217,7 +210,7 @@ def draw_outputs(sample: BottomK, seed: int) -> Landmarks:
     of_inputs, chosen = sample.groups(), BottomK(sample.capacity)
     groups = [of_inputs[i] for i in source.tolist()]
     chosen.offer(pairs, hash_keys(seed, LANDMARK_PAIR, pairs), groups, lambda i: i)
-    index = torch.tensor(chosen.rows(), dtype=torch.int64, device="cpu")
+    index = torch.tensor(chosen.items(), dtype=torch.int64, device="cpu")
     picked = source[index].tolist()
     return Landmarks([inputs[i] for i in picked], outputs[index], [positions[i] for i in picked])
 

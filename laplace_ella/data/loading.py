@@ -1,4 +1,4 @@
-r"""Loaders: what their batches hold, told apart into inputs and targets, and checked."""
+r"""Reading loaders: their batches are separated into inputs and targets, and checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .batches import Input, Raw, check_finite, raw_size
 from .checks import shown
 
-# (inputs as the loader has them, how many there are) -> inputs that can be cut into rows.
+# (inputs as the loader has them, how many there are) -> inputs that can be cut along the batch.
 Prepare = Callable[[Raw, "int | None"], Input]
 
 
@@ -99,14 +99,13 @@ def named_batches(
     Raises
     ------
     ValueError
-        If a batch has the wrong structure, or its inputs are not finite or cannot be cut into rows.
+        If a batch has the wrong structure, or its inputs are not finite or cannot be cut.
     """
     for i, batch in enumerate(loader):
         x, y = split_batch(batch, dict_key_x, dict_key_y)
-        if len(y) == 0:
-            continue
-        check_finite(x, f"The inputs of batch {i}")
-        yield f"batch {i}", prepare(x, len(y)), y
+        if len(y):
+            check_finite(x, f"The inputs of batch {i}")
+            yield f"batch {i}", prepare(x, len(y)), y
 
 
 def named_inputs(loader: Iterable[Any], dict_key_x: str, prepare: Prepare) -> Iterator[tuple[str, Input]]:
@@ -117,7 +116,7 @@ def named_inputs(loader: Iterable[Any], dict_key_x: str, prepare: Prepare) -> It
     Raises
     ------
     ValueError
-        If a batch holds no inputs, or they are not finite or cannot be cut into rows.
+        If a batch holds no inputs, or they are not finite or cannot be cut.
     """
     for i, batch in enumerate(loader):
         x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch

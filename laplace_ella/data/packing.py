@@ -8,18 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import (
-    Input,
-    Nested,
-    Slot,
-    is_container,
-    is_plain,
-    items,
-    leaves,
-    like,
-    name_of,
-    sequence_like,
-)
+from .batches import Input, Nested, Slot, is_container, is_plain, items, leaves, like, name_of
+
+# The names of the kinds of containers, each with its type and an empty one.
+_KINDS: dict[str, tuple[type, Any]] = {"mapping": (Mapping, {}), "list": (list, []), "tuple": (tuple, ())}
 
 
 def packed(x: Input) -> Any:
@@ -39,14 +31,13 @@ def packed(x: Input) -> Any:
             f"The inputs hold objects other than tensors and plain Python types under {foreign}, which can neither be sent "
             "to other processes nor kept in a checkpoint. Convert them in the data set."
         )
-    return {"rows": [_own(t) for t in x.rows], "template": _plain(x.template)}
+    return {"rows": [_own(t) for t in x.cut], "template": _plain(x.template)}
 
 
 def _own(tensor: Tensor) -> Tensor:
     moved = tensor.detach().cpu()
-    return (
-        moved if moved.untyped_storage().nbytes() == moved.numel() * moved.element_size() else moved.clone()
-    )
+    n_bytes = moved.numel() * moved.element_size()
+    return moved if moved.untyped_storage().nbytes() == n_bytes else moved.clone()
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -55,7 +46,7 @@ def _plain(value: Any) -> dict[str, Any]:
         return {"slot": value.index}
     if not is_container(value):
         return {"leaf": _own(value) if isinstance(value, Tensor) else value}
-    kind = "mapping" if isinstance(value, Mapping) else "list" if isinstance(value, list) else "tuple"
+    kind = next(name for name, (base, _) in _KINDS.items() if isinstance(value, base))
     return {kind: [(key, _plain(entry)) for key, entry in items(value)]}
 
 
@@ -65,9 +56,9 @@ def unpacked(found: Any, example: Input | None) -> Input:
         return _beside(found, example)
     template = _of_plain(found["template"], example.template if isinstance(example, Nested) else None)
     paths = {leaf.index: path for path, leaf in leaves(template) if isinstance(leaf, Slot)}
-    device = example.rows[0].device if isinstance(example, Nested) else torch.device("cpu")
-    rows = tuple(t.to(device) for t in found["rows"])
-    return Nested(rows, tuple(paths[i] for i in range(len(rows))), template)
+    device = example.cut[0].device if isinstance(example, Nested) else torch.device("cpu")
+    cut = tuple(t.to(device) for t in found["rows"])
+    return Nested(cut, tuple(paths[i] for i in range(len(cut))), template)
 
 
 def _of_plain(found: dict[str, Any], example: Any) -> Any:
@@ -78,10 +69,8 @@ def _of_plain(found: dict[str, Any], example: Any) -> Any:
         return _beside(value, example)
     known = dict(items(example)) if is_container(example) else {}
     entries = {key: _of_plain(entry, known.get(key)) for key, entry in value}
-    if kind == "mapping":
-        return like(example, entries) if isinstance(example, Mapping) else entries
-    alike = isinstance(example, list if kind == "list" else tuple)
-    return sequence_like(example if alike else ([] if kind == "list" else ()), list(entries.values()))
+    base, empty = _KINDS[kind]
+    return like(example if isinstance(example, base) else empty, entries)
 
 
 def _beside(value: Any, example: Any) -> Any:

@@ -1,7 +1,7 @@
-r"""One sample from the samples of all ranks, and which rank gets which of its rows.
+r"""One sample from the samples of all ranks, and which rank gets which of its items.
 
 The smallest keys of all ranks are among the smallest of each. So the ranks tell each other their keys
-first, and then send only those rows that stay.
+first, and then send only those items that stay.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .packing import packed, unpacked
 
 @dataclass(frozen=True)
 class Dealt:
-    """The part of a sample that this rank has, in the order of the keys.
+    """The part of a sample of inputs that this rank has, in the order of the keys.
 
     Attributes
     ----------
     size : int
         n, the size of the whole sample.
     rows : list of (index, position, input)
-        Each with its index in the whole sample, of which every rank holds every W-th row.
+        Each has its index in the whole sample, of which every rank holds every W-th input.
     """
 
     size: int
@@ -32,39 +32,38 @@ class Dealt:
 
 
 def pooled(sample: BottomK, ranks: Ranks) -> BottomK:
-    """Return the sample of the data of all ranks, rows (input, number of outputs) included, on every rank."""
+    """Return the sample of the data of all ranks, items (input, number of outputs) included, on every rank."""
     if ranks.size == 1:
         return sample
     whole = _winners(sample, ranks)
     with ranks.together("the choice of landmarks"):
-        example = sample.rows()[0][0] if sample.positions() else None
-        own = [p for _, p, _ in whole.entries() if whole.row(p) == ranks.rank]
+        example = sample.items()[0][0] if sample.positions() else None
+        own = [p for p in whole.positions() if whole.row(p) == ranks.rank]
         sent = {p: (packed(x), n) for p in own for x, n in [sample.row(p)]}
     everyone = ranks.gathered(sent, "the choice of landmarks")
-    rows = {p: (unpacked(x, example), n) for theirs in everyone for p, (x, n) in theirs.items()}
-    return BottomK.of(sample.capacity, whole.entries(), rows)
+    pairs = {p: (unpacked(x, example), n) for theirs in everyone for p, (x, n) in theirs.items()}
+    return BottomK.of(sample.capacity, whole.entries(), pairs)
 
 
 def dealt(sample: BottomK, ranks: Ranks) -> Dealt:
     """Return this rank's part of the sample (of inputs) of all ranks."""
-    if ranks.size == 1:
-        entries = sample.entries()
-        return Dealt(len(entries), [(i, p, sample.row(p)) for i, (_, p, _) in enumerate(entries)])
-    whole = _winners(sample, ranks)
+    whole = sample if ranks.size == 1 else _winners(sample, ranks)
     order = [(i, p) for i, (_, p, _) in enumerate(whole.entries())]
+    if ranks.size == 1:
+        return Dealt(len(order), [(i, p, sample.row(p)) for i, p in order])
     with ranks.together("the choice of curvature inputs"):
-        example = sample.rows()[0] if sample.positions() else None
+        example = sample.items()[0] if sample.positions() else None
         sent: list[dict[int, Any]] = [{} for _ in range(ranks.size)]
         for i, p in order:
             if whole.row(p) == ranks.rank:
                 sent[i % ranks.size][p] = packed(sample.row(p))
     received = ranks.exchanged(sent, "the choice of curvature inputs")
-    rows = {p: unpacked(x, example) for theirs in received for p, x in theirs.items()}
-    return Dealt(len(order), [(i, p, rows[p]) for i, p in order[ranks.turns()]])
+    inputs = {p: unpacked(x, example) for theirs in received for p, x in theirs.items()}
+    return Dealt(len(order), [(i, p, inputs[p]) for i, p in order[ranks.turns()]])
 
 
 def _winners(sample: BottomK, ranks: Ranks) -> BottomK:
-    """Return the sample of all ranks, with the rank that has it in place of a row."""
+    """Return the sample of all ranks, with the rank that has it in place of each item."""
     found = ranks.gathered(sample.entries(), "the choice of a sample")
     owners = {p: rank for rank, entries in enumerate(found) for _, p, _ in entries}
     return BottomK.of(sample.capacity, [entry for entries in found for entry in entries], owners)

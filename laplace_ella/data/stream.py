@@ -32,10 +32,10 @@ class Batch:
     Attributes
     ----------
     name : str
-        How messages call it.
+        The name by which messages call it.
     positions : LongTensor (B,)
-        Where its inputs stand in the data of all ranks.
-    x : input of B rows
+        The positions of its inputs in the data of all ranks.
+    x : Input
     y : Tensor (B, ...)
     """
 
@@ -50,7 +50,7 @@ class Batch:
 
 
 class Stream:
-    """A loader's batches with the positions of their inputs, up to the number of inputs that is wanted.
+    """The batches of a loader with the positions of their inputs, up to the number of inputs that is wanted.
 
     With a ``torch.utils.data.DistributedSampler``, the j-th input of rank r has the position r + j W on W
     ranks, and inputs that the sampler repeats to fill the last round are left out. With any other loader, also with
@@ -62,7 +62,7 @@ class Stream:
         The batches of this rank.
     dict_key_x, dict_key_y : str
     prepare : callable
-        (inputs as the loader has them, how many there are) -> inputs that can be cut into rows.
+        (inputs as the loader has them, how many there are) -> inputs that can be cut along the batch.
     ranks : Ranks
     progress : callable
     first_position : int
@@ -100,7 +100,7 @@ class Stream:
             self.start, self.step = first_position + ranks.rank, ranks.size
             wanted = size if max_samples is None else min(size, max_samples)
             self.limit = len(range(ranks.rank, wanted, ranks.size))
-        else:  # of batches, whose lengths are not known
+        else:  # the sampler deals batches, whose lengths are not known
             self.n_batches = len(range(ranks.rank, size, ranks.size))
 
     def batches(self, title: str) -> Iterator[Batch]:

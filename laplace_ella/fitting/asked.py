@@ -1,4 +1,4 @@
-"""What users ask of a fit: checked, and turned into what the stages need."""
+"""Checks what users ask of a fit, and turns it into what the stages need."""
 
 from __future__ import annotations
 
@@ -22,33 +22,19 @@ from ..posterior.likelihoods import Likelihood
 from ..posterior.posterior import Posterior
 from . import checkpoint
 from .curvature import CURVATURES
-from .fit import Recipe
+from .fit import Recipe, Sizes
 from .plan import Plan, data_size, first_batch, make_plan
-from .resume import FitFiles, random_state_restored
+from .resume import FitFiles, random_state, set_random_state
 from .stages import Job
 
 DEFAULT_SUBSAMPLE_SIZE = 500
 DEFAULT_N_EIGENVALUES = 20
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How to fit, as an estimator's attributes of these names say at one moment."""
-
-    subsample_size: int
-    n_eigenvalues: int | float
-    curvature_size: int | None
-    curvature: str
-    curvature_samples: int
-
-    @property
-    def labels(self) -> int:
-        """How many labels are sampled for each curvature input; 0 for the exact curvature."""
-        return 0 if self.curvature == "exact" else self.curvature_samples
-
-
 def checked_sizes(estimator: Any) -> Sizes:
-    """Return values that a fit can use, and make the estimator's plain; they may have been assigned since the last fit.
+    """Return the sizes that an estimator asks for, and turn its own into plain numbers.
+
+    They are checked here because they may have been assigned since the last fit.
 
     Raises
     ------
@@ -71,7 +57,7 @@ def checked_sizes(estimator: Any) -> Sizes:
 
 
 def named(**values: Any) -> set[str]:
-    """Return the names of those that are not None."""
+    """Return the names of the arguments that are not None."""
     return {name for name, value in values.items() if value is not None}
 
 
@@ -117,7 +103,9 @@ class Request:
 
 
 def prepare(estimator: Any, request: Request) -> tuple[Job, Recipe, Fit | None]:
-    """Check what a fit is asked for, before any work, and return it with the fit that data are added to, if any.
+    """Check what a fit is asked for, before any work, and return it with the fit that data are added to.
+
+    The latter is None if there is none, or if it is to be replaced.
 
     Raises
     ------
@@ -135,21 +123,21 @@ def prepare(estimator: Any, request: Request) -> tuple[Job, Recipe, Fit | None]:
         request = _checked_options(request, now.likelihood, estimator.dict_key_x)
         needed = request.checkpoint is not None or ranks.size > 1  # hashing V takes seconds
         arguments = _arguments(request, sizes, estimator, now, fresh) if needed else {}
-        options = {k: str(v) for k, v in engine_options(estimator).items()}
-        files = FitFiles(request.checkpoint, request.checkpoint_every, {**arguments, **options}, ranks)
+        # What rounding depends on; ranks may differ in it.
+        options = {**estimator._backend_kwargs, "spill": estimator._backend_kwargs["spill"] is not None}
+        of_files = {**arguments, **{k: str(v) for k, v in options.items()}}
+        files = FitFiles(request.checkpoint, request.checkpoint_every, of_files, ranks)
         more = {"first_position": 0 if fresh else now.fit.n_data, "max_samples": request.max_samples}
         stream = estimator._stream(request.train_loader, request.progress_bar, **more)
-        recipe = _recipe(request, sizes, estimator, engine)
+        given = request.pairs  # which are cut into single inputs
+        landmarks = None if given is None else (engine.inputs(given[0], len(given[1])), given[1])
+        of_user = request.scheme, request.basis, request.n_total
+        named = frozenset(estimator._named_by_user)
+        recipe = Recipe(sizes, estimator.shard_directions, named, landmarks, *of_user)
     ranks.require_equal({**arguments, "checkpoint": request.checkpoint is not None}, "fit()")
     of_labels = request.every, now.seed, sizes.labels
     job = Job(ranks, stream, files, stream.progress, engine, now.likelihood, *of_labels)
     return job, recipe, None if fresh else now.fit
-
-
-def engine_options(estimator: Any) -> dict[str, Any]:
-    """Return what the rounding of a fit depends on; ranks may differ in it."""
-    options = estimator._backend_kwargs
-    return {**options, "spill": options["spill"] is not None}
 
 
 @exclusively
@@ -169,7 +157,7 @@ def _checked_loader(request: Request, estimator: Any, likelihood: Likelihood) ->
 
 @exclusively
 def _check_weights(engine: Engine, params: Iterable[Any], fresh: bool) -> None:
-    """Require the weights that the estimator was built with; all of them may be frozen since."""
+    """Require the weights that the estimator was built with, all of which may have been frozen since."""
     settled, named = engine.function.names, list(engine.module.named_parameters())
     trainable = {k for k, p in named if p.requires_grad}
     same = [p.shape for k, p in named if k in settled] == [p.shape for p in params]
@@ -181,7 +169,7 @@ def _check_weights(engine: Engine, params: Iterable[Any], fresh: bool) -> None:
 
 
 def _check_basis(request: Request, engine: Engine, ranks: Ranks, fresh: bool) -> None:
-    """Require a basis of this model, if one is given."""
+    """Require a basis that is given, if one is, to be that of this model."""
     basis = request.basis
     if basis is None:
         return
@@ -192,7 +180,7 @@ def _check_basis(request: Request, engine: Engine, ranks: Ranks, fresh: bool) ->
     if not isinstance(basis, NystromBasis):
         raise ValueError(f"basis must be the basis of a fitted estimator, or None; got {shown(basis)}.")
     checkpoint.check_shard((basis.ranks.rank, basis.ranks.size), ranks, "The basis given")
-    checkpoint.check_directions(basis, engine.function.weights(), "The basis given")
+    checkpoint.check_shapes(checkpoint.pack_basis(basis), engine.function.weights(), "The basis given")
     if basis.of_model not in (None, checkpoint.fingerprint(engine.module)):
         raise ValueError(
             "The basis given was made from another model: parameters and buffers have the same shapes, but other "
@@ -202,7 +190,7 @@ def _check_basis(request: Request, engine: Engine, ranks: Ranks, fresh: bool) ->
 
 
 def _checked_options(request: Request, likelihood: Likelihood, dict_key_x: str) -> Request:
-    """Return a request with plain numbers, of which all options make sense."""
+    """Require options that make sense, and return the request with plain numbers."""
     check_size("checkpoint_every", request.checkpoint_every, optional=False)
     check_prediction("glm", request.link_approx, 100)
     check_link(likelihood, request.link_approx)
@@ -222,24 +210,8 @@ def _checked_options(request: Request, likelihood: Likelihood, dict_key_x: str) 
     )
 
 
-def _recipe(request: Request, sizes: Sizes, estimator: Any, engine: Engine) -> Recipe:
-    """Return what is to be fitted, the landmarks given being cut into single inputs."""
-    given = request.pairs
-    return Recipe(
-        sizes.subsample_size,
-        sizes.n_eigenvalues,
-        sizes.curvature_size,
-        shard=estimator.shard_directions,
-        named=frozenset(estimator._named_by_user),
-        landmarks=None if given is None else (engine.inputs(given[0], len(given[1])), given[1]),
-        scheme=request.scheme,
-        basis=request.basis,
-        n_total=request.n_total,
-    )
-
-
 def _arguments(request: Request, sizes: Sizes, estimator: Any, now: Posterior, fresh: bool) -> dict[str, Any]:
-    """Return what the result of a fit depends on, data apart, in plain types."""
+    """Return everything but the data that the result of a fit depends on, in plain types."""
     given, basis = request.pairs, request.basis
     before = "nothing" if fresh else digest(now.fit.H, now.fit.basis.fingerprint())
     return {
@@ -279,8 +251,11 @@ def plan(estimator: Any, train_loader: Any) -> Plan:
     ranks, engine, n, rank = estimator._ranks, estimator._engine, sizes.curvature_size, sizes.n_eigenvalues
     if not isinstance(rank, int):  # a share, which is not known before: as much as the budget allows
         rank = max(1, min(sizes.subsample_size, engine.budget() // engine.row_size()))
-    with random_state_restored(train_loader):
+    before = random_state(train_loader)
+    try:
         x = first_batch(train_loader, estimator.dict_key_x, estimator.dict_key_y, engine.inputs)
+    finally:
+        set_random_state(before, train_loader)
     return make_plan(
         engine.eager(),
         engine.to_model(x),

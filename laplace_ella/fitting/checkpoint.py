@@ -1,4 +1,4 @@
-r"""Saved estimators: tensors and plain types, with a hash of the model in place of its weights."""
+r"""Saved estimators, made of tensors and plain types, with a hash of the model in place of its weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .state_checks import ENTRIES, check_basis, check_entries, check_orthonormal
 
 # States of format 3, which laplace_ella 0.1.0 wrote, hold no digest.
 FORMAT, READABLE = 4, (3, 4)
-# Entries that are attributes of the estimator, and not of its posterior.
+# The entries that are attributes of the estimator itself, and not of its posterior.
 OF_ESTIMATOR = (
     *("enable_backprop", "subsample_size", "n_eigenvalues"),
     *("curvature_size", "curvature", "curvature_samples"),
@@ -59,14 +59,8 @@ def pack_basis(basis: NystromBasis, stored: str = "full") -> dict[str, Any]:
     }
 
 
-def pack_saved_basis(basis: NystromBasis, stored: str) -> dict[str, Any]:
-    """Turn a basis into tensors and plain types that share no memory with it."""
-    found: dict[str, Any] = copied(pack_basis(basis, stored))
-    return found
-
-
 def copied(value: Any) -> Any:
-    """Copy tensors and plain containers of any depth, cut from graphs."""
+    """Copy tensors, which are cut from their graphs, in plain containers of any depth."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -74,18 +68,8 @@ def copied(value: Any) -> Any:
     return type(value)(map(copied, value)) if type(value) in (list, tuple) else value
 
 
-def check_directions(basis: NystromBasis, weights: Weights, what: str) -> None:
-    """Require directions in the space of an estimator's weights, in their dtypes, as many as eigenvalues.
-
-    Raises
-    ------
-    ValueError
-    """
-    check_shapes(pack_basis(basis), weights, what)
-
-
 def check_shapes(packed: dict[str, Any], weights: Weights, what: str) -> None:
-    """Require a packed basis to have directions in the space of an estimator's weights, if it holds any.
+    """Require directions of a packed basis, if it holds any, to be in the space of an estimator's weights.
 
     Raises
     ------
@@ -108,7 +92,7 @@ def check_shapes(packed: dict[str, Any], weights: Weights, what: str) -> None:
 
 
 def check_dtypes(basis: NystromBasis, params: Iterable[Tensor]) -> None:
-    """Require weights in the dtypes that they were fitted in.
+    """Require weights to have the dtypes that they were fitted in.
 
     Raises
     ------
@@ -123,7 +107,7 @@ def check_dtypes(basis: NystromBasis, params: Iterable[Tensor]) -> None:
 
 
 def check_shard(shard: tuple[int, int], ranks: Ranks, what: str) -> None:
-    """Require the directions of one rank of so many.
+    """Require directions that belong to this rank, of as many ranks.
 
     Raises
     ------
@@ -137,15 +121,15 @@ def check_shard(shard: tuple[int, int], ranks: Ranks, what: str) -> None:
 
 
 def unpack_basis(state: dict[str, Any], weights: Weights, ranks: Ranks = ALONE) -> NystromBasis:
-    """Rebuild the basis of :func:`pack_basis` beside an estimator's weights, with whole directions.
+    """Rebuild the basis of :func:`pack_basis` from its directions, next to an estimator's weights.
 
     Parameters
     ----------
     state : dict
-        With ``"coefficients"`` beside what :func:`pack_basis` returned.
+        What :func:`pack_basis` returned, and ``"coefficients"``.
     weights : dict of Tensor
     ranks : Ranks
-        Those that share the directions.
+        The ranks that share the directions.
 
     Raises
     ------
@@ -164,15 +148,15 @@ def _with_spectrum(state: dict[str, Any], directions: Weights, ranks: Ranks, **m
 
 
 def unpack_saved_basis(state: dict[str, Any], engine: Engine, ranks: Ranks = ALONE) -> NystromBasis:
-    """Rebuild the basis of :func:`pack_saved_basis`, computing directions that are not in it.
+    """Rebuild the basis of a saved state, computing directions that are not in it.
 
     Parameters
     ----------
     state : dict
-        That :func:`check_state` has let pass.
+        The entry of a state that :func:`check_state` has let pass.
     engine : Engine
     ranks : Ranks
-        Those that share the directions.
+        The ranks that share the directions.
 
     Raises
     ------
@@ -194,7 +178,7 @@ def unpack_saved_basis(state: dict[str, Any], engine: Engine, ranks: Ranks = ALO
 
 
 def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module, weights: Weights) -> None:
-    """Require a checkpoint of this class, likelihood and model, in a format that can be read, and undamaged.
+    """Require an undamaged checkpoint of this class, likelihood and model, in a format that can be read.
 
     Raises
     ------
@@ -238,13 +222,16 @@ def _objections(state: Any, cls_name: str, likelihood: str, model: nn.Module) ->
 
 
 def digest_of_state(state: dict[str, Any]) -> str:
-    """Return a hash of all entries but the hash itself. Cost: a pass over V on the CPU."""
+    """Return a hash of all entries but the hash itself; it costs a pass over V on the CPU."""
     return digest_of({k: v for k, v in state.items() if k != "digest"})
 
 
-def whole_state(entries: dict[str, Any], basis: dict[str, Any]) -> dict[str, Any]:
-    """Return a state with all its entries, the hash of which is one of them."""
-    state = {**entries, "format": FORMAT, "basis": basis}
+def whole_state(entries: dict[str, Any], basis: NystromBasis, stored: str) -> dict[str, Any]:
+    """Return a state with a basis, stored in one of the ways there are, and with a hash of all its entries.
+
+    It shares no memory with the basis.
+    """
+    state = {**entries, "format": FORMAT, "basis": copied(pack_basis(basis, stored))}
     return {**state, "digest": digest_of_state(state)}
 
 
@@ -263,16 +250,13 @@ def check_unchanged(before: str, model: nn.Module) -> None:
 
 
 def differences(state: dict[str, Any], enable_backprop: bool, temperature: float | None) -> Iterator[str]:
-    """Yield what is to be said of values in a state that replace others that the user chose.
+    """Yield a remark for each value of a state that replaces another one that the user chose.
 
     Parameters
     ----------
     temperature : float or None
-        None: the user has chosen none.
+        The temperature that the user chose; None if it was left free.
     """
-    pairs = {"enable_backprop": (enable_backprop, state["enable_backprop"])}
-    if temperature is not None:
-        pairs["temperature"] = (temperature, state["temperature"])  # type: ignore[assignment]
-    for name, (mine, theirs) in pairs.items():
-        if mine != theirs:
-            yield f"The checkpoint has {name}={theirs}, which replaces {name}={mine}."
+    for name, mine in {"enable_backprop": enable_backprop, "temperature": temperature}.items():
+        if mine is not None and mine != state[name]:
+            yield f"The checkpoint has {name}={state[name]}, which replaces {name}={mine}."

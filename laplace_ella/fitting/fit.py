@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ..data.batches import Input, inputs_between
-from ..data.landmarks import BottomK, Scheme, check_coordinates, draw_outputs, explicit_landmarks, uniform
+from ..data.landmarks import BottomK, Scheme, check_coordinates, draw_outputs, explicit_landmarks
 from ..data.loading import check_total
 from ..data.notices import warn_user
 from ..data.pooling import dealt
 from ..nystrom.basis import NystromBasis
 from ..parallel.ranks import ALONE, Ranks
-from ..posterior.fit import Fit
+from ..posterior.fit import Fit, sums_over_data
 from .checkpoint import fingerprint
 from .curvature import RunningSum
 from .scan import Scan, over_all, scan
@@ -24,8 +24,8 @@ from .stages import Job, accumulate, find_basis, read_data
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What a fit is asked for.
+class Sizes:
+    """The values that the attributes of an estimator with these names have at one moment.
 
     Attributes
     ----------
@@ -34,29 +34,53 @@ class Recipe:
     n_eigenvalues : int or float
         K, or the share of the trace to retain.
     curvature_size : int or None
-        How many inputs G is estimated from; None: all of them, in a second pass.
-    shard : bool
-        Whether the directions are spread over ranks.
-    named : set of str
-        The sizes that the user named; if one is reduced, there is a warning.
-    landmarks : (input of M rows, LongTensor (M,)), optional
-    scheme : callable
-        How landmark inputs are drawn, if they are not given; see :data:`laplace_ella.data.landmarks.Scheme`.
-    basis : NystromBasis, optional
-        Instead of landmarks.
-    n_total : int, optional
-        N, where the loader shows a sample of the data only.
+        How many inputs G is estimated from; None stands for all of them, in a second pass.
+    curvature : str
+        "exact" or "mc".
+    curvature_samples : int
+        How many labels "mc" samples for each curvature input.
     """
 
     subsample_size: int
     n_eigenvalues: int | float
     curvature_size: int | None
-    shard: bool = False
-    named: Set[str] = frozenset()
-    landmarks: tuple[Input, Tensor] | None = None
-    scheme: Scheme = uniform
-    basis: NystromBasis | None = None
-    n_total: int | None = None
+    curvature: str
+    curvature_samples: int
+
+    @property
+    def labels(self) -> int:
+        """How many labels are sampled for each curvature input; 0 for the exact curvature."""
+        return 0 if self.curvature == "exact" else self.curvature_samples
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a fit is asked for.
+
+    Attributes
+    ----------
+    sizes : Sizes
+    shard : bool
+        Whether the directions are spread over ranks.
+    named : set of str
+        The sizes that the user named; if one is reduced, there is a warning.
+    landmarks : (input of M rows, LongTensor (M,)) or None
+        The landmarks, if they are given.
+    scheme : callable
+        How landmark inputs are drawn otherwise; see :data:`laplace_ella.data.landmarks.Scheme`.
+    basis : NystromBasis or None
+        The basis that takes the place of landmarks, if one is given.
+    n_total : int or None
+        N, where the loader shows a sample of the data only.
+    """
+
+    sizes: Sizes
+    shard: bool
+    named: Set[str]
+    landmarks: tuple[Input, Tensor] | None
+    scheme: Scheme
+    basis: NystromBasis | None
+    n_total: int | None
 
 
 class FitInterrupted(KeyboardInterrupt):
@@ -76,14 +100,14 @@ class FitInterrupted(KeyboardInterrupt):
 def fit(
     job: Job, recipe: Recipe, before: Fit | None = None, finished: Callable[[Fit], Any] = lambda fit: fit
 ) -> Any:
-    """Fit, or add data to what was fitted before, with the basis that there is.
+    """Fit to data, with a new basis or with that of what was fitted before.
 
     Parameters
     ----------
     job : Job
     recipe : Recipe
     before : Fit, optional
-        The fit that data are added to.
+        The fit that the caller adds the new one to.
     finished : callable
         What is done with the new fit, and part of it: an interruption leaves the fit as it is without.
 
@@ -95,19 +119,19 @@ def fit(
     Raises
     ------
     FitInterrupted
-        After Ctrl-C in a single process. Not if data are added and kept in files: they would be added twice.
+        After Ctrl-C in a single process. Not if the new fit is added and kept in files: it would be added twice.
     """
     ranks = job.ranks
     own = _scan(job, recipe, draws=before is None and recipe.basis is None and recipe.landmarks is None)
     found, n_read = over_all(own, ranks), own.n_data
     check_total(recipe.n_total, found.n_data)
-    sample = None if recipe.curvature_size is None else dealt(own.curvature, ranks)
+    sample = None if recipe.sizes.curvature_size is None else dealt(own.curvature, ranks)
     del own  # and with it the inputs that went to other ranks
     basis = recipe.basis if before is None else before.basis
     basis = (_new_basis(job, recipe, found) if basis is None else basis).to(job.engine.device)
     found = replace(found, landmarks=BottomK(0))
     total = RunningSum(basis.rank, job.engine.device)
-    result = partial(_result, job, recipe, basis, found, total, before)
+    result = partial(_result, job, recipe, basis, found, total)
     try:
         accumulate(job, basis, sample, n_read, found.longest, total)
         return finished(result(ranks))
@@ -121,7 +145,8 @@ def fit(
 
 def _scan(job: Job, recipe: Recipe, draws: bool) -> Scan:
     """Read this rank's training data, drawing landmarks if they are neither given nor kept."""
-    found = Scan(BottomK(recipe.subsample_size if draws else 0), BottomK(recipe.curvature_size or 0))
+    sizes = recipe.sizes
+    found = Scan(BottomK(sizes.subsample_size if draws else 0), BottomK(sizes.curvature_size or 0))
     unchecked = [] if recipe.landmarks is None else [recipe.landmarks]
     engine = job.engine
 
@@ -140,7 +165,7 @@ def _scan(job: Job, recipe: Recipe, draws: bool) -> Scan:
 
 def _new_basis(job: Job, recipe: Recipe, found: Scan) -> NystromBasis:
     """Draw landmarks, and compute their basis; warn if there is less of anything than the user named."""
-    size, rank = recipe.subsample_size, recipe.n_eigenvalues
+    size, rank = recipe.sizes.subsample_size, recipe.sizes.n_eigenvalues
     if recipe.landmarks is None:
         landmarks = draw_outputs(found.landmarks, job.seed)
         if len(landmarks) < size:
@@ -162,7 +187,7 @@ def _new_basis(job: Job, recipe: Recipe, found: Scan) -> NystromBasis:
 
 def _report_reduction(recipe: Recipe, name: str, reached: int, reason: str) -> None:
     if name in recipe.named:
-        warn_user(f"{name} was reduced from {getattr(recipe, name)} to {reached}: {reason}.")
+        warn_user(f"{name} was reduced from {getattr(recipe.sizes, name)} to {reached}: {reason}.")
 
 
 def _result(
@@ -171,11 +196,10 @@ def _result(
     basis: NystromBasis,
     found: Scan,
     total: RunningSum,
-    before: Fit | None,
     ranks: Ranks,
     unfinished: bool = False,
 ) -> Fit:
-    """Put together what was found, scaled to all data, and add it to what was fitted before."""
+    """Put together what was found, scaled to all data."""
     n_data = recipe.n_total or found.n_data
     snapshots = total.snapshots(n_data, ranks, unfinished)
     if job.labels and snapshots[-1][0] < 20 * basis.rank:
@@ -184,19 +208,12 @@ def _result(
             "it is badly wrong. Raise curvature_size, lower n_eigenvalues, or use curvature='exact'."
         )
     share, engine = n_data / found.n_data, job.engine
-    loss = (found.loss * share).to(engine.device)
-    whole = Fit(
+    loss, n_predictions = (found.loss * share).to(engine.device), round(found.n_predictions * share)
+    return Fit(
         basis=basis,
-        snapshots=snapshots,
-        n_curvature=snapshots[-1][0],
-        H=snapshots[-1][1],
-        loss=loss,
-        n_data=n_data,
-        n_predictions=round(found.n_predictions * share),
         n_outputs=found.n_outputs,
         mean=engine.function.flat_weights(),
         fingerprint=fingerprint(engine.module),
         labels_sampled=job.labels > 0,
+        **sums_over_data(snapshots, loss, n_data, n_predictions),
     )
-    whole = whole.with_sums(snapshots, loss, n_data, whole.n_predictions)
-    return whole if before is None else before.plus(whole)

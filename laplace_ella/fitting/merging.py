@@ -1,4 +1,4 @@
-r"""Data that come and go after a fit: those of another fit are added, some are taken away.
+r"""Adds the data of another fit to a fit, and takes some of its data away.
 
 With the basis kept, G and the loss are sums over the data, so that parts of them can be added and
 subtracted.
@@ -48,7 +48,7 @@ def check_other(estimator: Any, other: Any, kind: type) -> None:
 
 
 def merged(mine: Posterior, theirs: Posterior) -> Fit:
-    """Return the fit to the data of two posteriors, which have to agree in all but the data.
+    """Return the fit to the data of two posteriors, which have to agree in everything but their data.
 
     Raises
     ------

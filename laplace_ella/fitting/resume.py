@@ -1,4 +1,4 @@
-r"""The files of a fit in progress: what each stage has found, so that a fit that was killed goes on.
+r"""The files of a fit in progress, which keep what each stage has found, so that a fit that was killed goes on.
 
 Each stage writes one file: ``path`` (the pass over the data), ``path.basis`` (the Gram matrix while it is made block
 by block, then V) and ``path.curvature``. A file is replaced as a whole, or not at all, and holds a hash of its content.
@@ -11,7 +11,6 @@ import os
 import random
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,8 +40,9 @@ class FitFiles:
     every : int
         Batches between two checkpoints.
     arguments : dict
-        All that the result of the fit depends on, data apart, in plain types.
+        Everything but the data that the result of the fit depends on, in plain types.
     ranks : Ranks
+        The ranks that fit together.
 
     Raises
     ------
@@ -80,16 +80,16 @@ class FitFiles:
         return self._found.get(stage)
 
     def ignore(self, stage: str) -> None:
-        """Let a stage be done again."""
+        """Forget what a stage left, so that it is done again."""
         self._found.pop(stage, None)
 
     def save(self, stage: str, state: dict[str, Any]) -> None:
-        """Replace the file of a stage by one that holds a state of tensors and plain types.
+        """Replace the file of a stage by one that holds ``state``, made of tensors and plain types.
 
         Raises
         ------
         OSError
-            If the file cannot be written. The one before is as it was.
+            If the file cannot be written. The file that was there before stays as it was.
         """
         if not self.paths:
             return
@@ -196,7 +196,7 @@ class Pass:
     ----------
     files : FitFiles
     stage : str
-        Of which the pass is.
+        The stage that the pass belongs to.
     loader : iterable
         Where the data come from; its generators are set back to what they were when the interrupted pass began.
     """
@@ -260,7 +260,7 @@ class Pass:
 
 
 def _digest(item: Batch | Part | None) -> str:
-    """Return a hash of the data of an item; empty if there are none."""
+    """Return a hash of the data of an item, or an empty string if there is no item."""
     return "" if item is None else item.digest()
 
 
@@ -272,7 +272,10 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 def random_state(loader: Any) -> dict[str, Any]:
-    """Return the states of the generators that the order of a loader may come from: torch's, numpy's, Python's, its own."""
+    """Return the states of all generators that a loader may draw its order from.
+
+    These are torch's, numpy's and Python's, and those of the loader and its samplers.
+    """
     return {
         "torch": torch.get_rng_state(),
         # As text: files hold plain types, and generators of numpy's keep arrays of several.
@@ -289,13 +292,3 @@ def set_random_state(state: dict[str, Any], loader: Any) -> None:
     random.setstate(state["python"])
     for generator, before in zip(_generators(loader), state["loader"]):
         generator.set_state(before)
-
-
-@contextmanager
-def random_state_restored(loader: Any) -> Iterator[None]:
-    """Give generators back the states they had, whatever is done inside."""
-    before = random_state(loader)
-    try:
-        yield
-    finally:
-        set_random_state(before, loader)

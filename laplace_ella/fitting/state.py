@@ -1,4 +1,4 @@
-"""A posterior as tensors and plain types, and back."""
+"""Turns a posterior into tensors and plain types, and back."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import replace
 from typing import Any
 
 from ..nystrom.basis import NystromBasis
+from ..posterior import attributes, checks
 from ..posterior.fit import Fit
 from ..posterior.posterior import Posterior
 from ..posterior.residual import RESIDUALS
 from .checkpoint import copied
 
-_OF_FIT = {
-    **{name: name for name in ("H", "loss", "n_data", "n_predictions", "n_outputs", "n_curvature")},
-    **{name: name for name in ("snapshots", "labels_sampled", "largest_sums", "fingerprint")},
-    "fit_history": "history",
-}
+_OF_FIT = (
+    *("H", "loss", "snapshots", "n_data", "n_predictions", "n_outputs", "n_curvature"),
+    *("labels_sampled", "largest_sums", "fingerprint"),
+)
 _OF_SETTING = ("temperature", "prior_precision", "sigma_noise", "logit_scale", "residual_scale")
 _OF_POSTERIOR = ("prior_mean", "temperature_fixed", "seed", "residual_samples")
 
@@ -29,48 +29,63 @@ def state_of(posterior: Posterior) -> dict[str, Any]:
         "residual": posterior.residual.name,
         "novelty_reference": usual,
         "novelty_setting": found_with,
-        **{key: getattr(fit, name) for key, name in _OF_FIT.items()},
+        "fit_history": fit.history,
+        **{name: getattr(fit, name) for name in _OF_FIT},
         **{name: getattr(setting, name) for name in _OF_SETTING},
         **{name: getattr(posterior, name) for name in _OF_POSTERIOR},
     }
     return copied({**state, "snapshots": list(fit.snapshots), "largest_sums": list(fit.largest_sums)})
 
 
+def assigned(estimator: Any, now: Posterior, state: dict[str, Any]) -> Posterior:
+    """Return a posterior with the attributes that a state holds, refusing those that could not be assigned together.
+
+    Parameters
+    ----------
+    estimator : ELLALaplace
+        The estimator that is to take the state.
+    now : Posterior
+        The posterior that it has now.
+
+    Raises
+    ------
+    ValueError
+        For the reasons, and with the messages, that assignments have.
+    """
+    state = copied(
+        {name: state[name] for name in (*_OF_SETTING, *_OF_POSTERIOR, "residual", "enable_backprop")}
+    )
+    prior, graphs = state["prior_precision"], state["enable_backprop"]
+    residual = RESIDUALS[state["residual"]]
+    residual.check(prior, graphs)
+    checks.check_sharding(estimator.shard_directions, prior, estimator.n_params, graphs)
+    new = replace(now, residual=residual, **{name: state[name] for name in _OF_POSTERIOR})
+    setting = {name: attributes.checked(estimator, name, state[name], new) for name in _OF_SETTING}
+    mean = attributes.checked(estimator, "prior_mean", new.prior_mean, new).reshape(new.prior_mean.shape)
+    return replace(new, setting=new.setting.at(**setting), prior_mean=mean)
+
+
 def posterior_of(state: dict[str, Any], basis: NystromBasis, like: Posterior, mean: Any) -> Posterior:
-    """Return the posterior that a checked state holds, where another one of the same model is.
+    """Return a posterior with the fit that a checked state holds.
 
     Parameters
     ----------
     state : dict
-        Which is not shared.
+        The state, whose tensors are copied.
     basis : NystromBasis
-        That of the state, on the model's device.
+        The basis of the state, on the model's device.
+    like : Posterior
+        Everything but the fit, as :func:`assigned` returns it.
     mean : Tensor (P,)
-        The weights.
+        The model's weights.
     """
     state = copied({k: v for k, v in state.items() if k != "basis"})
-    place = like.setting.prior_precision
-    device, usual = place.device, state["novelty_reference"]
+    usual = state["novelty_reference"]
     fit = Fit(
         basis=basis,
         mean=mean,
         novelty=None if usual is None else (usual, state["novelty_setting"]),
-        **{name: state[key] for key, name in _OF_FIT.items()},
+        history=state["fit_history"],
+        **{name: state[name] for name in _OF_FIT},
     )
-    new = replace(
-        like,
-        setting=like.setting.at(**{name: state[name] for name in _OF_SETTING}),
-        residual=RESIDUALS[state["residual"]],
-        current=fit,
-        **{name: state[name] for name in _OF_POSTERIOR},
-    )
-    new = replace(new, setting=new.setting.at(**_shaped(new.setting)))
-    return new.to(device, place.dtype)
-
-
-def _shaped(setting: Any) -> dict[str, Any]:
-    """Return prior and noise in the shapes that an estimator stores."""
-    return {
-        "prior_precision": setting.prior_precision.reshape(-1),
-        "sigma_noise": setting.sigma_noise.reshape(()),
-    }
+    return replace(like, current=fit.to(mean.device))

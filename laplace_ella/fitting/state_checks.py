@@ -1,8 +1,12 @@
-r"""What each entry of a saved estimator has to be: its type, shape and range, and that a matrix is what it stands for."""
+r"""Checks of each entry of a saved estimator: its type, shape and range, and that a matrix is what it stands for.
+
+Whether entries go together is for :func:`laplace_ella.fitting.state.assigned` to say.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +21,7 @@ from .curvature import CURVATURES
 
 # Rounding of sums over data, relative to the largest entry or eigenvalue.
 ROUNDING = 1e-8
+LARGEST = sys.float_info.max
 F32, F64, I64 = torch.float32, torch.float64, torch.int64
 
 # ---------------------------------------------------------------------- kinds of values
@@ -27,32 +32,38 @@ Holds = Callable[[Any, Sizes], bool]
 
 
 def of_type(*types: type) -> Holds:
-    """Return whether a value has one of these types, not one derived from them."""
+    """Return a check that a value has one of these types, and not one derived from them."""
     return lambda v, s: type(v) in types
 
 
 def number(above: float = -math.inf, types: tuple[type, ...] = (int, float)) -> Holds:
-    """Return whether a value is a finite number."""
-    return lambda v, s: type(v) in types and math.isfinite(v) and v > above
+    """Return a check that a value is a finite number."""
+    # No integer that is too large for a float, of which isfinite makes an OverflowError.
+    return lambda v, s: type(v) in types and abs(v) <= LARGEST and v > above
 
 
 def one_of(allowed: tuple[str, ...]) -> Holds:
-    """Return whether a value is one of these strings."""
+    """Return a check that a value is one of these strings."""
     return lambda v, s: type(v) is str and v in allowed
 
 
 def either(*kinds: Holds) -> Holds:
-    """Return whether a value is of any of these kinds."""
+    """Return a check that a value is of any of these kinds."""
     return lambda v, s: any(holds(v, s) for holds in kinds)
 
 
-def listed(kind: Holds, lengths: range | tuple[int, ...] = range(2**62)) -> Holds:
-    """Return whether a value is a list or tuple of values of a kind."""
-    return lambda v, s: type(v) in (list, tuple) and len(v) in lengths and all(kind(e, s) for e in v)
+def listed(kind: Holds) -> Holds:
+    """Return a check that a value is a list or tuple of values of a kind."""
+    return lambda v, s: type(v) in (list, tuple) and all(kind(e, s) for e in v)
+
+
+def pair(first: Holds, second: Holds) -> Holds:
+    """Return a check that a value is a list or tuple of two values, each of its kind."""
+    return lambda v, s: type(v) in (list, tuple) and len(v) == 2 and first(v[0], s) and second(v[1], s)
 
 
 def mapped(kind: Holds) -> Holds:
-    """Return whether a value is a dictionary of values of a kind."""
+    """Return a check that a value is a dictionary of values of a kind."""
     return lambda v, s: type(v) is dict and all(kind(e, s) for e in v.values())
 
 
@@ -62,20 +73,21 @@ def tensor(
     above: float = -math.inf,
     also: Callable[[Tensor], bool] = lambda value: True,
 ) -> Holds:
-    """Return whether a value is a plain tensor of finite numbers.
+    """Return a check that a value is a plain tensor of finite numbers.
 
-    Like the other functions here, it returns a function of a value and the sizes that letters in shapes stand for.
+    Like the other checks, it is a function of a value and of the sizes that letters in shapes stand for.
 
     Parameters
     ----------
     shapes : str
-        A letter or digit for each axis, "?" for an axis of any length; several shapes with "|" between them; "*": any.
+        A letter or digit for each axis, "?" for an axis of any length; several shapes have "|" between them; "*" stands
+        for any shape.
     dtype : torch.dtype, optional
-        None: any of floating point.
+        The dtype; None stands for any of floating point.
     above : float
-        What all numbers exceed.
+        The number that all numbers exceed.
     also : callable
-        What else must be true.
+        Says of a tensor what else must be true.
     """
 
     def holds(value: Any, sizes: Sizes) -> bool:
@@ -108,21 +120,12 @@ def semi_definite(value: Tensor) -> bool:
     return symmetric(value, rounding) and float(torch.linalg.eigvalsh(value)[0]) >= -rounding
 
 
-def is_snapshot(pair: Any, sizes: Sizes) -> bool:
-    """Say whether a value is a pair of a number of inputs and a curvature."""
-    return (
-        listed(of_type(int, Tensor), (2,))(pair, sizes)
-        and COUNT(pair[0], sizes)
-        and CURVATURE(pair[1], sizes)
-    )
-
-
 def are_snapshots(value: Any, sizes: Sizes) -> bool:
-    """Say whether a value is a list of snapshots of ever more inputs."""
-    if not listed(is_snapshot, range(1, 2**62))(value, sizes):
+    """Say whether a value is a list of pairs of a number of inputs, more from each to the next, and a curvature."""
+    if not listed(pair(COUNT, CURVATURE))(value, sizes):
         return False
     counts = [n for n, _ in value]
-    return counts == sorted(set(counts))
+    return len(counts) > 0 and counts == sorted(set(counts))
 
 
 # ---------------------------------------------------------------------- what entries must be, in words and in code
@@ -130,11 +133,15 @@ def are_snapshots(value: Any, sizes: Sizes) -> bool:
 NONE, FLAG, INTEGER = of_type(type(None)), of_type(bool), number(types=(int,))
 COUNT, POSITIVE, CURVATURE = number(0, (int,)), number(0), tensor("KK", also=semi_definite)
 NAMED = ("subsample_size", "n_eigenvalues")
+COUNTS = (
+    *("n_data", "n_predictions", "n_outputs", "n_curvature"),
+    *("subsample_size", "residual_samples", "curvature_samples"),
+)
 BASIS: dict[str, tuple[str, Holds]] = {
     "eigenvalues": ("positive numbers in float64, descending", tensor("?", above=0, also=descends)),
     "spectrum": ("numbers in float64, descending", tensor("?", also=descends)),
     "trace": ("a positive number", POSITIVE),
-    "shard": ("a rank and a number of ranks", lambda v, s: listed(INTEGER, (2,))(v, s) and 0 <= v[0] < v[1]),
+    "shard": ("a rank and a number of ranks", lambda v, s: pair(INTEGER, INTEGER)(v, s) and 0 <= v[0] < v[1]),
     "grams": ("symmetric matrices (L, K, K), or None", either(NONE, tensor("?KK", also=symmetric))),
     "model": ("a string or None", of_type(str, type(None))),
     "directions": ("a dictionary of finite tensors", mapped(tensor(dtype=None))),
@@ -149,16 +156,13 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
     "H": ("a (K, K) matrix in float64, symmetric and positive semi-definite", CURVATURE),
     "snapshots": ("a list of pairs (n, matrix as H), n ascending", are_snapshots),
     "loss": ("a floating-point tensor () of at least 0", tensor("", None, also=lambda v: bool(v >= 0))),
-    **dict.fromkeys(("n_data", "n_predictions", "n_outputs", "n_curvature"), ("a positive integer", COUNT)),
-    **dict.fromkeys(
-        ("subsample_size", "residual_samples", "curvature_samples"), ("a positive integer", COUNT)
-    ),
+    **dict.fromkeys(COUNTS, ("a positive integer", COUNT)),
     "curvature_size": ("a positive integer or None", either(NONE, COUNT)),
     "n_eigenvalues": (
         "a positive integer, or a share in (0, 1)",
         lambda v, s: COUNT(v, s) or (type(v) is float and 0 < v < 1),
     ),
-    "seed": ("an integer", INTEGER),
+    "seed": ("an integer from 0 to 2^63 - 1", lambda v, s: INTEGER(v, s) and 0 <= v < 2**63),
     **dict.fromkeys(
         ("temperature", "logit_scale", "residual_scale"), ("a positive and finite number", POSITIVE)
     ),
@@ -171,7 +175,7 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
     "named_by_user": (f"a list of some of {NAMED}", listed(one_of(NAMED))),
     "largest_sums": (
         "a list of 2 numbers of at least 0",
-        lambda v, s: listed(number(), (2,))(v, s) and min(v) >= 0,
+        lambda v, s: pair(number(), number())(v, s) and min(v) >= 0,
     ),
     "novelty_reference": (
         "a float64 tensor (n, 2), ascending, or None",
@@ -189,7 +193,7 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
 
 
 def check_basis(state: Any) -> None:
-    """Require the entries of a basis: the spectrum, and the directions or what they are made of.
+    """Require all entries of a basis, which are its spectrum, and its directions or what they are made of.
 
     Raises
     ------
@@ -214,7 +218,7 @@ def check_basis(state: Any) -> None:
 
 
 def check_entries(state: dict[str, Any], weights: Weights) -> None:
-    """Require the other entries; those of the basis, see :func:`check_basis`, come first.
+    """Require all other entries, once :func:`check_basis` has let those of the basis pass.
 
     Raises
     ------

@@ -92,7 +92,7 @@ def _dot(gradient: Weights, tangents: Weights) -> Tensor:
 def _scatter(model: FunctionalModel, x: Input, push: Push) -> tuple[float, float]:
     """Return how far forward and reverse mode are apart, and how much their products scatter, both relative to these.
 
-    Cost: 24 directions and backward passes of two rows.
+    Cost: 24 directions and backward passes of two inputs.
     """
     tangents = normal_like(model.weights(), N_PRODUCTS, seed=1)
     gaps = spreads = sizes = 0.0

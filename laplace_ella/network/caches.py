@@ -1,4 +1,4 @@
-r"""Values computed from weights, and kept beside them: by modules, and by torch's parametrisations.
+r"""Values computed from weights, and kept beside them by modules.
 
 While other weights stand in the module's places, such a value would be that of the
 wrong weights; and one that is computed then would stay behind, belonging to a
@@ -16,24 +16,10 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-_MAPPINGS = (dict, OrderedDict, defaultdict)
-_OF_TORCH = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks have their own care
-_MISSING = object()
-
-
-ParametrisationCache = tuple[int, dict[tuple[int, str], Tensor | None]]
-
-
-def parametrisation_cache() -> ParametrisationCache:
-    """Return how many contexts of ``parametrize.cached()`` are entered, and what they keep."""
-    return parametrize._cache_enabled, parametrize._cache
-
-
-def set_parametrisation_cache(value: ParametrisationCache) -> None:
-    """Set both."""
-    parametrize._cache_enabled, parametrize._cache = value
+MAPPINGS = (dict, OrderedDict, defaultdict)
+OF_TORCH = frozenset(vars(nn.Module()))  # parameters, buffers, submodules and hooks are cared for elsewhere
+MISSING = object()
 
 
 def holds_tensors(value: Any, depth: int = 4) -> bool:
@@ -59,7 +45,7 @@ def caches_emptied(module: nn.Module) -> Iterator[list[str]]:
             changes = {**_without_tensors(attributes, type(m)), **_uncached_methods(m)}
             names += [f"{prefix}.{k}" if prefix else k for k in changes]
             attributes.update(changes)
-            for k in [k for k, v in changes.items() if v is _MISSING]:
+            for k in [k for k, v in changes.items() if v is MISSING]:
                 del attributes[k]
         yield names
     finally:
@@ -72,13 +58,14 @@ def caches_emptied(module: nn.Module) -> Iterator[list[str]]:
 def _without_tensors(attributes: dict[str, Any], kind: type) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for name, value in attributes.items():
-        if name in _OF_TORCH or not holds_tensors(value):
+        if name in OF_TORCH or not holds_tensors(value):
             continue
-        if getattr_static(kind, name, _MISSING) is not _MISSING:
-            changes[name] = _MISSING  # which uncovers the class's value, or computes a cached property again
+        if getattr_static(kind, name, MISSING) is not MISSING:
+            # This uncovers the class's value, or has a cached property computed again.
+            changes[name] = MISSING
         elif isinstance(value, Tensor):
             changes[name] = None
-        elif type(value) in _MAPPINGS:
+        elif type(value) in MAPPINGS:
             changes[name] = copy(value)
             for key in [k for k, v in value.items() if holds_tensors(v)]:
                 del changes[name][key]

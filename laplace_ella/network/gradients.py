@@ -37,11 +37,11 @@ def per_input(function: Callable[..., Any], x: Input, *more: Any) -> Any:
     x : input of B rows
     *more : Tensor (B, ...)
     """
-    cut = x.rows if isinstance(x, Nested) else (x,)  # vmap knows plain containers only
+    cut = x.cut if isinstance(x, Nested) else (x,)  # vmap knows plain containers only
 
     def on_row(row: tuple[Tensor, ...], *values: Any) -> Any:
         batch = tuple(t.unsqueeze(0) for t in row)
-        return function(replace(x, rows=batch) if isinstance(x, Nested) else batch[0], *values)
+        return function(replace(x, cut=batch) if isinstance(x, Nested) else batch[0], *values)
 
     return vmap(on_row)(cut, *more)
 

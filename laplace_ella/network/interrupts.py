@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Where the Ctrl-C came that waits, and what the program does at one.
+# The frames in which a Ctrl-C came that waits, and what the program does at one.
 _waiting: list[FrameType | None] = []
 _program: Callable[[int, FrameType | None], Any] = signal.default_int_handler
 
@@ -33,7 +33,7 @@ def ctrl_c_held_back() -> Iterator[None]:
         yield
         return
     _program = before
-    _waiting.clear()  # of one that a second Ctrl-C has cut short
+    _waiting.clear()  # a second Ctrl-C may have cut one short
     signal.signal(signal.SIGINT, _hold)
     try:
         yield

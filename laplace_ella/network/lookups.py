@@ -22,7 +22,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 class Lookups(TorchFunctionMode):
-    """Inside it, padding rows of embeddings are constants, and frequencies change no gradient.
+    """A mode in which padding rows of embeddings are constants, and frequencies change no gradient.
 
     Parameters
     ----------
@@ -101,8 +101,8 @@ def padding_rows(module: nn.Module) -> dict[str, int]:
 def without_padding(module: nn.Module) -> dict[str, int]:
     """Let embeddings forget their padding rows and frequencies; return which row of which weight they were.
 
-    Between a forward pass and its backward pass: libraries have rules of their own for the gradients of
-    embeddings, which know of neither. The forward pass itself may look at them.
+    It is called between a forward pass and its backward pass: libraries have rules of their own for the
+    gradients of embeddings, which know of neither. The forward pass itself may look at them.
     """
     found = {}
     for prefix, m in module.named_modules():

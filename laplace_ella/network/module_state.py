@@ -1,21 +1,18 @@
-"""What a call may change of a module, noted and put back."""
+"""The state of a module that a call may change, which is noted before and put back after it."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import deque
 from collections.abc import Iterator
 from operator import is_
 from typing import Any
 
 from torch import nn
 
-from .caches import holds_tensors
+from .caches import MAPPINGS, MISSING, OF_TORCH, holds_tensors
 
 _LISTS = (list, deque)
-_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, *_LISTS))
-# Parameters and buffers are noted by themselves; submodules and hooks are left alone.
-_OF_TORCH = frozenset(vars(nn.Module()))
-_MISSING = object()
+_CONTAINERS = (*MAPPINGS, *_LISTS)
 
 
 class ModuleState:
@@ -56,14 +53,15 @@ def _holders(m: nn.Module) -> Iterator[Any]:
     """Yield whatever of a module can hold tensors."""
     attributes = vars(m)
     yield from (m._parameters, m._buffers, attributes)
-    yield from (v for k, v in attributes.items() if type(v) in _CONTAINERS and k not in _OF_TORCH)
+    # Parameters and buffers are noted by themselves; submodules and hooks are left alone.
+    yield from (v for k, v in attributes.items() if type(v) in _CONTAINERS and k not in OF_TORCH)
 
 
 def _set_training(m: nn.Module, training: bool) -> None:
     attributes = vars(m)
     if "training" in attributes:
         attributes["training"] = training  # nn.Module.__setattr__ takes ten times as long
-    if m.training is not training:  # a property, or an attribute of C++
+    if m.training is not training:  # it is a property, or an attribute of C++
         m.training = training
 
 
@@ -76,17 +74,16 @@ def _restore_list(current: Any, before: list[Any]) -> None:
 def _restore_mapping(current: Any, before: dict[Any, Any]) -> None:
     if _same(current.values(), before.values()):
         return
-    for key in [k for k, v in current.items() if _tensors_differ(v, before.get(k, _MISSING))]:
-        if key in before:
-            current[key] = before[key]
-        else:
+    for key, value in list(current.items()):
+        old = before.get(key, MISSING)
+        if value is old or not (holds_tensors(value) or holds_tensors(old)):
+            continue
+        if old is MISSING:
             del current[key]
+        else:
+            current[key] = old
     current.update({k: v for k, v in before.items() if k not in current and holds_tensors(v)})
 
 
 def _same(left: Any, right: Any) -> bool:
     return len(left) == len(right) and all(map(is_, left, right))
-
-
-def _tensors_differ(value: Any, before: Any) -> bool:
-    return value is not before and (holds_tensors(value) or holds_tensors(before))

@@ -95,7 +95,7 @@ _WRITTEN_OUT: dict[Any, Callable[..., Tensor]] = {
 
 
 class ElementaryNorms(TorchFunctionMode):
-    """Inside, normalisations by statistics of the input are made of elementary operations."""
+    """A mode in which normalisations by statistics of the input are made of elementary operations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _WRITTEN_OUT.get(func, func)(*args, **(kwargs or {}))

@@ -98,7 +98,8 @@ def _in_graph(f: Tensor, own: dict[str, nn.Parameter]) -> list[str]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        reached.add(id(getattr(node, "variable", None)))  # of the nodes that accumulate a leaf's gradient
+        # Nodes that accumulate the gradient of a leaf have it as their variable.
+        reached.add(id(getattr(node, "variable", None)))
         waiting += [before for before, _ in node.next_functions]
     return [k for k, p in own.items() if id(p) in reached]
 

@@ -61,7 +61,7 @@ def with_graph(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], Tensor]]
     f = run()
     _, still = attempt(recorded)
     if error is not None and still is None:
-        raise error  # an error of the model, that has nothing to do with the graph
+        raise error  # the error is the model's, and has nothing to do with the graph
     return f, run
 
 

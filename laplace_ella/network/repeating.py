@@ -75,7 +75,8 @@ class _Followed:
             id(m): f"module {k!r} ({type(m).__name__})" for k, m in model.module.named_modules() if k
         }
         self.entered: list[list[Tensor]] = []
-        self.calls: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}  # by module and number
+        # A call is known by its module and its number.
+        self.calls: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
         with ExitStack() as stack:
             for m in model.module.modules():
                 stack.callback(m.register_forward_pre_hook(self._enter).remove)

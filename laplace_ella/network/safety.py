@@ -10,14 +10,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize
 
-from .caches import parametrisation_cache, set_parametrisation_cache
 from .interrupts import ctrl_c_held_back
 from .module_state import ModuleState
 from .norms import ElementaryNorms
@@ -49,11 +49,10 @@ def exclusively(method: Method) -> Method:
 def safely(module: nn.Module, action: Callable[[], Result], enable_backprop: bool = False) -> Result:
     """Run an action with the module's forward pass differentiable in both modes, and change nothing for good.
 
-    Inside: evaluation mode, mathematical attention and no fused fast path (neither
-    fused kernel has a forward-mode rule), no fused recurrent kernels if the module
-    holds recurrent layers, compiled parts run eagerly, no inference mode, gradients
-    recorded only with ``enable_backprop``. Threads take turns. Ctrl-C waits for the end of
-    a chunk of the work.
+    The action runs in evaluation mode, with mathematical attention and without the fused fast path (neither
+    fused kernel has a forward-mode rule), without fused recurrent kernels if the module holds recurrent
+    layers, with compiled parts run eagerly, outside of inference mode, and with gradients recorded only if
+    ``enable_backprop`` is set. Threads take turns. Ctrl-C waits for the end of a chunk of the work.
 
     Parameters
     ----------
@@ -78,7 +77,8 @@ def _contexts(modules: list[nn.Module], enable_backprop: bool) -> Iterator[Abstr
         yield torch.inference_mode(False)
     yield torch.set_grad_enabled(enable_backprop)
     # Values of parametrised weights that parametrize.cached() keeps are those of the module's own weights.
-    yield switched(parametrisation_cache, set_parametrisation_cache, (0, {}))
+    yield _attribute(parametrize, "_cache_enabled", 0)
+    yield _attribute(parametrize, "_cache", {})
     yield sdpa_kernel(SDPBackend.MATH)
     yield switched(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False)
     # Under the user's autocast, every copy of the weights would stay until its end.
@@ -90,15 +90,16 @@ def _contexts(modules: list[nn.Module], enable_backprop: bool) -> Iterator[Abstr
     # oneDNN's and cuDNN's recurrent kernels have no forward-mode rule; both
     # also run convolutions, so they stay on for every other model.
     if any(isinstance(m, nn.RNNBase) for m in modules):
-        yield _switched_off(torch.backends.mkldnn)
-        yield _switched_off(torch.backends.cudnn)
+        # The libraries' own flags() contexts set their TF32 options too, and may warn.
+        yield _attribute(torch.backends.mkldnn, "enabled", False)
+        yield _attribute(torch.backends.cudnn, "enabled", False)
     if enable_backprop:
         yield ElementaryNorms()
 
 
-def _switched_off(library: Any) -> AbstractContextManager[None]:
-    # The libraries' own flags() contexts set their TF32 options too, and may warn.
-    return switched(lambda: library.enabled, lambda value: setattr(library, "enabled", value), False)
+def _attribute(owner: Any, name: str, value: Any) -> AbstractContextManager[None]:
+    """Give an attribute a value, and its old one back at the end."""
+    return switched(partial(getattr, owner, name), partial(setattr, owner, name), value)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class NystromBasis:
         kept = len(range(rank)[self.ranks.turns()])
         return replace(
             self,
-            # Copies, so that the memory of the others is freed.
+            # These are copies, so that the memory of the other directions is freed.
             directions={k: v[:kept].clone() for k, v in self.directions.items()},
             eigenvalues=self.eigenvalues[:rank].clone(),
             grams=None if self.grams is None else self.grams[:, :rank, :rank].clone(),
@@ -104,17 +104,16 @@ class NystromBasis:
         if all(v.device == device for v in (self.eigenvalues, *self.directions.values())):
             return self
         tensors = ("eigenvalues", "spectrum", "grams", "coefficients")
-        moved: dict[str, Any] = {
-            k: None if getattr(self, k) is None else getattr(self, k).to(device) for k in tensors
-        }
+        found = {k: getattr(self, k) for k in tensors}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in found.items() if v is not None}
         return replace(self, directions={k: v.to(device) for k, v in self.directions.items()}, **moved)
 
     def spread(self, ranks: Ranks) -> NystromBasis:
         """Return the basis whose directions here are those of one of several ranks; all of them have to call."""
-        turns = [range(self.rank)[r :: ranks.size] for r in range(ranks.size)]
-        found = overlaps_by_weight(self.directions, ranks, [[len(t) for t in turns]])
-        # They are in the order of the ranks.
-        order = torch.tensor([k for t in turns for k in t], dtype=torch.int64, device="cpu").argsort()
+        found = overlaps_by_weight(self.directions, ranks, [ranks.lengths(self.rank)])
+        # The overlaps are in the order of the ranks, to which the directions were dealt like cards.
+        indices = torch.arange(self.rank, dtype=torch.int64, device="cpu")
+        order = torch.cat([indices[r :: ranks.size] for r in range(ranks.size)]).argsort()
         grams = found[:, order][:, :, order]
         return replace(self, ranks=ranks, grams=grams, landmarks=None, coefficients=None)
 
@@ -161,7 +160,7 @@ class NystromBasis:
             return self.grams
         kept = vars(self).get("_overlaps")
         if kept is None or not kept.is_of((), self.directions.values()):
-            with outside_inference():  # they are kept, and may meet a graph later
+            with outside_inference():  # the overlaps are kept, and may meet a graph later
                 kept = keep(overlaps_by_weight(self.directions), (), self.directions.values())
             vars(self)["_overlaps"] = kept
         return kept.value

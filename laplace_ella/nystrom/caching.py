@@ -1,4 +1,4 @@
-r"""Whether what was computed once is still right: tensors that users hold can be changed in place.
+r"""Values that are computed once, and checked before they are used again: users can change tensors in place.
 
 Small tensors are compared with copies, which finds every change. Of large ones the count of
 writes is compared that PyTorch keeps of each tensor, which misses writes through ``.data``.
@@ -52,7 +52,7 @@ def _equal(left: Any, right: Any) -> bool:
 
 
 def _writes(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; 0 for those of ``inference_mode``, of which nothing is counted."""
+    """Return how often a tensor was written to; 0 for those of ``inference_mode``, of which no writes are counted."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -69,7 +69,7 @@ def outside_inference() -> Iterator[None]:
 def without_inference(value: Any) -> Any:
     """Return a value in which tensors made under ``inference_mode`` are copied; the rest is as it is.
 
-    Within :func:`outside_inference`.
+    It has to be called within :func:`outside_inference`.
     """
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value

@@ -2,6 +2,7 @@ r"""Checks of what the computation of the basis is given: its rank, the memory i
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -9,39 +10,28 @@ from typing import Any
 
 import torch
 
-from ..data.checks import check_size, shown
+from ..data.checks import integer, shown
 
 SPILL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_rank(value: Any) -> int | float | None:
     """Return a positive number of directions as an int, a share of the trace in (0, 1) as a float, or None."""
-    if _is_real(value) and 0 < float(value) < 1:
-        return float(value)
-    try:
-        return check_size("n_eigenvalues", value)
-    except ValueError:
-        raise ValueError(
-            "n_eigenvalues must be a positive integer, a share of the Gram matrix's trace in (0, 1), or None; "
-            f"got {shown(value)}."
-        ) from None
+    what = "a positive integer, a share of the Gram matrix's trace in (0, 1), or None"
+    return _size_or_share("n_eigenvalues", value, what, math.nextafter(1, 0))  # 1 itself is no share
 
 
 def check_budget(value: Any) -> int | float | None:
     """Return a positive number of bytes as an int, a share of the free memory in (0, 1] as a float, or None."""
-    if _is_real(value) and 0 < float(value) <= 1:
+    what = "a positive number of bytes (an int), a share of the free memory in (0, 1] (a float), or None"
+    return _size_or_share("memory_budget", value, what, 1)
+
+
+def _size_or_share(name: str, value: Any, what: str, largest: float) -> int | float | None:
+    """Return a positive integer as an int, a share of at most ``largest`` as a float, or None."""
+    if isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) <= largest:
         return float(value)
-    try:
-        return check_size("memory_budget", value)
-    except ValueError:
-        raise ValueError(
-            "memory_budget must be a positive number of bytes (an int), a share of the free memory in (0, 1] "
-            f"(a float), or None; got {shown(value)}."
-        ) from None
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, Integral)
+    return None if value is None else integer(name, value, what, 1)
 
 
 def check_spill(spill: Any, dtype: Any) -> str | None:

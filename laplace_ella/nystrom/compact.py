@@ -76,7 +76,7 @@ def _rounded(directions: Tensor) -> tuple[Tensor, Tensor]:
     scales = torch.ones(len(directions), dtype=torch.float32, device=directions.device)
     if directions.element_size() <= 2:
         return directions, scales.cpu()
-    if directions[:1].numel():  # amax of an axis without entries has no value
+    if directions[:1].numel():  # the largest of no entries has no value
         largest = flat(directions).abs().amax(1)
         scales = torch.where(largest > 0, largest, 1.0).float()
     return (directions / _column(scales, directions)).half(), scales.cpu()
@@ -98,7 +98,7 @@ def _column(scales: Tensor, directions: Tensor) -> Tensor:
 
 def _orthonormalised(directions: Weights) -> Weights:
     r"""Return :math:`V (V^T V)^{-1/2}`: of the orthonormal directions with this span, those nearest to V."""
-    if any(v.element_size() <= 2 for v in directions.values()):  # whose rounding no rotation removes
+    if any(v.element_size() <= 2 for v in directions.values()):  # no rotation removes their rounding
         return directions
     values, vectors = torch.linalg.eigh(overlaps(directions))
     root = (vectors / values.sqrt()) @ vectors.T

@@ -54,12 +54,12 @@ class Spill:
 
 @dataclass(frozen=True)
 class Unfinished:
-    """How far a Gram matrix has come that is made block by block, and what saves it.
+    """A Gram matrix that is made block by block, as far as it has come, and the function that saves it.
 
     Attributes
     ----------
     layout : list
-        Where the blocks start: a matrix of other blocks is of no use.
+        The starts of the blocks; a matrix of other blocks is of no use.
     done : int
         How many blocks are in it.
     matrix : Tensor (M, M), optional
@@ -91,12 +91,12 @@ class HeldRows:
     n_kept, n_streamed : int
         Rows of a block, and of those that are computed at once and stream past, on each rank.
     spill : Spill, optional
-        Where the rows of the one block are kept; None: on the device.
+        Where the rows of the one block are kept; with None, they stay on the device.
 
     Attributes
     ----------
     kind : str
-        How the rows are held, for people.
+        How the rows are held, in words.
     dtype, device
         Those of the rows at hand.
     gradients : int
@@ -118,7 +118,7 @@ class HeldRows:
         # The directions need all blocks again but the last, which is still there.
         self.gradients = sum(size - b.start for b in self.blocks) + self.blocks[-1].start
         self._kept: Tensor | None = None  # the rows of the last block
-        self._norms: Tensor | None = None  # by which spilled rows were divided
+        self._norms: Tensor | None = None  # spilled rows were divided by these
 
     def gram(self, progress: Progress, unfinished: Unfinished = FRESH) -> Tensor:
         """Return the Gram matrix (M, M), float64."""
@@ -130,7 +130,7 @@ class HeldRows:
         for i, block in enumerate(progress(self.blocks, "Gram matrix, block by block")):
             if i < done:
                 continue
-            self._kept = None  # before the next is computed
+            self._kept = None  # its memory is free before the next block is computed
             self._kept = source(block)
             own, a, b = (self._kept, len(block)), block.start, block.stop
             out[a:b, a:b] = source.products(own)
@@ -162,7 +162,7 @@ class HeldRows:
         kept = self.source(last) if self._kept is None else self._kept
         total = self.source.combination(coefficients[last.start :], kept)
         for block in progress(others[::-1], "Directions") if others else ():
-            del kept  # before the next are computed
+            del kept  # its memory is free before the next block is computed
             self._kept = None
             kept = self.source(block)
             total += self.source.combination(coefficients[block.start : block.stop], kept)
@@ -179,7 +179,7 @@ def choose_rows(source: RowSource, budget: int, spill: Spill | None = None) -> H
         return HeldRows(source, share)
     if spill is not None:
         return HeldRows(source, share, spill=spill)
-    capacity = max(2, budget // row)  # less than one row against another cannot be
+    capacity = max(2, budget // row)  # one row has to meet another at least
     at_once = source.ranks.least(source.landmarks_per_call, "the size of blocks")
     streamed = min(at_once, max(1, capacity // 4))
     return HeldRows(source, capacity - streamed, streamed)

@@ -41,7 +41,7 @@ class RowSource:
     to_model : callable
         Moves an input to the model.
     landmarks_per_call : int
-        For how many landmarks one call of the engine computes rows; halved when the device runs out of memory.
+        How many rows one call of the engine computes; halved when the device runs out of memory.
     ranks : Ranks
         The processes that compute the rows together, each its share.
     sharded : bool
@@ -115,24 +115,17 @@ class RowSource:
 
     def _gradients(self, x: Any, outputs: Tensor) -> Weights:
         def compute(chunks: Chunks) -> Weights:
-            if chunks.inputs >= len(outputs):
-                return self.engine(self.model, self.weights, x, outputs)
-            parts = [
-                self.engine(
-                    self.model,
-                    self.weights,
-                    inputs_between(x, a, a + chunks.inputs),
-                    outputs[a : a + chunks.inputs],
-                )
-                for a in range(0, len(outputs), chunks.inputs)
-            ]
-            return {k: torch.cat([p[k] for p in parts]) for k in self.weights}
+            n, parts = chunks.inputs, []
+            for a in range(0, len(outputs), n):
+                part = inputs_between(x, a, a + n)
+                parts.append(self.engine(self.model, self.weights, part, outputs[a : a + n]))
+            return (
+                parts[0] if len(parts) == 1 else {k: torch.cat([p[k] for p in parts]) for k in self.weights}
+            )
 
+        planned = Chunks(self.landmarks_per_call, 1)
         found, chunks = with_smaller_chunks(
-            compute,
-            Chunks(self.landmarks_per_call, 1),
-            self.device,
-            lambda c: 2 * c.inputs * self.row_bytes,
+            compute, planned, self.device, lambda c: 2 * c.inputs * self.row_bytes
         )
         self.landmarks_per_call = chunks.inputs
         return found
@@ -154,7 +147,7 @@ class RowSource:
         dtype = torch.promote_types(torch.promote_types(values.dtype, self.dtype), torch.float32)
         n_weights, rank = values.shape[1], coefficients.shape[1]
         width = _slice_width(len(coefficients))
-        mine = coefficients[self.ranks.bounds(len(coefficients))]
+        mine = self.ranks.share(coefficients)
         kept = self.ranks.turns() if self.sharded else slice(None)
         out = coefficients.new_empty(len(range(rank)[kept]), n_weights, dtype=dtype)
         # One sum over the ranks holds several slices.

@@ -1,1 +1,1 @@
-"""What processes do together."""
+"""Work that several processes share."""

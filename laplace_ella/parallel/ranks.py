@@ -30,7 +30,7 @@ class RankError(RuntimeError):
 
 
 class _Local(threading.local):
-    """Of this thread: in how many nested pieces of common work it is, and an error that all ranks know of."""
+    """What a thread remembers: in how many nested pieces of common work it is, and an error that all ranks know of."""
 
     depth = 0
     told: BaseException | None = None
@@ -49,7 +49,7 @@ class Ranks:
     Attributes
     ----------
     rank, size : int
-        Which of how many this process is.
+        The number of this process, and how many there are.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -63,14 +63,11 @@ class Ranks:
         """Return how many of n items each rank takes."""
         return [n // self.size + (r < n % self.size) for r in range(self.size)]
 
-    def bounds(self, n: int) -> slice:
-        """Return which of n items, that all ranks know, are this rank's share: some in succession."""
-        start = sum(self.lengths(n)[: self.rank])
-        return slice(start, start + self.lengths(n)[self.rank])
-
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this rank's share of items that all ranks know."""
-        return items[self.bounds(len(items))]
+    def share(self, items: Any) -> Any:
+        """Return this rank's share of a sequence or tensor that all ranks know: some items in succession."""
+        lengths = self.lengths(len(items))
+        start = sum(lengths[: self.rank])
+        return items[start : start + lengths[self.rank]]
 
     def turns(self) -> slice:
         """Return which items belong to this rank where they are dealt like cards."""
@@ -116,7 +113,7 @@ class Ranks:
     def _settle(self, what: str, error: BaseException | None, alike: tuple[type[Exception], ...]) -> None:
         """Tell the others how a piece of work has ended, and raise if it failed anywhere."""
         if error is not None and (isinstance(error, RankError) or error is _LOCAL.told):
-            raise error  # all know of it
+            raise error  # all ranks know of it
         reports: list[Any] = []
         try:
             reports = self.gathered(None if error is None else _report(error, alike), what)
@@ -199,7 +196,7 @@ class Ranks:
         failure: Exception | None = None
         try:
             lengths, sent = self._outgoing([(what, item) for item in items])
-        except Exception as error:  # which the others have to hear of, as they wait
+        except Exception as error:  # the others wait, and have to hear of it
             failure, (lengths, sent) = error, self._outgoing([(what, _report(error))])
         steps, theirs = zip(*self._delivered(lengths, sent, what))
         failed = {r: item[FAILED] for r, item in enumerate(theirs) if type(item) is dict and FAILED in item}
@@ -270,7 +267,7 @@ class Ranks:
 
     def _replaced(self, values: Tensor, what: str, collective: Callable[..., Any]) -> Tensor:
         """Return what a collective makes of a tensor in place."""
-        with self.together(what):  # if there is no room for it, too
+        with self.together(what):  # there may be no room for it
             sent = self._wire(values.contiguous().clone())
         with self._reached(what):
             collective(sent, group=self.group)
@@ -287,12 +284,12 @@ class Ranks:
         return dealt_back(self.gathered(values, "a tensor dealt out"), n).to(values.device)
 
     def columns(self, rows: Tensor, lengths: Sequence[int], width: int) -> Iterator[Tensor]:
-        """Yield slices of the columns of a matrix whose rows are spread over the ranks.
+        """Yield slices of the columns of gradient rows that are spread over the ranks.
 
         Parameters
         ----------
         rows : Tensor (m, P)
-            The rows of this rank.
+            The gradient rows of this rank.
         lengths : sequence of int
             How many rows each rank has.
         width : int
@@ -312,7 +309,7 @@ class Ranks:
         width = max(1, min(width, -(-n_columns // self.size)))
         itemsize = rows.element_size()
         sizes = [n * width * itemsize for n in lengths]
-        with self.together("the exchange of gradient rows"):  # if there is no room for it, too
+        with self.together("the exchange of gradient rows"):  # there may be no room for it
             outgoing = rows.new_zeros(self.size, len(rows), width)
             place = self._wire(rows.new_empty(1, dtype=torch.uint8)).device
             received = torch.empty(sum(sizes), dtype=torch.uint8, device=place)

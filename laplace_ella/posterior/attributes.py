@@ -1,4 +1,4 @@
-r"""Attributes of an estimator that are those of its posterior: read from it, checked and assigned as a whole.
+r"""Attributes of an estimator that belong to its posterior, which is read from and replaced as a whole.
 
 An estimator holds its posterior as ``_posterior``, and nothing else that predictions depend on.
 """
@@ -25,14 +25,18 @@ REPLACED = (
     "Another thread has fitted, loaded or tuned this estimator meanwhile, and what was computed here belongs to the "
     "fit that it had before. The estimator is as the other thread left it. Call again."
 )
-# Held while a posterior is exchanged for another, and never while anything else runs.
+# Held while a posterior is exchanged for another, and never while a model runs or processes talk.
 SWAP = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a child finds no change half made, and a lock that somebody releases
     os.register_at_fork(before=SWAP.acquire, after_in_parent=SWAP.release, after_in_child=SWAP.release)
 
 
 def become(
-    estimator: Any, of: Fit | None = None, setting: Mapping[str, Any] = MappingProxyType({}), **changes: Any
+    estimator: Any,
+    of: Fit | None = None,
+    setting: Mapping[str, Any] = MappingProxyType({}),
+    more: Fit | None = None,
+    **changes: Any,
 ) -> None:
     """Give an estimator the posterior that it has now with some changes.
 
@@ -42,18 +46,23 @@ def become(
         The fit that a new one (``current``) was derived from.
     setting : mapping
         New values of parameters of the setting.
+    more : Fit, optional
+        What was added to that fit. It is added to the one that the estimator has by now, if that has the same basis.
     **changes
         New values of fields of the posterior.
 
     Raises
     ------
     RuntimeError
-        If the estimator has another fit by now.
+        If the estimator has another fit by now, to which nothing can be added.
     """
     with SWAP:
         before = estimator._posterior
-        if "current" in changes and of is not None and before.current is not of:
-            raise RuntimeError(REPLACED)
+        now = before.current
+        if "current" in changes and of is not None and now is not of:
+            if more is None or now is None or now.basis is not of.basis:
+                raise RuntimeError(REPLACED)
+            changes["current"] = now.plus(more)
         exchange(estimator, replace(before, setting=before.setting.at(**setting), **changes))
 
 
@@ -72,14 +81,19 @@ def follow(estimator: Any, device: torch.device, dtype: torch.dtype) -> None:
         estimator._posterior = estimator._posterior.to(device, dtype)
 
 
-def checked(estimator: Any, name: str, value: Any) -> Any:
-    """Return a value of a parameter of the setting as it is stored.
+def checked(estimator: Any, name: str, value: Any, posterior: Posterior | None = None) -> Any:
+    """Return a value of a parameter of the setting, or a prior mean, as it is stored.
+
+    Parameters
+    ----------
+    posterior : Posterior, optional
+        The one whose likelihood and residual the value is to go with; by default the estimator's.
 
     Raises
     ------
     ValueError
     """
-    posterior = estimator._posterior
+    posterior = posterior or estimator._posterior
     like = torch.empty((), dtype=estimator._dtype, device=estimator._device)
     with outside_inference():  # what is stored may meet a graph later
         value = without_inference(value)
@@ -88,32 +102,69 @@ def checked(estimator: Any, name: str, value: Any) -> Any:
             return checks.checked_prior_precision(value, posterior.residual, *sizes, like)
         if name == "sigma_noise":
             return checks.checked_noise(value, posterior.likelihood, like)
+        if name == "prior_mean":
+            return checks.checked_prior_mean(value, estimator.n_params, like)
     if name == "logit_scale":
         return checks.checked_logit_scale(value, posterior.likelihood)
     return positive_number(name, value)
 
 
+def _property(
+    stub: Callable[..., Any], read: Callable[[Posterior], Any], changes: Callable[[Any, Any], dict[str, Any]]
+) -> Any:
+    """Make a property of the posterior.
+
+    Parameters
+    ----------
+    changes : callable
+        (estimator, value) -> what :func:`become` is told when a value is assigned.
+    """
+
+    def write(estimator: Any, value: Any) -> None:
+        become(estimator, **changes(estimator, value))
+
+    return property(lambda estimator: read(estimator._posterior), write, doc=stub.__doc__)
+
+
 def of_setting(stub: Callable[..., Any]) -> Any:
     """Make a property of a parameter of the setting, checked when it is assigned."""
     name = stub.__name__
-
-    def read(estimator: Any) -> Any:
-        return getattr(estimator._posterior.setting, name)
-
-    def write(estimator: Any, value: Any) -> None:
-        become(estimator, setting={name: checked(estimator, name, value)})
-
-    return property(read, write, doc=stub.__doc__)
+    return _property(
+        stub, lambda p: getattr(p.setting, name), lambda e, v: {"setting": {name: checked(e, name, v)}}
+    )
 
 
 def of_temperature(stub: Callable[..., Any]) -> Any:
     """Make the property of the temperature, which is free if None is assigned, and fixed else."""
 
-    def write(estimator: Any, value: Any) -> None:
+    def changes(estimator: Any, value: Any) -> dict[str, Any]:
         number = 1.0 if value is None else positive_number("temperature", value)
-        become(estimator, setting={"temperature": number}, temperature_fixed=value is not None)
+        return {"setting": {"temperature": number}, "temperature_fixed": value is not None}
 
-    return property(lambda estimator: estimator._posterior.setting.temperature, write, doc=stub.__doc__)
+    return _property(stub, lambda p: p.setting.temperature, changes)
+
+
+def of_choice(stub: Callable[..., Any]) -> Any:
+    """Make a property of what the posterior is made with, which is used, and checked, by the next call."""
+    name = stub.__name__
+    return _property(stub, lambda p: getattr(p, name), lambda e, v: {name: v})
+
+
+def of_prior_mean(stub: Callable[..., Any]) -> Any:
+    """Make the property of the prior mean."""
+    return _property(stub, lambda p: p.prior_mean, lambda e, v: {"prior_mean": checked(e, "prior_mean", v)})
+
+
+def of_residual(stub: Callable[..., Any]) -> Any:
+    """Make the property of the residual's name."""
+
+    def changes(estimator: Any, value: Any) -> dict[str, Any]:
+        check_choice("residual", value, RESIDUALS)
+        residual = RESIDUALS[value]
+        residual.check(estimator._posterior.setting.prior_precision, estimator.enable_backprop)
+        return {"residual": residual}
+
+    return _property(stub, lambda p: p.residual.name, changes)
 
 
 def of_fit(stub: Callable[..., Any]) -> Any:
@@ -137,40 +188,6 @@ def of_fit(stub: Callable[..., Any]) -> Any:
 def of_posterior(stub: Callable[..., Any]) -> Any:
     """Make a read-only property of what follows from the posterior of a fitted estimator: what the function returns."""
     return property(lambda estimator: stub(estimator._fitted()), doc=stub.__doc__)
-
-
-def of_choice(stub: Callable[..., Any]) -> Any:
-    """Make a property of what the posterior is made with, which is used, and checked, by the next call."""
-    name = stub.__name__
-
-    def write(estimator: Any, value: Any) -> None:
-        become(estimator, **{name: value})
-
-    return property(lambda estimator: getattr(estimator._posterior, name), write, doc=stub.__doc__)
-
-
-def of_residual(stub: Callable[..., Any]) -> Any:
-    """Make the property of the residual's name."""
-
-    def write(estimator: Any, value: Any) -> None:
-        check_choice("residual", value, RESIDUALS)
-        residual = RESIDUALS[value]
-        residual.check(estimator._posterior.setting.prior_precision, estimator.enable_backprop)
-        become(estimator, residual=residual)
-
-    return property(lambda estimator: estimator._posterior.residual.name, write, doc=stub.__doc__)
-
-
-def of_prior_mean(stub: Callable[..., Any]) -> Any:
-    """Make the property of the prior mean."""
-
-    def write(estimator: Any, value: Any) -> None:
-        like = torch.empty((), dtype=estimator._dtype, device=estimator._device)
-        with outside_inference():
-            mean = checks.checked_prior_mean(without_inference(value), estimator.n_params, like)
-        become(estimator, prior_mean=mean)
-
-    return property(lambda estimator: estimator._posterior.prior_mean, write, doc=stub.__doc__)
 
 
 def description(estimator: Any, sizes: str) -> str:

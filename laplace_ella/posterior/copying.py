@@ -1,16 +1,21 @@
-"""Copies of an estimator: what they are made of, and the arguments of one like it."""
+"""The arguments of an estimator like another, and what a copy in another process may not hold."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def arguments_of(estimator: Any) -> dict[str, Any]:
+def arguments_of(estimator: Any, others: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of an estimator like another, with the hyperparameters that it has now.
+
+    Parameters
+    ----------
+    others : mapping
+        The values of arguments that are not the attributes of these names.
 
     Raises
     ------
@@ -19,9 +24,7 @@ def arguments_of(estimator: Any) -> dict[str, Any]:
     """
     found = {name: getattr(estimator, name) for name in _argument_names(type(estimator))}
     found = {k: v.detach() if isinstance(v, Tensor) else v for k, v in found.items()}
-    unnamed = {"subsample_size", "n_eigenvalues"} - estimator._named_by_user
-    own = {"backend": estimator._backend_cls, **dict.fromkeys(unnamed)}
-    return {**found, **{k: v for k, v in own.items() if k in found}}
+    return {k: others.get(k, v) for k, v in found.items()}
 
 
 def _argument_names(cls: type) -> list[str]:
@@ -37,24 +40,15 @@ def _argument_names(cls: type) -> list[str]:
     return list(names)
 
 
-def own_state(estimator: Any) -> dict[str, Any]:
-    """Return the attributes of an estimator, the posterior without the graphs that deepcopy refuses."""
-    own = vars(estimator)
-    now = own["_posterior"]
-    detached = replace(now, setting=now.setting.detached(), prior_mean=now.prior_mean.detach())
-    return {**own, "_posterior": detached}
-
-
-def picklable_state(estimator: Any) -> dict[str, Any]:
-    """Return the attributes of an estimator that does not belong to a process group of this process.
+def check_picklable(process_group: Any) -> None:
+    """Require an estimator that does not belong to a process group of this process.
 
     Raises
     ------
     TypeError
     """
-    if estimator.process_group not in ("default", None):
+    if process_group not in ("default", None):
         raise TypeError(
             "An estimator with a process group of its own cannot be pickled, as the group belongs to this process; "
-            f"process_group must be 'default' or None, and is {estimator.process_group!r}. Use state_dict()."
+            f"process_group must be 'default' or None, and is {process_group!r}. Use state_dict()."
         )
-    return own_state(estimator)

@@ -86,20 +86,8 @@ class Fit:
 
     def with_sums(self, snapshots: Snapshots, loss: Tensor, n_data: int, n_predictions: int) -> Fit:
         """Return the fit with other sums over data, whose usual novelty is not known."""
-        n, H = snapshots[-1]
-        sizes = float(torch.linalg.eigvalsh(H)[-1]), float(loss)
-        return replace(
-            self,
-            snapshots=snapshots,
-            n_curvature=n,
-            H=H,
-            loss=loss,
-            n_data=n_data,
-            n_predictions=n_predictions,
-            largest_sums=[max(pair) for pair in zip(sizes, self.largest_sums)],
-            history={"processed_examples": [float(n)], "val_nll": []},
-            novelty=None,
-        )
+        sums = sums_over_data(snapshots, loss, n_data, n_predictions, self.largest_sums)
+        return replace(self, **sums, novelty=None)
 
     def plus(self, other: Fit) -> Fit:
         """Return the fit to the data of both, which have one basis; there are no first n inputs any more."""
@@ -125,3 +113,27 @@ class Fit:
             loss=self.loss.to(device),
             mean=self.mean.to(device),
         )
+
+
+def sums_over_data(
+    snapshots: Snapshots, loss: Tensor, n_data: int, n_predictions: int, largest: Sequence[float] = (0.0, 0.0)
+) -> dict[str, Any]:
+    """Return the fields of a fit that are sums over data, or follow from them.
+
+    Parameters
+    ----------
+    largest : (float, float)
+        ``largest_sums`` of the fit before.
+    """
+    n, H = snapshots[-1]
+    sizes = float(torch.linalg.eigvalsh(H)[-1]), float(loss)
+    return {
+        "snapshots": snapshots,
+        "n_curvature": n,
+        "H": H,
+        "loss": loss,
+        "n_data": n_data,
+        "n_predictions": n_predictions,
+        "largest_sums": [max(pair) for pair in zip(sizes, largest)],
+        "history": {"processed_examples": [float(n)], "val_nll": []},
+    }

@@ -11,7 +11,7 @@ noise and temperature; :class:`Outputs` is the Gaussian that a posterior makes o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ def without_autocast(function: Function) -> Function:
 
 
 class NotPositiveDefiniteError(torch.linalg.LinAlgError):
-    """A precision that no Gaussian has."""
+    """A precision is not positive definite, so that no Gaussian has it."""
 
 
 def posterior_scale(precision: Tensor) -> Tensor:
@@ -208,14 +208,13 @@ class Linearised:
 
     def detached(self) -> Linearised:
         """Return the same without graphs."""
-        parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        found: dict[str, Any] = {k: None if v is None else v.detach() for k, v in parts.items()}
+        found: dict[str, Any] = {k: None if v is None else v.detach() for k, v in vars(self).items()}
         return Linearised(**found)
 
     def traces(self) -> tuple[Tensor, Tensor]:
         r"""Return the traces (B,) of :math:`J J^T` inside the span and outside of it, float64.
 
-        The latter from the kernel if there is one, else estimated from the tangents.
+        The latter is computed from the kernel if there is one, and else estimated from the tangents.
         """
         with torch.autocast(self.device.type, enabled=False):
             inside = self.phi.double().square().sum((-1, -2))
@@ -243,7 +242,7 @@ class Linearised:
     def residual_root(self, rank: int) -> Tensor:
         r"""Return b (B, C, C) with :math:`b b^T = J (I - V V^T) J^T`, for the leading directions.
 
-        Without a graph: the root of a matrix with equal eigenvalues has no derivative.
+        It has no graph, because the root of a matrix with equal eigenvalues has no derivative.
         """
         assert self.kernel is not None
         phi = self.phi[..., :rank].to(self.kernel.dtype)

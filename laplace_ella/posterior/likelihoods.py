@@ -1,4 +1,4 @@
-r"""What a likelihood has to say: its targets, loss, curvature in f, predictive density, links and parameters.
+r"""The likelihoods, each with its targets, loss, curvature in f, predictive density, links and parameters.
 
 A likelihood is one class. :data:`LIKELIHOODS` has those that are known, by the name that users pass; an entry added
 to it is a likelihood like the others. The curvature enters as a root: :math:`\Phi^T \Lambda \Phi = W^T W` with W
@@ -21,7 +21,7 @@ Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
 class Likelihood:
-    r"""One observation model; subclasses say what is not as it is here.
+    r"""One observation model, of which subclasses change what is different in theirs.
 
     Attributes
     ----------
@@ -169,7 +169,7 @@ class RewardModeling(Classification):
 
     @property
     def of_calls(self) -> Likelihood:
-        """The regression."""
+        """The likelihood of regression, with which laplace-torch answers calls."""
         return LIKELIHOODS["regression"]
 
 
@@ -301,11 +301,12 @@ def _log(p: Tensor) -> Tensor:
 
 
 def warn_of_two_readings(y: Tensor, shape: torch.Size, name: str) -> None:
-    """Say so where class indices fit outputs (B, ..., C), as here, and (B, C, ...), as in ``nn.CrossEntropyLoss``.
+    """Warn of class indices that fit outputs (B, ..., C), as here, and (B, C, ...), as in ``nn.CrossEntropyLoss``, too.
 
     Parameters
     ----------
     y : Tensor (B, ...)
+        The targets of the batch.
     shape : torch.Size
         The shape of the outputs.
     name : str

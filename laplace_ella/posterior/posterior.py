@@ -103,6 +103,10 @@ class Posterior:
             tangents=Memory(),  # those there are lie where the model was
         )
 
+    def detached(self) -> Posterior:
+        """Return the posterior without the graphs of its setting, which deepcopy refuses."""
+        return replace(self, setting=self.setting.detached(), prior_mean=self.prior_mean.detach())
+
     # ------------------------------------------------------------------ the K coordinates
 
     @property

@@ -1,4 +1,4 @@
-r"""What the basis leaves out: the prior variance :math:`\delta^{-1} J (I - V V^T) J^T` of the outputs.
+r"""The residual, which the basis leaves out: the prior variance :math:`\delta^{-1} J (I - V V^T) J^T` of the outputs.
 
 Far from the landmarks the features vanish, and with them the variance, where exact
 linearised Laplace returns to the prior. Two ways to put that back, for a scalar prior:
@@ -30,7 +30,7 @@ from .kept import Memory
 
 
 class Residual:
-    """What outputs get for the directions outside the span: here, nothing.
+    """What outputs get for the directions outside the span, which here is nothing.
 
     Attributes
     ----------
@@ -73,7 +73,7 @@ class Residual:
         return residual_scale / prior_precision.double().reshape(()) if self.adds else 0.0
 
     def prepare(self, engine: Engine, basis: NystromBasis, memory: Memory, n: int, seed: int) -> Any:
-        """Return what all inputs need, before the features: ranks that share the directions work it out first."""
+        """Return what all inputs need; ranks that share the directions work it out before the features."""
 
     def look(
         self, engine: Engine, x: Raw | Input, phi: Tensor, f: Tensor, prepared: Any, enable_backprop: bool
@@ -110,7 +110,7 @@ class Exact(Residual):
 
     @property
     def of_shares(self) -> Residual:
-        """Itself: the shares are exact."""
+        """The exact residual itself, whose shares are exact."""
         return self
 
     def check(self, prior_precision: Any, enable_backprop: bool) -> None:

@@ -18,9 +18,10 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from ..data.loading import check_some
-from ..parallel.ranks import ALONE, Ranks
+from ..data.progress import Progress, no_progress
+from ..parallel.ranks import Ranks
 from ..posterior.gaussian import Outputs
-from ..posterior.likelihoods import Likelihood, Prediction
+from ..posterior.likelihoods import Prediction
 from ..posterior.setting import Setting
 from .scoring import SKIPPED, Block, Loss, ValidationData, score
 from .search import LOGIT_SCALES, Search, decades, joint_search, noises, refine
@@ -66,6 +67,10 @@ class Scorer:
 
     Attributes
     ----------
+    likelihood : Likelihood
+        The likelihood of the data.
+    name : str
+        The name of the loss.
     n_inputs : int
         The number of inputs of all ranks together.
 
@@ -75,24 +80,12 @@ class Scorer:
         If there are no data.
     """
 
-    def __init__(
-        self, data: ValidationData, loss: Loss | None, device: torch.device, ranks: Ranks = ALONE
-    ) -> None:
+    def __init__(self, data: ValidationData, loss: Loss | None, device: torch.device, ranks: Ranks) -> None:
         self.data, self.loss, self.device, self.ranks = data, loss, device, ranks
+        self.likelihood = data.likelihood
+        self.name = "mean NLL" if loss is None else str(getattr(loss, "__name__", type(loss).__name__))
         self.n_inputs = int(ranks.total(torch.tensor(data.n_inputs, dtype=torch.int64, device="cpu")))
         check_some(self.n_inputs, "validation loader")
-
-    @property
-    def likelihood(self) -> Likelihood:
-        """Of the data."""
-        return self.data.likelihood
-
-    @property
-    def name(self) -> str:
-        """Of the loss."""
-        if self.loss is None:
-            return "mean NLL"
-        return str(getattr(self.loss, "__name__", type(self.loss).__name__))
 
     def of_map(self, setting: Setting) -> Callable[[Block], Prediction]:
         """Return what predicts as the network itself does, its logits scaled by s.
@@ -163,17 +156,18 @@ class Scorer:
         total, n, *slope = self.ranks.total(torch.cat([sums, leaf.grad])).tolist()
         return total / n, torch.tensor(slope, dtype=torch.float64, device="cpu") / n
 
-    def tune(
-        self, predictor: Predictor, start: Setting, grids: Mapping[str, Sequence[Any]]
-    ) -> tuple[Setting, float]:
-        """Return the best setting over the grids, refined, and its loss."""
+    def search(
+        self,
+        predictor: Predictor,
+        start: Setting,
+        grids: Mapping[str, Sequence[Any]],
+        progress: Progress = no_progress,
+    ) -> Search:
+        """Search the grids, and refine the best setting; without grids, ``start`` is scored."""
         search = Search(partial(self, predictor))
-        if not grids:
-            search(start)
-        else:
-            joint_search(search, start, grids, lambda cells, name: cells)
-            refine(search, grids, partial(self.gradient, predictor) if self.loss is None else None)
-        return search.best, search.table[search.best]
+        joint_search(search, start, grids, progress)
+        refine(search, grids, partial(self.gradient, predictor) if self.loss is None else None)
+        return search
 
 
 def with_variance(block: Block, setting: Setting, variance: Tensor) -> Outputs:
@@ -190,8 +184,10 @@ def baselines(
     start: Setting,
     searched: Mapping[str, Sequence[Any]],
     n_outputs: int,
-) -> Iterator[tuple[str, tuple[float, Tensor | None, dict[str, float]] | None]]:
-    """Tune each simpler method on the data, and yield (name, (score, each input's NLL, parameters) or None).
+    lowest: float,
+    each: Tensor | None,
+) -> Iterator[tuple[str, Baseline | None]]:
+    """Tune each simpler method on the data, and yield (name, baseline), or (name, None) where it is not available.
 
     Parameters
     ----------
@@ -203,7 +199,10 @@ def baselines(
         them, they are tuned for it too.
     n_outputs : int
         C.
+    lowest, each
+        The loss of the best setting of ELLA, and the NLL of each input under it, if there is one.
     """
+    start = start.at(logit_scale=1.0)
     # Variances in other units than ELLA's may have to be smaller.
     grids: dict[str, Sequence[Any]] = {
         "temperature": decades(-6, 6),
@@ -211,8 +210,6 @@ def baselines(
         "sigma_noise": searched.get("sigma_noise", noises(start.sigma_noise)),
     }
     of_variance = ["temperature", *(k for k in ("logit_scale", "sigma_noise") if k in searched)]
-    plain = scorer.of_map
-    start = start.at(logit_scale=1.0)
 
     def with_variance_of(variance: Callable[[Block], Tensor]) -> Predictor:
         return lambda setting: lambda block: predict_outputs(with_variance(block, setting, variance(block)))
@@ -221,48 +218,51 @@ def baselines(
         assert block.last_layer is not None
         return block.last_layer + 1
 
-    def tuned(predictor: Predictor, names: Sequence[str]) -> tuple[float, Tensor | None, dict[str, float]]:
-        best, lowest = scorer.tune(predictor, start, {k: grids[k] for k in names})
-        return lowest, scorer.each(predictor, best), {k: float(getattr(best, k)) for k in names}
+    def tuned(predictor: Predictor, names: Sequence[str], **parameters: float) -> Baseline:
+        search = scorer.search(predictor, start, {k: grids[k] for k in names})
+        value = search.table[search.best]
+        error = _standard_error(scorer.each(predictor, search.best), each)
+        parameters |= {k: float(getattr(search.best, k)) for k in names}
+        return Baseline(value, value - lowest, error, parameters)
 
     constant = with_variance_of(lambda block: block.linearised.f.new_ones(len(block.targets)))
 
-    has_links = scorer.likelihood.has_probabilities
-    yield "MAP", tuned(plain, [])
-    if has_links:
-        yield "temperature scaling", tuned(plain, ["logit_scale"])
-        yield "vector scaling", _vector_scaling(scorer, n_outputs)
+    yield "MAP", tuned(scorer.of_map, [])
+    if scorer.likelihood.has_probabilities:
+        yield "temperature scaling", tuned(scorer.of_map, ["logit_scale"])
+        vector_scaling = _vector_scaling(scorer, n_outputs)
+        yield "vector scaling", tuned(vector_scaling, [], numbers=2.0 * n_outputs)
         yield "constant variance", tuned(constant, of_variance)
     else:
-        yield "constant variance", tuned(plain, ["sigma_noise"])
+        yield "constant variance", tuned(scorer.of_map, ["sigma_noise"])
     available = not scorer.ranks.any(scorer.data.lacks_last_layer, "the last layer")
     yield "last-layer variance", tuned(with_variance_of(last_layer), of_variance) if available else None
 
 
-def _vector_scaling(scorer: Scorer, n_outputs: int) -> tuple[float, Tensor | None, dict[str, float]]:
+def _standard_error(left: Tensor | None, right: Tensor | None) -> float | None:
+    """Return the standard error of a mean difference, paired input by input."""
+    if left is None or right is None:
+        return None
+    difference = left - right
+    return float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else math.inf
+
+
+def _vector_scaling(scorer: Scorer, n_outputs: int) -> Predictor:
     """Scale and shift each logit by numbers of its own, tuned on the NLL (Guo et al., ICML 2017)."""
     likelihood = scorer.likelihood
-    inverse_link = likelihood.inverse_link
 
     def predict(block: Block, w: Tensor) -> Tensor:
-        w = w.to(block.linearised.f.device)
-        return inverse_link(block.linearised.f.double() * w[:n_outputs] + w[n_outputs:])
+        f, w = block.linearised.f.double(), w.to(block.linearised.f.device)
+        return likelihood.inverse_link(f * w[:n_outputs] + w[n_outputs:])
+
+    def nll(block: Block, w: Tensor) -> Tensor:
+        return likelihood.nll(predict(block, w), block.targets, block.linearised.f.new_zeros(()))
 
     def objective(numbers: Any) -> tuple[float, Any]:
-        value, slope = scorer.mean_and_gradient(
-            lambda block, w: likelihood.nll(
-                predict(block, w), block.targets, block.linearised.f.new_zeros(())
-            ),
-            numbers,
-        )
+        value, slope = scorer.mean_and_gradient(nll, numbers)
         return value, slope.numpy()
 
     start = np.concatenate([np.ones(n_outputs), np.zeros(n_outputs)])
     found = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
     best = torch.tensor(found, dtype=torch.float64, device="cpu")
-
-    def fitted(setting: Setting) -> Callable[[Block], Prediction]:
-        return lambda block: predict(block, best)
-
-    setting = Setting(1.0, None, 1.0, 1.0, 1, 1, 1.0)
-    return scorer(fitted, setting), scorer.each(fitted, setting), {"numbers": 2.0 * n_outputs}
+    return lambda setting: lambda block: predict(block, best)

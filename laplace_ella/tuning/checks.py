@@ -8,23 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from ..data.checks import check_choice, integer, number, positive_number, shown
+from ..data.checks import check_choice, number, positive_number, shown
 from ..data.notices import warn_user
 from ..posterior.posterior import Posterior
 
-# Of the prior precisions that single precision holds, with room for products.
+# The largest logarithm of a prior precision that single precision holds, with room for products.
 LARGEST_LOGARITHM = 87.0
-
-
-def check_given(name: str, value: Any, reason: str) -> None:
-    """Require an argument that is optional elsewhere."""
-    if value is None:
-        raise ValueError(f"{reason}: pass {name}=...; got None.")
-
-
-def check_count(name: str, value: Any) -> int:
-    """Return an integer that is not negative as an int."""
-    return integer(name, value, "an integer, 0 or more", 0)
 
 
 def check_loss(loss: Any) -> None:

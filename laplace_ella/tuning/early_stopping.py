@@ -1,4 +1,4 @@
-r"""How many curvature inputs G is made of, by validation data: the early stopping of the paper."""
+r"""The early stopping of the paper: validation data choose how many curvature inputs G is made of."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stopped_early(
     require_same_search(posterior, ranks, "fit()", link_approx=name_of(link))
     scorer = scorer_of(posterior, engine, stream, ranks)
     predict_from = link_of(posterior, link, 100)
-    # What the covariance T [G + T delta I]^-1 adds to G, whatever T is now: fitting again changes nothing.
+    # The covariance T [G + T delta I]^-1 adds T delta to G, whatever T is now, so that fitting again changes nothing.
     delta, residual_variance = setting.prior_precision * setting.temperature, posterior.residual_variance
 
     def stopped_at(n: int) -> Posterior:
@@ -35,19 +35,18 @@ def stopped_early(
             return posterior
         prior = delta * (n / fit.n_data)
         scale = setting.residual_scale
-        if posterior.residual.adds:  # which no temperature changes
+        if posterior.residual.adds:  # the residual is not changed by the temperature
             scale = residual_variance * float(prior)
         new = setting.at(prior_precision=prior, temperature=fit.n_data / n, residual_scale=scale)
         return replace(posterior, setting=new, current=fit.first(n))
 
-    scores = []
+    scores = {}
     for n, _ in stream.progress(fit.snapshots, "Early stopping"):
         candidate = stopped_at(n)
         plain = candidate.plain.at(curvature_size=n)
-        scores.append(scorer(predictor_of(candidate, predict_from), plain))
-    sizes = [n for n, _ in fit.snapshots]
-    best = stopped_at(sizes[min(range(len(scores)), key=scores.__getitem__)])
-    history = {"processed_examples": [float(n) for n in sizes], "val_nll": scores}
+        scores[n] = scorer(predictor_of(candidate, predict_from), plain)
+    best = stopped_at(min(scores, key=scores.__getitem__))
+    history = {"processed_examples": [float(n) for n in scores], "val_nll": list(scores.values())}
     names = ("prior_precision", "temperature", "residual_scale") if free else ()
     values = {name: getattr(best.setting, name) for name in names}
     return {"current": replace(best.fit, history=history), "setting": values}

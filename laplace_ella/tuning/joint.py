@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from ..posterior.setting import SETTING_NAMES, Setting
 from .baselines import Predictor, Scorer, baselines
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
 from .checks import by_name, check_search, check_values
-from .result import TuningResult, compared, remarks
+from .result import TuningResult, remarks
 from .scoring import Loss
-from .search import DISCRETE, LOGIT_SCALES, Search, decades, joint_search, noises, refine
+from .search import DISCRETE, LOGIT_SCALES, Search, decades, noises
 
 Grids = Mapping[str, Sequence[Any]]
 
@@ -49,11 +48,7 @@ class JointSearch:
 
 
 def tuned(
-    posterior: Posterior,
-    engine: Engine,
-    stream: Stream,
-    ranks: Ranks,
-    search: JointSearch,
+    posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks, search: JointSearch
 ) -> tuple[TuningResult, list[str]]:
     """Tune, and return the result, and what is to be said.
 
@@ -69,16 +64,12 @@ def tuned(
     scorer = scorer_of(posterior, engine, stream, ranks, search.loss, last_layer=True)
     predict_from = link_of(posterior, search.link, search.n_samples, search.loss)
     predictor = predictor_of(posterior, predict_from)
-    found = Search(partial(scorer, predictor))
-    joint_search(found, start, grids, progress)
-    refine(found, grids, partial(scorer.gradient, predictor) if search.loss is None else None)
+    found = scorer.search(predictor, start, grids, progress)
     skipped = found.conclude()
     best, ignored = found.without_ignored(start, grids)
     each, lowest = scorer.each(predictor, best), found.table[best]
-    methods = baselines(scorer, predict_from, start, grids, posterior.fit.n_outputs)
-    compared_with = {
-        name: compared(method, lowest, each) for name, method in progress(methods, "Simpler methods")
-    }
+    methods = baselines(scorer, predict_from, start, grids, posterior.fit.n_outputs, lowest, each)
+    simpler = dict(progress(methods, "Simpler methods"))
     of_values = _remarks_on_values(found, best, ignored, grids)
     is_map = _equals_map(scorer, predictor, start, best)
     result = TuningResult(
@@ -86,11 +77,11 @@ def tuned(
         score=lowest,
         searched=tuple(grids),
         table=tuple(found.table.items()),
-        baselines=compared_with,
+        baselines=simpler,
         n_inputs=scorer.n_inputs,
         loss=scorer.name,
         applied=search.apply,
-        notes=remarks(compared_with, lowest, scorer.n_inputs, is_map, of_values),
+        notes=remarks(simpler, lowest, scorer.n_inputs, is_map, of_values),
     )
     return result, list(filter(None, [skipped, " ".join(result.notes)]))
 
@@ -121,7 +112,7 @@ def grids_of(posterior: Posterior, search: Any) -> dict[str, Sequence[Any]]:
         "prior_precision": decades(-4, 6)[::-1],
         "logit_scale": LOGIT_SCALES,
         "residual_scale": decades(-10, 1),
-        # From large to small: directions are not given up for a tie.
+        # These go from large to small, so that directions are not given up for a tie.
         "n_eigenvalues": [rank, *(k for k in (500, 200, 100, 50, 20, 10, 5, 2, 1) if k < rank)],
         "curvature_size": sizes[::-1],
         "sigma_noise": noises(float(posterior.setting.sigma_noise)),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import copied
-from ..data.checks import check_choice, check_size, positive_number
+from ..data.checks import check_choice, check_size, integer, positive_number
 from ..data.loading import check_loader, check_some
 from ..data.stream import Stream
 from ..network.engine import Engine
@@ -25,7 +25,7 @@ from ..posterior.posterior import Posterior
 from ..posterior.sampling import Draws, averaged, outputs_at, weight_offsets
 from ..posterior.setting import Setting
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
-from .checks import check_count, check_given, check_interval, check_loss
+from .checks import check_interval, check_loss
 from .scoring import Loss, score
 from .search import FLAT, TEMPERATURES, Search, grid_search
 
@@ -67,7 +67,8 @@ def checked_evidence(
     ValueError
     """
     check_choice("prior_structure", structure, ("scalar", "layerwise", "diag"))
-    steps, rate, start = check_count("n_steps", n_steps), positive_number("lr", lr), as_prior(init)
+    steps, rate = integer("n_steps", n_steps, "an integer, 0 or more", 0), positive_number("lr", lr)
+    start = as_prior(init)
     check_prior_precision("init_prior_prec", start, n_layers, n_params)
     if not isinstance(start, Tensor):
         start = torch.tensor(start, dtype=torch.float32, device=device)
@@ -99,17 +100,14 @@ def checked_search(
     if is_used:
         check_link(likelihood, link)
         check_loss(loss)
-        check_given("val_loader", val_loader, "method='gridsearch' scores on validation data")
+        if val_loader is None:
+            raise ValueError("method='gridsearch' scores on validation data: pass val_loader=...; got None.")
     grid = torch.logspace(low, high, int(size), base=base, dtype=torch.float32, device="cpu").tolist()
     return PriorSearch(grid, pred_type, name_of(link), int(n_samples), loss)
 
 
 def tuned_prior(
-    posterior: Posterior,
-    engine: Engine,
-    stream: Stream,
-    ranks: Ranks,
-    search: PriorSearch,
+    posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks, search: PriorSearch
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the best prior precision, and temperature unless that is fixed; and what is to be said.
 
@@ -118,16 +116,13 @@ def tuned_prior(
     ValueError
         If no candidate has a finite loss.
     """
-    require_same_search(
-        posterior,
-        ranks,
-        "optimize_prior_precision()",
-        grid=search.priors,
-        pred_type=search.pred_type,
-        link_approx=search.link,
-        n_samples=search.n_samples,
-        temperature_fixed=posterior.temperature_fixed,
-    )
+    options: dict[str, Any] = {
+        "grid": search.priors,
+        "pred_type": search.pred_type,
+        "link_approx": search.link,
+    }
+    options |= {"n_samples": search.n_samples, "temperature_fixed": posterior.temperature_fixed}
+    require_same_search(posterior, ranks, "optimize_prior_precision()", **options)
     scores = _nn_scores if search.pred_type == "nn" else _glm_scores
     evaluate, score_of_map = scores(posterior, engine, stream, ranks, search)
     found = Search(evaluate)
@@ -181,7 +176,7 @@ def _nn_scores(
             f = engine.forward(batch.x)
             flat_f, name = f.flatten(0, -2), f"validation {batch.name}"
             y = checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name)
-            # Copies: a loader may fill its buffers again.
+            # These are copies, as a loader may fill its buffers again.
             kept.append((copied(batch.x), flat_f.clone(), y.clone()))
     check_some(ranks.greatest(len(kept), "the validation data"), "validation loader")
     noise_variance = posterior.setting.sigma_noise.double().square()
@@ -194,7 +189,7 @@ def _nn_scores(
         candidate = posterior.at(setting)
 
         def predictions() -> Iterator[tuple[Prediction, Tensor]]:
-            # The same noise for every candidate, so that the best is not the luckiest.
+            # All candidates get the same noise, so that the best is not the luckiest.
             generator = torch.Generator(engine.device).manual_seed(posterior.seed)
             offsets = weight_offsets(candidate, Draws(search.n_samples, generator))
             return ((averaged(outputs_at(engine, offsets, x), likelihood), y) for x, _, y in kept)

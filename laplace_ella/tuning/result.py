@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from ..posterior.setting import SETTING_NAMES, Setting
 from .baselines import Baseline
 
@@ -121,20 +119,6 @@ def _lower_envelope(values: Sequence[float], scores: Sequence[float]) -> tuple[l
     return xs, [best[x] for x in xs]
 
 
-def compared(
-    found: tuple[float, Tensor | None, dict[str, float]] | None, best: float, each: Tensor | None
-) -> Baseline | None:
-    """Set a simpler method beside the best setting."""
-    if found is None:
-        return None
-    value, values, parameters = found
-    error = None
-    if values is not None and each is not None:
-        difference = values - each
-        error = float(difference.std() / len(difference) ** 0.5) if len(difference) > 1 else math.inf
-    return Baseline(value, value - best, error, parameters)
-
-
 def remarks(
     baselines: dict[str, Baseline | None],
     score: float,
@@ -153,18 +137,19 @@ def remarks(
         notes.append(
             "The predictions are those of MAP to 3 digits: nothing is gained over the network itself on these data."
         )
-    known = {name: b for name, b in baselines.items() if b is not None}
-    better = {
-        k: b for k, b in known.items() if b.difference < -2 * (b.standard_error or 0.0) - 1e-6 * abs(score)
-    }
-    as_good = [
-        k
-        for k, b in known.items()
-        if k not in better and b.difference <= (b.standard_error or 0.0) + 1e-6 * abs(score)
-    ]
+    better, as_good, rounding = [], [], 1e-6 * abs(score)
+    for name, baseline in baselines.items():
+        if baseline is None:
+            continue
+        difference, error = baseline.difference, baseline.standard_error or 0.0
+        if difference < -2 * error - rounding:
+            better.append(f"{name} (by {-difference:.4f})")
+        elif difference <= error + rounding:
+            as_good.append(name)
     if better:
-        by = ", ".join(f"{k} (by {-b.difference:.4f})" for k, b in better.items())
-        notes.append(f"Simpler methods are better: {by}. Use one of them, or search more parameters.")
+        notes.append(
+            f"Simpler methods are better: {', '.join(better)}. Use one of them, or search more parameters."
+        )
     if as_good:
         notes.append(
             f"Simpler methods are as good within the standard error: {', '.join(as_good)}. If calibration is all "

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 import torchmetrics
 from torch import Tensor
 
-from ..parallel.ranks import ALONE, Ranks
+from ..parallel.ranks import Ranks
 from ..posterior.checks import NonFiniteSamplesError
 from ..posterior.gaussian import Linearised, NotPositiveDefiniteError
 from ..posterior.likelihoods import Likelihood, Prediction
@@ -52,7 +51,7 @@ class ValidationData:
 
     def __init__(self, likelihood: Likelihood, store: Store) -> None:
         self.likelihood, self.store, self.n_inputs = likelihood, store, 0
-        self.overlap: Tensor | None = None  # of tangents, the same for all blocks
+        self.overlap: Tensor | None = None  # the overlap of tangents is the same for all blocks
         self.lacks_last_layer = False
 
     def append(self, n_inputs: int, block: Block) -> None:
@@ -60,7 +59,7 @@ class ValidationData:
         self.n_inputs += n_inputs
         self.lacks_last_layer |= block.last_layer is None
         seen = block.linearised
-        # Copies of what may share its memory with the loader's buffers, which it may fill again.
+        # They may share their memory with buffers that the loader fills again, so that copies are kept.
         f, targets = seen.f.clone(), block.targets.clone()
         self.overlap = seen.overlap
         self.store.append(f, seen.phi, seen.pushed, seen.kernel, targets, block.last_layer)
@@ -79,8 +78,8 @@ def score(
     likelihood: Likelihood,
     loss: Loss | None,
     noise_variance: Any,
-    ranks: Ranks = ALONE,
-    device: torch.device | str = "cpu",
+    ranks: Ranks,
+    device: torch.device,
 ) -> float:
     r"""Score predictions as laplace-torch does, except that the default is NLL for regression too.
 
@@ -97,10 +96,10 @@ def score(
     noise_variance : float or Tensor ()
         :math:`\sigma^2`, for the default loss.
     ranks : Ranks
-        Whose predictions are scored together. They exchange two numbers; a loss of the user's,
+        The ranks whose predictions are scored together. They exchange two numbers; a loss of the user's,
         which need not be a mean, is evaluated by the first of them on all predictions.
     device : torch.device
-        Where that one's loss gets them.
+        The device on which the first rank passes them to the user's loss.
     """
     if loss is None:
         sums = torch.zeros(2, dtype=torch.float64, device="cpu")
@@ -110,41 +109,41 @@ def score(
                 sums += torch.tensor([float(values.sum()), len(values)], dtype=torch.float64, device="cpu")
         total, n = ranks.total(sums).tolist()
         return total / n
-    evaluate = partial(_metric_score if isinstance(loss, torchmetrics.Metric) else _joined_score, loss=loss)
+    evaluate = _metric_score if isinstance(loss, torchmetrics.Metric) else _joined_score
     if ranks.size == 1:
-        return evaluate(pairs_of())
+        return evaluate(loss, pairs_of())
     with ranks.together("the predictions of a setting", SKIPPED):
         mine = list(pairs_of())
 
     def evaluate_all(everyone: list[Any]) -> float:
         pairs = (pair for theirs in everyone for pair in theirs)
-        return evaluate(_on_device(prediction, y, device) for prediction, y in pairs)
+        return evaluate(loss, (_on_device(prediction, y, device) for prediction, y in pairs))
 
-    # On one rank, as a loss may be random, or round in another way elsewhere.
+    # One rank computes it for all, as a loss may be random, or round in another way elsewhere.
     return ranks.on_first(mine, evaluate_all, "the loss of a setting", SKIPPED)
 
 
 def _on_device(prediction: Prediction, y: Tensor, device: Any) -> tuple[Prediction, Tensor]:
-    moved = (
-        prediction.to(device) if isinstance(prediction, Tensor) else tuple(p.to(device) for p in prediction)
-    )
-    return moved, y.to(device)  # type: ignore[return-value]
+    if isinstance(prediction, Tensor):
+        return prediction.to(device), y.to(device)
+    mean, variance = prediction
+    return (mean.to(device), variance.to(device)), y.to(device)
 
 
-def _joined_score(pairs: Iterable[tuple[Prediction, Tensor]], *, loss: Any) -> float:
+def _joined_score(loss: Any, pairs: Iterable[tuple[Prediction, Tensor]]) -> float:
     predictions, targets = zip(*pairs)
     columns = zip(*(p if isinstance(p, tuple) else (p,) for p in predictions))
     return float(loss(*(torch.cat(column) for column in columns), torch.cat(targets)))
 
 
-def _metric_score(pairs: Iterable[tuple[Prediction, Tensor]], *, loss: Any) -> float:
+def _metric_score(loss: Any, pairs: Iterable[tuple[Prediction, Tensor]]) -> float:
     loss.reset()
     with _alone(loss):
         for prediction, y in pairs:
             parts = (prediction,) if isinstance(prediction, Tensor) else prediction
             try:
                 loss.update(*parts, y)
-            except TypeError:  # a metric of two arguments, as in laplace-torch
+            except TypeError:  # the metric takes two arguments, as in laplace-torch
                 loss.update(parts[0], y)
         return float(loss.compute().sum())
 

@@ -19,12 +19,12 @@ from .scoring import SKIPPED
 
 # Four values a decade: NLL changes by less than a standard error in between.
 TEMPERATURES = tuple(10 ** (e / 4) for e in range(-12, 25))
-# Dense around 1, and ends that no sensible network needs.
+# The values are dense around 1, and no sensible network needs those at the ends.
 LOGIT_SCALES = (0.01, 0.1, 0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 4.0, 10.0)
 _GOLDEN = (math.sqrt(5) - 1) / 2
-# Discrete: there is nothing between two values of their grids.
+# There is nothing between two values of the grids of these parameters.
 DISCRETE = ("n_eigenvalues", "curvature_size")
-# What only widens the variance of the logits, and which of its values is the narrowest.
+# These parameters only widen the variance of the logits; the function picks the narrowest of some values.
 NARROWEST = {"temperature": min, "residual_scale": min, "prior_precision": max}
 # Differences of the loss below this share of it are rounding.
 ROUNDING = 1e-12
@@ -48,21 +48,19 @@ class Search:
     Parameters
     ----------
     evaluate : callable
-        Setting -> loss; NaN, infinity or a precision that is not positive definite skips the setting.
+        Setting -> loss. A setting is skipped if this is NaN or infinite, or the precision is not positive definite.
     """
 
     def __init__(self, evaluate: Callable[[Setting], float]) -> None:
         self.evaluate = evaluate
         self.table: dict[Setting, float] = {}
-        self.failures: list[str] = []
+        self.failure = ""  # the reason why a setting was skipped for the first time
 
     def __call__(self, setting: Setting) -> float:
         """Return the loss of a setting; infinity if it fails."""
         if setting not in self.table:
-            value, reason = self._scored(setting)
-            if reason:
-                self.failures.append(reason)
-            self.table[setting] = value
+            self.table[setting], reason = self._scored(setting)
+            self.failure = self.failure or reason
         return self.table[setting]
 
     def _scored(self, setting: Setting) -> tuple[float, str]:
@@ -93,12 +91,12 @@ class Search:
         skipped = sum(math.isinf(v) for v in self.table.values())
         if skipped == len(self.table):
             raise ValueError(
-                f"None of the {skipped} settings tried has a finite loss; the first reason: {self.failures[0]}. "
+                f"None of the {skipped} settings tried has a finite loss; the first reason: {self.failure}. "
                 "The estimator is as it was. Check the validation targets and the loss."
             )
         if not skipped:
             return ""
-        return f"{skipped} of {len(self.table)} settings were skipped; the first reason: {self.failures[0]}."
+        return f"{skipped} of {len(self.table)} settings were skipped; the first reason: {self.failure}."
 
     def without_ignored(
         self, start: Setting, grids: Mapping[str, Sequence[Any]]
@@ -108,7 +106,7 @@ class Search:
         ignored: list[str] = []
         for name, values in grids.items():
             old = getattr(start, name)
-            if old is None or len(values) == 1:  # a single value is an order
+            if old is None or len(values) == 1:  # a single value was asked for as it is
                 continue
             tried = [self._beside(best.at(**{name: v})) for v in (old, min(values), max(values))]
             if max(tried) - lowest <= FLAT * abs(lowest):
@@ -176,7 +174,7 @@ def _one_a_decade(descending: Sequence[float]) -> list[float]:
 
 def _neighbours(grid: Sequence[float], value: float) -> tuple[float, float]:
     """Return the grid's values on both sides of one of them; itself where there is none."""
-    i = min(range(len(grid)), key=lambda j: abs(math.log(grid[j] / value)))
+    i = grid.index(_closest(grid, value))
     return grid[max(0, i - 1)], grid[min(len(grid) - 1, i + 1)]
 
 
@@ -232,7 +230,7 @@ Gradient = Callable[[Setting, Sequence[str]], tuple[float, Sequence[float]]]
 def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradient | None) -> None:
     """Improve the best setting within the ranges of the grids.
 
-    By L-BFGS over the logarithms, if the loss has a gradient; else by golden-section
+    This is done by L-BFGS over the logarithms if the loss has a gradient; else by golden-section
     searches between the neighbouring values, one parameter after the other, twice.
 
     Parameters

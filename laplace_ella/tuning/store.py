@@ -11,7 +11,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-Row = tuple[Tensor | None, ...]
+Tensors = tuple[Tensor | None, ...]
 # Blocks of about this many bytes: large enough to keep cores busy, small next to a budget.
 BLOCK_BYTES = 2**25
 
@@ -42,7 +42,7 @@ class Store:
         self.budget, self.folder = budget, folder
         self.block_bytes = max(1, min(BLOCK_BYTES, budget // 4))
         self.kept = 0
-        self._buffer: list[Row] = []
+        self._buffer: list[Tensors] = []
         self._buffered = 0
         self._blocks: list[tuple[Any, ...]] = []
         self._file: IO[bytes] | None = None
@@ -56,7 +56,7 @@ class Store:
         if self._buffered >= self.block_bytes:
             self._flush()
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[Tensors]:
         """Yield the blocks, joined along the first axis, on the device they came from."""
         if self._buffer:
             self._flush()
@@ -90,9 +90,9 @@ class Store:
         return empty.to(filed.device)
 
 
-def _kinds(row: Row) -> list[Any]:
-    return [None if t is None else (t.shape[1:], t.dtype) for t in row]
+def _kinds(tensors: Tensors) -> list[Any]:
+    return [None if t is None else (t.shape[1:], t.dtype) for t in tensors]
 
 
-def _nbytes(row: Row) -> int:
-    return sum(t.numel() * t.element_size() for t in row if t is not None)
+def _nbytes(tensors: Tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -25,7 +25,7 @@ def keys_of(seed: int, n: int = N) -> torch.Tensor:
 
 
 def offered(capacity: int, keys: torch.Tensor, groups, batch: int) -> BottomK:
-    """Stream positions 0, 1, ... in batches; each row is its own position."""
+    """Stream positions 0, 1, ... in batches; each item is its own position."""
     sample = BottomK(capacity)
     for positions in torch.arange(len(keys)).split(batch):
         labels = None if groups is None else [groups[i] for i in positions]
@@ -58,7 +58,7 @@ def test_balanced_sample_is_water_filling_and_a_plain_one_the_smallest_keys(seed
         assert sample.positions() == water_filling(keys, groups, capacity)
         assert sample.groups() == [groups[i] for i in sample.positions()]
         plain = offered(capacity, keys, None, batch)
-        assert plain.rows() == plain.positions() == sorted(keys.argsort()[:capacity].tolist())
+        assert plain.items() == plain.positions() == sorted(keys.argsort()[:capacity].tolist())
 
 
 @pytest.mark.parametrize(

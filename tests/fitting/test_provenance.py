@@ -212,6 +212,9 @@ WRONG = [
     ("n_data", float, "positive integer"),
     ("n_outputs", lambda n: -1, "positive integer"),
     ("temperature", lambda t: float("inf"), "positive and finite"),
+    ("temperature", lambda t: 10**400, "positive and finite"),
+    ("seed", lambda s: -1, "from 0 to"),
+    ("seed", lambda s: 2**63, "from 0 to"),
     ("temperature_fixed", lambda t: 1, "True or False"),
     ("residual", lambda r: "all", "one of"),
     ("prior_precision", lambda p: torch.ones(2, dtype=torch.float64), "1, L or P"),
@@ -245,6 +248,54 @@ def test_what_cannot_be_an_estimators_is_refused_by_name(i, version, good, victi
     with pytest.raises(ValueError, match=message):
         la.load_state_dict(state)
     before.check()
+
+
+def single():
+    return mlp(dtype=torch.float32)
+
+
+SEVERAL, TINY = torch.arange(1.0, 5.0, dtype=torch.float64), torch.full((1,), 1e-60, dtype=torch.float64)
+EACH = torch.linspace(1, 2, 66, dtype=torch.float64)
+# name: (likelihood, model, arguments of the estimator, entries of the state, what the message says)
+REFUSED = {
+    "residual": (mlp, {"residual": "isotropic"}, {"prior_precision": SEVERAL}, "needs a scalar prior"),
+    "exact": (mlp, {}, {"residual": "exact", "enable_backprop": True}, "enable_backprop"),
+    "exact prior": (mlp, {}, {"residual": "exact", "prior_precision": EACH}, "needs a scalar prior"),
+    "noise": (mlp, {}, {"sigma_noise": 2 * SEVERAL[0]}, "sigma_noise is for regression"),
+    "scale": (mlp, {"likelihood": "regression"}, {"logit_scale": 2.0}, "logit_scale is for classification"),
+    "small prior": (single, {}, {"prior_precision": TINY}, "prior_precision must be positive"),
+    "small noise": (
+        single,
+        {"likelihood": "regression"},
+        {"sigma_noise": TINY},
+        "sigma_noise must be positive",
+    ),
+    "large mean": (single, {}, {"prior_mean": 1 / TINY}, "prior_mean must be finite"),
+    "shared": (mlp, {"shard_directions": True}, {"prior_precision": EACH}, "one prior precision"),
+    "shared graphs": (mlp, {"shard_directions": True}, {"enable_backprop": True}, "no graph crosses"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_not_be_assigned_is_not_loaded(name):
+    model, options, entries, message = REFUSED[name]
+    likelihood = options.get("likelihood", "classification")
+    model = model()
+    dtype = model[0].weight.dtype
+    la = fitted(model=model, data=train_loader(likelihood, dtype), seed=3, **options)
+    before = Snapshot(la, X.to(dtype))
+    state = {**la.state_dict(), **entries}
+    with pytest.raises(ValueError, match=message):
+        la.load_state_dict({**state, "digest": digest_of_state(state)})
+    before.check()
+
+
+def test_a_state_takes_the_place_of_what_it_could_not_be_assigned_beside():
+    la = fitted(prior_precision=SEVERAL)
+    other = build(residual="exact")
+    other.load_state_dict(la.state_dict())
+    assert other.residual == "none"
+    assert_same(other(X), la(X))
 
 
 def test_what_is_plausible_and_not_what_was_saved_is_refused(good, victim):

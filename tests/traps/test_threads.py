@@ -274,6 +274,20 @@ def test_what_was_derived_from_a_fit_is_not_mixed_with_another(name):
     assert refused
 
 
+@pytest.mark.parametrize("name", ["add", "merge"])
+def test_data_that_two_threads_add_at_once_both_count(name):
+    x, y = inputs(11, seed=20), targets("classification", 11, seed=21)
+    la, change = start(name)
+    change()
+    la.fit(loader(x, y), override=False)
+    for at in places(start(name)[1], 10):
+        other, change = start(name)
+        Interleaved(change, lambda other=other: other.fit(loader(x, y), override=False), at)
+        assert other.n_data == other.n_curvature == la.n_data
+        for found, expected in ((other.H, la.H), (other.loss, la.loss)):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_prediction_waits_in_the_model_while_another_thread_fits():
     """As it happens: the model runs for long, the other thread waits for its turn and gets it in between."""
     inside, queued, armed = threading.Event(), threading.Event(), []

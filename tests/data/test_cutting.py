@@ -1,4 +1,4 @@
-"""Inputs are cut into rows; that rows are what they seem to be is verified on the model."""
+"""A batch is cut into its inputs; that these are what they seem to be is verified on the model."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_packed_inputs_are_plain_and_get_their_types_back(kind, tmp_path):
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (len, ["a", "a", "ccc", "dddd", "bb", "a"]),  # the first and the last rows are alike
+        (len, ["a", "a", "ccc", "dddd", "bb", "a"]),  # the first and the last input are alike
         (float, [4, 4, 1, 4, 4, 4]),
         (float, (2.0, 2.0, 1.0, 2.0, 2.0, 2.0)),
         (sum, [[1], [1], [1, 2], [1], [1], [1]]),
@@ -87,7 +87,7 @@ def test_packed_inputs_are_plain_and_get_their_types_back(kind, tmp_path):
     ids=["strings", "numbers", "tuple", "lists", "array"],
 )
 @pytest.mark.parametrize("later", [False, True])
-def test_lists_of_a_value_for_each_row_are_refused_by_name_whatever_the_values(number, said, later):
+def test_lists_of_a_value_for_each_input_are_refused_by_name_whatever_the_values(number, said, later):
     x, y = inputs(12), targets("classification", 12)
     alike = type(said)([said[0]] * 6) if not isinstance(said, np.ndarray) else np.repeat(said[:1], 6)
     first = {"x": x[:6], "said": alike if later else said, "labels": y[:6]}
@@ -116,7 +116,7 @@ def test_a_forward_pass_gets_a_fresh_mapping_of_the_users_type_with_entries_of_a
     def forward(net, batch):
         batch["x"] = (batch.x - 0.5) / 2
         batch.pop("labels", None)
-        assert len(batch.get("said", "6 rows")) == 6  # a list of all rows is handed on as it is
+        assert len(batch.get("said", "inputs")) == 6  # a list of all inputs is handed on as it is
         return net(batch.x)
 
     x, y, new = inputs(12), targets("classification", 12), inputs(11, seed=5)
@@ -188,13 +188,13 @@ def test_sequences_packed_inside_the_model_work():
     ]
     la = build(model=Tagger(), subsample_size=5, n_eigenvalues=3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # such models are differentiated row by row
+        warnings.simplefilter("ignore")  # such models are differentiated one input at a time
         la.fit(batches)
         new = {"x": x[:3], "lengths": lengths[:3]}
         torch.testing.assert_close(la.features(new)[0], reference_features(la.model, la.basis, new)[0])
 
 
-def packed_rows(n=7):
+def packed_inputs(n=7):
     return pack_padded_sequence(draws(0, n, 4, D), torch.arange(n, 0, -1).clamp(max=4), batch_first=True)
 
 
@@ -209,8 +209,8 @@ def in_place(find):
 
 REFUSED = {
     "sparse": (None, lambda x: x.to_sparse(), r"dense.*sparse_coo.*to_dense"),
-    "packed": (None, lambda x: packed_rows(), "PackedSequence"),
-    "packed in a mapping": (None, lambda x: {"x": packed_rows()}, r"packed sequence under 'x'.*lengths"),
+    "packed": (None, lambda x: packed_inputs(), "PackedSequence"),
+    "packed in a mapping": (None, lambda x: {"x": packed_inputs()}, r"packed sequence under 'x'.*lengths"),
     "complex": (None, lambda x: x.to(torch.complex64), r"torch.complex64.*real numbers"),
     "integers": (None, lambda x: x.to(torch.uint8), r"torch.uint8.*torch.float64.*scale"),
     "integer outputs": (
@@ -218,8 +218,8 @@ REFUSED = {
         lambda x: x,
         r"floating-point.*torch.int64",
     ),
-    "half the rows": (Applied(lambda net, x: net(x)[::2]), lambda x: x, r"\(4, 3\) for 7 inputs"),
-    "rows of each other": (
+    "half the inputs": (Applied(lambda net, x: net(x)[::2]), lambda x: x, r"\(4, 3\) for 7 inputs"),
+    "inputs of each other": (
         Applied(lambda net, x: net(x - x.mean(0))),
         lambda x: x,
         "depend on the other inputs",
