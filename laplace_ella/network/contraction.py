@@ -11,9 +11,10 @@ layer after the other, and each is contracted and released at once: no gradient 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.func import vmap
 
-from ..data.batches import Input, batch_size, detached, inputs_between
+from ..data.batches import Input, batch_size, detached
 from .derived import Call, DerivedModel, DivergedError, Record, record, repeated
 from .functional import FunctionalModel, Weights
 from .memory import Chunks
-from .uses import MOVED, RULES, Context, Elementwise, Layout, Product, UnknownUseError, Use, layout_of, used
+from .pulling import in_blocks, pulled
+from .uses import RULES, Context, Elementwise, Layout, Product, UnknownUseError, Use, layout_of, used
 
 Action = Callable[[Use, Tensor], None]
 
@@ -138,8 +140,18 @@ class ContractedModel(DerivedModel):
         self.uncovered: frozenset[str] = frozenset()
         self.uses: list[Use] = []
 
+    @cached_property
+    def uncovered_slots(self) -> frozenset[str]:
+        """The uncovered weights, and what is derived from them, whose contributions come from elsewhere."""
+        return frozenset(k for k, sources in self.record.sources.items() if sources & self.uncovered)
+
     def visit(
-        self, weights: Weights, x: Input, cotangents: Tensor | None, action: Action, at_once: int | None = None
+        self,
+        weights: Weights,
+        x: Input,
+        cotangents: Tensor | None,
+        action: Action,
+        at_once: int | None = None,
     ) -> Tensor:
         """Run the model and backward passes, and hand every use of weights with its cotangents to an action.
 
@@ -163,8 +175,7 @@ class ContractedModel(DerivedModel):
         DivergedError
             If the pass does not follow the record.
         """
-        own = {k: w for k, w in weights.items() if k in self.names}
-        derived = {k: w for k, w in weights.items() if k not in self.names}
+        own, derived = self.parts(weights)
         run = _Pass(self, self.layouts)
         with torch.enable_grad():
             f = self.followed(own, derived, detached(x), run.use).flatten(1)
@@ -178,8 +189,30 @@ class ContractedModel(DerivedModel):
             run.backward(f, cotangents, action)
         return f.detach()
 
-    def cost(self, n: int, rank: int) -> float:
-        """Return the cost of the features of an input by contraction, in passes through all products."""
+    def prepared(self, directions: Weights) -> Weights:
+        """Return directions (K, *shape) for derived tensors, and those of convolutions with channels last."""
+        found = {**directions, **super().prepared(directions)}
+        last = {k: found[k].movedim(2, -1).contiguous().movedim(-1, 2) for k in self._last}
+        return {k: last.get(k, found[k]) for k in {*self.record.derived, *last}}
+
+    def prepared_bytes(self) -> int:
+        """Return the bytes that one direction takes once more."""
+        ready = self.ready()
+        return sum(ready[k].numel() * ready[k].element_size() for k in {*self.record.derived, *self._last})
+
+    @cached_property
+    def _last(self) -> frozenset[str]:
+        """Convolutions whose kernel has several entries."""
+        ready, uses = self.ready(), (u for u in self.uses if isinstance(u, Product) and u.last)
+        return frozenset(u.slot for u in uses if math.prod(ready[u.slot].shape[2:]) > 1)
+
+    @cached_property
+    def multiplications(self) -> int:
+        """In all matrix products of a forward pass of one input."""
+        return sum(math.prod(use.shape) for use in self.uses if isinstance(use, Product))
+
+    def products(self, n: int, rank: int) -> float:
+        """Return the cost of contracting n cotangents of an input with K directions, in multiplications."""
         return sum(use.products(n, rank) for use in self.uses)
 
 
@@ -193,7 +226,8 @@ def contracted_model(model: FunctionalModel, x: Input) -> ContractedModel:
     """
     made = ContractedModel(model, record(model, x))
     x = repeated(model, x)
-    size, sources, uncovered = batch_size(x), made.record.sources, set()
+    size, sources = batch_size(x), made.record.sources
+    uncovered: set[str] = set()
 
     def use(number: int, call: Call, names: dict[int, str], args: Any, kwargs: Any) -> Any:
         y = call.function(*args, **kwargs)
@@ -215,8 +249,11 @@ def contracted_model(model: FunctionalModel, x: Input) -> ContractedModel:
             made.uses += uses
         return y
 
-    weights = made.prepared(made.weights())
-    made.followed(made.weights(), {k: w for k, w in weights.items() if k not in made.names}, x, use)
+    made.followed(*made.parts(made.ready()), x, use)
+    # Of what is derived from several weights, either all are covered or none.
+    together = [sources for sources in made.record.sources.values() if len(sources) > 1]
+    while more := {k for s in together if s & uncovered for k in s} - uncovered:
+        uncovered |= more
     made.uncovered = frozenset(uncovered)
     return made
 
@@ -226,42 +263,79 @@ def contracted_features(
 ) -> tuple[Tensor, Tensor]:
     r"""Compute :math:`\phi(x)` layer by layer, from C backward passes with respect to activations.
 
+    Parameters
+    ----------
+    model : FunctionalModel
+        Best a :class:`ContractedModel`; of others, it is recorded first.
+    weights, directions : dict of Tensor
+        With what is derived and prepared, if the model is a :class:`ContractedModel`.
+
     Notes
     -----
     Cost: about 1 + C forward passes per input, and for each layer the cheaper of C gradients of its weights with their
-    products with V, and K outputs along V with their products with cotangents.
+    products with V, and K outputs along V with their products with cotangents. Memory: the activations of
+    ``chunks.inputs`` inputs, and a few layers' cotangents of C outputs.
     """
-    assert isinstance(model, ContractedModel)
-    found = [_features(model, weights, directions, part) for part in _parts(x, chunks.inputs)]
-    return torch.cat([phi for phi, _ in found]), torch.cat([f for _, f in found])
+    if not isinstance(model, ContractedModel):
+        model = contracted_model(model, x)
+        weights, directions = model.ready(), {**directions, **model.prepared(directions)}
+    return _contracted(model, weights, directions, x, chunks)
 
 
-def _parts(x: Input, at_once: int) -> list[Input]:
-    size = batch_size(x)
-    n = -(-size // at_once)
-    step = -(-size // n)
-    return [inputs_between(x, a, a + step) for a in range(0, size, step)]
+def contracted_cotangents(
+    model: ContractedModel,
+    weights: Weights,
+    directions: Weights,
+    x: Input,
+    cotangents: Tensor,
+    chunks: Chunks,
+) -> Tensor:
+    r"""Compute :math:`V^T J(x)^T u` (B, n, K) of n cotangents u (B, n, L C) per input, layer by layer."""
+    return _contracted(model, weights, directions, x, chunks, cotangents)[0]
 
 
-def _features(
-    model: ContractedModel, weights: Weights, directions: Weights, x: Input
+def _contracted(
+    model: ContractedModel,
+    weights: Weights,
+    directions: Weights,
+    x: Input,
+    chunks: Chunks,
+    *cotangents: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    other = {k: directions[k] for k in model.uncovered}
+
+    def compute(block: Input, *us: Tensor) -> tuple[Tensor, Tensor]:
+        phi, f = _of_layers(model, weights, directions, block, *us)
+        if other:
+            own = {k: weights[k] for k in other}
+            phi = phi + pulled(model.model, own, other, block, len(f), *us)[0]
+        return phi, f
+
+    return in_blocks(compute, chunks.inputs, x, *cotangents)
+
+
+def _of_layers(
+    model: ContractedModel, weights: Weights, directions: Weights, x: Input, *cotangents: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the features (B, n, K) of weights in layers that are known, and the outputs (B, L C)."""
     total: list[Tensor] = []
     small: list[tuple[Tensor, Tensor]] = []  # gradients of weights with few numbers, and directions
 
+    def add(found: Tensor) -> None:
+        total.append(found if not total else total.pop().add_(found))
+
     def contract(use: Use, g: Tensor) -> None:
+        if use.slot in model.uncovered_slots:
+            return
         v = directions[use.slot]
         if isinstance(use, Elementwise):
             found = use.gradients(g)
             small.append((found.reshape(*found.shape[:2], -1), v.reshape(len(v), -1)))
-            return
-        found = use.features(g, v)
-        total.append(found if not total else total.pop().add_(found))
+        else:
+            add(use.features(g, v))
 
-    f = model.visit(weights, x, None, contract)
+    f = model.visit(weights, x, cotangents[0] if cotangents else None, contract)
     if small:
-        found = torch.cat([g for g, _ in small], -1) @ torch.cat([v for _, v in small], -1).T
-        total.append(found if not total else total.pop().add_(found))
-    rank = len(next(iter(directions.values())))
-    phi = total[0] if total else f.new_zeros(*f.shape, rank)
-    return phi, f
+        add(torch.cat([g for g, _ in small], -1) @ torch.cat([v for _, v in small], -1).T)
+    n, rank = cotangents[0].shape[1] if cotangents else f.shape[1], len(next(iter(directions.values())))
+    return total[0] if total else f.new_zeros(len(f), n, rank), f

@@ -15,17 +15,20 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import jvp, vjp, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..data.batches import Input, batch_size, each_row, tensors
+from ..data.batches import Input, batch_size, each_cut, tensors
 from .functional import FunctionalModel, Weights
+from .memory import attempt
+from .safety import LOCK
 
 # Questions about a tensor that do not read its values.
 QUESTIONS = frozenset(
@@ -44,12 +47,16 @@ QUESTIONS = frozenset(
     ]
 )
 # Functions that repeat a tensor, for every input of a batch for instance.
-REPEATING = frozenset([Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to])
+REPEATING = frozenset(
+    [Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to]
+)
 LOOKUPS = (F.embedding, torch.embedding)
 # Functions of torch.nn.functional that are calls of their own; what others call is looked at instead.
 WHOLE = frozenset(
     [F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.embedding, getattr(F, "rms_norm", None)]
 )
+# Directions that are derived at a time.
+AT_ONCE = 4
 # Numbers of inputs to record with, of which one is taken that no tensor has as a length.
 COUNTS = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
@@ -222,7 +229,11 @@ def _key(calls: list[Call]) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(str((value.dtype, value.shape)).encode())
-            found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+            found.update(
+                value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                if value.numel()
+                else b""
+            )
         else:
             found.update(repr(value).encode())
 
@@ -239,7 +250,7 @@ def repeated(model: FunctionalModel, x: Input) -> Input:
     of_model = (*model.module.parameters(), *model.module.buffers())
     lengths = {n for t in (*of_model, *tensors(x)) for n in t.shape}
     size = next((n for n in COUNTS if n not in lengths), COUNTS[-1])
-    return each_row(x, lambda t: torch.cat([t[:1]] * size))
+    return each_cut(x, lambda t: torch.cat([t[:1]] * size))
 
 
 def record(model: FunctionalModel, x: Input) -> Record:
@@ -298,7 +309,7 @@ class Follower(TorchFunctionMode):
                 return body(*args, **kwargs)
         calls = self.record.calls
         call = calls[self.position] if self.position < len(calls) else None
-        if call is None or call.function is not func and call.function != func or call.slots != slots:
+        if call is None or (call.function is not func and call.function != func) or call.slots != slots:
             raise DivergedError
         self.position += 1
         if call.kind == "derive":
@@ -323,6 +334,27 @@ def derive(record: Record, placed: Weights) -> Weights:
     return {k: t for k, t in found.items() if k not in placed}
 
 
+def along(function: Callable[[Weights], Weights], weights: Weights, directions: Weights) -> Weights:
+    """Return the derivatives (K, ...) of a function of weights along directions (K, *shape)."""
+
+    def push(tangent: Weights) -> Weights:
+        return jvp(function, (weights,), (tangent,))[1]
+
+    found, _ = attempt(lambda: vmap(push)(directions))
+    if found is not None:
+        return found
+    # Without forward mode: the gradient of <u, J v> = <J^T u, v> with respect to u.
+    made, pull = vjp(function, weights)
+
+    def pushed(tangent: Weights) -> Weights:
+        zeros = {k: torch.zeros_like(t) for k, t in made.items()}
+        return vjp(lambda u: pull(u)[0], zeros)[1](tangent)[0]
+
+    count = len(next(iter(directions.values())))
+    rows = [pushed({k: v[i] for k, v in directions.items()}) for i in range(count)]
+    return {k: torch.stack([r[k] for r in rows]) for k in made}
+
+
 class DerivedModel(FunctionalModel):
     """A model as a function of what is derived from its weights; these come along, for passes that take another way.
 
@@ -336,40 +368,58 @@ class DerivedModel(FunctionalModel):
     def __init__(self, model: FunctionalModel, record: Record) -> None:
         super().__init__(model.module, model.names)
         self.model, self.record, self.in_pairs = model, record, model.in_pairs
+        self._ready: tuple[Any, Weights] | None = None
 
     def placed(self, weights: Weights) -> Weights:
         """Return the tensors in the model's places, with these weights among them."""
         return {**dict(self.module.named_parameters()), **self.model.constants(), **weights}
 
-    def prepared(self, weights: Weights) -> Weights:
-        """Return the weights, and all that is derived from them."""
-        return {**weights, **derive(self.record, self.placed(weights))}
+    def parts(self, weights: Weights) -> tuple[Weights, Weights]:
+        """Tell the model's own weights from those that are derived."""
+        own = {k: w for k, w in weights.items() if k in self.names}
+        return own, {k: w for k, w in weights.items() if k not in self.names}
 
-    def prepared_directions(self, weights: Weights, directions: Weights, at_once: int = 4) -> Weights:
-        """Return what directions (K, *shape) are for the derived tensors that inputs meet; by forward mode, some at a time."""
-        wanted = self.record.derived
+    def ready(self) -> Weights:
+        """Return the model's weights, and all that is derived from them: computed once for as long as nothing is written."""
+        with LOCK:
+            own = list(chain(self.module.parameters(), self.module.buffers()))
+        stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in own]
+        if self._ready is None or self._ready[0] != stamp:
+            weights = self.weights()
+            self._ready = stamp, {**weights, **derive(self.record, self.placed(weights))}
+        return self._ready[1]
+
+    def prepared(self, directions: Weights) -> Weights:
+        """Return what directions (K, *shape) are for the derived tensors that inputs meet, by name.
+
+        Cost: three passes over K times the derived tensors, a few directions at a time.
+        """
+        wanted, weights = self.record.derived, self.ready()
         if not wanted:
             return {}
         needed = frozenset().union(*(self.record.sources[k] for k in wanted))
         moving = {k: w for k, w in weights.items() if k in needed}
 
         def made(moved: Weights) -> Weights:
-            found = derive(self.record, self.placed({**weights, **moved}))
+            own = {k: w for k, w in weights.items() if k in self.names}
+            found = derive(self.record, self.placed({**own, **moved}))
             return {k: found[k] for k in wanted}
-
-        def pushed(tangent: Weights) -> Weights:
-            return jvp(made, (moving,), (tangent,))[1]
 
         rank = len(next(iter(directions.values())))
         parts = [
-            vmap(pushed)({k: directions[k][a : a + at_once] for k in moving}) for a in range(0, rank, at_once)
+            along(made, moving, {k: directions[k][a : a + AT_ONCE] for k in moving})
+            for a in range(0, rank, AT_ONCE)
         ]
         return {k: torch.cat([p[k] for p in parts]) for k in wanted}
 
+    def prepared_bytes(self) -> int:
+        """Return the bytes that one direction takes once more."""
+        ready = self.ready()
+        return sum(ready[k].numel() * ready[k].element_size() for k in self.record.derived)
+
     def outputs(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at ``weights``, of which some may be derived."""
-        own = {k: w for k, w in weights.items() if k in self.names}
-        derived = {k: w for k, w in weights.items() if k not in self.names}
+        own, derived = self.parts(weights)
         if len(derived) < sum(len(c.made) for c in self.record.calls):
             return self.model.outputs(own, x, **model_kwargs)
         try:

@@ -2,9 +2,10 @@ r"""One model and how it is differentiated: the way, the chunks, and what is rem
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from copy import copy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,9 +24,12 @@ from ..data.batches import (
     signature,
 )
 from ..data.packing import unpacked
+from .contraction import contracted_cotangents
+from .costs import Counts, of_contraction, of_forward_mode, sizes
 from .cutting import Cutting
+from .derived import DerivedModel, DivergedError
 from .facts import InputFacts, find_facts
-from .features import AUTODIFF, FEATURES, Features, Way, pulled_cotangents, reverse_is_cheaper
+from .features import AUTODIFF, FEATURES, Features, Way, reverse_is_cheaper
 from .functional import FunctionalModel, Weights, first_weight, last_layer_norms, setting_of
 from .gradients import RowEngine
 from .memory import (
@@ -36,10 +40,10 @@ from .memory import (
     budget_bytes,
     free_memory,
     let_malloc_adapt,
-    plan_chunks,
     with_smaller_chunks,
 )
 from .probing import Support, probe
+from .pulling import pulled_cotangents
 from .safety import safely
 
 __all__ = ["AUTODIFF", "Engine"]
@@ -234,23 +238,62 @@ class Engine:
         """Describe inputs of the shape of ``x``; this is found out once per shape."""
         kind = setting_of(self.module), signature(x)
         if kind not in self._facts:
-            support = self.support(x)
-            forward = FEATURES[support.features].forward and not self.compiled
-            precision = support.precision if forward else None
-            self._facts[kind] = safely(self.module, lambda: find_facts(self.function, _pair(x), precision))
+            precision = self.support(x).precision
+            derivable = not self.compiled and any(
+                FEATURES[k].forward or FEATURES[k].contracts for k in self._allowed(x)
+            )
+            self._facts[kind] = safely(
+                self.module, lambda: find_facts(self.function, _pair(x), precision, derivable)
+            )
         return self._facts[kind]
 
-    def mode(self, x: Input, rank: int) -> str:
-        """Choose a way to compute features: one that the model supports, by C, K and the kind of network."""
+    def _allowed(self, x: Input) -> list[str]:
+        """Return the ways that users allow and the model supports, that of its support first."""
         support = self.support(x)
-        if self.autodiff == "auto" and FEATURES[support.features].directions != "all":
-            facts = self.facts(x)
-            if reverse_is_cheaper(facts.n_coordinates, rank, facts.graph_bytes / self.row_size()):
-                of_gradients = (
-                    k for k, way in FEATURES.items() if way.gradients == support.gradients == "vmap"
-                )
-                return next(of_gradients, support.features)
-        return support.features
+        if self.autodiff != "auto":
+            return [support.features]
+        others = [
+            k for k, way in FEATURES.items() if way.contracts or way.gradients == support.gradients == "vmap"
+        ]
+        return list(dict.fromkeys([support.features, *others]))
+
+    def mode(self, x: Input, rank: int) -> str:
+        """Choose a way to compute features: the cheapest that the model supports, by counts; see ``costs``."""
+        allowed, facts = self._allowed(x), self.facts(x)
+        first = allowed[0]
+        if torch.is_grad_enabled() and FEATURES[first].contracts:  # its gradients do not reach the inputs
+            return "reverse" if self.support(x).gradients == "vmap" else "reverse loop"
+        if len(allowed) == 1:
+            return first
+        contraction = next((k for k in allowed if FEATURES[k].contracts), None)
+        if contraction is not None and facts.contracted is not None and not torch.is_grad_enabled():
+            return min(first, contraction, key=lambda k: self.cost(k, x, rank))
+        if reverse_is_cheaper(facts.n_coordinates, rank, facts.graph_bytes / self.row_size()):
+            return next((k for k in allowed if FEATURES[k].gradients), first)
+        return first
+
+    def cost(self, mode: str, x: Input, rank: int) -> float:
+        """Return what the features of an input cost, counted in multiplications."""
+        return self._cost(mode, x, rank, self.chunks(mode, x, rank))
+
+    def _cost(self, mode: str, x: Input, rank: int, chunks: Chunks) -> float:
+        facts, way, counts = self.facts(x), FEATURES[mode], self.counts(x)
+        if way.contracts and facts.contracted is not None:
+            n = facts.n_coordinates
+            products = facts.contracted.products(n, rank)
+            if facts.contracted.uncovered:
+                products += (1 + 2 * n) * counts.forward
+            return of_contraction(counts, n, rank, products, chunks.inputs, self._cached_bytes())
+        if way.forward:
+            return of_forward_mode(counts, rank, chunks, self._cached_bytes())
+        return way.forwards(facts.n_coordinates, rank) * counts.forward
+
+    def counts(self, x: Input) -> Counts:
+        """Count what there is to compute for an input of the shape of ``x``."""
+        facts = self.facts(x)
+        item = next(iter(self.function.weights().values())).element_size()
+        multiplications = 0 if facts.contracted is None else facts.contracted.multiplications
+        return Counts(multiplications, facts.graph_bytes / item, facts.input_bytes, self.row_count())
 
     def features(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B L, C, K) and f(x) (B L, C); inside ``safely``.
@@ -281,6 +324,22 @@ class Engine:
 
     def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safely``."""
+        contraction = next((k for k in self._allowed(x) if FEATURES[k].contracts), None)
+        contracted = self.facts(x).contracted
+        if contraction is not None and contracted is not None and not torch.is_grad_enabled():
+            ready, all_directions = (
+                contracted.ready(),
+                self._with_prepared(FEATURES[contraction], contracted, directions),
+            )
+            found, _ = with_smaller_chunks(
+                lambda c: contracted_cotangents(contracted, ready, all_directions, x, cotangents, c),
+                self._contraction_chunks(
+                    contraction, x, len(next(iter(directions.values()))), cotangents.shape[1]
+                ),
+                self.device,
+                lambda c: self.feature_bytes(contraction, c, x),
+            )
+            return found
         function, looped = self.function, self.support(x).gradients != "vmap"
         found, _ = with_smaller_chunks(
             lambda c: pulled_cotangents(function, function.weights(), directions, x, cotangents, c, looped),
@@ -291,27 +350,43 @@ class Engine:
         return found
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
-        way = FEATURES[mode]
-        function = self.facts(x).rewritten if way.forward else self.function
+        way, facts = FEATURES[mode], self.facts(x)
+        function = facts.rewritten if way.forward else facts.contracted if way.contracts else self.function
+        function = self.function if function is None else function
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
-        return compute(function, function.weights(), self._prepared_by(way, directions), x, chunks)
+        weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
+        try:
+            return compute(function, weights, self._with_prepared(way, function, directions), x, chunks)
+        except DivergedError:  # a branch that depends on the data
+            way = FEATURES["reverse" if self.support(x).gradients == "vmap" else "reverse loop"]
+            return way.compute(self.function, self.function.weights(), directions, x, chunks)
 
-    def _prepared_by(self, way: Way, directions: Weights) -> Any:
-        """Return what a way takes in place of directions, made once for as long as their first tensor lives."""
+    def _with_prepared(self, way: Way, function: FunctionalModel, directions: Weights) -> Weights:
+        """Return the directions with what a way prepares of them, once for as long as their first tensor lives."""
         if way.prepare is None:
             return directions
         kept = self._prepared.setdefault(next(iter(directions.values())), {})
-        if way not in kept:
-            kept[way] = way.prepare(self.function, directions)
-        return kept[way]
+        key = function.record.key if isinstance(function, DerivedModel) else way
+        stamp = function.ready() if isinstance(function, DerivedModel) else None
+        if key not in kept or kept[key][0] is not stamp:
+            kept[key] = stamp, way.prepare(function, directions)
+        return {**directions, **kept[key][1]}
 
     def feature_bytes(self, mode: str, chunks: Chunks, x: Input) -> int:
         """Estimate what one call of the features holds."""
-        facts = self.facts(x)
+        facts, way = self.facts(x), FEATURES[mode]
         sizes = facts.input_bytes, facts.graph_bytes, self.row_size()
-        return (
-            chunks.inputs * chunks.directions * sum(n * size for n, size in zip(FEATURES[mode].held, sizes))
-        )
+        each = sum(n * size for n, size in zip(way.held, sizes))
+        each += way.per_output * facts.n_coordinates * facts.input_bytes
+        return chunks.inputs * chunks.directions * each
+
+    def prepared_bytes(self, mode: str, x: Input, rank: int) -> int:
+        """Return the bytes of what is prepared of K directions."""
+        function = self.facts(x).rewritten if FEATURES[mode].forward else self.facts(x).contracted
+        way = FEATURES[mode]
+        if way.prepare is None or not isinstance(function, DerivedModel):
+            return 0
+        return rank * function.prepared_bytes()
 
     def gradient_bytes(self, x: Input, n_inputs: int) -> int:
         """Estimate what a call of the landmark gradients holds, for at most so many of them."""
@@ -321,14 +396,40 @@ class Engine:
         return 2 * self.row_size() + self.facts(x).graph_bytes
 
     def chunks(self, mode: str, x: Input, rank: int) -> Chunks:
-        """Cut a batch and K directions so that what a call holds stays within cache or budget."""
+        """Cut a batch and K directions so that what a call holds stays within budget, at the least cost."""
         way = FEATURES[mode]
         if way.gradients == "loop":
             return Chunks(1, 1)
+        if way.contracts:
+            return self._contraction_chunks(mode, x, rank, self.facts(x).n_coordinates)
         if way.directions == "all":
             return Chunks(self._inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
-        at_once = rank if way.directions == "several" else 1
-        return plan_chunks(self.facts(x).input_bytes, at_once, self._working_set(), self.chunk_size)
+        counts, within = self.counts(x), max(1, self.budget() // LIVE_TENSORS)
+        wanted = 1 if way.directions == "one" else min(rank, self.chunk_size or rank)
+        directions = {math.ceil(wanted / parts) for parts in range(1, wanted + 1)}
+        if self.chunk_size:
+            directions = {wanted}
+        allowed = [
+            Chunks(b, d)
+            for b in sizes(batch_size(x))
+            for d in sorted(directions)
+            if b * d * counts.largest <= within
+        ]
+        fallback = Chunks(1, wanted if self.chunk_size else 1)
+        return min(
+            allowed, key=lambda c: of_forward_mode(counts, rank, c, self._cached_bytes()), default=fallback
+        )
+
+    def _contraction_chunks(self, mode: str, x: Input, rank: int, n: int) -> Chunks:
+        counts, facts, way = self.counts(x), self.facts(x), FEATURES[mode]
+        each = way.held[1] * facts.graph_bytes + way.per_output * n * facts.input_bytes
+        allowed = [b for b in sizes(batch_size(x)) if b * each <= self.budget() // 2]
+        cost = partial(of_contraction, counts, n, rank, 0.0, working_set=self._cached_bytes())
+        return Chunks(min(allowed, key=lambda b: cost(inputs=b), default=1), 1)
+
+    def _cached_bytes(self) -> int:
+        """Return the bytes that a tensor may take without being slower for it."""
+        return CPU_WORKING_SET if self.device.type == "cpu" else self.budget()
 
     def gradients_per_call(self, x: Input) -> int:
         """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
@@ -339,10 +440,6 @@ class Engine:
         if self.device.type == "cpu":
             by_budget = min(by_budget, CPU_GRADIENT_SET // self.facts(x).input_bytes)
         return max(1, by_budget)
-
-    def _working_set(self) -> int:
-        within_budget = max(1, self.budget() // LIVE_TENSORS)
-        return min(CPU_WORKING_SET, within_budget) if self.device.type == "cpu" else within_budget
 
 
 def _pair(x: Input) -> Input:

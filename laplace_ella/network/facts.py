@@ -3,16 +3,21 @@ r"""What is found out about inputs of one shape: the axes of their outputs, and 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..data.batches import Input, doubled, inputs_between
+from ..data.batches import Input, doubled, each_cut, inputs_between
+from ..data.hashing import normal_like
+from .contraction import ContractedModel, contracted_cotangents, contracted_model
+from .features import forward_pass
 from .functional import FunctionalModel
-from .rewriting import rewritten
+from .memory import Chunks, attempt
+from .pulling import pulled
+from .rewriting import agree, rewritten
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,10 @@ class InputFacts:
         Bytes that a row takes in all of them: what a backward pass keeps, at most.
     rewritten : FunctionalModel
         The model for forward mode.
+    contracted : ContractedModel or None
+        The model for contraction layer by layer; None if it does not work for it.
+    why_not : str
+        Why not, then.
     """
 
     positions: tuple[int, ...]
@@ -38,6 +47,8 @@ class InputFacts:
     input_bytes: int
     graph_bytes: int
     rewritten: FunctionalModel
+    contracted: ContractedModel | None = None
+    why_not: str = ""
 
     @property
     def n_coordinates(self) -> int:
@@ -45,23 +56,72 @@ class InputFacts:
         return math.prod(self.positions) * self.n_outputs
 
 
-def find_facts(model: FunctionalModel, pair: Input, precision: torch.dtype | None) -> InputFacts:
+def find_facts(model: FunctionalModel, pair: Input, precision: torch.dtype, derivable: bool) -> InputFacts:
     """Run the model on one input and on two, and describe what comes of it.
 
     Parameters
     ----------
     pair : input of two rows
-    precision : torch.dtype, optional
-        The coarsest on the way, where forward mode is used and the model may be rewritten for it.
+    precision : torch.dtype
+        The coarsest on the way.
+    derivable : bool
+        Whether the model may be rewritten and recorded: it is not where it is compiled.
 
     Notes
     -----
-    Cost: three or four passes of a row or two. Call it inside :func:`laplace_ella.network.safety.safely`.
+    Cost: some twenty passes of a row or two. Call it inside :func:`laplace_ella.network.safety.safely`.
     """
     shape = model.outputs(model.weights(), pair).shape
     input_bytes, graph_bytes = activation_bytes(model, pair)
-    for_forward = model if precision is None else rewritten(model, pair, precision)
-    return InputFacts(tuple(shape[1:-1]), shape[-1], input_bytes, graph_bytes, for_forward)
+    plain = InputFacts(tuple(shape[1:-1]), shape[-1], input_bytes, graph_bytes, model)
+    if not derivable:
+        return replace(plain, why_not="the model is compiled")
+    rewrite, _ = attempt(lambda: rewritten(model, pair, precision))
+    for_forward = model if rewrite is None else rewrite
+    plain = replace(plain, rewritten=for_forward)
+    made, error = attempt(lambda: _contracted(for_forward, pair, precision, rewrite is not None))
+    if made is None:
+        return replace(plain, why_not=f"{type(error).__name__}: {error}".splitlines()[0])
+    contracted, forward = made
+    return replace(plain, contracted=contracted, rewritten=contracted if forward else for_forward)
+
+
+def _contracted(
+    model: FunctionalModel, pair: Input, precision: torch.dtype, forward: bool
+) -> tuple[ContractedModel, bool]:
+    """Record a model, and require that contraction agrees with plain ways; say whether forward mode may follow the record.
+
+    Raises
+    ------
+    Exception
+        If it cannot be recorded, or does not agree.
+    """
+    made = contracted_model(model, pair)
+    x, weights, ready = _distinct(pair), model.weights(), made.ready()
+    tangents = normal_like(weights, 2, seed=0)
+    all_tangents = {**tangents, **made.prepared(tangents)}
+    f = made(ready, x)
+    u = torch.stack([(torch.arange(f.numel(), device=f.device).view_as(f) + s).cos() for s in (0, 1)], 1).to(
+        f
+    )
+    found = contracted_cotangents(made, ready, all_tangents, x, u, Chunks(2, 1))
+    expected = pulled(model, None, tangents, x, 1, u)[0]
+    if not agree(found, expected, precision):
+        raise ValueError("contraction layer by layer and backward passes disagree")
+    if not forward:
+        return made, False
+    pushed, _ = attempt(lambda: forward_pass(made, ready, all_tangents, x))
+    plain = forward_pass(model, weights, tangents, x)
+    return made, pushed is not None and all(agree(a, b, precision) for a, b in zip(pushed, plain))
+
+
+def _distinct(pair: Input) -> Input:
+    """Return two inputs of which the second is the first one backwards."""
+
+    def other(t: Tensor) -> Tensor:
+        return torch.cat([t[:1], t[:1].flip(-1) if t.ndim > 1 else t[:1]])
+
+    return each_cut(pair, other)
 
 
 class _TensorSizes(TorchDispatchMode):

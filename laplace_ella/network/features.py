@@ -8,19 +8,20 @@ finds out which ways a model supports.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import jvp, vmap
 
-from ..data.batches import Input, batch_size, inputs_between
-from .functional import FunctionalModel, Pull, Weights, backward_passes, flat
-from .gradients import per_input
+from ..data.batches import Input
+from .contraction import contracted_features
+from .derived import DerivedModel
+from .functional import FunctionalModel, Pull, Weights, backward_passes
 from .memory import LIVE_TENSORS, Chunks
+from .pulling import in_blocks, looped_reverse_features, reverse_features
 
 # (model, weights, directions or what is prepared of them, x, chunks) -> (phi, f)
 Features = Callable[[FunctionalModel, Weights, Any, Input, Chunks], tuple[Tensor, Tensor]]
@@ -55,11 +56,15 @@ class Way:
         If it forms gradients of single inputs: of many at once, for models that support it, or one by one, for others.
     forward : bool
         It is forward mode, for which models are rewritten.
+    contracts : bool
+        It contracts layer by layer, for which it is recorded how models use their weights.
+    per_output : int
+        How often a call holds each input's largest tensor for every output.
     reference : bool
         It takes plain backward passes, with which the features of other ways are compared.
     prepare : callable, optional
-        (model, directions) -> what ``compute`` takes in place of the directions. An engine prepares the same
-        directions once, and keeps the result for as long as they live; it must not hold the directions itself.
+        (model, directions) -> what ``compute`` takes beside the directions, or in place of some. An engine prepares
+        the same directions once, and keeps the result for as long as they live; it must not hold the directions itself.
     """
 
     autodiff: str
@@ -70,6 +75,8 @@ class Way:
     directions: str = "one"
     gradients: str | None = None
     forward: bool = False
+    contracts: bool = False
+    per_output: int = 0
     reference: bool = False
     prepare: Callable[[FunctionalModel, Weights], Any] | None = None
 
@@ -77,8 +84,13 @@ class Way:
         self, model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
     ) -> tuple[Tensor, Tensor]:
         """Compute the features (B, C, K) and outputs (B, C)."""
-        prepared = directions if self.prepare is None else self.prepare(model, directions)
-        return self.compute(model, weights, prepared, x, chunks)
+        prepared = {} if self.prepare is None else self.prepare(model, directions)
+        return self.compute(model, weights, {**directions, **prepared}, x, chunks)
+
+
+def prepared(model: FunctionalModel, directions: Weights) -> Weights:
+    """Return directions for what a model derives from its weights."""
+    return model.prepared(directions) if isinstance(model, DerivedModel) else {}
 
 
 def forward_features(
@@ -111,7 +123,7 @@ def forward_features(
             parts.append(phi)
         return torch.cat(parts, -1), f[0]
 
-    return _in_blocks(push_block, chunks.inputs, x)
+    return in_blocks(push_block, chunks.inputs, x)
 
 
 def looped_forward_features(
@@ -127,7 +139,14 @@ def looped_forward_features(
         pushed = [push({name: v[k] for name, v in directions.items()}) for k in range(_rank(directions))]
         return torch.stack([phi for _, phi in pushed], -1), pushed[-1][0]
 
-    return _in_blocks(push_block, chunks.inputs, x)
+    return in_blocks(push_block, chunks.inputs, x)
+
+
+def forward_pass(
+    model: FunctionalModel, weights: Weights, directions: Weights, x: Input
+) -> tuple[Tensor, Tensor]:
+    """Return J V (B, C, K) and f (B, C) of one chunk."""
+    return forward_features(model, weights, directions, x, Chunks(10**9, 10**9))
 
 
 def _pushing(
@@ -136,7 +155,8 @@ def _pushing(
     """Return the function from a tangent v to the outputs f and J v, both (B, C)."""
 
     def push(tangent: Weights) -> tuple[Tensor, Tensor]:
-        f, phi, *_ = jvp(lambda w: model(w, x), (weights,), (tangent,))
+        moving = {k: weights[k] for k in tangent}
+        f, phi, *_ = jvp(lambda w: model({**weights, **w}, x), (moving,), (tangent,))
         return f, phi
 
     return push
@@ -166,100 +186,11 @@ def double_vjp_features(
         phi = torch.stack([pushed(k) for k in range(_rank(directions))], -1)
         return phi, f if record else f.detach()
 
-    return _in_blocks(lambda block: backward_passes(model, block, push), chunks.inputs, x)
-
-
-def reverse_features(
-    model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
-) -> tuple[Tensor, Tensor]:
-    r"""Compute :math:`\phi(x)` by one backward pass per output, contracted with V at once.
-
-    Notes
-    -----
-    Cost: about 1 + 2C forward passes per row plus the contraction, C K / t of them where
-    t positions share a weight, however large K is. Memory: ``chunks.inputs`` x P numbers.
-    """
-    return _pulled(model, weights, directions, x, chunks.inputs)
-
-
-def looped_reverse_features(
-    model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
-) -> tuple[Tensor, Tensor]:
-    """Compute what :func:`reverse_features` does, one row after the other.
-
-    Needs no more than ``backward()``. Cost: at least 1 + 2C forward passes of a single row.
-    """
-    return _pulled(model, None, directions, x, 1)
-
-
-def pulled_cotangents(
-    model: FunctionalModel,
-    weights: Weights,
-    directions: Weights,
-    x: Input,
-    cotangents: Tensor,
-    chunks: Chunks,
-    looped: bool,
-) -> Tensor:
-    r"""Compute :math:`V^T J(x)^T u` (B, n, K) of n cotangents u (B, n, C) per input.
-
-    ``looped``: one row after the other, with plain backward passes. Cost: about 1 + 2n
-    forward passes per row, plus contractions. Memory: ``chunks.inputs`` x P numbers.
-    """
-    if looped:
-        return _pulled(model, None, directions, x, 1, cotangents)[0]
-    return _pulled(model, weights, directions, x, chunks.inputs, cotangents)[0]
-
-
-def _pulled(
-    model: FunctionalModel,
-    weights: Weights | None,
-    directions: Weights,
-    x: Input,
-    block_rows: int,
-    *cotangents: Tensor,
-) -> tuple[Tensor, Tensor]:
-    r"""Return :math:`V^T J^T u` (B, n, K) and f (B, C), for cotangents u (B, n, C) or, without any, unit vectors.
-
-    Without weights, by plain backward passes of single rows.
-    """
-    record = torch.is_grad_enabled()
-    bases = {k: flat(v).T for k, v in directions.items()}
-
-    def coordinates(gradients: Iterable[Weights]) -> Tensor:
-        # One gradient after the other: each takes P numbers.
-        return torch.stack([sum(g[k].reshape(-1) @ b for k, b in bases.items()) for g in gradients])  # type: ignore[misc]
-
-    def contract(row: Input, *us: Tensor) -> tuple[Tensor, Tensor]:
-        f, pull, *_ = vjp(lambda w: model(w, row)[0], weights)
-        units = us[0] if us else torch.eye(len(f), dtype=f.dtype, device=f.device)
-        return coordinates(pull(u)[0] for u in units), f
-
-    def contract_alone(row: Input, *us: Tensor) -> tuple[Tensor, Tensor]:
-        def action(f: Tensor, leaves: Weights, pull: Pull) -> tuple[Tensor, Tensor]:
-            scalars = us[0][0] @ f[0] if us else f[0]
-            return coordinates(pull(s, bases) for s in scalars)[None], f if record else f.detach()
-
-        return backward_passes(model, row, action)
-
-    def compute(block: Input, *us: Tensor) -> tuple[Tensor, Tensor]:
-        return contract_alone(block, *us) if weights is None else per_input(contract, block, *us)
-
-    return _in_blocks(compute, block_rows, x, *cotangents)
+    return in_blocks(lambda block: backward_passes(model, block, push), chunks.inputs, x)
 
 
 def _rank(directions: Weights) -> int:
     return next(iter(directions.values())).shape[0]
-
-
-def _in_blocks(
-    compute: Callable[..., tuple[Tensor, Tensor]], block_rows: int, x: Input, *more: Tensor
-) -> tuple[Tensor, Tensor]:
-    size = batch_size(x)
-    step = math.ceil(size / math.ceil(size / block_rows))  # blocks of equal size
-    starts = range(0, size, step)
-    blocks = [compute(inputs_between(x, a, a + step), *(t[a : a + step] for t in more)) for a in starts]
-    return torch.cat([phi for phi, _ in blocks]), torch.cat([f for _, f in blocks])
 
 
 def reverse_is_cheaper(n_outputs: int, rank: int, share: float = 1.0) -> bool:
@@ -280,6 +211,7 @@ FEATURES: dict[str, Way] = {
         words="batched forward mode",
         directions="several",
         forward=True,
+        prepare=prepared,
     ),
     "forward loop": Way(
         autodiff="forward",
@@ -288,6 +220,7 @@ FEATURES: dict[str, Way] = {
         held=(LIVE_TENSORS, 0, 0),
         words="one direction at a time, at 3 K instead of 1 + 2 K forward passes per row",
         forward=True,
+        prepare=prepared,
     ),
     "double": Way(
         autodiff="double",
@@ -295,6 +228,17 @@ FEATURES: dict[str, Way] = {
         forwards=lambda n_outputs, rank: 3 + 3 * rank,
         held=(0, 2, 0),
         words="two backward passes per direction, at about 3 K instead of 1 + 2 K forward passes per row",
+    ),
+    "contraction": Way(
+        autodiff="contraction",
+        compute=contracted_features,
+        forwards=lambda n_outputs, rank: 2 + 2 * n_outputs,
+        held=(0, 2, 0),
+        words="contraction layer by layer, at about 2 + 2 C forward passes per input",
+        directions="all",
+        contracts=True,
+        per_output=LIVE_TENSORS,
+        prepare=prepared,
     ),
     "reverse": Way(
         autodiff="reverse",

@@ -80,27 +80,6 @@ class Chunks:
         return None
 
 
-def plan_chunks(input_bytes: int, n_directions: int, working_set: int, chunk_size: int | None) -> Chunks:
-    """Split a batch and K directions so that tensors stay within ``working_set`` bytes.
-
-    Directions first: every further chunk of directions evaluates the model again.
-
-    Parameters
-    ----------
-    input_bytes : int
-        Bytes one input takes in the largest intermediate tensor.
-    n_directions : int
-        K.
-    working_set : int
-        Bytes the largest tensor may take, tangents included.
-    chunk_size : int, optional
-        Directions per call, if the user fixed them.
-    """
-    slots = max(1, working_set // max(1, input_bytes))
-    directions = min(n_directions, chunk_size or slots)
-    return Chunks(inputs=max(1, slots // directions), directions=directions)
-
-
 def with_smaller_chunks(
     compute: Callable[[Chunks], Result], chunks: Chunks, device: torch.device, need: Callable[[Chunks], int]
 ) -> tuple[Result, Chunks]:

@@ -218,12 +218,13 @@ def rewritten(model: FunctionalModel, pair: Input, precision: torch.dtype) -> Fu
     expected = pushed(model)
     for find in (find_rewrites, lambda *_: Rewrites()):
         made, _ = attempt(partial(candidate, find))
-        if made is not None and all(_agree(a, b, precision) for a, b in zip(made[1], expected)):
+        if made is not None and all(agree(a, b, precision) for a, b in zip(made[1], expected)):
             return made[0]
     return model
 
 
-def _agree(left: Tensor, right: Tensor, precision: torch.dtype) -> bool:
+def agree(left: Tensor, right: Tensor, precision: torch.dtype) -> bool:
+    """Tell whether two results are equal up to rounding, of which the coarsest precision on the way is known."""
     if not right.isfinite().all():
         return torch.equal(left.isfinite(), right.isfinite())
     return bool((left - right).norm() <= tolerance(right.dtype, precision) * right.norm())

@@ -66,6 +66,8 @@ class Product(Use):
         (T, groups, O, J)
     to_matrix, from_matrix : callable
         Bring directions (K, *shape) into the order (K, groups, O, J), and gradients (..., groups, O, J) back.
+    last : bool
+        Directions come into this order without a copy where the axis of channels has the smallest stride.
     """
 
     operand: Callable[[], Tensor]
@@ -73,6 +75,7 @@ class Product(Use):
     shape: tuple[int, int, int, int]
     to_matrix: Callable[[Tensor], Tensor]
     from_matrix: Callable[[Tensor], Tensor]
+    last: bool = False
 
     def gradients(self, g: Tensor) -> Tensor:
         return self.from_matrix(self._gradients(self.cotangent(g), self.operand()))
@@ -293,7 +296,9 @@ def _matrix(context: Context, slot: str, x: Tensor, weight: Tensor, transposed: 
     positions = math.prod(a.shape[1:-1])
 
     def matrix(v: Tensor) -> Tensor:
-        return (v.reshape(-1, j, o).transpose(1, 2).contiguous() if transposed else v.reshape(-1, o, j))[:, None]
+        return (v.reshape(-1, j, o).transpose(1, 2).contiguous() if transposed else v.reshape(-1, o, j))[
+            :, None
+        ]
 
     def back(g: Tensor) -> Tensor:
         g = g.squeeze(-3)
@@ -425,7 +430,7 @@ def _convolution(
         return g.reshape(*leading, groups * o, *kernel, i).movedim(-1, len(leading) + 1)
 
     w, b = context.slot(weight), context.slot(bias)
-    uses: list[Use] = [Product(w, operand, cotangent, (t, groups, o, j), matrix, back)] if w else []
+    uses: list[Use] = [Product(w, operand, cotangent, (t, groups, o, j), matrix, back, True)] if w else []
     return y, uses + ([_bias(context, b, bias, n)] if b else [])
 
 
@@ -466,7 +471,13 @@ def _transposed_convolution(
 
     def matrix(v: Tensor) -> Tensor:
         # (K, groups, I, O, *kernel) -> (K, groups, (*kernel, O), I)
-        return v.unflatten(1, (groups, i)).movedim(3, -1).reshape(len(v), groups, i, j).transpose(-1, -2).contiguous()
+        return (
+            v.unflatten(1, (groups, i))
+            .movedim(3, -1)
+            .reshape(len(v), groups, i, j)
+            .transpose(-1, -2)
+            .contiguous()
+        )
 
     def back(g: Tensor) -> Tensor:
         leading = g.shape[:-3]
