@@ -139,6 +139,7 @@ class ContractedModel(DerivedModel):
         self.layouts: dict[int, Layout] = {}
         self.uncovered: frozenset[str] = frozenset()
         self.uses: list[Use] = []
+        self._last: frozenset[str] = frozenset()  # kernels that are laid out with channels last
 
     @cached_property
     def uncovered_slots(self) -> frozenset[str]:
@@ -192,19 +193,17 @@ class ContractedModel(DerivedModel):
     def prepared(self, directions: Weights) -> Weights:
         """Return directions (K, *shape) for derived tensors, and those of convolutions with channels last."""
         found = {**directions, **super().prepared(directions)}
-        last = {k: found[k].movedim(2, -1).contiguous().movedim(-1, 2) for k in self._last}
+        last = {k: _channels_last(found[k]) for k in self._last}
         return {k: last.get(k, found[k]) for k in {*self.record.derived, *last}}
+
+    def laid_out(self, ready: Weights) -> Weights:
+        """Bring kernels into the order that convolutions, and their backward passes, then return activations in."""
+        return {k: _channels_last(w[None])[0] if k in self._last else w for k, w in ready.items()}
 
     def prepared_bytes(self) -> int:
         """Return the bytes that one direction takes once more."""
         ready = self.ready()
         return sum(ready[k].numel() * ready[k].element_size() for k in {*self.record.derived, *self._last})
-
-    @cached_property
-    def _last(self) -> frozenset[str]:
-        """Convolutions whose kernel has several entries."""
-        ready, uses = self.ready(), (u for u in self.uses if isinstance(u, Product) and u.last)
-        return frozenset(u.slot for u in uses if math.prod(ready[u.slot].shape[2:]) > 1)
 
     @cached_property
     def multiplications(self) -> int:
@@ -214,6 +213,11 @@ class ContractedModel(DerivedModel):
     def products(self, n: int, rank: int) -> float:
         """Return the cost of contracting n cotangents of an input with K directions, in multiplications."""
         return sum(use.products(n, rank) for use in self.uses)
+
+
+def _channels_last(kernels: Tensor) -> Tensor:
+    """Lay out kernels (K, O, I, *kernel) such that I has the smallest stride."""
+    return kernels.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
 def contracted_model(model: FunctionalModel, x: Input) -> ContractedModel:
@@ -255,6 +259,8 @@ def contracted_model(model: FunctionalModel, x: Input) -> ContractedModel:
     while more := {k for s in together if s & uncovered for k in s} - uncovered:
         uncovered |= more
     made.uncovered = frozenset(uncovered)
+    made._last = frozenset(use.slot for use in made.uses if isinstance(use, Product) and use.last)
+    made.forget()
     return made
 
 

@@ -386,8 +386,16 @@ class DerivedModel(FunctionalModel):
         stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in own]
         if self._ready is None or self._ready[0] != stamp:
             weights = self.weights()
-            self._ready = stamp, {**weights, **derive(self.record, self.placed(weights))}
+            self._ready = stamp, self.laid_out({**weights, **derive(self.record, self.placed(weights))})
         return self._ready[1]
+
+    def laid_out(self, ready: Weights) -> Weights:
+        """Return weights in the order in which calls want them."""
+        return ready
+
+    def forget(self) -> None:
+        """Derive anew at the next call."""
+        self._ready = None
 
     def prepared(self, directions: Weights) -> Weights:
         """Return what directions (K, *shape) are for the derived tensors that inputs meet, by name.

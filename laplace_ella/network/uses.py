@@ -430,7 +430,7 @@ def _convolution(
         return g.reshape(*leading, groups * o, *kernel, i).movedim(-1, len(leading) + 1)
 
     w, b = context.slot(weight), context.slot(bias)
-    uses: list[Use] = [Product(w, operand, cotangent, (t, groups, o, j), matrix, back, True)] if w else []
+    uses: list[Use] = [Product(w, operand, cotangent, (t, groups, o, j), matrix, back, math.prod(kernel) > 1)] if w else []
     return y, uses + ([_bias(context, b, bias, n)] if b else [])
 
 
