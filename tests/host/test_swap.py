@@ -8,12 +8,7 @@ import pytest
 import torch
 from helpers import C, M, as_tuple, build, fitted, inputs, mlp, nll_of_calls, train_loader, val_loader
 from laplace.baselaplace import BaseLaplace
-from laplace.curvature import (
-    AsdlEF,
-    AsdlGGN,
-    AsdlHessian,
-    CurvlinopsGGN,
-)
+from laplace.curvature import AsdlEF, AsdlGGN, AsdlHessian, CurvlinopsGGN
 from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMethod
 from torch import nn
 

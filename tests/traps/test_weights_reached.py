@@ -8,16 +8,7 @@ import functools
 import pytest
 import torch
 from awkward import X, check_features
-from helpers import (
-    N_TEST,
-    C,
-    D,
-    H,
-    build,
-    fitted,
-    mlp,
-    train_loader,
-)
+from helpers import N_TEST, C, D, H, build, fitted, mlp, train_loader
 from models import Applied
 from torch import nn
 from torch.nn import functional as F
