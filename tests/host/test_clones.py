@@ -12,7 +12,6 @@ import laplace
 import pytest
 import torch
 from helpers import (
-    DictModel,
     Snapshot,
     assert_same,
     build,
@@ -20,13 +19,12 @@ from helpers import (
     fitted,
     inputs,
     loader,
-    mlp,
     targets,
     train_loader,
     val_loader,
 )
 from laplace.curvature import AsdlEF, CurvlinopsGGN
-from models import Applied, Waiting
+from models import Applied, DictModel, Waiting, mlp, weighted
 from torch import nn
 
 import laplace_ella
@@ -38,9 +36,6 @@ P = sum(p.numel() for p in mlp().parameters())
 
 def other_loader():
     return loader(inputs(seed=30), targets("classification", seed=31))
-
-
-# ------------------------------------------------------------------ built again from attributes
 
 
 def rebuilt_as_lightning_uq_box_does(la):
@@ -217,9 +212,6 @@ def test_sizes_left_at_their_defaults_stay_defaults():
         assert new.basis.n_landmarks <= 500
 
 
-# ------------------------------------------------------------------ backends that are instances
-
-
 def test_a_backend_instance_gives_its_class_and_options():
     options = {"chunk_size": 3, "spill": "cpu", "spill_dtype": torch.float32}
     theirs = ReverseNystromGGN(mlp(seed=3), "regression", **options)
@@ -247,9 +239,6 @@ def test_a_backend_with_arguments_of_its_own(again):
     new = REBUILT[again](build(backend=Scaled, backend_kwargs={"factor": 2.0, "chunk_size": 3}))
     assert type(new.backend) is Scaled
     assert (new.backend.factor, new.backend.engine.chunk_size) == (2.0, 3)
-
-
-# ------------------------------------------------------------------ copies
 
 
 def used():
@@ -302,10 +291,6 @@ def test_a_deep_copy_is_of_a_model_of_its_own(name):
     torch.testing.assert_close(new(X), fitted(model=other, residual="isotropic")(X))
 
 
-def weighted(net, batch):
-    return net({**batch, "attention_mask": batch["attention_mask"] * batch["weights"]})
-
-
 @of_every_copy
 def test_a_copy_knows_which_entries_all_inputs_share(name):
     weights = torch.arange(1.0, 6.0).double()
@@ -317,13 +302,14 @@ def test_a_copy_knows_which_entries_all_inputs_share(name):
 
 @of_every_copy
 def test_copies_after_a_gradient_of_the_evidence_and_of_a_frozen_model(name):
-    la = fitted("regression")
+    la = fitted("regression", prior_mean=torch.zeros((), dtype=torch.float64, requires_grad=True) * 2)
     log_prior, log_sigma = (torch.zeros(1, requires_grad=True, dtype=torch.float64) for _ in range(2))
     la.log_marginal_likelihood(log_prior.exp(), log_sigma.exp()).backward()
     la.model.requires_grad_(False)
     new = COPIES[name](la)
     assert_same(new(X), la(X))
     assert torch.equal(new.prior_precision, la.prior_precision)
+    assert not new.prior_mean.requires_grad
     assert [p.numel() for p in new.params] == [p.numel() for p in la.params]
 
 
@@ -349,9 +335,6 @@ def test_a_copy_waits_until_another_thread_has_put_the_weights_back():
     la.model.go_on.set()
     predicting.join(), copying.join()
     assert all(isinstance(p, nn.Parameter) for p in found[0].model.parameters())
-
-
-# ------------------------------------------------------------------ subclasses
 
 
 class Named(ELLALaplace):
@@ -401,11 +384,3 @@ def test_a_subclass_is_built_again_with_its_own_arguments(again):
     assert (type(new), new.name, new.subsample_size) == (Named, "b", 13)
     new.fit(train_loader())
     assert (new.calls, la.calls) == (["fit"], [])
-
-
-def test_a_prior_mean_with_a_graph_is_copied_without_it():
-    mean = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    la = fitted(prior_mean=mean * 2)
-    again = copy.deepcopy(la)
-    assert not again.prior_mean.requires_grad
-    assert_same(again(X), la(X))

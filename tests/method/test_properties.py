@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from conftest import B, C, K, M, N, Problem, assert_close, make_problem
+from helpers import as_tuple
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,10 +48,6 @@ def all_covariances(la: ELLALaplace, x: torch.Tensor) -> torch.Tensor:
     return la._glm_predictive_distribution(x, joint=True)[1]
 
 
-def smallest_eigenvalue(matrix: torch.Tensor) -> float:
-    return float(torch.linalg.eigvalsh(matrix)[0])
-
-
 def exact_covariance(p: Problem, x: torch.Tensor, x_test: torch.Tensor, prior) -> torch.Tensor:
     """Covariance (BC, BC) of exact linearised Laplace over all weights, with data x."""
     G = oracle.curvature(oracle.jacobian(p.model, x), oracle.outputs(p.model, x), p.likelihood)
@@ -58,17 +55,11 @@ def exact_covariance(p: Problem, x: torch.Tensor, x_test: torch.Tensor, prior) -
     return oracle.joint_covariance(oracle.jacobian(p.model, x_test), A)
 
 
-CLASSES = LIKELIHOODS["classification"]
-
-
 def with_basis(la: ELLALaplace, basis: NystromBasis, x: torch.Tensor) -> None:
     """Replace the basis of a fitted estimator, and compute G anew."""
     G = curvature(LIKELIHOODS[la.likelihood], *la.backend.features(x, basis))
     fit = replace(la._posterior.fit, basis=basis)
     become(la, current=fit.with_sums([(la.n_data, G)], la.loss, la.n_data, la.n_predictions))
-
-
-# ---------------------------------------------------------------------------- the basis
 
 
 def test_directions_are_orthonormal_and_span_the_landmark_gradients(problem):
@@ -94,15 +85,12 @@ def test_rotating_the_basis_changes_nothing(small_problem):
             assert_close(other(x, link_approx=link), la(x, link_approx=link), rtol=1e-7)
 
 
-# ---------------------------------------------------------------------------- the Loewner order
-
-
 @every_prior
 def test_covariance_grows_with_rank_and_stays_below_that_of_exact_laplace(small_problem, prior):
     p = small_problem
     covs = [all_covariances(fit(p, n_eigenvalues=k, prior_precision=prior), p.x_test) for k in (2, 5, 11)]
     for low, high in pairwise([*covs, exact_covariance(p, p.x, p.x_test, prior)]):
-        assert smallest_eigenvalue(high - low) > -1e-12 * float(high.trace())
+        assert torch.linalg.eigvalsh(high - low)[0] > -1e-12 * high.trace()
         assert float((high - low).trace()) > 1e-3 * float(high.trace())
 
 
@@ -115,9 +103,6 @@ def test_covariance_is_exact_where_the_span_holds_the_rows_involved(dtype):
     la = fit(p.with_data(x, p.y[:5]), landmarks=landmarks, n_eigenvalues=len(inputs))
     assert la.basis.rank < la.n_params
     assert_close(all_covariances(la, x_test), exact_covariance(p, x, x_test, p.prior_precision), rtol=1e-7)
-
-
-# ---------------------------------------------------------------------------- the curvature
 
 
 def test_sampled_curvature_is_unbiased(small_problem):
@@ -141,9 +126,6 @@ def test_neither_batch_size_nor_the_order_of_data_and_landmarks_matters(small_pr
         assert_close(all_covariances(other, p.x_test), all_covariances(la, p.x_test))
     for other in others:
         assert_close(other.H, la.H)
-
-
-# ---------------------------------------------------------------------------- the posterior
 
 
 @every_prior
@@ -174,9 +156,6 @@ def test_variance_vanishes_for_gradients_orthogonal_to_the_span(dtype):
     far = torch.tensor([[0.0, 0.0, 0.0, 9.0, 0.0]], dtype=dtype)
     assert all_covariances(la, far).abs().max() == 0
     assert all_covariances(la, x[:1]).trace() > 0
-
-
-# ---------------------------------------------------------------------------- samples
 
 
 def within_sampling_error(sample: torch.Tensor, mean: torch.Tensor, cov: torch.Tensor) -> None:
@@ -222,9 +201,6 @@ def test_samples_follow_the_generator_or_the_global_one(small_problem):
         assert not torch.equal(first, draw(5))
         torch.manual_seed(8)
         assert torch.equal(first, draw(5))
-
-
-# ---------------------------------------------------------------------------- links
 
 
 def test_mc_link_agrees_with_independent_samples_and_is_repeatable(dtype):
@@ -283,9 +259,6 @@ def test_fit_and_predictions_never_form_a_matrix_of_classes():
     assert 0 < record.numel <= batch * n_classes * rank < batch * n_classes**2 / 40
 
 
-# ---------------------------------------------------------------------------- precision
-
-
 @pytest.mark.parametrize("name", ["mlp", "conv_batchnorm"])
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_agrees_with_double(low, name, likelihood):
@@ -300,11 +273,11 @@ def test_low_precision_agrees_with_double(low, name, likelihood):
     phi, f = la.features(p.x_test)
     assert phi.dtype == f.dtype == low
     G = oracle.curvature(phi.double(), f.double(), likelihood)
-    assert_close(
-        curvature(LIKELIHOODS[la.likelihood], phi, f), G, rtol=1e-9
-    )  # rounded features, but no rounding after them
+    # Rounded features, but no rounding after them.
+    assert_close(curvature(LIKELIHOODS[la.likelihood], phi, f), G, rtol=1e-9)
     tolerance = 30 * torch.finfo(low).eps
     assert_close(la.basis.eigenvalues, reference.basis.eigenvalues, tolerance)
+    assert all(t.dtype == low for t in as_tuple(la(p.x_test)))
     mean, cov = la._glm_predictive_distribution(p.x_test)
     exact_mean, exact_cov = reference._glm_predictive_distribution(p.x_test.double())
     assert_close(mean, exact_mean, tolerance)

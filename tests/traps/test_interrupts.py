@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import GeneratorType
 from typing import Any
 
@@ -57,18 +58,15 @@ class Storing(nn.Module):
 
 
 def new(model: nn.Module, data: Any = DATA, **options: Any) -> Any:
-    la = build(model=model, subsample_size=6, n_eigenvalues=3, curvature_size=None, **options)
+    la = build(model=model, subsample_size=6, n_eigenvalues=3, **options)
     la.fit(data)
     return la
 
 
-class Loader:
-    """Yields the data, line by line."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in DATA:
-            x, y = batch
-            yield x, y
+def loaded() -> Iterator[Any]:
+    for batch in DATA:
+        x, y = batch
+        yield x, y
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
@@ -77,7 +75,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "prediction": lambda la: la(X),
     "prediction with a graph": lambda la: la(X.clone().requires_grad_()),
     "gradient rows": lambda la: kernels(la.backend.engine, X),
-    "fit": lambda la: new(la.model, Loader()),
+    "fit": lambda la: new(la.model, loaded()),
 }
 
 
@@ -89,9 +87,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def check(
-    la: Any, name: str, lost: list[Any], most: int, lines: tuple[str, ...], interrupt: Callable[[], Any]
-) -> None:
+def check(la: Any, name: str, lost: list[Any], most: int, lines: tuple[str, ...], interrupt: Any) -> None:
     """Interrupt a call at many points, looking at what it leaves while the traceback is still there."""
     untouched = Untouched(la.model)
     CALLS[name](la)  # torch loads some of its parts at their first use
@@ -159,10 +155,7 @@ def steps(n_signals: int, done: list[int]) -> None:
 def test_ctrl_c_waits_for_a_chunk_and_a_second_one_does_not(n_signals, n_done):
     done: list[int] = []
     before = process_flags()
-    if n_signals:
-        with pytest.raises(KeyboardInterrupt):
-            safely(Storing(), lambda: steps(n_signals, done))
-    else:
+    with pytest.raises(KeyboardInterrupt) if n_signals else nullcontext():
         safely(Storing(), lambda: steps(n_signals, done))
     assert len(done) == n_done
     assert process_flags() == before
@@ -318,7 +311,6 @@ def test_modes_of_the_callers_stay_entered():
 
 def test_a_ctrl_c_that_was_raised_is_not_raised_again(monkeypatch):
     la = new(Storing())
-    monkeypatch.setattr(
-        interrupts, "_waiting", [None]
-    )  # as a second one leaves it that comes while the first is raised
+    # As a second one leaves it that comes while the first is raised.
+    monkeypatch.setattr(interrupts, "_waiting", [None])
     la(X)

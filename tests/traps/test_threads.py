@@ -11,8 +11,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import calls
 import pytest
 import torch
+from calls import error
 from helpers import as_tuple, build, fitted, inputs, loader, mlp, targets, train_loader, val_loader
 from models import Applied
 
@@ -29,10 +31,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 X = inputs(7, seed=7)
 PACKAGE = str(Path(laplace_ella.__file__).parent)
-
-
-def generator():
-    return torch.Generator().manual_seed(3)
 
 
 def in_thread(action):
@@ -90,27 +88,10 @@ def states(likelihood="classification", residual="none", second_rank=5):
     return first, [first.state_dict(), second.state_dict()]
 
 
-NN = {"pred_type": "nn", "n_samples": 3}
-PREDICTIONS = {
-    "probit": lambda la: la(X),
-    "mc": lambda la: la(X, link_approx="mc", n_samples=8),
-    "bridge_norm": lambda la: la(X, link_approx="bridge_norm"),
-    "predictive": lambda la: la.predictive(X),
-    "nn": lambda la: la(X, **NN, link_approx="mc", generator=generator()),
-    "features": lambda la: la.features(X),
-    "functional samples": lambda la: la.functional_samples(X, n_samples=3, generator=generator()),
-    "nn samples": lambda la: la.functional_samples(X, **NN, generator=generator()),
-    "predictive samples": lambda la: la.predictive_samples(X, n_samples=3, generator=generator()),
-    "sample": lambda la: la.sample(3, generator()),
-    "residual share": lambda la: la.residual_share(X),
-    "novelty": lambda la: la.novelty(X),
-    "error": lambda la: torch.tensor(la.approximation_error(X, train_loader()).covariance_error),
-    "evidence": lambda la: la.log_marginal_likelihood(),
-    "posterior covariance": lambda la: la.posterior_covariance,
-    "joint": lambda la: la(X, joint=True),
-}
+PREDICTIONS = {**calls.PREDICTIONS, "error": lambda la, x: error(la, x)}
+TWO_CALLS = ("functional variance",)
 CASES = [
-    *[("classification", "isotropic", name) for name in list(PREDICTIONS)[:-1]],
+    *[("classification", "isotropic", name) for name in PREDICTIONS if name not in ("joint", *TWO_CALLS)],
     *[("classification", "exact", name) for name in ("probit", "functional samples", "nn", "sample")],
     *[("regression", "exact", name) for name in ("probit", "joint", "nn", "evidence")],
 ]
@@ -118,7 +99,8 @@ CASES = [
 
 @pytest.mark.parametrize(("likelihood", "residual", "name"), CASES)
 def test_a_prediction_is_of_one_state_while_another_thread_loads(likelihood, residual, name):
-    second_rank, predict = 3 if name in ("probit", "nn", "sample") else 5, PREDICTIONS[name]
+    second_rank = 3 if name in ("probit", "nn", "sample") else 5
+    predict = lambda la: PREDICTIONS[name](la, X)  # noqa: E731
     la, (first, second) = states(likelihood, residual, second_rank)
     allowed = []
     for state in (second, first):

@@ -115,6 +115,8 @@ def test_the_exact_residual_and_sampled_weights(model):
     expected = oracle.covariance(phi, A) + outside @ outside.mT / 0.6
     assert_close(la(x)[1], expected)
     assert la.sample(3).shape == (3, la.n_params)
+    layerwise = fit(model, prior_precision=torch.arange(1.0, la.n_layers + 1))
+    assert layerwise(x).isfinite().all()
     assert la.predictive_samples(x, "nn", n_samples=3).isfinite().all()
 
 
