@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from calls import generator
 from helpers import (
     N,
     as_tuple,
@@ -16,7 +17,6 @@ from helpers import (
     reward_batches,
     targets,
     train_loader,
-    val_loader,
 )
 from models import Applied, C, D, DictModel, H, RewardModel, mlp, weighted
 from torch import nn
@@ -32,10 +32,6 @@ L, P = 4, D * H + H + H * C + C
 LIKELIHOODS = ["classification", "regression"]
 LINKS = ["probit", "mc", "bridge", "bridge_norm"]
 X = inputs(11, seed=7)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # What a test_arguments.py refuses is not here.
@@ -237,8 +233,8 @@ def test_a_sampler_decides_what_the_data_are(name):
 def test_progress_bars_name_their_step(capsys):
     la = build()
     la.fit(train_loader(), progress_bar=True)
+    search = {"method": "gridsearch", "val_loader": train_loader(), "grid_size": 3}
+    la.optimize_prior_precision(**search, progress_bar=True)
     text = capsys.readouterr().err
-    for step in ("Training data", "Landmark gradients", "Gram matrix", "Curvature"):
+    for step in ("Training data", "Landmark gradients", "Gram matrix", "Curvature", "Grid search"):
         assert step in text
-    la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), grid_size=3, progress_bar=True)
-    assert "Grid search" in capsys.readouterr().err
