@@ -268,6 +268,11 @@ UNKNOWN = {
     "no argument": (lambda la: laplace_ella.raise_malloc_thresholds(1), TypeError, "argument"),
     "nn, link": (lambda la: la(X, "nn", link_approx="probit"), ValueError, "mc"),
     "nn, grid": (lambda la: la.optimize_prior_precision("nn", **GRID), ValueError, "mc"),
+    "reversed grid": (
+        lambda la: la.optimize_prior_precision(**GRID, log_prior_prec_min=2, log_prior_prec_max=-2),
+        ValueError,
+        "log_prior_prec_min must be smaller than log_prior_prec_max; got 2 and -2",
+    ),
     "nn, one sample": (
         lambda la: fitted("regression")(X, "nn", link_approx="mc", n_samples=1),
         ValueError,

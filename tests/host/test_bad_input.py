@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -345,6 +347,29 @@ def test_numbers_that_float32_cannot_hold(value):
     with pytest.raises(ValueError, match="prior_precision"):
         la.prior_precision = value
     assert la.prior_precision == 1
+
+
+def test_a_folder_that_is_read_only(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    la = fitted(model=Counting())
+    before, calls = Snapshot(la, X), la.model.calls
+    monkeypatch.setattr(Path, "touch", refuse)  # which works everywhere for those who own the machine
+    with pytest.raises(PermissionError, match="read-only"):
+        la.fit(train_loader(), checkpoint=tmp_path / "fit")
+    assert la.model.calls == calls
+    before.check()
+
+
+def test_networks_at_sampled_weights_whose_outputs_overflow():
+    la = fitted(model=Applied(lambda net, x: net(x).exp()), prior_precision=1e-12, temperature=1e6)
+    before = Snapshot(la, X)
+    draws = {"n_samples": 30, "generator": torch.Generator().manual_seed(0)}
+    for predict in (la.functional_samples, la.predictive_samples, partial(la, link_approx="mc")):
+        with pytest.raises(ValueError, match="raise the prior precision"):
+            predict(X, pred_type="nn", **draws)
+    before.check()
 
 
 @pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="Python 3.10 has no notes")

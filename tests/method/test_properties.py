@@ -218,6 +218,16 @@ def test_mc_link_agrees_with_independent_samples_and_is_repeatable(dtype):
     assert_close(la(p.x_test[2:4], link_approx="mc", n_samples=128), coarse[2:4])
 
 
+def test_scores_of_novelty_are_centred_on_the_data_they_were_calibrated_on(dtype):
+    """Normal scores of two quantities, one of which counts half."""
+    la, x = fit(make_problem("mlp", "classification", dtype)), torch.randn(1000, 2, dtype=dtype)
+    la.calibrate_novelty(x.split(100))
+    scores = la.novelty(torch.randn(1000, 2, dtype=dtype))
+    assert scores.mean().abs() < 0.15
+    assert 0.3 < scores.var() < 2.4  # 1/4 if the two were opposite, 9/4 if they were one
+    assert la.novelty(100 * x).mean() > 1
+
+
 @pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2**-30])
 def test_mc_noise_is_finite_for_every_point_of_the_sequence(point, monkeypatch):
     """A scrambled point lies on a grid of 2^-30, and 0 has no finite quantile."""

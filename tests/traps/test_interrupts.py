@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from anywhere import Interrupting, ctrl_c, free, points
-from helpers import C, D, H, build, inputs, targets
+from helpers import C, D, H, build, fitted, inputs, targets
+from interrupting import Ending
 from torch import Tensor, nn
 from untouched import Untouched, process_flags
 
@@ -137,6 +138,19 @@ def interrupt() -> None:
 @pytest.mark.parametrize(("name", "most"), [("prediction", 100), ("gradient rows", 30), ("fit", 40)])
 def test_an_interrupt_at_any_line_of_model_or_loader_leaves_all_as_it_was(name, most, lost):
     check(new(Storing()), name, lost, most, (__name__,), interrupt)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_ctrl_c_before_a_first_fit_leaves_an_unfitted_estimator(at):
+    """While the first batch is read, or the second."""
+    la = build(model=Storing())
+    with pytest.raises(KeyboardInterrupt):
+        la.fit(Ending(DATA * 2, at, KeyboardInterrupt))
+    assert (la.H, la.temperature) == (None, 1.0)
+    with pytest.raises(AttributeError, match="fit"):
+        la(X)
+    la.fit(DATA)
+    assert torch.equal(la.H, fitted(model=Storing(), data=DATA).H)
 
 
 def steps(n_signals: int, done: list[int]) -> None:
