@@ -262,29 +262,22 @@ def test_a_wrong_setting_that_was_assigned_is_refused_by_the_next_fit(name, meth
     assert la.model.calls == 0
 
 
-UNKNOWN = {
-    "constructor": (lambda la: build(n_eigenvectors=2), TypeError, "n_eigenvectors"),
-    "call": (lambda la: la(X, link_aprox="mc"), ValueError, "link_aprox"),
-    "no argument": (lambda la: laplace_ella.raise_malloc_thresholds(1), TypeError, "argument"),
-    "nn, link": (lambda la: la(X, "nn", link_approx="probit"), ValueError, "mc"),
-    "nn, grid": (lambda la: la.optimize_prior_precision("nn", **GRID), ValueError, "mc"),
-    "reversed grid": (
-        lambda la: la.optimize_prior_precision(**GRID, log_prior_prec_min=2, log_prior_prec_max=-2),
-        ValueError,
-        "log_prior_prec_min must be smaller than log_prior_prec_max; got 2 and -2",
-    ),
-    "nn, one sample": (
-        lambda la: fitted("regression")(X, "nn", link_approx="mc", n_samples=1),
-        ValueError,
-        "at least 2",
-    ),
-}
+REVERSED = {**GRID, "log_prior_prec_min": 2, "log_prior_prec_max": -2}
+ONE = {"pred_type": "nn", "link_approx": "mc", "n_samples": 1}
+UNKNOWN = [
+    (lambda la: build(n_eigenvectors=2), "n_eigenvectors"),
+    (lambda la: la(X, link_aprox="mc"), "link_aprox"),
+    (lambda la: laplace_ella.raise_malloc_thresholds(1), "argument"),
+    (lambda la: la(X, "nn", link_approx="probit"), "mc"),
+    (lambda la: la.optimize_prior_precision("nn", **GRID), "mc"),
+    (lambda la: la.optimize_prior_precision(**REVERSED), "min must be smaller than .*; got 2 and -2"),
+    (lambda la: fitted("regression")(X, **ONE), "at least 2"),
+]
 
 
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_unknown_arguments_and_combinations_are_refused(name, la):
-    function, error, match = UNKNOWN[name]
-    with pytest.raises(error, match=match):
+@pytest.mark.parametrize(("function", "match"), UNKNOWN)
+def test_unknown_arguments_and_combinations_are_refused(function, match, la):
+    with pytest.raises((TypeError, ValueError), match=match):
         function(la)
 
 

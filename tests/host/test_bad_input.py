@@ -61,68 +61,42 @@ def test_no_model_of_another_flavour():
 
 
 def bad_targets(likelihood):
-    x = inputs(7)
-    if likelihood == "regression":
-        f = targets("regression", 7)
-        return {
-            "one axis": (x, f[:, 0]),
-            "one output": (x, f[:, :1]),
-            "three axes": (x, f[..., None]),
-            "not a number": (x, torch.where(f > 0, f, NAN)),
-            "infinite": (x, torch.where(f > 0, f, INF)),
-        }
-    y = targets("classification", 7)
+    y, f = targets("classification", 7), targets("regression", 7)
     p = nn.functional.one_hot(y, C).double()
-    if likelihood == "bernoulli":
-        return {
-            "one axis": (x, y),
-            "too wide": (x, p.repeat(1, 2)),
-            "minus one": (x, 2 * p - 1),
-            "not a number": (x, torch.where(p > 0, p, NAN)),
-            "complex": (x, p.to(torch.complex128)),
-        }
     return {
-        "float": (x, y.double()),
-        "bool": (x, y > 0),
-        "too large": (x, y + C),
-        "negative": (x, y - C),
-        "ignore index": (x, torch.full_like(y, -100)),
-        "too few probabilities": (x, p[:, :2]),
-        "three axes": (x, p[..., None]),
-        "probabilities not a number": (x, torch.where(p > 0, p, NAN)),
-    }
+        "regression": [
+            f[:, 0],
+            f[:, :1],
+            f[..., None],
+            f * NAN,
+            f / (f > 0),
+        ],
+        "classification": [y.double(), y > 0, y + C, y - C, y * 0 - 100, p[:, :2], p[..., None], p / (p > 0)],
+        "bernoulli": [y, p.repeat(1, 2), 2 * p - 1, p / (p > 0), p.to(torch.complex128)],
+    }[likelihood]
 
 
 LABELS = targets("classification", 7)
-BAD_BATCHES = {
-    "a tensor": inputs(7),
-    "one element": (inputs(7),),
-    "three elements": (inputs(7), LABELS, LABELS),
-    "a string": "xy",
-    "a number": 3,
-    "inputs as list": (inputs(7).tolist(), LABELS),
-    "targets as list": (inputs(7), LABELS.tolist()),
-    "other length": (inputs(7), LABELS[:5]),
-    "scalar target": (inputs(7), torch.tensor(1)),
-    "scalar input": (torch.tensor(1.0), LABELS),
-    "a mapping without inputs": {"labels": torch.tensor(1)},
-}
+STRUCTURES = [inputs(7), (inputs(7),), (inputs(7), LABELS, LABELS), "xy", 3, {"labels": torch.tensor(1)}]
+STRUCTURES += [(inputs(7).tolist(), LABELS), (inputs(7), LABELS.tolist()), (inputs(7), LABELS[:5])]
+STRUCTURES += [(inputs(7), torch.tensor(1)), (torch.tensor(1.0), LABELS)]
 
 
-@pytest.mark.parametrize("name", BAD_BATCHES)
-def test_batches_of_the_wrong_structure(name):
-    assert_refused(fitted(), [BAD_BATCHES[name]], r"[Bb]atch|[Ii]nputs|[Tt]argets")
+@pytest.mark.parametrize("batch", STRUCTURES)
+def test_batches_of_the_wrong_structure(batch):
+    assert_refused(fitted(), [batch], r"[Bb]atch|[Ii]nputs|[Tt]argets")
 
 
-@pytest.mark.parametrize(
-    ("likelihood", "name"), [(k, name) for k in (*LIKELIHOODS, "bernoulli") for name in bad_targets(k)]
-)
-def test_targets_that_do_not_fit_are_refused_naming_the_batch(likelihood, name):
+BAD_TARGETS = [(k, y) for k in (*LIKELIHOODS, "bernoulli") for y in bad_targets(k)]
+
+
+@pytest.mark.parametrize(("likelihood", "bad"), BAD_TARGETS)
+def test_targets_that_do_not_fit_are_refused_naming_the_batch(likelihood, bad):
     y = (targets("regression") > 0).long() if likelihood == "bernoulli" else targets(likelihood)
     la, good = fitted(likelihood, data=loader(inputs(), y)), (inputs()[:7], y[:7])
     for position in (0, 1):
         data = [good, good]
-        data[position] = bad_targets(likelihood)[name]
+        data[position] = inputs(7), bad
         assert_refused(la, data, f"batch {position}")
 
 
@@ -250,20 +224,13 @@ def test_features_that_are_not_finite():
     before.check()
 
 
-SHAPES = {
-    "one axis": lambda f: f[:, 0],
-    "scalar": lambda f: f.sum(),
-    "tuple": lambda f: (f, f),
-    "dict": lambda f: {"logits": f},
-    "logits of one axis": lambda f: SimpleNamespace(logits=f[:, 0]),
-    "list": lambda f: f.tolist(),
-}
+SHAPES = lambda f: f[:, 0], lambda f: f.sum(), lambda f: (f, f), lambda f: {"logits": f}, lambda f: f.tolist()
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_outputs_that_are_not_a_matrix(name):
+@pytest.mark.parametrize("shape", [*SHAPES, lambda f: SimpleNamespace(logits=f[:, 0])])
+def test_outputs_that_are_not_a_matrix(shape):
     with pytest.raises(ValueError, match=r"\(batch, outputs\)"):
-        fitted(model=Applied(lambda net, x: SHAPES[name](net(x))))
+        fitted(model=Applied(lambda net, x: shape(net(x))))
 
 
 def test_outputs_whose_number_changes():
@@ -284,23 +251,17 @@ def test_gradients_that_all_vanish():
         fitted(model=model)
 
 
-LANDMARKS = {
-    "float coordinates": (inputs(2), torch.tensor([0.0, 1.0])),
-    "two axes": (inputs(2), torch.tensor([[0, 1]])),
-    "other lengths": (inputs(3), torch.tensor([0, 1])),
-    "none": (inputs(0), torch.tensor([], dtype=torch.long)),
-    "not finite": (inputs(2) * NAN, torch.tensor([0, 1])),
-    "too large": (inputs(2), torch.tensor([0, C])),
-    "negative": (inputs(2), torch.tensor([0, -1])),
-}
+COORDINATES = [0.0, 1.0], [[0, 1]], [0, 1, 1], [0, C], [0, -1]
+LANDMARKS = [*((inputs(2), torch.tensor(outputs)) for outputs in COORDINATES)]
+LANDMARKS += [(inputs(2) * NAN, torch.tensor([0, 1])), (inputs(0), torch.tensor([], dtype=torch.long))]
 
 
-@pytest.mark.parametrize("name", LANDMARKS)
-def test_landmarks_that_are_wrong(name):
+@pytest.mark.parametrize("landmarks", LANDMARKS)
+def test_landmarks_that_are_wrong(landmarks):
     la, read = fitted(), []
     before = Snapshot(la, X)
     with pytest.raises(ValueError, match=r"landmarks|0\.\.2"):
-        la.fit((read.append(batch) or batch for batch in train_loader()), landmarks=LANDMARKS[name])
+        la.fit((read.append(batch) or batch for batch in train_loader()), landmarks=landmarks)
     assert len(read) <= 1
     before.check()
 
@@ -341,11 +302,11 @@ def test_use_before_a_fit_raises_an_attribute_error_as_in_the_host(name):
         assert la.model.calls == 0
 
 
-@pytest.mark.parametrize("value", [1e39, 1e-50])
-def test_numbers_that_float32_cannot_hold(value):
+def test_numbers_that_float32_cannot_hold():
     la = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
-    with pytest.raises(ValueError, match="prior_precision"):
-        la.prior_precision = value
+    for value in (1e39, 1e-50):
+        with pytest.raises(ValueError, match="prior_precision"):
+            la.prior_precision = value
     assert la.prior_precision == 1
 
 

@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import laplace
 import pytest
@@ -192,15 +193,13 @@ def test_a_backend_instance_gives_its_class_and_options():
 
 
 class Scaled(NystromGGN):
-    """A backend with an argument of its own."""
-
     def __init__(self, *args, factor=1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.factor = factor
 
 
 @pytest.mark.parametrize("again", REBUILT)
-def test_a_backend_with_arguments_of_its_own(again):
+def test_a_backend_with_an_argument_of_its_own(again):
     new = REBUILT[again](build(backend=Scaled, backend_kwargs={"factor": 2.0, "chunk_size": 3}))
     assert type(new.backend) is Scaled
     assert (new.backend.factor, new.backend.engine.chunk_size) == (2.0, 3)
@@ -287,22 +286,20 @@ def test_a_process_group_is_shared_by_copies_and_refused_by_pickle():
 
 
 def test_a_copy_waits_until_another_thread_has_put_the_weights_back():
-    la, found = fitted(model=Waiting()), []
+    la = fitted(model=Waiting())
     la.model.stop()
-    predicting = threading.Thread(target=lambda: la(X))
-    copying = threading.Thread(target=lambda: found.append(copy.deepcopy(la)))
-    predicting.start()
-    assert la.model.inside.wait(30)
-    copying.start()
-    copying.join(0.2)
-    assert not found
-    la.model.go_on.set()
-    predicting.join(), copying.join()
-    assert all(isinstance(p, nn.Parameter) for p in found[0].model.parameters())
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(la, X)
+        assert la.model.inside.wait(30)
+        copied = pool.submit(copy.deepcopy, la)
+        wait([copied], 0.2)
+        assert not copied.done()
+        la.model.go_on.set()
+        assert all(isinstance(p, nn.Parameter) for p in copied.result().model.parameters())
 
 
 class Named(ELLALaplace):
-    """With arguments of its own, and a fit and a call of its own."""
+    """With an argument, a fit and a call of its own."""
 
     _key = ("all", "named")
 

@@ -8,11 +8,10 @@ from itertools import product
 import oracle
 import pytest
 import torch
-from conftest import LIKELIHOODS, MODELS, B, C, K, M, N, Problem, assert_close, make_problem
+from conftest import LIKELIHOODS, MODELS, C, K, M, N, Problem, assert_close, make_problem
 from laplace.curvature import AsdlGGN, BackPackGGN, CurvlinopsGGN
 
 from laplace_ella import ELLALaplace
-from laplace_ella.network.features import Chunks, forward_features, reverse_features
 from laplace_ella.network.functional import FunctionalModel
 from laplace_ella.network.gradients import asdl_rows, backpack_rows, gradient_rows
 from laplace_ella.network.safety import safely
@@ -99,16 +98,6 @@ def test_basis(case):
     assert basis.n_landmarks == M
     assert basis.retained == pytest.approx(float(case.eigenvalues.sum() / case.trace), rel=1e-9)
     assert_close(oracle.dense(basis.directions), case.V)
-
-
-@pytest.mark.parametrize("chunks", [Chunks(1, 1), Chunks(2, 3), Chunks(B, K), Chunks(100, 100)])
-@pytest.mark.parametrize("project", [forward_features, reverse_features])
-def test_features_do_not_depend_on_mode_or_chunks(case, project, chunks):
-    function = FunctionalModel(case.problem.model)
-    directions, x = case.la.basis.directions, case.problem.x_test
-    phi, f = safely(function.module, lambda: project(function, function.weights(), directions, x, chunks))
-    assert_close(phi, case.phi, name="phi")
-    assert_close(f, case.f, name="f")
 
 
 def test_curvature_and_posterior(case):

@@ -137,17 +137,6 @@ def test_scaling_the_covariance_is_scaling_temperature_and_prior(small_problem, 
     assert_close(all_covariances(scaled, x), c * all_covariances(la, x))
 
 
-def test_one_eigendecomposition_gives_all_variances(small_problem):
-    la, x = fit(small_problem), small_problem.x_test
-    phi, _ = la.features(x)
-    g, Q = torch.linalg.eigh(la.H)
-    for delta, T in ((0.6, 1.3), (40.0, 0.2), (1e-3, 300.0)):
-        la.prior_precision, la.temperature = delta, T
-        h = 1 / (small_problem.sigma_noise**2 * T)
-        variances = ((phi @ Q).square() / (h * g + delta)).sum(-1)
-        assert_close(all_covariances(la, x).diagonal().reshape(B, C), variances)
-
-
 def test_variance_vanishes_for_gradients_orthogonal_to_the_span(dtype):
     x = torch.zeros(N, 5, dtype=dtype)
     x[:, :2] = torch.randn(N, 2, dtype=dtype)

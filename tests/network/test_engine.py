@@ -5,22 +5,25 @@ from __future__ import annotations
 import ctypes
 import platform
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_close
 from helpers import C, M, N, build, fitted, inputs, loader, reference_features, targets, train_loader
 from models import Applied
+from parts import Endless
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 import laplace_ella
 from laplace_ella import NystromGGN, ReverseNystromGGN
 from laplace_ella.network.features import FEATURES, SHARED_WEIGHTS, pulled_cotangents, reverse_is_cheaper
 from laplace_ella.network.functional import FunctionalModel
 from laplace_ella.network.gradients import gradient_rows
-from laplace_ella.network.memory import Chunks, OutOfMemory, with_smaller_chunks
+from laplace_ella.network.memory import Chunks, OutOfMemory
 from laplace_ella.network.rewriting import RewrittenModel, find_rewrites
 from laplace_ella.network.safety import safely
 from laplace_ella.nystrom import gram
@@ -242,6 +245,7 @@ def test_out_of_memory_halves_the_chunks_with_one_warning(monkeypatch):
         phi, _ = la.features(X)
     assert len(record) == 1
     assert_close(phi, expected)
+    assert [(c.inputs, c.directions) for c in tried[:6]] == [(7, 5), (4, 5), (2, 5), (1, 5), (1, 3), (1, 3)]
     n_tried = len(tried)
     la.features(X)  # what fits is remembered
     assert len(tried) == n_tried + 1
@@ -256,30 +260,20 @@ def test_where_a_single_row_does_not_fit(monkeypatch):
 
 
 def test_out_of_memory_in_landmark_gradients():
-    class Limited(NystromGGN):
-        sizes: list[int] = []  # noqa: RUF012
+    sizes = []
 
+    class Limited(NystromGGN):
         @staticmethod
         def row_engine(model, weights, x, outputs):
-            Limited.sizes.append(len(outputs))
+            sizes.append(len(outputs))
             if len(outputs) > 2:
                 raise OutOfMemory("no room")
             return gradient_rows(model, weights, x, outputs)
 
     with pytest.warns(UserWarning, match="ran out of memory"):
         la = fitted(backend=Limited)
-    assert max(Limited.sizes) == M
+    assert max(sizes) == M
     assert_close(la.H, fitted().H)
-
-
-def test_chunks_are_halved_rows_first():
-    sizes = []
-    chunks = Chunks(5, 3)
-    while chunks is not None:
-        sizes.append((chunks.inputs, chunks.directions))
-        chunks = chunks.halved()
-    assert sizes == [(5, 3), (3, 3), (2, 3), (1, 3), (1, 2), (1, 1)]
-    assert with_smaller_chunks(lambda c: c, Chunks(2, 2), torch.device("cpu"), lambda c: 0)[1] == Chunks(2, 2)
 
 
 @pytest.mark.parametrize("budget", [1, 3000, 10**12, 1e-9, 0.5, 1.0, None])
@@ -314,16 +308,10 @@ def test_views_and_results_in_place_take_no_memory():
 
 
 def test_malloc_thresholds_are_raised_where_there_are_any(monkeypatch):
-    glibc = platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
     calls = []
-    if glibc:
-
-        class Library:
-            def mallopt(self, *arguments):
-                calls.append(arguments)
-                return 1
-
-        monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        library = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments) or 1)
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
         assert "2^30" in laplace_ella.raise_malloc_thresholds()
         assert calls == [(-3, 2**30), (-1, 2**31 - 1)]
     monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1"))
@@ -354,12 +342,7 @@ def test_a_plan_knows_blocks_and_unknown_sizes():
     assert blocks.stages[1].forwards > 2 * kept.stages[1].forwards
     assert "blocks" in str(blocks)
 
-    class Endless:
-        def __iter__(self):
-            while True:
-                yield next(iter(train_loader()))
-
-    unknown = build(curvature_size=100).plan(Endless(), verbose=False)
+    unknown = build(curvature_size=100).plan(DataLoader(Endless(), 5), verbose=False)
     assert unknown.n_data is None
     assert unknown.n_curvature == 100
     assert "N=unknown" in str(unknown)
@@ -371,13 +354,8 @@ def test_a_plan_refuses_what_it_would_use_up():
 
 
 def test_the_plan_counts_the_gradients_that_are_computed(monkeypatch):
-    counted = []
-    original = gram.RowSource.__call__
-
-    def count(self, indices, *arguments, **options):
-        counted.append(len(indices))
-        return original(self, indices, *arguments, **options)
-
+    counted, original = [], gram.RowSource.__call__
+    count = lambda self, i, *rest, **options: counted.append(len(i)) or original(self, i, *rest, **options)  # noqa: E731
     monkeypatch.setattr(gram.RowSource, "__call__", count)
     la = build(memory_budget=4000)
     plan = la.plan(train_loader(), verbose=False)

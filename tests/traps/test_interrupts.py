@@ -112,20 +112,14 @@ def check(la: Any, name: str, lost: list[Any], most: int, lines: tuple[str, ...]
     assert torch.equal(la.H, expected.H), "and fits"
 
 
-@pytest.mark.parametrize(
-    ("name", "lines", "most"),
-    [
-        ("forward", (), 150),
-        ("forward", CRITICAL, 1000),
-        ("last layer", (), 100),
-        ("prediction", (), 150),
-        ("prediction", CRITICAL, 150),
-        ("prediction with a graph", (), 60),
-        ("gradient rows", (), 60),
-        ("fit", (), 20),
-        ("fit", CRITICAL, 20),
-    ],
-)
+ANYWHERE = {"forward": 150, "last layer": 100, "prediction": 150, "prediction with a graph": 60}
+ANYWHERE |= {"gradient rows": 60, "fit": 20}
+AT_LINES = {"forward": 1000, "prediction": 150, "fit": 20}
+TRIED = [*((name, (), most) for name, most in ANYWHERE.items())]
+TRIED += [(name, CRITICAL, most) for name, most in AT_LINES.items()]
+
+
+@pytest.mark.parametrize(("name", "lines", "most"), TRIED)
 def test_ctrl_c_anywhere_leaves_all_as_it_was(name, lines, most, lost):
     la = new(Storing(), enable_backprop=name == "prediction with a graph")
     check(la, name, lost, most, lines, ctrl_c)

@@ -52,7 +52,7 @@ class Pooled(nn.Module):
 
 
 class TokenClassifier(nn.Module):
-    """What BertForTokenClassification is, in small: outputs (B, L, C), padding among the tokens."""
+    """What BertForTokenClassification is, in small."""
 
     def __init__(self):
         super().__init__()

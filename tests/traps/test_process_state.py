@@ -165,15 +165,13 @@ def test_a_half_default_dtype_leaves_quasi_random_points_finite():
             assert torch.equal(quasi_normal(16, 3, 5), expected)
 
 
-# ---------------------------------------------------------------------- no constructor leaves it to the process
-
 # What makes a tensor of nothing, or of numbers of Python's.
 MADE = {"zeros", "ones", "empty", "full", "eye", "arange", "linspace", "logspace", "range", "empty_strided"}
 MADE |= {"tensor", "as_tensor", "asarray", "scalar_tensor", "rand", "randn", "randint", "randperm"}
 # Functions and methods that draw from the global generator where none is given.
 DRAWN = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
-DRAWING_METHODS = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
-DRAWING_METHODS |= {"cauchy_", "geometric_", "log_normal_"}
+METHODS = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
+METHODS |= {"cauchy_", "geometric_", "log_normal_"}
 NEVER = {"Tensor", "FloatTensor", "DoubleTensor", "LongTensor", "rand_like", "randn_like", "randint_like"}
 NEVER |= {"set_default_dtype", "set_default_device", "set_default_tensor_type", "manual_seed", "seed"}
 
@@ -189,7 +187,7 @@ def faults(source: str) -> list[str]:
         missing = set()
         if of_torch and name in MADE:
             missing |= {"dtype", "device"} - keywords
-        if (of_torch and name in DRAWN) or name in DRAWING_METHODS:
+        if (of_torch and name in DRAWN) or name in METHODS:
             missing |= {"generator"} - keywords
         if of_torch and name in NEVER:
             missing |= {"another function"}
