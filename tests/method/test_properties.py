@@ -115,6 +115,16 @@ def test_sampled_curvature_is_unbiased(small_problem):
     assert (error.abs() / standard_error).max() < 4.5
 
 
+@pytest.mark.parametrize("name", ["classification", "regression", "bernoulli"])
+def test_gradients_at_sampled_labels_have_the_curvature_as_second_moment(name):
+    n, f = 40_000, torch.randn(2, C, dtype=F64)
+    gradients = LIKELIHOODS[name].sampled_gradients(f, torch.rand(2, n, C, dtype=F64))
+    for row, g in zip(f, gradients):
+        p, products = row.sigmoid(), g[:, :, None] * g[:, None]
+        expected = torch.diag(p * (1 - p)) if name == "bernoulli" else oracle.output_hessian(row, name)
+        assert ((products.mean(0) - expected).abs() <= 5 * products.std(0) / n**0.5 + 1e-12).all()
+
+
 def test_neither_batch_size_nor_the_order_of_data_and_landmarks_matters(small_problem):
     p, order, of_landmarks = small_problem, torch.randperm(N), torch.randperm(M)
     la, (x, outputs) = fit(p), p.landmarks
