@@ -245,9 +245,9 @@ def test_out_of_memory_halves_the_chunks_with_one_warning(monkeypatch):
         phi, _ = la.features(X)
     assert len(record) == 1
     assert_close(phi, expected)
-    rows, directions = zip(*((c.inputs, c.directions) for c in tried))
-    assert directions[rows.index(2)] == 5  # rows are halved first
-    assert (rows[-1], directions[-1]) == (1, 3)
+    n_inputs, n_directions = zip(*((c.inputs, c.directions) for c in tried))
+    assert n_directions[n_inputs.index(2)] == 5  # inputs are halved first
+    assert (n_inputs[-1], n_directions[-1]) == (1, 3)
     n_tried = len(tried)
     la.features(X)  # what fits is remembered
     assert len(tried) == n_tried + 1
