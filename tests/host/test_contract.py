@@ -89,7 +89,10 @@ def test_nn_samples_are_outputs_at_weight_samples():
     la = fitted("regression")
     weights, model = la.sample(3, generator()), mlp()
     assert weights.shape == (3, P)
-    for w, f in zip(weights, la.functional_samples(X, "nn", 3, generator=generator()), strict=True):
+    samples = la.functional_samples(X, "nn", 3, generator=generator())
+    moments = la(X, "nn", link_approx="mc", n_samples=3, generator=generator())
+    torch.testing.assert_close(moments, (samples.mean(0), samples.var(0)))
+    for w, f in zip(weights, samples, strict=True):
         nn.utils.vector_to_parameters(w, model.parameters())
         torch.testing.assert_close(f, model(X).detach())
 
