@@ -115,12 +115,23 @@ class Snapshot:
 
     def _values(self):
         la = self.la
-        tensors = (la.H, la.loss, la.mean, la.prior_precision, la.sigma_noise, la.basis.eigenvalues)
+        tensors = (
+            la.H,
+            la.loss,
+            la.mean,
+            la.prior_precision,
+            la.prior_mean,
+            la.sigma_noise,
+            la.basis.eigenvalues,
+        )
         return [t.clone() for t in map(torch.as_tensor, tensors)], (
             la.n_data,
             la.n_outputs,
             la.temperature,
             la.temperature_fixed,
+            la.logit_scale,
+            la.residual,
+            la.residual_scale,
             la.subsample_size,
             la.n_eigenvalues,
             la.seed,

@@ -202,6 +202,11 @@ class DictModel(nn.Module):
         return SimpleNamespace(logits=self.head(mean.tanh()))
 
 
+def weighted(net: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """Apply weights that all inputs share."""
+    return net({**batch, "attention_mask": batch["attention_mask"] * batch["weights"]})
+
+
 class Checkpointed(nn.Module):
     """Recomputes its block in the backward pass, unless ``use_reentrant`` is None.
 
