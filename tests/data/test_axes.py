@@ -1,7 +1,5 @@
 """Which axis is which: entries that all rows share, classes beside positions, models that lose the axis of one row."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import C, H, N, build, fitted, targets
@@ -10,9 +8,6 @@ from parts import check, draws, pairs
 from torch import nn
 
 F64 = torch.float64
-
-
-# ---------------------------------------------------------------------- axes that fit by chance
 
 
 class Positioned(nn.Module):
@@ -80,9 +75,6 @@ def test_targets_tell_which_axis_holds_the_classes():
         with pytest.warns(UserWarning, match=r"\(4, 3, 3\).*last axis.*classes") as said:
             build(model=Channels(last)).fit(sequences(C, C))
         assert len([w for w in said if "last axis" in str(w.message)]) == 1
-
-
-# ---------------------------------------------------------------------- models that squeeze
 
 
 class Squeezes(nn.Module):

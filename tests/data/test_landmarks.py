@@ -1,7 +1,5 @@
 """Which inputs and outputs become landmarks, and which inputs the curvature: samples by hash, in one pass."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 
@@ -20,11 +18,11 @@ from laplace_ella.posterior.likelihoods import LIKELIHOODS
 F64 = torch.float64
 
 
-def keys_of(seed: int, n: int = N) -> torch.Tensor:
+def keys_of(seed, n=N):
     return hash_keys(seed, LANDMARK_INPUT, torch.arange(n))
 
 
-def offered(capacity: int, keys: torch.Tensor, groups, batch: int) -> BottomK:
+def offered(capacity, keys, groups, batch):
     """Stream positions 0, 1, ... in batches; each row is its own position."""
     sample = BottomK(capacity)
     for positions in torch.arange(len(keys)).split(batch):
@@ -33,7 +31,7 @@ def offered(capacity: int, keys: torch.Tensor, groups, batch: int) -> BottomK:
     return sample
 
 
-def water_filling(keys: torch.Tensor, groups: list[int], capacity: int) -> list[int]:
+def water_filling(keys, groups, capacity):
     """Offline: give every group one place in turn, lowest label first, while it has rows left."""
     order = keys.argsort().tolist()
     queues = [[i for i in order if groups[i] == g] for g in sorted(set(groups))]
@@ -88,7 +86,7 @@ def test_keys_are_distinct_nonnegative_and_differ_by_seed_and_purpose():
     assert (bits.double().mean(0) - 0.5).abs().max() < 5 * 0.5 / len(positions) ** 0.5
 
 
-def drawn(n, m, scheme=uniform, n_curvature=0, seed=0) -> tuple[list[tuple[int, int]], Scan]:
+def drawn(n, m, scheme=uniform, n_curvature=0, seed=0):
     """Scan n inputs, each of which is its own number, with the labels 0, 1, 2, 0, ..."""
     x, y = torch.arange(n, dtype=F64)[:, None], torch.arange(n) % C
     found, data = Scan(BottomK(m), BottomK(n_curvature)), list(zip(x.split(50), y.split(50)))
@@ -124,10 +122,7 @@ def test_inputs_are_distinct_while_there_are_enough_then_pairs_are_and_outputs_a
     assert max(of_classes.values()) - min(of_classes.values()) <= 1
 
 
-# ---------------------------------------------------------------------------- in a fit
-
-
-def fit(p, landmarks=None, batch=5, **options) -> ELLALaplace:
+def fit(p, landmarks=None, batch=5, **options):
     la = ELLALaplace(p.model, **p.options(**{"n_eigenvalues": K, "curvature_size": None, **options}))
     la.fit(p.loader(batch), landmarks=landmarks)
     return la

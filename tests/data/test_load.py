@@ -1,7 +1,5 @@
 """Many fits and predictions in one process, and many threads at once: nothing is left behind, nothing changes."""
 
-from __future__ import annotations
-
 import gc
 import os
 import threading
@@ -172,9 +170,6 @@ def test_a_fit_that_fails_leaves_nothing_behind():
     for _ in range(20):
         failures()
     assert held([model]) == before
-
-
-# ---------------------------------------------------------------------------- threads
 
 
 def calls(la, x, i):

@@ -1,7 +1,5 @@
 """Parts of the data: the first inputs, a sample of more data, loaders of every kind."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 from itertools import cycle
@@ -9,18 +7,7 @@ from itertools import cycle
 import pytest
 import torch
 from conftest import assert_close
-from helpers import (
-    C,
-    DictModel,
-    N,
-    as_tuple,
-    assert_same,
-    build,
-    dict_batches,
-    fitted,
-    inputs,
-    targets,
-)
+from helpers import C, DictModel, N, as_tuple, assert_same, build, dict_batches, fitted, inputs, targets
 from parts import (
     KINDS,
     QUIET,
@@ -166,8 +153,6 @@ def test_a_bad_number_of_inputs_is_refused(name, n):
     la = fitted()
     refused(la, lambda: la.fit(Untouchable(), **{name: n}), name)
 
-
-# ---------------------------------------------------------------------------- loaders of every kind
 
 LOADERS = {
     "iterable data set, workers": lambda n, seed: DataLoader(Lines(n, seed), batch_size=SIZE, num_workers=2),

@@ -1,7 +1,5 @@
 """Inputs are cut into rows; that rows are what they seem to be is verified on the model."""
 
-from __future__ import annotations
-
 import warnings
 from collections import UserDict, namedtuple
 
@@ -24,9 +22,6 @@ Pair = namedtuple("Pair", ["left", "right"])
 class Graph:
     def __init__(self, adjacency):
         self.adjacency = adjacency
-
-
-# ---------------------------------------------------------------------- containers in a mapping
 
 
 CONTAINERS = {
@@ -140,9 +135,6 @@ def test_a_forward_pass_gets_a_fresh_mapping_of_the_users_type_with_entries_of_a
     assert torch.equal(batches[0]["x"], x[:6])
 
 
-# ---------------------------------------------------------------------- dtypes of inputs
-
-
 def test_inputs_keep_the_precision_they_come_with():
     """Unix seconds, whose differences float32 cannot tell."""
     seconds = (1.7e9 + torch.arange(24, dtype=F64))[:, None]
@@ -163,9 +155,6 @@ def test_inputs_are_converted_only_where_the_model_fails_without_it():
         la.fit(batches)
     assert len(said) == 1
     torch.testing.assert_close(la(inputs(3)), la(inputs(3).float()))  # without another warning
-
-
-# ---------------------------------------------------------------------- what cannot be used
 
 
 def test_sequences_packed_inside_the_model_work():

@@ -1,7 +1,5 @@
 """Fits that are put together and taken apart: a basis that is given, data that are added, merged and forgotten."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from itertools import cycle
@@ -9,17 +7,7 @@ from itertools import cycle
 import pytest
 import torch
 from conftest import assert_close
-from helpers import (
-    C,
-    D,
-    N,
-    Snapshot,
-    build,
-    fitted,
-    inputs,
-    mlp,
-    targets,
-)
+from helpers import C, D, N, Snapshot, build, fitted, inputs, mlp, targets
 from parts import (
     KINDS,
     QUIET,
@@ -256,9 +244,6 @@ def test_forgetting_in_low_precision(dtype):
     assert (la.H - kept.H).norm() < tolerance * la.state_dict()["largest_sums"][0]
     assert torch.linalg.eigvalsh(la.H)[0] > -1e-12 * la.state_dict()["largest_sums"][0]
     assert la(x[:3]).isfinite().all()
-
-
-# ---------------------------------------------------------------------------- what is refused
 
 
 FLOATS = [(x.float(), y) for x, y in la_data()]

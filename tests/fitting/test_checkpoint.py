@@ -1,7 +1,5 @@
 """Checkpoints: what is stored, what comes back, and what is refused."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 
 import laplace

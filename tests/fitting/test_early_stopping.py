@@ -1,14 +1,12 @@
 """``fit(val_loader=...)``: the paper's early stopping, which is a temperature and a prior."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
 import oracle
 import pytest
 import torch
-from conftest import C, K, Problem, assert_close, make_problem
+from conftest import C, K, assert_close, make_problem
 from helpers import nll_of_calls
 from models import Counting
 
@@ -20,7 +18,7 @@ DELTA = 0.6
 N_VAL, VAL_BATCH = 17, 5
 
 
-def validation(problem: Problem, y: torch.Tensor | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def validation(problem, y=None):
     generator = torch.Generator().manual_seed(11)
     x = torch.randn(N_VAL, 2, generator=generator, dtype=F64)
     if y is None and problem.likelihood == "regression":
@@ -30,12 +28,12 @@ def validation(problem: Problem, y: torch.Tensor | None = None) -> list[tuple[to
     return list(zip(x.split(VAL_BATCH), y.split(VAL_BATCH)))
 
 
-def build(problem: Problem, **options) -> ELLALaplace:
+def build(problem, **options):
     options = {"n_eigenvalues": K, "temperature": None, "prior_precision": DELTA, **options}
     return ELLALaplace(problem.model, **problem.options(**options))
 
 
-def fit(problem: Problem, val=None, *, val_steps=1, link_approx="probit", **options) -> ELLALaplace:
+def fit(problem, val=None, *, val_steps=1, link_approx="probit", **options):
     la = build(problem, **options)
     la.fit(
         problem.loader(),
@@ -47,12 +45,12 @@ def fit(problem: Problem, val=None, *, val_steps=1, link_approx="probit", **opti
     return la
 
 
-def chosen(la: ELLALaplace) -> int:
+def chosen(la):
     scores = la.fit_history_["val_nll"]
     return int(la.fit_history_["processed_examples"][scores.index(min(scores))])
 
 
-def naive_scores(la: ELLALaplace, problem: Problem, val, **options) -> dict[int, float]:
+def naive_scores(la, problem, val, **options):
     """Score G_n + (n/N) delta I, for every snapshot, by calls; on an estimator of its own."""
     other = fit(problem, curvature_size=la.curvature_size)
     scores = {}
@@ -153,9 +151,6 @@ def test_a_fit_without_validation_chooses_nothing(small_problem):
     assert la.fit_history_["val_nll"] == []
 
 
-# ---------------------------------------------------------------------------- cost
-
-
 def test_validation_data_are_read_and_passed_through_the_model_once(small_problem):
     calls = []
     for val in ([], validation(small_problem)):
@@ -167,9 +162,6 @@ def test_validation_data_are_read_and_passed_through_the_model_once(small_proble
             calls.append(model.calls)
     # Whatever the number of snapshots.
     assert calls[0] == calls[1] < calls[2] == calls[3]
-
-
-# ---------------------------------------------------------------------------- errors
 
 
 def test_adding_data_records_the_score_of_the_whole_and_chooses_nothing(small_problem):

@@ -1,7 +1,5 @@
 """The files of a fit in progress: how they are written, and which are refused."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import random
@@ -32,8 +30,6 @@ def expected():
     return fitted(model=Watched(), data=batches())
 
 
-# ---------------------------------------------------------------------------- wrong orders
-
 WRONG_ORDERS = {
     "reversed": lambda data: data[::-1],
     "last batch": lambda data: [*data[:2], data[3], data[2], *data[4:]],
@@ -62,9 +58,6 @@ def test_other_data_are_refused_when_all_have_been_read(tmp_path):
     all_files(tmp_path / "fit")
     for data in (batches()[::-1], []):
         refused(build(model=Watched()), data, tmp_path / "fit", "order")
-
-
-# ---------------------------------------------------------------------------- files that do not fit
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -223,9 +216,6 @@ def test_added_data_do_not_go_with_another_fit_before(tmp_path):
     interrupt(la, batches(seed=50), tmp_path / "fit", override=False)
     for other in (fitted(model=Watched(), data=batches(seed=60)), build(model=Watched())):
         refused(other, batches(seed=50), tmp_path / "fit", "fitted before|override", override=False)
-
-
-# ---------------------------------------------------------------------------- writing
 
 
 def test_files_reach_the_disk_before_they_get_their_names(tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """Ctrl-C leaves the old fit or the new one; after ``kill -9`` at any moment the same call goes on."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -28,7 +26,6 @@ X = inputs(11, seed=7)
 
 pytestmark = pytest.mark.filterwarnings("ignore:curvature='mc' estimates G")
 
-# ---------------------------------------------------------------------------- Ctrl-C
 
 INTERRUPTED = {
     "sample": {},
@@ -150,8 +147,6 @@ def test_another_error_in_the_curvature_keeps_nothing(tmp_path):
     interrupt(la, Ending(batches(), N_BATCHES + 2), tmp_path / "fit", OSError)
     untouched.check()
 
-
-# ---------------------------------------------------------------------------- processes that are killed
 
 # The system ends a process, or interrupts it, when it has computed for so long: also while it writes.
 PROGRAM = """

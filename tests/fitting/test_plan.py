@@ -1,24 +1,11 @@
 """The plan's seconds: those of chunks that were run, on a clock that the model itself moves."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    C,
-    D,
-    N,
-    Snapshot,
-    build,
-    fitted,
-    inputs,
-    loader,
-    targets,
-    train_loader,
-)
+from helpers import C, D, N, Snapshot, build, fitted, inputs, loader, targets, train_loader
 from torch import nn
 
 from laplace_ella.fitting import rehearsal

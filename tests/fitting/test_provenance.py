@@ -1,7 +1,5 @@
 """Where a basis and a saved estimator come from: of another model or damaged, they are refused by name."""
 
-from __future__ import annotations
-
 import copy
 import random
 from dataclasses import replace
@@ -31,9 +29,6 @@ X = inputs(7, seed=7)
 def saved(state, path):
     torch.save(state, path / "la.pt")
     return torch.load(path / "la.pt", weights_only=True, map_location="cpu")
-
-
-# ---------------------------------------------------------------------------- a basis
 
 
 def test_the_basis_of_a_model_with_other_weights_is_refused():
@@ -74,9 +69,6 @@ def test_a_basis_keeps_the_mark_of_its_model(tmp_path):
     assert la.basis.of_model == mark
 
 
-# ---------------------------------------------------------------------------- copies
-
-
 def tensors(value):
     if isinstance(value, torch.Tensor):
         yield value
@@ -115,8 +107,6 @@ def test_a_state_shares_no_memory_with_the_estimator_saved_or_restored(direction
     for a, b in zip(tensors(state), tensors(before), strict=True):
         assert torch.equal(a, b)
 
-
-# ---------------------------------------------------------------------------- damage
 
 WRONG_VALUES = (
     "x",
@@ -283,9 +273,6 @@ def test_a_flipped_bit_in_a_file_is_found_or_changes_nothing(directions, tmp_pat
         assert found_plain == plain
         assert_same(found, expected)
     assert refused > 5
-
-
-# ---------------------------------------------------------------------------- what still loads
 
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])

@@ -1,7 +1,5 @@
 """A fit that is interrupted and started again ends as if nothing had happened, to the bit."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -163,8 +161,6 @@ def test_inputs_of_other_kinds(kind, size, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------- random numbers
-
 DATA = TensorDataset(inputs(N_DATA), targets("classification"))
 
 
@@ -240,9 +236,6 @@ def test_a_fit_leaves_the_global_generators_as_the_loader_does(tmp_path):
     assert len(set(states)) == 1
 
 
-# ---------------------------------------------------------------------------- data that are added
-
-
 @pytest.mark.parametrize("options", [{}, {"curvature_size": None}, MC])
 def test_added_data(options, tmp_path):
     """By a new estimator, or the same one, as in a notebook whose cell is run again: never added twice."""
@@ -267,9 +260,6 @@ def test_added_data(options, tmp_path):
         la = la if at % 8 else before()
         go_on(la, more, tmp_path / "fit", override=False)
         assert_equal_fits(la, expected, f"interrupted at call {at}")
-
-
-# ---------------------------------------------------------------------------- nothing is done twice
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -1,13 +1,10 @@
 """``curvature="mc"``: G from sampled labels, one backward pass each."""
 
-from __future__ import annotations
-
 import warnings
 
 import pytest
 import torch
 from conftest import K, Problem, assert_close, make_problem
-from torch import Tensor
 
 from laplace_ella import ELLALaplace
 
@@ -19,11 +16,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(params=LIKELIHOODS)
-def likelihood(request) -> str:
+def likelihood(request):
     return request.param
 
 
-def problem_of(likelihood: str, n: int | None = None) -> Problem:
+def problem_of(likelihood, n=None):
     p = make_problem("mlp", "classification" if likelihood == "classification" else "regression")
     y = (p.y > 0).double() if likelihood == "bernoulli" else p.y
     p = Problem("mlp", likelihood, p.model, p.x, y, p.x_test, p.landmarks, 1.0)
@@ -33,14 +30,14 @@ def problem_of(likelihood: str, n: int | None = None) -> Problem:
     return p
 
 
-def fit(problem: Problem, batch: int = 5, **options) -> ELLALaplace:
+def fit(problem, batch=5, **options):
     options = {"n_eigenvalues": K, **options}
     la = ELLALaplace(problem.model, **problem.options(**options))
     la.fit(problem.loader(batch), landmarks=problem.landmarks)
     return la
 
 
-def sampled(problem: Problem, seeds: int = SEEDS, **options) -> Tensor:
+def sampled(problem, seeds=SEEDS, **options):
     """G (seeds, K, K)."""
     return torch.stack([fit(problem, curvature="mc", seed=s, **options).H for s in range(seeds)])
 
@@ -101,9 +98,6 @@ def test_added_data_are_sampled_independently(likelihood):
         assert la.n_data == 2 * len(p.x)
         ratios.append((la.H - 2 * exact).norm() / first)
     assert float(torch.stack(ratios).square().mean().sqrt()) < 1.9
-
-
-# ---------------------------------------------------------------------------- warnings, errors
 
 
 @pytest.mark.filterwarnings("default")

@@ -17,8 +17,6 @@ After a change that is meant::
     python tests/host/test_unchanged.py --compare    prints the largest difference of each kind of number
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import math
@@ -29,7 +27,6 @@ from collections import defaultdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -49,25 +46,18 @@ TOLERANCE = 1e-12
 WITH_OTHER_TANGENTS = 1e-5
 # What else may be off by more, and by how much. L-BFGS stops where a simpler method's loss is flat, which rounding moves
 # (by 3e-9 between AVX2 and AVX512); its score is compared to 1e-12, and differences of scores are of smaller numbers.
-TOLERANCES = {
-    r"baseline .* values$": 1e-7,
-    r"baseline .* error$": 1e-8,
-    r"baseline .* difference$": 1e-10,
-}
-
-
-# ---------------------------------------------------------------------- numbers in files
+TOLERANCES = {r"baseline .* values$": 1e-7, r"baseline .* error$": 1e-8, r"baseline .* difference$": 1e-10}
 
 
 @cache
-def _directions(n: int) -> Tensor:
+def _directions(n):
     """Return three vectors (3, n) of norm 1 that depend on n alone."""
     draw = random.Random(n)
     found = torch.tensor([2 * draw.random() - 1 for _ in range(3 * n)], dtype=torch.float64).reshape(3, n)
     return found / found.norm(dim=1, keepdim=True)
 
 
-def packed(value: Any) -> Any:
+def packed(value):
     """Turn a value into what JSON holds; a large tensor into its largest entry, norm and projections."""
     if not isinstance(value, Tensor):
         return [packed(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -79,7 +69,7 @@ def packed(value: Any) -> Any:
     return {kind: flat.tolist()}
 
 
-def difference(actual: Any, expected: Any) -> float:
+def difference(actual, expected):
     """Return by how much packed values differ, relative to the largest entry; infinity if they are of other kinds."""
     if isinstance(expected, dict) and isinstance(actual, dict):
         (kind, values), (found, others) = *expected.items(), *actual.items()
@@ -95,17 +85,17 @@ def difference(actual: Any, expected: Any) -> float:
     return 0.0 if type(actual) is type(expected) and actual == expected else math.inf
 
 
-def _largest(values: list[float]) -> float:
+def _largest(values):
     return max((abs(v) for v in values), default=0.0)
 
 
-def tolerance(name: str, same_tangents: bool = True) -> float:
+def tolerance(name, same_tangents=True):
     own = [TOLERANCE, *(t for part, t in TOLERANCES.items() if re.search(part, name))]
     fitted_only = name.startswith(("fit ", "evidence ", "backends "))
     return max(own if same_tangents or fitted_only else [*own, WITH_OTHER_TANGENTS])
 
 
-def complaints(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def complaints(actual, expected):
     """Say which numbers are missing, new or different."""
     found = [f"{name}: missing" for name in expected.keys() - actual.keys()]
     found += [f"{name}: not known" for name in actual.keys() - expected.keys()]
@@ -117,12 +107,11 @@ def complaints(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return sorted(found)
 
 
-def read(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
-    return found
+def read(name):
+    return json.loads((FOLDER / f"{name}.json").read_text())
 
 
-def streams() -> list[Any]:
+def streams():
     """Return the beginnings of the random streams that samples and the Monte-Carlo link depend on."""
     normal = torch.randn(5, 7, generator=numbers.generator(), dtype=torch.float64)
     few = torch.randn(3, generator=numbers.generator(), dtype=torch.float64)
@@ -131,18 +120,15 @@ def streams() -> list[Any]:
     return [packed(normal), packed(few), int(seed), packed(points[1:])]
 
 
-def tangents() -> Any:
+def tangents():
     return torch.randn(40, generator=numbers.generator(), dtype=torch.float32).tolist()
 
 
-def streams_are_known() -> bool:
+def streams_are_known():
     return difference(streams(), read("streams")["streams"]) < 1e-14
 
 
-# ---------------------------------------------------------------------- signatures, attributes, states
-
-
-def signature(value: Any) -> str:
+def signature(value):
     """Return names, kinds and defaults of the parameters of a callable."""
     try:
         own = inspect.signature(value)
@@ -159,7 +145,7 @@ def signature(value: Any) -> str:
     return str(own.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
 
 
-def described(owner: type, name: str) -> str:
+def described(owner, name):
     value = inspect.getattr_static(owner, name)
     if isinstance(value, property):
         return "attribute that can be assigned" if value.fset else "attribute"
@@ -167,19 +153,19 @@ def described(owner: type, name: str) -> str:
     return kind + signature(getattr(owner, name)) if callable(getattr(owner, name)) else "attribute"
 
 
-def own_names(owner: type) -> list[str]:
+def own_names(owner):
     """Return the public names of a class that the package defines."""
     classes = [c for c in owner.__mro__ if c.__module__.startswith("laplace_ella")]
     return sorted({n for c in classes for n in vars(c) if n == "__call__" or not n.startswith("_")})
 
 
 @cache
-def fitted() -> Any:
+def fitted():
     return models.small_fitted()
 
 
 @cache
-def public_types() -> dict[str, type]:
+def public_types():
     """Return all classes that public names and public calls give."""
     la, val = fitted(), [(models.uniform(85, 9, 2), models.integers(86, 3, 9))]
     with models.quiet():
@@ -196,7 +182,7 @@ def public_types() -> dict[str, type]:
 OF_BACKENDS = ("support", "features", "jacobians", "full")
 
 
-def surface() -> dict[str, str]:
+def surface():
     """Return every public callable and attribute, with its signature."""
     found = {name: signature(getattr(laplace_ella, name)) for name in laplace_ella.__all__}
     for name, owner in public_types().items():
@@ -206,17 +192,17 @@ def surface() -> dict[str, str]:
     return found
 
 
-def public_attributes(value: Any) -> list[str]:
+def public_attributes(value):
     return sorted(name for name in dir(value) if not name.startswith("_"))
 
 
-def host_attributes() -> list[str]:
+def host_attributes():
     """Return the public names that laplace-torch defines, which differ from version to version."""
     hosts = [c for c in ELLALaplace.__mro__ if c.__module__.startswith("laplace.")]
     return sorted({name for c in hosts for name in vars(c) if not name.startswith("_")})
 
 
-def layout(value: Any) -> Any:
+def layout(value):
     """Return types and shapes of a state."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
@@ -227,7 +213,7 @@ def layout(value: Any) -> Any:
     return type(value).__name__
 
 
-def everything_about_the_surface() -> dict[str, Any]:
+def everything_about_the_surface():
     return {
         "signatures": surface(),
         "attributes": public_attributes(fitted()),
@@ -237,13 +223,10 @@ def everything_about_the_surface() -> dict[str, Any]:
     }
 
 
-def loaded(name: str) -> Any:
+def loaded(name):
     la = models.small()
     la.load_state_dict(torch.load(FOLDER / f"{name}.pt", weights_only=True))
     return la
-
-
-# ---------------------------------------------------------------------- tests
 
 
 def test_signatures():
@@ -284,7 +267,7 @@ def test_numbers(case):
     compare_numbers(numbers.numbers_of(case), read(case.name))
 
 
-def compare_numbers(values: numbers.Numbers, expected: dict[str, Any]) -> None:
+def compare_numbers(values, expected):
     actual = {k: packed(v) for k, v in values.items()}
     if not streams_are_known():
         assert version("torch") != read("streams")["torch"], "the streams of this version were others"
@@ -295,15 +278,12 @@ def compare_numbers(values: numbers.Numbers, expected: dict[str, Any]) -> None:
     assert not found, f"{len(found)} of {len(expected)} numbers\n" + "\n".join(found)
 
 
-# ---------------------------------------------------------------------- writing
-
-
-def write_json(name: str, values: dict[str, Any]) -> None:
+def write_json(name, values):
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in values.items()]
     (FOLDER / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def write_states() -> None:
+def write_states():
     """Save a state in each way, and what an estimator that loads it gives; files that are there stay as they are."""
     known = read("checkpoints") if (FOLDER / "checkpoints.json").exists() else {}
     for name in STATES:
@@ -317,7 +297,7 @@ def write_states() -> None:
     write_json("checkpoints", known)
 
 
-def write() -> None:
+def write():
     FOLDER.mkdir(exist_ok=True)
     write_states()
     write_json("surface", everything_about_the_surface())
@@ -326,9 +306,9 @@ def write() -> None:
         write_json(case.name, {k: packed(v) for k, v in numbers.numbers_of(case).items()})
 
 
-def compare() -> None:
+def compare():
     """Print the largest difference of each kind of number, from the largest on."""
-    largest: dict[str, tuple[float, str]] = defaultdict(lambda: (0.0, ""))
+    largest = defaultdict(lambda: (0.0, ""))
     for case in models.CASES:
         expected = read(case.name)
         for name, value in numbers.numbers_of(case).items():

@@ -1,14 +1,11 @@
 """All the numbers that an estimator gives, by public names."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
-from unchanged_models import N_VAL, B, Case, K, N, quiet, uniform
+from unchanged_models import N_VAL, B, K, N, quiet, uniform
 
 import laplace_ella
 
@@ -17,14 +14,14 @@ RESIDUALS = ("none", "isotropic", "exact")
 Numbers = dict[str, Any]
 
 
-def generator() -> torch.Generator:
+def generator():
     return torch.Generator().manual_seed(17)
 
 
-def numbers_of(c: Case) -> Numbers:
+def numbers_of(c):
     """Return everything by name. Names that start with "seeded" depend on torch's random streams too."""
     la = c.fitted()
-    found: Numbers = {}
+    found = {}
     parts = [of_fit, of_posterior, of_predictions, of_samples, of_evidence, of_prior_tuning, of_joint_tuning]
     parts += [of_early_stopping, of_more_data, of_novelty, of_backprop, of_backends, of_words]
     with quiet():
@@ -40,7 +37,7 @@ def numbers_of(c: Case) -> Numbers:
     return found
 
 
-def of_fit(c: Case, la: Any) -> Numbers:
+def of_fit(c, la):
     basis = la.basis
     phi, f = la.backend.jacobians(c.x())
     snapshots = {f"snapshot {n}": G for n, G in la.snapshots}
@@ -63,7 +60,7 @@ def of_fit(c: Case, la: Any) -> Numbers:
     }
 
 
-def of_posterior(c: Case, la: Any) -> Numbers:
+def of_posterior(c, la):
     phi, _ = la.backend.jacobians(c.x())
     return {
         "precision": la.posterior_precision,
@@ -80,15 +77,15 @@ def of_posterior(c: Case, la: Any) -> Numbers:
     }
 
 
-def residuals(la: Any) -> Iterator[str]:
+def residuals(la):
     """Give an estimator with a scalar prior every residual in turn."""
     for residual in RESIDUALS if la.prior_precision.numel() == 1 else ("none",):
         la.residual = residual
         yield residual
 
 
-def of_predictions(c: Case, la: Any) -> Numbers:
-    found: Numbers = {}
+def of_predictions(c, la):
+    found = {}
     for residual in residuals(la):
         if c.likelihood in ("regression", "reward_modeling"):
             for flags in ({}, {"joint": True}, {"diagonal_output": True}):
@@ -109,13 +106,13 @@ def of_predictions(c: Case, la: Any) -> Numbers:
     return {k: v for k, v in found.items() if isinstance(v, Tensor)}
 
 
-def links(c: Case) -> tuple[str, ...]:
+def links(c):
     """Return the links that a likelihood has."""
     return {"regression": (), "bernoulli": ("probit", "mc")}.get(c.likelihood, LINKS)
 
 
-def of_samples(c: Case, la: Any) -> Numbers:
-    found: Numbers = {}
+def of_samples(c, la):
+    found = {}
     for residual in residuals(la):
         own = {
             "weights": la.sample(3, generator=generator()),
@@ -135,7 +132,7 @@ def of_samples(c: Case, la: Any) -> Numbers:
         return {**found, "seeded of torch's own generator": la.sample(2)}
 
 
-def of_evidence(c: Case, la: Any) -> Numbers:
+def of_evidence(c, la):
     found = {
         "likelihood": la.log_likelihood,
         "scatter": la.scatter,
@@ -152,16 +149,16 @@ def of_evidence(c: Case, la: Any) -> Numbers:
     return {**found, "elsewhere": evidence, **{f"gradient {i}": g for i, g in enumerate(gradients)}}
 
 
-def as_tuple(prediction: Any) -> tuple[Tensor, ...]:
+def as_tuple(prediction):
     return prediction if isinstance(prediction, tuple) else (prediction,)
 
 
-def tuned(la: Any) -> list[float]:
+def tuned(la):
     return [float(la.temperature), float(la.sigma_noise), la.logit_scale, la.residual_scale]
 
 
-def of_prior_tuning(c: Case, la: Any) -> Numbers:
-    found: Numbers = {}
+def of_prior_tuning(c, la):
+    found = {}
     by_evidence = deepcopy(la)
     structure = {"conv_batchnorm": "layerwise", "partly_frozen": "diag"}.get(c.name, "scalar")
     by_evidence.optimize_prior_precision(n_steps=15, prior_structure=structure, init_prior_prec=0.8)
@@ -183,8 +180,8 @@ def of_prior_tuning(c: Case, la: Any) -> Numbers:
     return found
 
 
-def of_joint_tuning(c: Case, la: Any) -> Numbers:
-    found: Numbers = {}
+def of_joint_tuning(c, la):
+    found = {}
     val = c.batches(2, N_VAL)
     for link in ("probit", "mc") if c.name == "mlp" else ("probit",):
         other = deepcopy(la)
@@ -218,7 +215,7 @@ def of_joint_tuning(c: Case, la: Any) -> Numbers:
     return found
 
 
-def of_early_stopping(c: Case, la: Any) -> Numbers:
+def of_early_stopping(c, la):
     la = c.estimator(temperature=None)
     options = {k: v for k, v in c.fit.items() if k != "val_steps"}
     la.fit(c.batches(1, N), val_loader=c.batches(2, N_VAL), val_steps=2, **options)
@@ -232,13 +229,13 @@ def of_early_stopping(c: Case, la: Any) -> Numbers:
     }
 
 
-def of_more_data(c: Case, la: Any) -> Numbers:
+def of_more_data(c, la):
     """Return what override=False, merge, forget, basis=, max_samples and n_total give."""
 
-    def sums(la: Any) -> Numbers:
+    def sums(la):
         return {"H": la.H, "loss": la.loss, "counts": [la.n_data, la.n_predictions, la.n_curvature]}
 
-    found: Numbers = {}
+    found = {}
     added = deepcopy(la)
     added.fit(c.batches(3, 13), override=False)
     found |= {f"added {k}": v for k, v in sums(added).items()}
@@ -255,14 +252,14 @@ def of_more_data(c: Case, la: Any) -> Numbers:
     return {**found, **{f"of a sample {k}": v for k, v in sums(part).items()}}
 
 
-def of_novelty(c: Case, la: Any) -> Numbers:
+def of_novelty(c, la):
     if c.likelihood in ("regression", "reward_modeling"):
         return {"uncalibrated": la.novelty(c.x())}
     la.calibrate_novelty(c.batches(4, 3 * N))
     return {"seeded calibrated": la.novelty(c.x())}
 
 
-def of_backprop(c: Case, la: Any) -> Numbers:
+def of_backprop(c, la):
     """Return the gradients of predictions in the inputs."""
     x = c.x()
     if isinstance(x, dict):
@@ -273,14 +270,14 @@ def of_backprop(c: Case, la: Any) -> Numbers:
     return {"gradient": torch.autograd.grad(total, x)[0]}
 
 
-def of_backends(c: Case, la: Any) -> Numbers:
+def of_backends(c, la):
     """Return what the other ways to differentiate the model give."""
     if c.name != "mlp":
         return {}
     own = laplace_ella.ReverseNystromGGN, laplace_ella.BackPackNystromGGN, laplace_ella.AsdlNystromGGN
-    changes: list[dict[str, Any]] = [{"backend": backend} for backend in own]
+    changes = [{"backend": backend} for backend in own]
     changes += [{"autodiff": mode} for mode in ("forward", "double", "reverse")]
-    found: Numbers = {}
+    found = {}
     for change in changes:
         other = c.fitted(**change)
         name = " ".join(getattr(v, "__name__", v) for v in change.values())
@@ -288,7 +285,7 @@ def of_backends(c: Case, la: Any) -> Numbers:
     return found
 
 
-def of_words(c: Case, la: Any) -> Numbers:
+def of_words(c, la):
     plan = c.estimator(n_eigenvalues=K).plan(c.batches(1, N), verbose=False)
     counts = [plan.n_data, plan.n_outputs, plan.n_params, plan.n_landmarks, plan.rank, plan.n_curvature]
     return {
@@ -304,7 +301,7 @@ def of_words(c: Case, la: Any) -> Numbers:
     }
 
 
-def of_small(la: Any) -> Numbers:
+def of_small(la):
     """Return what a loaded state has to give."""
     x = uniform(84, 3, 2)
     return {

@@ -1,16 +1,12 @@
 """Ranks that disagree, fail, end or stay away: all of them stop with an error that says why, and none waits."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import C, N
-from processes import Outcome, outcome_of
+from processes import outcome_of
 from ranked import (
     F64,
     GRIDS,
@@ -29,7 +25,6 @@ from ranked import (
 from torch import Tensor, nn
 
 import laplace_ella
-from laplace_ella import ELLALaplace
 from laplace_ella.fitting import curvature
 from laplace_ella.nystrom import basis, gram
 from laplace_ella.nystrom import rows as row_source
@@ -45,9 +40,7 @@ def test_rank_error_is_exported():
     assert "RankError" in laplace_ella.__all__
 
 
-# ---------------------------------------------------------------------------- ranks that disagree
-
-DIFFERENT: dict[str, tuple[str, Case]] = {
+DIFFERENT = {
     "seed": ("seed", Case(options={"seed": 1})),
     "landmarks": ("subsample_size", Case(options={"subsample_size": 7})),
     "rank": ("n_eigenvalues", Case(options={"n_eigenvalues": 3})),
@@ -76,7 +69,7 @@ def test_what_differs_between_ranks_is_refused(two, name):
     assert all(asked <= 1 for _, asked in found)
 
 
-def fit_with_difference(name: str) -> tuple[Outcome, int]:
+def fit_with_difference(name):
     """The last rank differs."""
     differs = dist.get_rank() == dist.get_world_size() - 1
     case = DIFFERENT[name][1] if differs else Case(model="conv_batchnorm" if name == "buffer" else "mlp")
@@ -109,23 +102,20 @@ def test_calls_that_differ_are_told_apart(two):
         assert "a question" in outcome.text
 
 
-def call_differently() -> Outcome:
+def call_differently():
     group = ranks.ranks_of("default")
     if dist.get_rank() == 0:
         return outcome_of(group.total, torch.ones(3))
     return outcome_of(group.exchanged, ["two", "items"], "a question")
 
 
-# ---------------------------------------------------------------------------- ranks that fail
-
-
 class Broken:
     """Raises in a pass over the data, after a few batches."""
 
-    def __init__(self, batches: Any, after: int, error: BaseException, passes: int = 0) -> None:
+    def __init__(self, batches, after, error, passes=0):
         self.batches, self.after, self.error, self.passes = list(batches), after, error, passes
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self):
         self.passes -= 1
         for i, batch in enumerate(self.batches):
             if self.passes < 0 and i == self.after:
@@ -136,10 +126,10 @@ class Broken:
 class Shrinking:
     """Yields fewer batches at every pass."""
 
-    def __init__(self, batches: Any) -> None:
+    def __init__(self, batches):
         self.batches = [*batches]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self):
         found = list(self.batches)
         self.batches.pop()
         return iter(found)
@@ -148,31 +138,31 @@ class Shrinking:
 class Moody(nn.Module):
     """A network that can be told to fail, with a root that has no derivative at zero."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.net, self.scale, self.mood = Case().problem.model, nn.Parameter(torch.ones(C, dtype=F64)), ""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if self.mood == "raises":
             raise RuntimeError("out of order")
         root = (self.scale * x.square().sum(1, keepdim=True)).sqrt()
         return (self.net(x) + root) * (float("nan") if self.mood == "nan" else 1.0)
 
 
-def fire() -> ValueError:
+def fire():
     return ValueError("disk on fire")
 
 
-def with_mood(mood: str) -> Any:
-    def change(la: ELLALaplace, data: Any, arguments: dict[str, Any]) -> Any:
+def with_mood(mood):
+    def change(la, data, arguments):
         la.model.mood = mood
         return data
 
     return change
 
 
-def with_argument(name: str, make: Any) -> Any:
-    def change(la: ELLALaplace, data: Any, arguments: dict[str, Any]) -> Any:
+def with_argument(name, make):
+    def change(la, data, arguments):
         arguments[name] = make(data)
         return data
 
@@ -180,7 +170,7 @@ def with_argument(name: str, make: Any) -> Any:
 
 
 # The error and its text, and what a rank passes in place of its data.
-FAILURES: dict[str, tuple[str, str, Any]] = {
+FAILURES = {
     "first batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 0, fire())),
     "later batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 2, fire())),
     "second pass": ("ValueError", "disk", lambda la, data, args: Broken(data, 1, fire(), passes=1)),
@@ -226,7 +216,7 @@ def test_a_failing_rank_raises_its_error_and_the_others_say_so(two, name):
     assert_stopped([outcome for outcome, *_ in found], *FAILURES[name][:2])
 
 
-def fail_on_last_rank(name: str) -> tuple[Outcome, Any, Any, Any]:
+def fail_on_last_rank(name):
     case = Case(options={"curvature_size": None, "temperature": None})
     la, p = case.estimator(Moody()), case.problem
     data = batches(*case.shard((11, 12)), 3)
@@ -247,7 +237,7 @@ def test_an_exception_that_a_loader_raises_again_is_reported_again(two):
         assert_stopped(list(outcomes), "ValueError", "disk on fire")
 
 
-def fail_twice() -> list[Outcome]:
+def fail_twice():
     case, error = Case(options=SAMPLE), fire()
     la, data = case.estimator(), batches(*case.shard((11, 12)), 3)
     data = Broken(data, 1, error) if dist.get_rank() == 1 else data
@@ -262,15 +252,15 @@ def test_a_rank_that_fails_in_later_steps(two, name):
         assert_identical(before, after)
 
 
-def fail_later(name: str) -> tuple[Outcome, Any, Any]:
+def fail_later(name):
     case = Case(options={"temperature": 50.0 if name in ("nn grid", "loss") else None})
     la, x = case.fitted(), case.problem.x_test
     before = report(la, x)
-    val: Any = batches(*case.validation(), 3)
+    val = batches(*case.validation(), 3)
     if dist.get_rank() == 1 and name != "loss":
         val = Broken(val, 1, OSError("disk on fire"))
 
-    def loss(p: Tensor, y: Tensor) -> float:  # the first rank evaluates it for all
+    def loss(p, y):  # the first rank evaluates it for all
         if dist.get_rank() == 0:
             raise OSError("disk on fire")
         return miscalibration(p, y)
@@ -287,23 +277,20 @@ def fail_later(name: str) -> tuple[Outcome, Any, Any]:
     return outcome_of(steps[name]), before, report(la, x)
 
 
-# ---------------------------------------------------------------------------- errors between exchanges
-
-
 class Full(OSError):
     pass
 
 
-def failing(*args: Any, **kwargs: Any) -> Any:
+def failing(*args, **kwargs):
     raise Full("no space left")
 
 
-def interrupting(*args: Any, **kwargs: Any) -> Any:
+def interrupting(*args, **kwargs):
     raise KeyboardInterrupt("no space left")
 
 
 SHARED = {"shard_directions": True}
-PLACES: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
+PLACES = {
     "spilled rows": ({"memory_budget": 2000, "spill": "cpu"}, gram.Spill, "empty", failing),
     "eigenvectors": ({}, torch.linalg, "eigh", failing),
     "directions": ({}, basis, "_like", failing),
@@ -321,7 +308,7 @@ def test_an_error_anywhere_in_a_fit_stops_all_ranks(two, name):
     assert_stopped(two(fail_in, name), kind, "no space left")
 
 
-def fail_in(name: str) -> Outcome:
+def fail_in(name):
     options, place, attribute, replacement = PLACES[name]
     case = Case(options={**SAMPLE, **options})
     la = case.estimator()
@@ -336,7 +323,7 @@ def test_no_room_for_an_exchange_stops_all_ranks(two, what):
     assert_stopped(two(run_out_of_room, what), "MemoryError", "no room")
 
 
-def run_out_of_room(what: str) -> Outcome:
+def run_out_of_room(what):
     case = Case(options=SAMPLE)
     la = case.estimator()
     with pytest.MonkeyPatch.context() as patch:
@@ -347,19 +334,19 @@ def run_out_of_room(what: str) -> Outcome:
         return outcome_of(la.fit, loader(case.problem.x, case.problem.y))
 
 
-def refuse_room(patch: pytest.MonkeyPatch, what: str) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
+def refuse_room(patch, what):
+    def refuse(*args, **kwargs):
         raise MemoryError("no room")
 
     new_zeros, packed, exchange = Tensor.new_zeros, ranks._packed, ranks.Ranks._replaced
 
-    def zeros(self: Tensor, *size: int, **options: Any) -> Tensor:
+    def zeros(self, *size, **options):
         return refuse() if len(size) == 3 else new_zeros(self, *size, **options)
 
-    def pack(item: Any) -> Tensor:
+    def pack(item):
         return refuse() if item[0] == "a sum" and isinstance(item[1], Tensor) else packed(item)
 
-    def replaced(self: Any, values: Tensor, name: str, collective: Any) -> Tensor:
+    def replaced(self, values, name, collective):
         with pytest.MonkeyPatch.context() as inner:
             if name == {"large sum": "a sum", "broadcast": "a broadcast"}.get(what):
                 inner.setattr(Tensor, "clone", refuse)
@@ -378,7 +365,7 @@ def test_an_error_that_is_known_is_not_told_twice(two):
     assert_stopped(two(fail_in_nested_work), "Full", "no space left")
 
 
-def fail_in_nested_work() -> Outcome:
+def fail_in_nested_work():
     case = Case(options={"temperature": None})
     la = case.fitted(shard_directions=True)
     if dist.get_rank() == 1:
@@ -391,23 +378,20 @@ def test_features_that_are_not_finite_stop_the_first_prediction_of_all(two, name
     assert_stopped(two(predict_nan, name), "ValueError", "finite")
 
 
-def predict_nan(name: str) -> Outcome:
+def predict_nan(name):
     case = Case(options={"residual": "isotropic"} if "residual" in name else {})
     la = case.estimator(Moody(), shard_directions=True)
     la.fit(loader(case.problem.x + 0.1, case.problem.y))
     return outcome_of(la, torch.zeros(3, 2, dtype=F64) if dist.get_rank() else case.problem.x_test[:3])
 
 
-# ---------------------------------------------------------------------------- ranks that end
-
-
 class Deadly:
     """A loader in which the process ends, in a second pass."""
 
-    def __init__(self, batches: Any) -> None:
+    def __init__(self, batches):
         self.batches, self.passes = batches, 1
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self):
         self.passes -= 1
         for i, batch in enumerate(self.batches):
             if self.passes < 0 and i == 1:
@@ -424,12 +408,12 @@ def test_a_rank_that_ends_or_stays_away_does_not_leave_the_others_waiting(fresh,
         assert "timeout" in outcome.text
 
 
-def end_on_rank_1() -> None:
+def end_on_rank_1():
     case = Case(options={"curvature_size": None})
-    data: Any = batches(case.problem.x, case.problem.y)
+    data = batches(case.problem.x, case.problem.y)
     case.fitted(data=Deadly(data) if dist.get_rank() == 1 else data)
 
 
-def stay_away_on_rank_1() -> None:
+def stay_away_on_rank_1():
     if dist.get_rank() == 0:
         Case().fitted()

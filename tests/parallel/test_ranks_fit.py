@@ -1,9 +1,6 @@
 """Fits shared by the ranks of a process group, against one process on the whole data."""
 
-from __future__ import annotations
-
 from collections import UserDict
-from typing import Any
 
 import numpy as np
 import oracle
@@ -12,7 +9,7 @@ import test_positions
 import torch
 import torch.distributed as dist
 from conftest import C, K, M, N, assert_close
-from processes import Outcome, outcome_of
+from processes import outcome_of
 from ranked import (
     F64,
     FEW,
@@ -48,7 +45,7 @@ pytest_plugins = ("groups",)
 pytestmark = pytest.mark.filterwarnings(REDUCED, FEW)
 
 SAMPLE = {"curvature_size": 13}
-FITS: dict[str, Case] = {
+FITS = {
     "all inputs": Case(),
     "a sample of inputs": Case(options=SAMPLE),
     "a second pass": Case("regression", options={"curvature_size": None}),
@@ -122,7 +119,7 @@ def test_outputs_with_positions(two, likelihood):
     check(two(run_sequence, likelihood), run_sequence(likelihood))
 
 
-def run_sequence(likelihood: str) -> dict[str, Any]:
+def run_sequence(likelihood):
     case = test_positions.Case("sequence", likelihood)
     la = ELLALaplace(case.model, likelihood, case.sigma, n_eigenvalues=K, subsample_size=29, temperature=None)
     la.fit(loader(case.x, case.y))
@@ -137,22 +134,19 @@ def test_large_sums(two):
     check(two(run_with_large_sums, case), run(case))
 
 
-def run_with_large_sums(case: Case) -> dict[str, Any]:
+def run_with_large_sums(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "GATHERED_SUM", 8)
         return run(case)
 
 
-# ---------------------------------------------------------------------------- loaders
-
-
-def run_on(case: Case, kind: str) -> dict[str, Any]:
+def run_on(case, kind):
     """Fit the data of a loader of some kind; in one process, what it yields on all ranks together."""
     p, alone = case.problem, not dist.is_initialized()
     size = 2 if alone else dist.get_world_size()
     dataset = TensorDataset(p.x, p.y)
     if kind == "batches of other lengths":
-        data: Any = loader(p.x, p.y, 8 if alone else (3, 8, 5)[dist.get_rank()])
+        data = loader(p.x, p.y, 8 if alone else (3, 8, 5)[dist.get_rank()])
     elif kind == "dropping":
         kept = N - N % size
         data = loader(p.x[:kept], p.y[:kept]) if alone else loader(p.x, p.y, drop_last=True)
@@ -166,7 +160,7 @@ def run_on(case: Case, kind: str) -> dict[str, Any]:
         sampler = DistributedSampler(dataset, shuffle=False)
         data = DataLoader(dataset, batch_sampler=BatchSampler(sampler, 5, drop_last=False))
     elif kind == "sampler of batches":  # of five batches, one rank has three and the other two
-        whole: Any = batches(p.x, p.y, 4)[:5]
+        whole = batches(p.x, p.y, 4)[:5]
         data = (
             whole
             if alone
@@ -202,9 +196,9 @@ def test_distributed_samplers(two, kind):
     check(found, expected, same_steps=kind not in ("sampler of batches", "fewer inputs than ranks"))
 
 
-def run_on_shards(case: Case, sizes: tuple[int, ...], kind: str = "list") -> dict[str, Any]:
+def run_on_shards(case, sizes, kind="list"):
     x, y = case.shard(sizes)
-    data: Any = batches(x, y)
+    data = batches(x, y)
     data = {
         "list": data,
         "iterator": iter(data),
@@ -256,7 +250,7 @@ def test_a_sampler_of_another_group_is_refused(two, wrong):
     assert_stopped(two(fit_with_wrong_sampler, wrong, (1,)), "ValueError", "DistributedSampler")
 
 
-def fit_with_wrong_sampler(wrong: str, ranks: tuple[int, ...]) -> Outcome:
+def fit_with_wrong_sampler(wrong, ranks):
     case, rank, size = Case(), dist.get_rank(), dist.get_world_size()
     if rank in ranks:
         rank, size = (size - 1 - rank, size) if wrong == "rank" else (rank, size + 1)
@@ -276,13 +270,10 @@ def test_first_inputs_of_other_loaders_are_divided_evenly(group):
     assert [asked for _, asked in found] == [2 * -(-k // 5) for k in each]  # two passes
 
 
-def run_first(case: Case, sizes: tuple[int, ...], n: int) -> tuple[dict[str, Any], int]:
+def run_first(case, sizes, n):
     la, data = case.estimator(), Counted(batches(*case.shard(sizes)))
     la.fit(data, max_samples=n, landmarks=case.problem.landmarks)
     return report(la, case.problem.x_test), data.asked
-
-
-# ---------------------------------------------------------------------------- adding and removing data
 
 
 @pytest.mark.parametrize("name", ["added", "basis", "merged", "forgotten", "forgotten on one rank"])
@@ -304,7 +295,7 @@ def test_added_data(two, options):
     check(two(run_in_parts, case, "added"), run_in_parts(case, "added"))
 
 
-def run_in_parts(case: Case, name: str) -> dict[str, Any]:
+def run_in_parts(case, name):
     la, other, more = case.fitted(), case.estimator(), case.data()
     if name in ("basis", "merged"):
         other.fit(loader(*more), basis=la.basis)
@@ -331,20 +322,17 @@ def test_data_that_would_leave_nothing_are_not_forgotten(two):
         assert_identical(before, after)
 
 
-def forget_everything() -> tuple[Outcome, Any, Any]:
+def forget_everything():
     case = Case()
     p, la = case.problem, case.fitted()
     before = report(la, p.x_test)
     return outcome_of(la.forget, loader(p.x, p.y)), before, report(la, p.x_test)
 
 
-# ---------------------------------------------------------------------------- what ranks pass
-
-
 class Encoding(UserDict):
     """A mapping whose entries are attributes too."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name):
         try:
             return self.data[name]
         except KeyError:
@@ -352,15 +340,15 @@ class Encoding(UserDict):
 
 
 class OfEncodings(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.net = Case().problem.model
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch):
         return self.net(batch.input_ids)
 
 
-def fit_encodings(sizes: tuple[int, ...], shard: bool, **more: Any) -> dict[str, Any]:
+def fit_encodings(sizes, shard, **more):
     case = Case(options={"curvature_size": None, "shard_directions": shard})
     x, outputs = case.problem.landmarks
     data = [Encoding({"input_ids": x, "labels": y, **more}) for x, y in batches(*case.shard(sizes))]
@@ -381,14 +369,11 @@ def test_what_cannot_be_sent_is_named(two):
         assert "other processes" in outcome.text
 
 
-def fit_with_arrays() -> Outcome:
+def fit_with_arrays():
     return outcome_of(lambda: fit_encodings((11, 12), False, more=np.zeros(3)))
 
 
-# ---------------------------------------------------------------------------- which processes
-
-
-def run_in_group(kind: str) -> dict[str, Any] | None:
+def run_in_group(kind):
     case = Case(options=SAMPLE)
     p, rank = case.problem, dist.get_rank()
     if kind == "named":
@@ -436,7 +421,7 @@ def test_other_process_groups_are_refused(two, value):
     assert_refused(two(outcome_of, build, value), "process_group")
 
 
-def build(value: Any) -> None:
+def build(value):
     Case().estimator(process_group=value)
 
 
@@ -447,7 +432,7 @@ def test_sharded_weights_are_refused(two):
     assert_refused(outcomes, "FSDP")
 
 
-def build_with_sharded_weights() -> None:
+def build_with_sharded_weights():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -460,7 +445,7 @@ def test_a_plan_is_that_of_one_rank(two):
         assert found == ((N + 1) // 2, 6, 7)  # of 23, 11 and 13
 
 
-def plan_of_rank() -> tuple[Any, int, int]:
+def plan_of_rank():
     case = Case(options=SAMPLE)
     plan = case.estimator().plan(loader(case.problem.x, case.problem.y), verbose=False)
     return plan.n_data, plan.n_landmarks, plan.n_curvature
@@ -471,14 +456,14 @@ def test_inputs_of_others_are_let_go(two):
     assert two(count_inputs) == [11 + 7, 11 + 6]
 
 
-def count_inputs() -> int:
+def count_inputs():
     import gc
 
     case, seen = Case(options=SAMPLE), []
     p, la = case.problem, case.estimator()
     build = stages.basis_of
 
-    def look(*args: Any) -> Any:
+    def look(*args):
         gc.collect()
         rows = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (1, 2) and t.dtype == F64]
         seen.append(len(rows))

@@ -1,16 +1,13 @@
 """Directions that are spread over ranks give what whole directions give."""
 
-from __future__ import annotations
-
 import copy
 import pickle
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import B, K, assert_close
-from processes import Outcome, outcome_of
+from processes import outcome_of
 from ranked import (
     F64,
     FEW,
@@ -31,7 +28,6 @@ from ranked import (
     predictions,
     tune,
 )
-from torch import Tensor
 
 pytest_plugins = ("groups",)
 pytestmark = pytest.mark.filterwarnings(FEW)
@@ -39,17 +35,17 @@ UNEQUAL, EMPTY = {2: (5, 2), 3: (4, 1, 2)}, {2: (B, 0), 3: (3, 0, 4)}
 S = 3000
 
 
-def part(x: Tensor, sizes: dict[int, tuple[int, ...]] = UNEQUAL) -> Tensor:
+def part(x, sizes=UNEQUAL):
     """This rank's part of test inputs; all of them in one process."""
     return mine(x, sizes[dist.get_world_size()]) if dist.is_initialized() else x
 
 
 def run_sharded(
-    case: Case,
-    sizes: dict[int, tuple[int, ...]] = UNEQUAL,
-    grid: str | None = None,
-    shards: tuple[int, ...] | None = None,
-) -> dict[str, Any]:
+    case,
+    sizes=UNEQUAL,
+    grid=None,
+    shards=None,
+):
     data = None if shards is None else batches(*case.shard(shards))
     la = case.fitted(data=data, shard_directions=True)
     if grid is not None:
@@ -61,7 +57,7 @@ def run_sharded(
     }
 
 
-def check_sharded(found: list[dict[str, Any]], expected: dict[str, Any], same_steps: bool = True) -> None:
+def check_sharded(found, expected, same_steps=True):
     """Compare joined predictions, and each rank's directions, with those of one process."""
     for rank, one in enumerate(found):
         for k, v in expected["directions"].items():
@@ -72,7 +68,7 @@ def check_sharded(found: list[dict[str, Any]], expected: dict[str, Any], same_st
             assert_close(torch.cat([one["predictions"][k] for one in found]), v, RTOL, name=k)
 
 
-CASES: dict[str, Case] = {
+CASES = {
     "K not divisible": Case(),
     "fewer directions than ranks": Case("regression", options={"n_eigenvalues": 1}),
     "a second pass": Case("regression", options={"curvature_size": None}),
@@ -133,7 +129,7 @@ def test_later_steps(three):
     assert_close(torch.cat([one["novelty"] for one in found]), expected["novelty"], RTOL)
 
 
-def run_later_steps(case: Case) -> dict[str, Any]:
+def run_later_steps(case):
     la, more = case.fitted(shard_directions=True), case.data()
     la.fit(loader(*more), override=False)
     common = {"added": posterior_of(la)}
@@ -152,9 +148,6 @@ def run_later_steps(case: Case) -> dict[str, Any]:
     return {"common": common, "novelty": la.novelty(x)}
 
 
-# ---------------------------------------------------------------------------- samples
-
-
 @pytest.mark.parametrize("seeds", ["different", "global"])
 def test_moments_of_sampled_weights(two, seeds):
     """Where weights hardly move, samples have the moments of the linearised model."""
@@ -167,7 +160,7 @@ def test_moments_of_sampled_weights(two, seeds):
         assert ((flat.T.cov() - cov).abs() <= 5.5 * error + 1e-3 * cov.abs().max()).all()
 
 
-def sample_weights(case: Case, seeds: str) -> Tensor:
+def sample_weights(case, seeds):
     la = case.fitted(shard_directions=True)
     generator = None if seeds == "global" else torch.Generator().manual_seed(4 + dist.get_rank())
     torch.manual_seed(4)
@@ -181,14 +174,11 @@ def test_ranks_with_different_memory_draw_the_same_number_of_samples(two):
         assert samples.isfinite().all()
 
 
-def sample_within(case: Case) -> Tensor:
+def sample_within(case):
     la = case.fitted(shard_directions=True)
     la.backend.engine.assume_free(32 * la.backend.engine.row_size() * (4 - dist.get_rank()))
     generator = torch.Generator().manual_seed(1)
     return la.functional_samples(case.problem.x_test[:3], n_samples=12, generator=generator)
-
-
-# ---------------------------------------------------------------------------- states
 
 
 def test_a_shard_is_restored_on_its_rank(two, three):
@@ -206,11 +196,11 @@ def test_a_shard_is_restored_on_its_rank(two, three):
     assert_refused(two(load_shard, states, False), "rank")  # whole directions are wanted
 
 
-def save_and_load() -> tuple[Any, Any, Outcome, int, bytes]:
+def save_and_load():
     la, rank = Case().fitted(shard_directions=True), dist.get_rank()
     x = part(Case().problem.x_test)
     state = pickle.dumps(la.state_dict())
-    states: list[Any] = [None, None]
+    states = [None, None]
     dist.all_gather_object(states, state)
     loaded, other = (Case().estimator(shard_directions=True) for _ in range(2))
     loaded.load_state_dict(pickle.loads(states[rank]))
@@ -219,7 +209,7 @@ def save_and_load() -> tuple[Any, Any, Outcome, int, bytes]:
     return predictions(la, x), predictions(loaded, x), onto_other, size, state
 
 
-def load_shard(states: list[bytes], shard_directions: bool) -> Outcome:
+def load_shard(states, shard_directions):
     la = Case().estimator(shard_directions=shard_directions)
     return outcome_of(la.load_state_dict, pickle.loads(states[dist.get_rank() % len(states)]))
 
@@ -230,13 +220,10 @@ def test_whole_directions_are_restored_in_any_group(two):
         assert_agree(found, predictions(la, Case().problem.x_test))
 
 
-def load_whole(state: bytes) -> dict[str, Any]:
+def load_whole(state):
     la = Case().estimator()
     la.load_state_dict(pickle.loads(state))
     return predictions(la, Case().problem.x_test)
-
-
-# ---------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
@@ -247,7 +234,7 @@ def test_what_spread_directions_do_not_do_is_refused(two, what):
     assert_refused(two(ask_too_much, what), "shard_directions")
 
 
-def ask_too_much(what: str) -> Outcome:
+def ask_too_much(what):
     case, spread = Case(), {"shard_directions": True}
     n_weights = sum(w.numel() for w in case.problem.model.parameters())
     prior = torch.linspace(1, 2, n_weights, dtype=F64)
@@ -268,6 +255,6 @@ def test_a_bad_input_of_one_rank_stops_the_prediction_of_all(two):
     assert_identical(found[0][1], found[1][1])
 
 
-def predict_badly() -> tuple[Outcome, dict[str, Any]]:
+def predict_badly():
     la, x = Case().fitted(shard_directions=True), Case().problem.x_test
     return outcome_of(la, x * float("nan") if dist.get_rank() == 1 else x), predictions(la, x)

@@ -1,13 +1,11 @@
 """The evidence: its gradients, loops that maximise it, and its relation to that of exact linearised Laplace."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import oracle
 import pytest
 import torch
-from conftest import C, K, Problem, assert_close, make_problem
+from conftest import C, K, assert_close, make_problem
 from helpers import build, fitted
 from laplace import FullLaplace
 from laplace.curvature import GGNInterface
@@ -25,20 +23,17 @@ PRIORS = {
 }
 
 
-def fit(problem: Problem, **options) -> ELLALaplace:
+def fit(problem, **options):
     options = {"n_eigenvalues": K, "curvature_size": None, **options}
     la = ELLALaplace(problem.model, **problem.options(**options))
     la.fit(problem.loader(), landmarks=problem.landmarks)
     return la
 
 
-def full_laplace(problem: Problem, **options) -> FullLaplace:
+def full_laplace(problem, **options):
     full = FullLaplace(problem.model, backend=GGNInterface, **problem.options(**options))
     full.fit(DataLoader(TensorDataset(problem.x, problem.y), batch_size=5))
     return full
-
-
-# ---------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("structure", PRIORS)
@@ -81,9 +76,6 @@ def test_it_is_maximised_online_as_in_the_hosts_regression_example():
     grid = torch.linspace(0.3, 3, 271, dtype=F64).split(1)
     best = max(float(la.log_marginal_likelihood(sigma_noise=s).detach()) for s in grid)
     assert evidence[-1] == pytest.approx(best, abs=0.05)
-
-
-# ---------------------------------------------------------------------------- against exact LLA
 
 
 @pytest.mark.parametrize("prior_precision", [0.05, 0.6, 20.0])

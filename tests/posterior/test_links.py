@@ -1,7 +1,5 @@
 """Links at the ends of what a Gaussian over logits can be: no variance, little, unequal, huge; logits of any size."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import assert_close
@@ -49,8 +47,6 @@ def assert_probabilities(p, eps=None, name="probabilities", sums=True):
         error = (p.double().sum(-1) - 1).abs().max()
         assert error <= 8 * p.shape[-1] * eps, f"{name}: rows sum to 1 up to {error:.2e}"
 
-
-# ---------------------------------------------------------------------- any size of anything
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 sizes = st.sampled_from(
@@ -102,8 +98,6 @@ def test_links_depend_smoothly_on_inputs_whatever_the_gaussian(outputs):
                 assert gradient.isfinite().all(), name
 
 
-# ---------------------------------------------------------------------- the limit of no variance
-
 logits = st.lists(st.floats(-6, 6), min_size=2, max_size=7)
 
 
@@ -142,9 +136,6 @@ def test_one_landmark_of_a_linear_layer():
     la.prior_precision = 1e12  # ... and of none
     for link in LINKS:
         assert_close(la(x, link_approx=link), limit, 1e-6, name=link)
-
-
-# ---------------------------------------------------------------------- where the bridge applies, and where not
 
 
 def hosts_bridge(f, cov, normalize):
@@ -193,9 +184,6 @@ def test_links_have_no_jumps(link, what):
     assert (p[1:] - p[:-1]).abs().max() < 5e-3
 
 
-# ---------------------------------------------------------------------- large numbers are right numbers
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_deviations_whose_squares_overflow_are_as_good_as_infinite(dtype):
     f = torch.tensor([[1.0, -2.0, 0.5]], dtype=dtype)
@@ -204,9 +192,6 @@ def test_deviations_whose_squares_overflow_are_as_good_as_infinite(dtype):
     for name, expected in links_of(Outputs(f, psi * 1e8)).items():
         if name != "mc, diagonal":  # where an infinite deviation is no larger than another
             assert_close(found[name], expected, 1e-5, name=name)
-
-
-# ---------------------------------------------------------------------- the estimator
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,7 +1,5 @@
 """The share of an input's gradient outside the span, and the score of novelty that is made of it."""
 
-from __future__ import annotations
-
 import oracle
 import pytest
 import torch
@@ -16,7 +14,7 @@ KINDS = ("none", "isotropic", "exact")
 X = inputs(7, seed=7)
 
 
-def fit(problem, **options) -> ELLALaplace:
+def fit(problem, **options):
     options = {"n_eigenvalues": K, "curvature_size": None, **options}
     la = ELLALaplace(problem.model, **problem.options(**options))
     la.fit(problem.loader(), landmarks=problem.landmarks)
@@ -27,9 +25,6 @@ def dense_share(la, problem):
     J = oracle.jacobian(problem.model, problem.x_test)
     V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
     return 1 - (J @ V).square().sum((1, 2)) / J.square().sum((1, 2))
-
-
-# ---------------------------------------------------------------------------- the share
 
 
 @pytest.mark.parametrize(("kind", "samples"), [("none", 400), ("isotropic", 400), ("exact", 4)])
@@ -51,9 +46,6 @@ def test_the_share_lies_between_zero_and_one(small_problem, kind, scale):
     assert share.shape == (B,)
     assert (share >= 0).all()
     assert (share <= 1).all()
-
-
-# ---------------------------------------------------------------------------- the score
 
 
 @pytest.mark.parametrize("kind", KINDS)

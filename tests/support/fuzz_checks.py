@@ -1,10 +1,7 @@
 """What a fitted estimator of a drawn configuration must agree in with the dense oracle."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from fuzz_configs import BACKENDS, Config
@@ -20,12 +17,11 @@ from fuzz_oracle import (
     probit,
     residual_of_directions,
 )
-from torch import Tensor
 
 from laplace_ella import ELLALaplace
 
 
-def flat(tangents: dict[str, Tensor]) -> Tensor:
+def flat(tangents):
     """Return tangents of all weights (S, P)."""
     return torch.cat([v.reshape(len(v), -1).to(F64) for v in tangents.values()], 1)
 
@@ -38,7 +34,7 @@ class Truth:
     la: ELLALaplace
     dense: Dense = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         config, la = self.config, self.la
         self.dense = Dense(config.network.module)
         self.V = flat(la.basis.directions).T
@@ -58,11 +54,11 @@ class Truth:
         self.rho = config.options.get("residual_scale", 1.0) / float(self.delta[0])
 
     @property
-    def hosted(self) -> str:
+    def hosted(self):
         """The likelihood of the fit."""
         return "classification" if self.config.likelihood == "reward_modeling" else self.config.likelihood
 
-    def rows(self) -> Tensor | None:
+    def rows(self):
         """Return R (M, P), if it is known which landmarks there are."""
         config = self.config
         if config.landmarks is None:
@@ -74,7 +70,7 @@ class Truth:
         starts = torch.tensor([0, *lengths]).cumsum(0)[:-1] * config.n_outputs
         return J.flatten(0, 1)[starts + outputs]
 
-    def covariance(self) -> Tensor | None:
+    def covariance(self):
         """Return Cov(f) of each input; None where an isotropic residual is all but all of it."""
         inverse = torch.linalg.inv(self.A)
         cov = torch.stack([p @ inverse @ p.T for p in self.phi])
@@ -89,13 +85,13 @@ class Truth:
             cov = cov + variance[:, None, None] * torch.eye(cov.shape[-1], dtype=F64)
         return cov
 
-    def joint(self) -> Tensor:
+    def joint(self):
         flat, outside = self.phi.flatten(0, 1), self.outside.flatten(0, 1)
         cov = flat @ torch.linalg.inv(self.A) @ flat.T
         return cov + self.rho * outside @ outside.T
 
 
-def check_directions(t: Truth) -> None:
+def check_directions(t):
     """V is orthonormal, and made of eigenvectors of the landmarks' Gram matrix."""
     config, la = t.config, t.la
     eps = max(torch.finfo(config.dtype).eps, torch.finfo(F64).eps)
@@ -128,7 +124,7 @@ def check_directions(t: Truth) -> None:
         )
 
 
-def check_curvature(t: Truth) -> None:
+def check_curvature(t):
     config, la = t.config, t.la
     n = sum(len(y) for _, y in config.batches)
     total = config.fit_options.get("n_total", n)
@@ -150,7 +146,7 @@ def check_curvature(t: Truth) -> None:
         close("G", H, curvature(phi, f, t.hosted) * total / n, 4 * config.tolerance, scale)
 
 
-def parts_of(config: Config) -> list[list[tuple[Any, Tensor]]]:
+def parts_of(config):
     found, start = [], 0
     for n in config.parts:
         found.append(config.batches[start : start + n])
@@ -158,13 +154,13 @@ def parts_of(config: Config) -> list[list[tuple[Any, Tensor]]]:
     return found
 
 
-def flat_targets(config: Config, y: Tensor) -> Tensor:
+def flat_targets(config, y):
     """Return targets (B L,) or (B L, C)."""
     per_output = config.likelihood in ("regression", "bernoulli") or y.is_floating_point()
     return y.flatten(0, -2) if per_output else y.flatten()
 
 
-def check_posterior(t: Truth) -> None:
+def check_posterior(t):
     la = t.la
     close("posterior precision", la.posterior_precision, t.A, 10 * t.config.tolerance)
     inverse = torch.linalg.inv(la.posterior_precision.detach())
@@ -173,21 +169,14 @@ def check_posterior(t: Truth) -> None:
     theta = t.dense.theta()
     offset = theta - t.config.options["prior_mean"]
     expected = evidence(
-        t.loss,
-        t.n_numbers,
-        t.hosted,
-        t.A,
-        t.projected,
-        offset @ (t.delta * offset),
-        t.sigma,
-        t.temperature,
+        t.loss, t.n_numbers, t.hosted, t.A, t.projected, offset @ (t.delta * offset), t.sigma, t.temperature
     )
     if t.config.dtype != torch.bfloat16:
         size = float(t.loss) / (t.sigma**2 * t.temperature) + t.n_numbers
         close("evidence", la.log_marginal_likelihood(), expected, 5 * t.config.tolerance, scale=size)
 
 
-def check_features(t: Truth) -> None:
+def check_features(t):
     phi, f = t.la.features(t.config.x)
     size = float(t.J.flatten(0, 1).norm(dim=1).max())
     close("phi", phi, t.phi, t.config.tolerance, scale=size if t.config.dtype != F64 else size * 1e-3)
@@ -198,13 +187,13 @@ def check_features(t: Truth) -> None:
     close("functional variance", t.la.functional_variance(phi), cov, loose, size)
 
 
-def spread(t: Truth, cov: Tensor) -> float:
+def spread(t, cov):
     """Return how large a variance along any direction is: what rounding of phi is measured by."""
     largest = float(torch.linalg.inv(t.A).diagonal().max())
     return largest * float(t.J.flatten(0, 1).square().sum(1).max()) * (1e-3 if t.config.dtype == F64 else 1.0)
 
 
-def check_predictions(t: Truth) -> None:
+def check_predictions(t):
     config, la, cov = t.config, t.la, t.covariance()
     if cov is None:
         return
@@ -240,7 +229,7 @@ def check_predictions(t: Truth) -> None:
         assert bool(((p >= 0) & (p <= 1.001)).all()), "probabilities outside of [0, 1]"
 
 
-def check_moments(t: Truth, cov: Tensor) -> None:
+def check_moments(t, cov):
     config, la = t.config, t.la
     loose, size = 4 * config.tolerance, spread(t, cov)
     mean, full = la(config.x)
@@ -258,7 +247,7 @@ def check_moments(t: Truth, cov: Tensor) -> None:
         close("joint covariance", found, joint, loose, size)
 
 
-def check_samples(t: Truth) -> None:
+def check_samples(t):
     config, la = t.config, t.la
     generator = torch.Generator().manual_seed(0)
     drawn = la.functional_samples(config.x, n_samples=3, generator=generator)
@@ -279,7 +268,7 @@ def check_samples(t: Truth) -> None:
         )
 
 
-def check_novelty(t: Truth) -> None:
+def check_novelty(t):
     if t.config.options.get("residual") != "exact" or t.config.dtype == torch.bfloat16:
         return
     total = t.J.square().sum((1, 2))
@@ -288,7 +277,7 @@ def check_novelty(t: Truth) -> None:
         close("residual share", t.la.residual_share(t.config.x), share, 10 * t.config.tolerance, 1.0)
 
 
-def check_saved(t: Truth) -> None:
+def check_saved(t):
     """Save, load into another estimator, and predict."""
     file = io.BytesIO()
     torch.save(t.la.state_dict(), file)

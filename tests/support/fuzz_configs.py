@@ -1,7 +1,5 @@
 """Random configurations: a network, data, and options of estimator and fit; and the fit of one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +39,14 @@ class Config:
     in_training: bool
 
     @property
-    def tolerance(self) -> float:
+    def tolerance(self):
         return TOLERANCE[self.dtype]
 
     @property
-    def spills(self) -> bool:
+    def spills(self):
         return self.options["spill"] is not None
 
-    def __str__(self) -> str:
+    def __str__(self):
         shapes = {k: tuple(v.shape) for k, v in self.options.items() if isinstance(v, Tensor)}
         sizes, pairs = [len(y) for _, y in self.batches], self.landmarks and len(self.landmarks[1])
         return (
@@ -57,7 +55,7 @@ class Config:
         )
 
 
-def draw_config(seed: int, number: int) -> Config:
+def draw_config(seed, number):
     """Draw configuration ``number`` of a seed."""
     draw = Draw(f"{seed}/{number}")
     generator = torch.Generator().manual_seed(draw.getrandbits(31))
@@ -73,7 +71,7 @@ def draw_config(seed: int, number: int) -> Config:
     one_hot = draw.maybe(0.15)
     of_inputs = draw.choice((dtype, F64)) if dtype != F64 else F64
 
-    def some(n: int, length: int) -> Any:
+    def some(n, length):
         x = network.inputs(n, generator, length)
         return x if isinstance(x, dict) else x.to(dtype).to(of_inputs)
 
@@ -101,7 +99,7 @@ def draw_config(seed: int, number: int) -> Config:
     if len(sizes) > 1 and draw.maybe(0.2):
         first = draw.randint(1, len(sizes) - 1)
         parts = [first, len(sizes) - first]
-    fit_options: dict[str, Any] = {}
+    fit_options = {}
     if landmarks is None and classes and not network.positions and draw.maybe(0.2):
         fit_options["balanced"] = True
     if draw.maybe(0.1) and len(parts) == 1:
@@ -110,7 +108,7 @@ def draw_config(seed: int, number: int) -> Config:
     return Config(*of_data, parts, options, fit_options, in_training=draw.maybe(0.5))
 
 
-def draw_sizes(draw: Draw) -> list[int]:
+def draw_sizes(draw):
     """Draw the sizes of batches: equal but for the last, or any."""
     n, b = draw.choice((1, 3, 7, 11, 13)), draw.choice((1, 2, 3, 5, 20))
     if draw.maybe(0.2):
@@ -118,7 +116,7 @@ def draw_sizes(draw: Draw) -> list[int]:
     return [min(b, n - a) for a in range(0, n, b)]
 
 
-def outputs(network: Network, x: Any) -> Tensor:
+def outputs(network, x):
     """Return the outputs for an input as it is drawn."""
     module = network.module.eval()
     dtype = next(module.parameters()).dtype
@@ -128,12 +126,12 @@ def outputs(network: Network, x: Any) -> Tensor:
     return getattr(out, "logits", out)
 
 
-def count(network: Network, x: Any) -> int:
+def count(network, x):
     """Return how many outputs an input has."""
     return outputs(network, x).shape[1:].numel()
 
 
-def targets(network: Network, x: Any, likelihood: str, one_hot: bool, generator: torch.Generator) -> Tensor:
+def targets(network, x, likelihood, one_hot, generator):
     f = outputs(network, x)
     if likelihood == "regression":
         return torch.randn(f.shape, generator=generator).to(f.dtype)
@@ -145,14 +143,12 @@ def targets(network: Network, x: Any, likelihood: str, one_hot: bool, generator:
     return torch.randint(f.shape[-1], f.shape[:-1], generator=generator)
 
 
-def draw_options(
-    draw: Draw, likelihood: str, dtype: torch.dtype, network: Network, generator: torch.Generator
-) -> dict[str, Any]:
+def draw_options(draw, likelihood, dtype, network, generator):
     """Draw arguments of the estimator."""
     sizes = [p.numel() for p in network.module.parameters() if p.requires_grad]
     shape = draw.choice((1, 1, 1, len(sizes), sum(sizes)))
     precision = (torch.rand(shape, generator=generator, dtype=F64) + 0.1) * draw.choice((0.01, 1.0, 30.0))
-    options: dict[str, Any] = {
+    options = {
         "prior_precision": float(precision) if shape == 1 else precision,
         "n_eigenvalues": draw.choice((1, 2, 3, 5, 9, 0.9)),
         "curvature_size": draw.choice((None, 2000, 2000, 4)),
@@ -184,10 +180,7 @@ def draw_options(
     return options
 
 
-# ---------------------------------------------------------------------- fitting
-
-
-def build(config: Config, folder: str) -> ELLALaplace:
+def build(config, folder):
     options = dict(config.options)
     if options["spill"] == "folder":
         options["spill"] = folder
@@ -196,11 +189,11 @@ def build(config: Config, folder: str) -> ELLALaplace:
     return ELLALaplace(config.network.module, config.likelihood, **options)
 
 
-def loader(config: Config, first: int, n: int) -> list[Any]:
+def loader(config, first, n):
     return [x if isinstance(x, dict) else (x, y) for x, y in config.batches[first : first + n]]
 
 
-def fitted(config: Config, folder: str) -> ELLALaplace:
+def fitted(config, folder):
     """Fit, in one part or two."""
     options = config.options
     asked_for = (

@@ -1,7 +1,5 @@
 """A small grammar of networks, each with what makes inputs for it. Nothing here comes from the package."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from typing import Any
 
 import torch
 from models import Applied
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrizations
 
 # Where a kink is, a rounding error decides which side an input is on: with float64 only.
@@ -36,18 +34,18 @@ class Network:
 class Draw(random.Random):
     """Choices by probability."""
 
-    def maybe(self, probability: float) -> bool:
+    def maybe(self, probability):
         return self.random() < probability
 
-    def activation(self, dtype: torch.dtype) -> nn.Module:
+    def activation(self, dtype):
         every = SMOOTH + KINKED if dtype == torch.float64 else SMOOTH
         return self.choice(every)()
 
 
-def residual(block: nn.Module, inplace: bool) -> nn.Module:
+def residual(block, inplace):
     """x + f(x), in place or not."""
 
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
+    def forward(net, x):
         out = net(x)
         if not inplace:
             return out + x
@@ -60,32 +58,32 @@ def residual(block: nn.Module, inplace: bool) -> nn.Module:
 class Wrapped(nn.Module):
     """What surrounds a body: a learnt scale, a head that is never used, an object with logits around the outputs."""
 
-    def __init__(self, body: nn.Module, draw: Draw) -> None:
+    def __init__(self, body, draw):
         super().__init__()
         self.body = body
         self.scale = nn.Parameter(torch.tensor(1.3)) if draw.maybe(0.3) else None
         self.unused = nn.Linear(2, 3) if draw.maybe(0.15) else None
         self.as_object = draw.maybe(0.2)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x):
         f = self.body(x)
         f = f if self.scale is None else f * self.scale
         return SimpleNamespace(logits=f) if self.as_object else f
 
 
-def linear(draw: Draw, n_in: int, n_out: int) -> nn.Module:
+def linear(draw, n_in, n_out):
     layer = nn.Linear(n_in, n_out, bias=draw.maybe(0.8))
     return parametrizations.weight_norm(layer) if draw.maybe(0.1) else layer
 
 
-def features(shape: tuple[int, ...]) -> Callable[[int, torch.Generator, int], Tensor]:
+def features(shape):
     return lambda n, generator, length: torch.randn(n, *shape, generator=generator, dtype=torch.float64)
 
 
-def mlp(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
+def mlp(draw, n_outputs, dtype):
     n_in, width = draw.choice((1, 2, 5)), draw.choice((3, 5, 7))
     plain = draw.maybe(0.5)
-    layers: list[nn.Module] = [nn.Linear(n_in, width), draw.activation(dtype)]
+    layers = [nn.Linear(n_in, width), draw.activation(dtype)]
     shared = nn.Linear(width, width)
     for _ in range(draw.randint(0, 2)):
         kinds = ("linear",) if plain else ("linear", "residual", "tied", "norm", "dropout")
@@ -109,7 +107,7 @@ def mlp(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
     return Network("mlp", net if plain else Wrapped(net, draw), features((n_in,)), plain=plain)
 
 
-def norm(draw: Draw, channels: int, axes: int) -> nn.Module:
+def norm(draw, channels, axes):
     kind = draw.choice(("batch", "group", "instance", "none"))
     if kind == "batch":
         return (nn.BatchNorm1d, nn.BatchNorm2d)[axes - 1](channels, affine=draw.maybe(0.8))
@@ -120,7 +118,7 @@ def norm(draw: Draw, channels: int, axes: int) -> nn.Module:
     return nn.Identity()
 
 
-def spatial(size: int, kernel: int, options: dict[str, Any]) -> int:
+def spatial(size, kernel, options):
     """Return what a convolution leaves of an axis."""
     return (size + 2 * options["padding"] - options["dilation"] * (kernel - 1) - 1) // options["stride"] + 1
 
@@ -128,14 +126,12 @@ def spatial(size: int, kernel: int, options: dict[str, Any]) -> int:
 class Conv(nn.Module):
     """Convolutions, and a head on the mean, on all, or on every position."""
 
-    def __init__(
-        self, draw: Draw, axes: int, n_outputs: int, dtype: torch.dtype, head: str, plain: bool
-    ) -> None:
+    def __init__(self, draw, axes, n_outputs, dtype, head, plain):
         super().__init__()
         kind = (nn.Conv1d, nn.Conv2d)[axes - 1]
         channels, size = draw.choice((1, 2, 3)), 7 if axes == 1 else 6
         self.channels, self.size = channels, size
-        layers: list[nn.Module] = []
+        layers = []
         for _ in range(draw.randint(1, 2)):
             wide = draw.choice((2, 4))
             options = {
@@ -164,14 +160,14 @@ class Conv(nn.Module):
         n_in = out[0].numel() if head == "all" else channels
         self.last = nn.Linear(n_in, n_outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         h = self.body(x)
         if self.head == "positions":
             return self.last(h.movedim(1, -1))
         return self.last(h.flatten(1) if self.head == "all" else h.flatten(2).mean(2))
 
 
-def conv(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
+def conv(draw, n_outputs, dtype):
     axes, plain = draw.choice((1, 2)), draw.maybe(0.3)
     head = draw.choice(("all", "mean", "positions"))
     net = Conv(draw, axes, n_outputs, dtype, head, plain)
@@ -185,7 +181,7 @@ def conv(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
 class Tokens(nn.Module):
     """Embeddings of tokens with a mask, in a mapping; the mean of what follows, or an output for every token."""
 
-    def __init__(self, draw: Draw, n_outputs: int, dtype: torch.dtype, positions: bool, key: str) -> None:
+    def __init__(self, draw, n_outputs, dtype, positions, key):
         super().__init__()
         self.positions, self.key = positions, key
         width = 4
@@ -207,7 +203,7 @@ class Tokens(nn.Module):
         if self.decoder is not None:
             self.decoder.weight = self.embedding.weight
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch):
         h = self.embedding(batch[self.key])
         mask = batch["attention_mask"]
         h = h if self.place is None else h + self.place[:, : h.shape[1]]
@@ -224,13 +220,13 @@ class Tokens(nn.Module):
         return self.last((h * m).sum(1) / m.sum(1))
 
 
-def tokens(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
+def tokens(draw, n_outputs, dtype):
     positions, key = draw.maybe(0.35), draw.choice(("input_ids", "tokens"))
     of_tokens, of_mask = draw.choice((torch.int64, torch.int32)), draw.choice((torch.int64, torch.bool))
     more = draw.choice(({}, {"note": "a string"}, {"scale": torch.tensor(2.0)}, {"empty": None}))
     net = Tokens(draw, n_outputs, dtype, positions, key)
 
-    def inputs(n: int, generator: torch.Generator, length: int) -> dict[str, Any]:
+    def inputs(n, generator, length):
         lengths = torch.randint(1, length + 1, (n, 1), generator=generator)
         return {
             key: torch.randint(VOCABULARY, (n, length), generator=generator).to(of_tokens),
@@ -241,35 +237,35 @@ def tokens(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
     return Network("tokens", Wrapped(net, draw), inputs, positions)
 
 
-def recurrent(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
+def recurrent(draw, n_outputs, dtype):
     """A recurrent layer, and a head on its last state or on all."""
     positions, both = draw.maybe(0.3), draw.maybe(0.3)
     kind, depth = draw.choice((nn.GRU, nn.LSTM, nn.RNN)), draw.choice((1, 2))
     layers = kind(3, 4, depth, batch_first=True, bidirectional=both), nn.Linear(8 if both else 4, n_outputs)
 
-    def forward(net: nn.Module, x: Tensor) -> Tensor:
+    def forward(net, x):
         h = net[0](x)[0]
         return net[1](h if positions else h[:, -1])
 
-    def inputs(n: int, generator: torch.Generator, length: int) -> Tensor:
+    def inputs(n, generator, length):
         return torch.randn(n, length, 3, generator=generator, dtype=torch.float64)
 
     net = Applied(forward, nn.ModuleList(layers))
     return Network("recurrent", Wrapped(net, draw), inputs, positions)
 
 
-def nested(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
+def nested(draw, n_outputs, dtype):
     """Two tensors in a tuple, a third in a mapping inside of the mapping."""
     layers = linear(draw, 2, 5), linear(draw, 3, 5), draw.activation(dtype), nn.Linear(5, n_outputs)
 
-    def forward(net: nn.Module, batch: Any) -> Tensor:
+    def forward(net, batch):
         left, right, activation, last = net
         (a, b), c = batch["in"], batch["more"]["c"]
         batch["in"] = None  # what models do to the mapping that they are given
         h = activation(left(a) + right(b))
         return last(h * c[:, None].to(h))
 
-    def inputs(n: int, generator: torch.Generator, length: int) -> dict[str, Any]:
+    def inputs(n, generator, length):
         a, b, c = (torch.randn(n, *s, generator=generator).to(dtype) for s in ((2,), (3,), ()))
         return {"in": (a, b), "more": {"c": c, "note": "a string"}}
 
@@ -279,7 +275,7 @@ def nested(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
 FAMILIES = {"mlp": mlp, "conv": conv, "tokens": tokens, "recurrent": recurrent, "nested": nested}
 
 
-def make_network(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
+def make_network(draw, n_outputs, dtype):
     """Build a network; random weights, running statistics that are not 0 and 1, some of it frozen."""
     family = draw.choices(list(FAMILIES), (5, 4, 3, 1, 1))[0]
     with torch.random.fork_rng(devices=[]):
@@ -298,7 +294,7 @@ def make_network(draw: Draw, n_outputs: int, dtype: torch.dtype) -> Network:
     return network
 
 
-def freeze(draw: Draw, network: Network) -> None:
+def freeze(draw, network):
     """Freeze some of the weights, never all."""
     weights = list(network.module.parameters())
     if network.plain or not draw.maybe(0.25):

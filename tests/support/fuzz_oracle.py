@@ -5,20 +5,16 @@ Nothing here comes from the package. Directions V are those that a fit found, wh
 eigenvalues are unique up to a rotation, and so is nothing that is made of them.
 """
 
-from __future__ import annotations
-
 import copy
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 F64 = torch.float64
 
 
-def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+def mapped(function, value):
     """Apply a function to the tensors of nested containers, which are copied."""
     if isinstance(value, Tensor):
         return function(value)
@@ -27,29 +23,29 @@ def mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     return tuple(mapped(function, v) for v in value) if isinstance(value, tuple) else value
 
 
-def as_float64(value: Any) -> Any:
+def as_float64(value):
     return mapped(lambda t: t.to(F64) if t.is_floating_point() else t, value)
 
 
-def row_of(x: Any, i: int, n: int) -> Any:
+def row_of(x, i, n):
     return mapped(lambda t: t[i : i + 1] if t.ndim and len(t) == n else t, x)
 
 
 class Dense:
     """A model in float64 and evaluation mode, one input at a time."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model):
         self.model = copy.deepcopy(model).double().eval()
         self.weights = [p for p in self.model.parameters() if p.requires_grad]
         self.sizes = [p.numel() for p in self.weights]
 
-    def outputs(self, row: Any) -> Tensor:
+    def outputs(self, row):
         """Return the outputs (L, C) of one input, with a graph."""
         out = self.model(as_float64(row))
         f = getattr(out, "logits", out)
         return f.reshape(-1, f.shape[-1])
 
-    def jacobian(self, x: Any, n: int) -> tuple[Tensor, Tensor, list[int]]:
+    def jacobian(self, x, n):
         """Return J (B L, C, P), f (B L, C), and L of each input."""
         jacobians, outputs, lengths = [], [], []
         for i in range(n):
@@ -60,15 +56,15 @@ class Dense:
             lengths.append(len(f))
         return torch.cat(jacobians), torch.cat(outputs), lengths
 
-    def gradient(self, value: Tensor) -> Tensor:
+    def gradient(self, value):
         found = torch.autograd.grad(value, self.weights, retain_graph=True, allow_unused=True)
         parts = [torch.zeros_like(p) if g is None else g for g, p in zip(found, self.weights)]
         return torch.cat([g.flatten() for g in parts]).detach()
 
-    def theta(self) -> Tensor:
+    def theta(self):
         return torch.cat([p.detach().flatten() for p in self.weights])
 
-    def prior(self, precision: Tensor | float) -> Tensor:
+    def prior(self, precision):
         r"""Return the diagonal (P,) of :math:`\Delta`."""
         delta = torch.as_tensor(precision, dtype=F64).flatten()
         if len(delta) == sum(self.sizes):
@@ -78,12 +74,12 @@ class Dense:
         return torch.cat([d.repeat(n) for d, n in zip(delta, self.sizes)])
 
 
-def residual_of_directions(rows: Tensor, V: Tensor, eigenvalues: Tensor) -> Tensor:
+def residual_of_directions(rows, V, eigenvalues):
     r"""Return :math:`|R^T R v_k - \lambda_k v_k| / \lambda_1` (K,): zero for eigenvectors, whichever are chosen."""
     return (rows.T @ (rows @ V) - V * eigenvalues).norm(dim=0) / eigenvalues[0]
 
 
-def output_hessian(f: Tensor, likelihood: str) -> Tensor:
+def output_hessian(f, likelihood):
     if likelihood == "regression":
         return torch.eye(len(f), dtype=F64)
     if likelihood == "bernoulli":
@@ -93,14 +89,14 @@ def output_hessian(f: Tensor, likelihood: str) -> Tensor:
     return torch.diag(p) - torch.outer(p, p)
 
 
-def curvature(phi: Tensor, f: Tensor, likelihood: str) -> Tensor:
+def curvature(phi, f, likelihood):
     total = torch.zeros(phi.shape[-1], phi.shape[-1], dtype=F64)
     for phi_i, f_i in zip(phi, f):
         total += phi_i.T @ output_hessian(f_i, likelihood) @ phi_i
     return total
 
 
-def loss(f: Tensor, y: Tensor, likelihood: str) -> Tensor:
+def loss(f, y, likelihood):
     """Return the negative log likelihood, summed; y (B L,) or (B L, C)."""
     total = torch.zeros((), dtype=F64)
     for a, b in zip(f, y):
@@ -118,31 +114,31 @@ def loss(f: Tensor, y: Tensor, likelihood: str) -> Tensor:
 
 
 def evidence(
-    loss_value: Tensor,
-    n_numbers: int,
-    likelihood: str,
-    A: Tensor,
-    projected: Tensor,
-    scatter: Tensor,
-    sigma: float,
-    temperature: float,
-) -> Tensor:
+    loss_value,
+    n_numbers,
+    likelihood,
+    A,
+    projected,
+    scatter,
+    sigma,
+    temperature,
+):
     fit = -loss_value / (sigma**2 * temperature)
     if likelihood == "regression":
         fit = fit - n_numbers * math.log(sigma * math.sqrt(2 * math.pi))
     return fit - 0.5 * (torch.linalg.slogdet(A)[1] - torch.linalg.slogdet(projected)[1]) - 0.5 * scatter
 
 
-def inverse_link(f: Tensor, likelihood: str) -> Tensor:
+def inverse_link(f, likelihood):
     return torch.sigmoid(f) if likelihood == "bernoulli" else torch.softmax(f, -1)
 
 
-def probit(f: Tensor, cov: Tensor, likelihood: str) -> Tensor:
+def probit(f, cov, likelihood):
     var = cov.diagonal(dim1=1, dim2=2)
     return inverse_link(f / torch.sqrt(1 + math.pi / 8 * var), likelihood)
 
 
-def bridge(f: Tensor, cov: Tensor, normalize: bool) -> Tensor | None:
+def bridge(f, cov, normalize):
     """Match a Dirichlet to N(f, cov); None where a variance is too small for that to mean anything."""
     result = []
     for mean, var in zip(f, cov):
@@ -163,7 +159,7 @@ def bridge(f: Tensor, cov: Tensor, normalize: bool) -> Tensor | None:
     return torch.stack(result)
 
 
-def monte_carlo(f: Tensor, cov: Tensor, likelihood: str, n_samples: int = 4000) -> Tensor:
+def monte_carlo(f, cov, likelihood, n_samples=4000):
     generator = torch.Generator().manual_seed(0)
     result = []
     for mean, var in zip(f, cov):
@@ -174,7 +170,7 @@ def monte_carlo(f: Tensor, cov: Tensor, likelihood: str, n_samples: int = 4000) 
     return torch.stack(result)
 
 
-def close(name: str, actual: Any, expected: Any, tolerance: float, scale: float | None = None) -> None:
+def close(name, actual, expected, tolerance, scale=None):
     """Compare up to ``tolerance`` times the largest expected value, or ``scale``."""
     a, e = (torch.as_tensor(v, dtype=F64).detach() for v in (actual, expected))
     assert a.shape == e.shape, f"{name}: shape {tuple(a.shape)}, expected {tuple(e.shape)}"

@@ -1,7 +1,5 @@
 """Data, estimators and references that many tests share; the models are in models.py."""
 
-from __future__ import annotations
-
 import torch
 from models import C, D, DictModel, H, RewardModel, mlp
 from torch.distributions import Normal
@@ -134,7 +132,7 @@ class Snapshot:
         assert_same(self.la(self.x, **self.options), self.prediction)
 
 
-def nll_of_calls(la: laplace_ella.ELLALaplace, val, **options) -> float:
+def nll_of_calls(la, val, **options):
     """Mean NLL of an input."""
     total, count = 0.0, 0
     for x, y in val:

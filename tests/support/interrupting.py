@@ -1,7 +1,5 @@
 """Fits that are interrupted at a moment of the test's choice, and what must not differ afterwards."""
 
-from __future__ import annotations
-
 import os
 import warnings
 
@@ -43,8 +41,8 @@ class Watched(nn.Module):
         super().__init__()
         self.net = mlp() if net is None else net
         self.at, self.error, self.calls = at, error, 0
-        self.plain: list[tuple[int, float]] = []  # how many inputs plain passes had, and the first number
-        self.derived: list[int] = []  # how many inputs the others had
+        self.plain = []  # how many inputs plain passes had, and the first number
+        self.derived = []  # how many inputs the others had
 
     def forward(self, x):
         if self.calls == self.at:

@@ -4,8 +4,6 @@ Loops of ``.backward()``, dense matrices over all weights, explicit :math:`\Lamb
 nothing here is clever, and nothing here comes from the package.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -1,7 +1,5 @@
 """Likelihoods with models and data that come in parts, loaders that count, refusals, and a dense check."""
 
-from __future__ import annotations
-
 from itertools import count
 
 import pytest
@@ -157,9 +155,6 @@ class Lines(IterableDataset):
 
 def mapped(n=N, seed=1):
     return TensorDataset(inputs(n, seed=seed), targets("classification", n, seed=seed + 1))
-
-
-# ---------------------------------------------------------------------- models of containers
 
 
 def check(model, batches, x, **kwargs):

@@ -1,8 +1,5 @@
 """A fit, and what it leaves, in one process or on the ranks of a group: the same calls, and comparisons of both."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +7,8 @@ import oracle
 import torch
 import torch.distributed as dist
 import torchmetrics
-from conftest import C, K, M, Problem, assert_close, make_problem
+from conftest import C, K, M, assert_close, make_problem
 from helpers import as_tuple
-from processes import Outcome
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -37,28 +33,28 @@ class Case:
     batch: int = 5
 
     @property
-    def problem(self) -> Problem:
+    def problem(self):
         p = make_problem("mlp" if self.model == "confident" else self.model, self.likelihood)
         if self.model == "confident":  # whose logits are too large
             with torch.no_grad():
                 p.model[-1].weight.mul_(6)
         return p
 
-    def estimator(self, model: nn.Module | None = None, **more: Any) -> ELLALaplace:
+    def estimator(self, model=None, **more):
         p = self.problem
         options = {"subsample_size": M, "n_eigenvalues": K, **self.options, **more}
         return ELLALaplace(p.model if model is None else model, **p.options(**options))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self):
         named = {"landmarks": self.problem.landmarks, "val_loader": loader(*self.validation())}
         return {k: named[k] if k in named and v is True else v for k, v in self.fit.items()}
 
-    def fitted(self, model: nn.Module | None = None, data: Any = None, **more: Any) -> ELLALaplace:
+    def fitted(self, model=None, data=None, **more):
         p, la = self.problem, self.estimator(model, **more)
         la.fit(loader(p.x, p.y, self.batch) if data is None else data, **self.arguments())
         return la
 
-    def data(self, n: int = N_MORE, seed: int = 12) -> tuple[Tensor, Tensor]:
+    def data(self, n=N_MORE, seed=12):
         """Inputs of another sample, with targets that the model predicts at times."""
         p, generator = self.problem, torch.Generator().manual_seed(seed)
         x = torch.randn(n, *p.x.shape[1:], generator=generator, dtype=F64)
@@ -66,20 +62,20 @@ class Case:
         f = oracle.outputs(p.model, x) + (4 if self.likelihood == "classification" else 1) * noise
         return x, f.argmax(1) if self.likelihood == "classification" else f
 
-    def validation(self) -> tuple[Tensor, Tensor]:
+    def validation(self):
         return self.data(N_VAL, 11)
 
-    def shard(self, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def shard(self, sizes):
         """This rank's part of data that are divided unevenly; all of them in one process."""
         p = self.problem
         return mine(p.x, sizes), mine(p.y, sizes)
 
 
-def mine(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def mine(values, sizes):
     return values.split(sizes)[dist.get_rank()] if dist.is_initialized() else values
 
 
-def loader(x: Tensor, y: Tensor, batch: int = 5, **sampling: Any) -> DataLoader:
+def loader(x, y, batch=5, **sampling):
     """Load the whole data in one process, this rank's part of them in a group."""
     dataset = TensorDataset(x, y)
     if not dist.is_initialized():
@@ -88,27 +84,24 @@ def loader(x: Tensor, y: Tensor, batch: int = 5, **sampling: Any) -> DataLoader:
     return DataLoader(dataset, batch, sampler=sampler)
 
 
-def batches(x: Tensor, y: Tensor, batch: int = 5) -> list[tuple[Tensor, Tensor]]:
+def batches(x, y, batch=5):
     return list(zip(x.split(batch), y.split(batch))) if len(x) else []
 
 
 class Counted:
     """Counts the batches that are asked for."""
 
-    def __init__(self, batches: Any) -> None:
+    def __init__(self, batches):
         self.batches, self.asked = batches, 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self):
         for batch in self.batches:
             self.asked += 1
             yield batch
 
 
-# ---------------------------------------------------------------------------- what a fit leaves
-
-
-def predictions(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
-    calls: dict[str, dict[str, Any]] = {"probit": {}, "mc": {"link_approx": "mc", "n_samples": 32}}
+def predictions(la, x):
+    calls = {"probit": {}, "mc": {"link_approx": "mc", "n_samples": 32}}
     if la.likelihood == "regression":
         calls = {"moments": {}, "joint": {"joint": True}}
     found = {f"{k} {i}": t for k, v in calls.items() for i, t in enumerate(as_tuple(la(x, **v)))}
@@ -116,7 +109,7 @@ def predictions(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
     return found
 
 
-def posterior_of(la: ELLALaplace) -> dict[str, Any]:
+def posterior_of(la):
     found = {"n": [n for n, _ in la.snapshots], **{f"snapshot {n}": G for n, G in la.snapshots}}
     for name in ("H", "loss", "n_data", "n_predictions", "n_outputs", "n_curvature", "mean"):
         found[name] = getattr(la, name)
@@ -129,7 +122,7 @@ def posterior_of(la: ELLALaplace) -> dict[str, Any]:
     return found
 
 
-def report(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
+def report(la, x):
     """Return all that a fit leaves."""
     return {
         **posterior_of(la),
@@ -139,14 +132,11 @@ def report(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
     }
 
 
-def run(case: Case) -> dict[str, Any]:
+def run(case):
     return report(case.fitted(), case.problem.x_test)
 
 
-# ---------------------------------------------------------------------------- comparisons
-
-
-def assert_identical(left: Any, right: Any, name: str = "value") -> None:
+def assert_identical(left, right, name="value"):
     """Require the same bits."""
     assert type(left) is type(right), name
     if isinstance(left, dict):
@@ -159,7 +149,7 @@ def assert_identical(left: Any, right: Any, name: str = "value") -> None:
         assert left == right, name
 
 
-def assert_agree(found: Any, expected: Any, name: str = "value") -> None:
+def assert_agree(found, expected, name="value"):
     """Require numbers that differ by rounding only."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), name
@@ -175,7 +165,7 @@ def assert_agree(found: Any, expected: Any, name: str = "value") -> None:
         assert found == expected, name
 
 
-def check(found: list[dict[str, Any]], expected: dict[str, Any], same_steps: bool = True) -> None:
+def check(found, expected, same_steps=True):
     """Require the same bits on all ranks, and what one process found up to rounding.
 
     ``same_steps=False``: where batches are others, so are the n of all snapshots but the last.
@@ -190,18 +180,18 @@ def check(found: list[dict[str, Any]], expected: dict[str, Any], same_steps: boo
         assert_agree(without_steps(found[0]), without_steps(expected))
 
 
-def without_steps(found: dict[str, Any]) -> dict[str, Any]:
+def without_steps(found):
     return {k: v for k, v in found.items() if not k.startswith("snapshot") and k not in ("n", "history")}
 
 
-def assert_refused(outcomes: list[Outcome], text: str) -> None:
+def assert_refused(outcomes, text):
     """Require the same kind of error on all ranks."""
     for outcome in outcomes:
         assert outcome.error == "ValueError", outcome.trace
         assert text in outcome.text
 
 
-def assert_stopped(outcomes: list[Outcome], kind: str, text: str = "", failed: int = 1) -> None:
+def assert_stopped(outcomes, kind, text="", failed=1):
     """Require that one rank raised its error, and that the others were told at once."""
     mine = outcomes[failed]
     assert mine.error == kind, mine.trace
@@ -215,49 +205,46 @@ def assert_stopped(outcomes: list[Outcome], kind: str, text: str = "", failed: i
         assert mine.text in other.text
 
 
-# ---------------------------------------------------------------------------- tuning
-
-
 class Brier(torchmetrics.Metric):
     """Mean squared distance of probabilities to labels, weighted by class."""
 
     higher_is_better = False
     full_state_update = False
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.add_state("total", torch.zeros((), dtype=F64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=F64), dist_reduce_fx="sum")
 
-    def update(self, p: Tensor, y: Tensor) -> None:
+    def update(self, p, y):
         weights = 1.0 + y.double()
         self.total += (weights * (p.double() - nn.functional.one_hot(y, C)).square().sum(1)).sum()
         self.count += weights.sum()
 
-    def compute(self) -> Tensor:
+    def compute(self):
         return self.total / self.count
 
 
-def miscalibration(p: Tensor, y: Tensor) -> float:
+def miscalibration(p, y):
     """A loss of all inputs at once, which no mean over batches or ranks is."""
     confidence, label = p.max(1)
     return 0.1 + abs(float(confidence.double().mean()) - float((label == y).double().mean()))
 
 
-def wide(means: Tensor, covariances: Tensor, targets: Tensor) -> float:
+def wide(means, covariances, targets):
     variances = covariances.diagonal(dim1=1, dim2=2)
     return float(((targets - means).square() / (variances + 0.5) + (variances + 0.5).log()).sum(1).max())
 
 
-def calibration_error() -> torchmetrics.Metric:
+def calibration_error():
     return torchmetrics.classification.MulticlassCalibrationError(C, n_bins=5)
 
 
-def composed() -> torchmetrics.Metric:
+def composed():
     return 3 - 2 * torchmetrics.classification.MulticlassAccuracy(C, average="micro")
 
 
-def tune(la: ELLALaplace, case: Case, arguments: dict[str, Any], val: Any = None) -> None:
+def tune(la, case, arguments, val=None):
     loss = arguments.get("loss")
     if loss in (Brier, calibration_error, composed):
         arguments = {**arguments, "loss": loss()}
@@ -268,7 +255,7 @@ def tune(la: ELLALaplace, case: Case, arguments: dict[str, Any], val: Any = None
     )
 
 
-GRIDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+GRIDS = {
     "probit": ("classification", {}, {}),
     "mc": ("classification", {}, {"link_approx": "mc", "n_samples": 32}),
     "regression": ("regression", {}, {}),
@@ -287,6 +274,6 @@ GRIDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def grid_case(name: str) -> Case:
+def grid_case(name):
     likelihood, options, _ = GRIDS[name]
     return Case(likelihood, "confident", options={"temperature": None, **options})

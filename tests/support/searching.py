@@ -1,9 +1,7 @@
 """Over-confident networks, labels that say so, and searches by loops over calls."""
 
-from __future__ import annotations
-
 import torch
-from conftest import C, K, Problem, make_problem
+from conftest import C, K, make_problem
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,14 +11,14 @@ F64 = torch.float64
 N_VAL = 211  # above the 200 under which a search warns
 
 
-def over_confident(likelihood: str) -> Problem:
+def over_confident(likelihood):
     problem = make_problem("mlp", likelihood)
     with torch.no_grad():
         problem.model[-1].weight.mul_(4)
     return problem
 
 
-def validation(problem: Problem, n: int = N_VAL, size: int = 53) -> list[tuple[Tensor, Tensor]]:
+def validation(problem, n=N_VAL, size=53):
     """Labels from the model's own logits at a temperature, so that confidence matters."""
     generator = torch.Generator().manual_seed(17)
     x = 2 * torch.randn(n, 2, generator=generator, dtype=F64)
@@ -33,36 +31,36 @@ def validation(problem: Problem, n: int = N_VAL, size: int = 53) -> list[tuple[T
     return list(zip(x.split(size), y.split(size)))
 
 
-def fit(problem: Problem, **options) -> ELLALaplace:
+def fit(problem, **options):
     """Fit with the landmarks of the problem; the temperature is free."""
     la = ELLALaplace(problem.model, **problem.options(**{"n_eigenvalues": K, "temperature": None, **options}))
     la.fit(problem.loader(), landmarks=problem.landmarks, val_steps=1)
     return la
 
 
-def whole(val) -> tuple[Tensor, Tensor]:
+def whole(val):
     """All batches in one."""
     return tuple(torch.cat(part) for part in zip(*val))
 
 
-def outputs_and_targets(problem: Problem, val) -> tuple[Tensor, Tensor]:
+def outputs_and_targets(problem, val):
     x, y = whole(val)
     with torch.no_grad():
         return problem.model(x), y
 
 
-def brier(p: Tensor, y: Tensor) -> Tensor:
+def brier(p, y):
     return (p - F.one_hot(y, C)).square().sum(-1).mean()
 
 
-def grid_search(la: ELLALaplace, val, **options) -> float:
+def grid_search(la, val, **options):
     """Search the prior precision over 15 values, and return what was chosen."""
     options = {"log_prior_prec_min": -3, "log_prior_prec_max": 4, "grid_size": 15, **options}
     la.optimize_prior_precision(method="gridsearch", val_loader=val, **options)
     return la.prior_precision.item()
 
 
-def by_loop(la: ELLALaplace, score, low: float = -3.0, high: float = 4.0, size: int = 15) -> float:
+def by_loop(la, score, low=-3.0, high=4.0, size=15):
     """Return the prior precision of the lowest score, each from calls at that value."""
     scores = {}
     for delta in torch.logspace(low, high, size).tolist():
@@ -73,7 +71,7 @@ def by_loop(la: ELLALaplace, score, low: float = -3.0, high: float = 4.0, size: 
     return min(scores, key=scores.__getitem__)
 
 
-def state(la: ELLALaplace) -> dict:
+def state(la):
     """What must be as before, as plain values."""
     found = {}
 

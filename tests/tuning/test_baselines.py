@@ -1,7 +1,5 @@
 """The simpler methods beside a search: each is a direct minimisation on the same data."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -24,7 +22,7 @@ CLASSIFICATION = ("MAP", "temperature scaling", "vector scaling", "constant vari
 REGRESSION = ("MAP", "constant variance", "last-layer variance")
 
 
-def scores(**options) -> tuple[dict[str, float], torch.Tensor, torch.Tensor, torch.Tensor]:
+def scores(**options):
     """Scores of an over-confident classifier; its outputs, targets, and squared norms of the last layer's inputs."""
     p = over_confident("classification")
     val = validation(p)
@@ -35,7 +33,7 @@ def scores(**options) -> tuple[dict[str, float], torch.Tensor, torch.Tensor, tor
     return {k: b.score for k, b in result.baselines.items()}, *outputs_and_targets(p, val), norms(z)
 
 
-def norms(z: torch.Tensor) -> torch.Tensor:
+def norms(z):
     return z.square().sum(-1, keepdim=True) + 1
 
 

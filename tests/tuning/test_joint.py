@@ -1,7 +1,5 @@
 """Searches of several hyperparameters: every score is that of a loop over calls, and failures change nothing."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -25,8 +23,6 @@ from models import Counting
 from searching import N_VAL, fit, over_confident, state, validation, whole
 from torch import nn
 
-from laplace_ella import ELLALaplace
-
 # Of few validation data, and of simpler methods that are as good: test_result.py asks for both.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -48,7 +44,7 @@ def confident(likelihood):
     return over_confident(likelihood)
 
 
-def second(likelihood) -> str:
+def second(likelihood):
     """What is searched by default beside the temperature."""
     return "logit_scale" if likelihood == "classification" else "sigma_noise"
 
@@ -57,22 +53,19 @@ def free(**options):
     return fitted(**{"temperature": None, **options})
 
 
-def values_of(result, name) -> set:
+def values_of(result, name):
     return {getattr(setting, name) for setting, _ in result.table}
-
-
-# ---------------------------------------------------------------------------- the table
 
 
 class ByHand:
     """Scores a setting by calls to an estimator of its rank, with its snapshot of G and its attributes."""
 
-    def __init__(self, problem, la, val, **options) -> None:
+    def __init__(self, problem, la, val, **options):
         self.problem, self.val, self.options = problem, val, options
         self.snapshots, self.H = dict(la.snapshots), la.H.clone()
-        self.fits: dict[int, ELLALaplace] = {}
+        self.fits = {}
 
-    def __call__(self, setting, **link) -> float:
+    def __call__(self, setting, **link):
         rank = setting.n_eigenvalues
         if rank not in self.fits:
             self.fits[rank] = fit(self.problem, **{**self.options, "n_eigenvalues": rank})
@@ -166,9 +159,6 @@ def test_searches_work_where_no_gradient_is_recorded(context, residual):
     assert la(X).isfinite().all()
 
 
-# ---------------------------------------------------------------------------- what is applied
-
-
 def test_nothing_is_applied_unless_wanted(confident):
     la = fit(confident)
     before, prediction = state(la), la(confident.x_test)
@@ -217,13 +207,10 @@ def test_a_parameter_that_the_loss_ignores_keeps_its_value():
     assert sum("does not depend" in note for note in result.notes) == 2
 
 
-# ---------------------------------------------------------------------------- other losses, and failures
-
-
 class Failing:
     """A loss that raises an error in its fifth call."""
 
-    def __init__(self, error) -> None:
+    def __init__(self, error):
         self.error, self.calls = error, 0
 
     def __call__(self, p, y):
@@ -277,9 +264,6 @@ def test_a_temperature_fixed_by_the_user_is_not_searched():
     assert la.temperature == 2.0
 
 
-# ---------------------------------------------------------------------------- cost
-
-
 def test_forward_passes_do_not_depend_on_the_search(likelihood):
     p = over_confident(likelihood)
     model, val, calls = Counting(p.model), validation(p), []
@@ -313,9 +297,6 @@ def test_little_memory_gives_the_same_table(confident, link):
         assert our_score == pytest.approx(their_score, abs=1e-9)
     for name, baseline in large.baselines.items():
         assert small.baselines[name].score == pytest.approx(baseline.score, abs=1e-6), name
-
-
-# ---------------------------------------------------------------------------- optima that were missed
 
 
 @pytest.mark.parametrize(("seed", "prior"), [(0, 1e-3), (1, 1e-3), (3, 1e-3), (3, 1e-6)])

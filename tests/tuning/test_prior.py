@@ -1,7 +1,5 @@
 """Tuning of the prior precision by validation data and by the evidence, and of the temperature with it."""
 
-from __future__ import annotations
-
 import math
 import warnings
 
@@ -9,18 +7,7 @@ import pytest
 import torch
 import torchmetrics
 from conftest import C, assert_close
-from helpers import (
-    N,
-    as_tuple,
-    build,
-    fitted,
-    inputs,
-    loader,
-    mlp,
-    nll_of_calls,
-    train_loader,
-    val_loader,
-)
+from helpers import N, as_tuple, build, fitted, inputs, loader, mlp, nll_of_calls, train_loader, val_loader
 from laplace.utils import validate
 from searching import (
     brier,
@@ -44,14 +31,11 @@ SIZES = {"scalar": 1, "layerwise": 4, "diag": sum(p.numel() for p in mlp().param
 quiet = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-# ---------------------------------------------------------------------------- what a grid search finds
-
-
 def calibration_error():
     return torchmetrics.CalibrationError("multiclass", num_classes=C, n_bins=7)
 
 
-def of_metric(la, val, **options) -> float:
+def of_metric(la, val, **options):
     metric = calibration_error()
     for x, y in val:
         metric.update(la(x, **options), y)
@@ -165,9 +149,6 @@ def test_grid_search_over_another_base():
     assert grid_search(la, val, **options) in (2, 4, 8, 16)
 
 
-# ---------------------------------------------------------------------------- sampled weights
-
-
 @quiet
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_the_nn_predictive_is_repeatable_and_leaves_the_global_generator_alone(likelihood):
@@ -181,9 +162,6 @@ def test_the_nn_predictive_is_repeatable_and_leaves_the_global_generator_alone(l
         assert torch.equal(torch.get_rng_state(), before)
     grid = torch.logspace(-4, 6, 5).tolist()
     assert chosen[0] == chosen[1] in grid[1:]  # a prior as wide as the first ruins sampled weights
-
-
-# ---------------------------------------------------------------------------- a free temperature
 
 
 def soft_labels(la, temperature, prior_precision=1e-7, **options):
@@ -242,9 +220,6 @@ def test_a_given_temperature_is_fixed_and_none_is_free():
     assert free.temperature > 10
 
 
-# ---------------------------------------------------------------------------- what is said
-
-
 @pytest.mark.parametrize("right", [True, False])
 def test_an_optimum_on_an_edge_of_the_prior_grid_warns_and_says_which_way(right):
     p = over_confident("classification")
@@ -301,9 +276,6 @@ def test_marglik_with_a_free_temperature_warns_exactly_once_and_is_silent_otherw
 def test_verbose_prints_the_result(capsys):
     fitted().optimize_prior_precision(n_steps=2, verbose=True)
     assert "prior precision" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------- by the evidence
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)

@@ -1,7 +1,5 @@
 """What a search returns, notes and warns of."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import warnings
