@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 SMOOTH = (nn.Tanh, nn.GELU, nn.SiLU, nn.Softplus, nn.Sigmoid, nn.Mish)
 KINKED = (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ELU, lambda: nn.ReLU(inplace=True))
 VOCABULARY = 11
+F64 = torch.float64
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Draw(random.Random):
         return self.random() < probability
 
     def activation(self, dtype):
-        every = SMOOTH + KINKED if dtype == torch.float64 else SMOOTH
+        every = SMOOTH + KINKED if dtype == F64 else SMOOTH
         return self.choice(every)()
 
 
@@ -47,10 +48,10 @@ def residual(block, inplace):
 
     def forward(net, x):
         out = net(x)
-        if not inplace:
-            return out + x
-        out += x
-        return out
+        if inplace:
+            out += x
+            return out
+        return out + x
 
     return Applied(forward, block)
 
@@ -77,22 +78,19 @@ def linear(draw, n_in, n_out):
 
 
 def features(shape):
-    return lambda n, generator, length: torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+    return lambda n, generator, length: torch.randn(n, *shape, generator=generator, dtype=F64)
 
 
 def mlp(draw, n_outputs, dtype):
     n_in, width = draw.choice((1, 2, 5)), draw.choice((3, 5, 7))
     plain = draw.maybe(0.5)
+    dense = (lambda draw, a, b: nn.Linear(a, b)) if plain else linear
     layers = [nn.Linear(n_in, width), draw.activation(dtype)]
     shared = nn.Linear(width, width)
     for _ in range(draw.randint(0, 2)):
-        kinds = ("linear",) if plain else ("linear", "residual", "tied", "norm", "dropout")
-        kind = draw.choice(kinds)
+        kind = draw.choice(("linear",) if plain else ("linear", "residual", "tied", "norm", "dropout"))
         if kind == "linear":
-            layers += [
-                nn.Linear(width, width) if plain else linear(draw, width, width),
-                draw.activation(dtype),
-            ]
+            layers += [dense(draw, width, width), draw.activation(dtype)]
         elif kind == "residual":
             block = nn.Sequential(linear(draw, width, 3), draw.activation(dtype), linear(draw, 3, width))
             layers += [residual(block, draw.maybe(0.5))]
@@ -102,25 +100,17 @@ def mlp(draw, n_outputs, dtype):
             layers += [draw.choice((nn.LayerNorm, nn.BatchNorm1d))(width)]
         else:
             layers += [nn.Dropout(0.3)]
-    head = nn.Linear(width, n_outputs) if plain else linear(draw, width, n_outputs)
-    net = nn.Sequential(*layers, head)
+    net = nn.Sequential(*layers, dense(draw, width, n_outputs))
     return Network("mlp", net if plain else Wrapped(net, draw), features((n_in,)), plain=plain)
 
 
 def norm(draw, channels, axes):
-    kind = draw.choice(("batch", "group", "instance", "none"))
-    if kind == "batch":
-        return (nn.BatchNorm1d, nn.BatchNorm2d)[axes - 1](channels, affine=draw.maybe(0.8))
+    kind = draw.choice(("Batch", "group", "Instance", "none"))
     if kind == "group":
         return nn.GroupNorm(draw.choice([g for g in (1, 2, channels) if channels % g == 0]), channels)
-    if kind == "instance":
-        return (nn.InstanceNorm1d, nn.InstanceNorm2d)[axes - 1](channels, affine=draw.maybe(0.7))
-    return nn.Identity()
-
-
-def spatial(size, kernel, options):
-    """Return what a convolution leaves of an axis."""
-    return (size + 2 * options["padding"] - options["dilation"] * (kernel - 1) - 1) // options["stride"] + 1
+    if kind == "none":
+        return nn.Identity()
+    return getattr(nn, f"{kind}Norm{axes}d")(channels, affine=draw.maybe(0.8 if kind == "Batch" else 0.7))
 
 
 class Conv(nn.Module):
@@ -128,37 +118,30 @@ class Conv(nn.Module):
 
     def __init__(self, draw, axes, n_outputs, dtype, head, plain):
         super().__init__()
-        kind = (nn.Conv1d, nn.Conv2d)[axes - 1]
         channels, size = draw.choice((1, 2, 3)), 7 if axes == 1 else 6
-        self.channels, self.size = channels, size
-        layers = []
+        self.shape, layers = (channels, *[size] * axes), []
         for _ in range(draw.randint(1, 2)):
             wide = draw.choice((2, 4))
-            options = {
-                "stride": draw.choice((1, 1, 2)),
-                "dilation": draw.choice((1, 1, 2)),
-                "padding": draw.choice((0, 1)),
-                "bias": draw.maybe(0.7),
-                "groups": 2 if channels % 2 == 0 and not plain and draw.maybe(0.3) else 1,
-            }
-            kernel = draw.choice((1, 2, 3))
-            left = spatial(size, kernel, options)
+            options = {"stride": draw.choice((1, 1, 2)), "dilation": draw.choice((1, 1, 2))}
+            options |= {"padding": draw.choice((0, 1)), "bias": draw.maybe(0.7)}
+            options["groups"] = 2 if channels % 2 == 0 and not plain and draw.maybe(0.3) else 1
+            options["kernel_size"] = draw.choice((1, 2, 3))
+            left = size_after(size, **options)
             if left < 3:  # so that there is something to normalise over
-                kernel, options["stride"], options["dilation"] = 1, 1, 1
-                left = spatial(size, kernel, options)
+                options |= {"kernel_size": 1, "stride": 1, "dilation": 1}
+                left = size_after(size, **options)
             size = left
-            layers.append(kind(channels, wide, kernel, **options))
+            layers.append((nn.Conv1d, nn.Conv2d)[axes - 1](channels, wide, **options))
             layers += [] if plain else [norm(draw, wide, axes)]
             layers.append(draw.activation(dtype))
             channels = wide
-        if not plain and dtype == torch.float64 and draw.maybe(0.2):
+        if not plain and dtype == F64 and draw.maybe(0.2):
             layers.append((nn.MaxPool1d, nn.MaxPool2d)[axes - 1](2, 1))
-        self.body, self.head, self.axes = nn.Sequential(*layers), head, axes
+        self.body, self.head = nn.Sequential(*layers), head
         with torch.no_grad():
-            out = self.body.eval()(torch.zeros(1, self.channels, *[self.size] * axes))
+            out = self.body.eval()(torch.zeros(1, *self.shape))
         self.body.train()
-        n_in = out[0].numel() if head == "all" else channels
-        self.last = nn.Linear(n_in, n_outputs)
+        self.last = nn.Linear(out[0].numel() if head == "all" else channels, n_outputs)
 
     def forward(self, x):
         h = self.body(x)
@@ -167,15 +150,19 @@ class Conv(nn.Module):
         return self.last(h.flatten(1) if self.head == "all" else h.flatten(2).mean(2))
 
 
+def size_after(size, kernel_size, padding, dilation, stride, **others):
+    """Return what a convolution leaves of an axis."""
+    return (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
+
+
 def conv(draw, n_outputs, dtype):
     axes, plain = draw.choice((1, 2)), draw.maybe(0.3)
     head = draw.choice(("all", "mean", "positions"))
     net = Conv(draw, axes, n_outputs, dtype, head, plain)
-    shape = (net.channels, *[net.size] * axes)
     if plain and head == "all":
         flat = nn.Sequential(*net.body, nn.Flatten(), net.last)
-        return Network("conv", flat, features(shape), plain=True)
-    return Network("conv", Wrapped(net, draw), features(shape), head == "positions")
+        return Network("conv", flat, features(net.shape), plain=True)
+    return Network("conv", Wrapped(net, draw), features(net.shape), head == "positions")
 
 
 class Tokens(nn.Module):
@@ -183,29 +170,25 @@ class Tokens(nn.Module):
 
     def __init__(self, draw, n_outputs, dtype, positions, key):
         super().__init__()
-        self.positions, self.key = positions, key
-        width = 4
+        self.positions, self.key, width = positions, key, 4
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.place = nn.Parameter(torch.randn(1, 7, width)) if draw.maybe(0.5) else None
-        kind = draw.choice(("none", "attention", "layer", "mlp"))
-        self.kind = kind
-        if kind == "attention":
+        self.kind = draw.choice(("none", "attention", "layer", "mlp"))
+        if self.kind == "attention":
             self.mix = nn.MultiheadAttention(width, draw.choice((1, 2)), batch_first=True, dropout=0.1)
-        elif kind == "layer":
-            self.mix = nn.TransformerEncoderLayer(
-                width, 2, 6, 0.1, "gelu", batch_first=True, norm_first=draw.maybe(0.5)
-            )
-        elif kind == "mlp":
+        elif self.kind == "layer":
+            options = {"batch_first": True, "norm_first": draw.maybe(0.5)}
+            self.mix = nn.TransformerEncoderLayer(width, 2, 6, 0.1, "gelu", **options)
+        elif self.kind == "mlp":
             self.mix = nn.Sequential(linear(draw, width, width), draw.activation(dtype))
         tied = draw.maybe(0.3)
         self.last = nn.Linear(VOCABULARY if tied else width, n_outputs)
         self.decoder = nn.Linear(width, VOCABULARY, bias=False) if tied else None
-        if self.decoder is not None:
+        if tied:
             self.decoder.weight = self.embedding.weight
 
     def forward(self, batch):
-        h = self.embedding(batch[self.key])
-        mask = batch["attention_mask"]
+        h, mask = self.embedding(batch[self.key]), batch["attention_mask"]
         h = h if self.place is None else h + self.place[:, : h.shape[1]]
         if self.kind == "attention":
             h = h + self.mix(h, h, h, key_padding_mask=~mask.bool(), need_weights=False)[0]
@@ -214,10 +197,8 @@ class Tokens(nn.Module):
         elif self.kind == "mlp":
             h = self.mix(h)
         h = h if self.decoder is None else self.decoder(h).tanh()
-        if self.positions:
-            return self.last(h)
         m = mask[..., None].to(h)
-        return self.last((h * m).sum(1) / m.sum(1))
+        return self.last(h if self.positions else (h * m).sum(1) / m.sum(1))
 
 
 def tokens(draw, n_outputs, dtype):
@@ -228,11 +209,8 @@ def tokens(draw, n_outputs, dtype):
 
     def inputs(n, generator, length):
         lengths = torch.randint(1, length + 1, (n, 1), generator=generator)
-        return {
-            key: torch.randint(VOCABULARY, (n, length), generator=generator).to(of_tokens),
-            "attention_mask": (torch.arange(length) < lengths).to(of_mask),
-            **more,
-        }
+        found = torch.randint(VOCABULARY, (n, length), generator=generator).to(of_tokens)
+        return {key: found, "attention_mask": (torch.arange(length) < lengths).to(of_mask), **more}
 
     return Network("tokens", Wrapped(net, draw), inputs, positions)
 
@@ -247,11 +225,10 @@ def recurrent(draw, n_outputs, dtype):
         h = net[0](x)[0]
         return net[1](h if positions else h[:, -1])
 
-    def inputs(n, generator, length):
-        return torch.randn(n, length, 3, generator=generator, dtype=torch.float64)
-
-    net = Applied(forward, nn.ModuleList(layers))
-    return Network("recurrent", Wrapped(net, draw), inputs, positions)
+    net = Wrapped(Applied(forward, nn.ModuleList(layers)), draw)
+    return Network(
+        "recurrent", net, lambda n, generator, length: features((length, 3))(n, generator, 0), positions
+    )
 
 
 def nested(draw, n_outputs, dtype):
@@ -276,30 +253,24 @@ FAMILIES = {"mlp": mlp, "conv": conv, "tokens": tokens, "recurrent": recurrent, 
 
 
 def make_network(draw, n_outputs, dtype):
-    """Build a network; random weights, running statistics that are not 0 and 1, some of it frozen."""
+    """Build a network; random weights, running statistics that are not 0 and 1, some of it frozen, never all."""
     family = draw.choices(list(FAMILIES), (5, 4, 3, 1, 1))[0]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(draw.getrandbits(31))
-        network = FAMILIES[family](draw, n_outputs, dtype)
-        with torch.no_grad():
-            for name, buffer in network.module.named_buffers():
-                if name.endswith("running_mean"):
-                    buffer.copy_(0.3 * torch.randn_like(buffer))
-                elif name.endswith("running_var"):
-                    buffer.copy_(0.5 + torch.rand_like(buffer))
-            for p in network.module.parameters():
-                p.mul_(1.5)
+        with torch.enable_grad():
+            network = FAMILIES[family](draw, n_outputs, dtype)
+        for name, buffer in network.module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.3 * torch.randn_like(buffer))
+            elif name.endswith("running_var"):
+                buffer.copy_(0.5 + torch.rand_like(buffer))
+        for p in network.module.parameters():
+            p.mul_(1.5)
     network.module.to(dtype)
-    freeze(draw, network)
+    if not network.plain and draw.maybe(0.25):
+        weights = list(network.module.parameters())
+        for p in draw.sample(weights, draw.randint(1, len(weights))):
+            p.requires_grad_(False)
+        # An output bias alone has the same gradients everywhere; a first weight sees inputs.
+        weights[0].requires_grad_(True)
     return network
-
-
-def freeze(draw, network):
-    """Freeze some of the weights, never all."""
-    weights = list(network.module.parameters())
-    if network.plain or not draw.maybe(0.25):
-        return
-    for p in draw.sample(weights, draw.randint(1, len(weights))):
-        p.requires_grad_(False)
-    # An output bias alone has the same gradients everywhere; the last weight sees inputs.
-    next(iter(network.module.parameters())).requires_grad_(True)
