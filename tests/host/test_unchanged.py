@@ -13,8 +13,9 @@ start with "seeded" depend on torch's random streams, and are left out where the
 
 After a change that is meant::
 
-    python tests/host/test_unchanged.py --write      writes the files again (and .pt files that are not there)
-    python tests/host/test_unchanged.py --compare    prints the largest difference of each kind of number
+    PYTHONPATH=tests/support python tests/host/test_unchanged.py --write
+
+writes the files again, and .pt files that are not there.
 """
 
 import inspect
@@ -23,7 +24,6 @@ import math
 import random
 import re
 import sys
-from collections import defaultdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -62,10 +62,9 @@ def packed(value):
     if not isinstance(value, Tensor):
         return [packed(v) for v in value] if isinstance(value, (list, tuple)) else value
     flat = value.detach().reshape(-1).double()
-    kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    kind = layout(value)
     if len(flat) > 8:
-        summary = flat.abs().max()[None], flat.norm()[None], (_directions(len(flat)) * flat).sum(1)
-        flat = torch.cat(summary)
+        flat = torch.cat([flat.abs().max()[None], flat.norm()[None], (_directions(len(flat)) * flat).sum(1)])
     return {kind: flat.tolist()}
 
 
@@ -76,17 +75,14 @@ def difference(actual, expected):
         if kind != found or len(values) != len(others):
             return math.inf
         # The norm of a large tensor is larger than its largest entry.
-        largest = abs(values[0]) if math.prod(json.loads(kind[kind.index("[") :])) > 8 else _largest(values)
+        large = math.prod(json.loads(kind[kind.index("[") :])) > 8
+        largest = max(map(abs, values[:1] if large else values), default=0.0)
         return max((abs(a - b) for a, b in zip(others, values)), default=0.0) / (largest or 1.0)
     if isinstance(expected, list) and isinstance(actual, list) and len(actual) == len(expected):
         return max((difference(a, b) for a, b in zip(actual, expected)), default=0.0)
     if type(expected) is float and type(actual) is float and math.isfinite(expected):
         return abs(actual - expected) / (abs(expected) or 1.0)
     return 0.0 if type(actual) is type(expected) and actual == expected else math.inf
-
-
-def _largest(values):
-    return max((abs(v) for v in values), default=0.0)
 
 
 def tolerance(name, same_tangents=True):
@@ -113,8 +109,8 @@ def read(name):
 
 def streams():
     """Return the beginnings of the random streams that samples and the Monte-Carlo link depend on."""
-    normal = torch.randn(5, 7, generator=numbers.generator(), dtype=torch.float64)
-    few = torch.randn(3, generator=numbers.generator(), dtype=torch.float64)
+    shapes = (5, 7), (3,)
+    normal, few = (torch.randn(s, generator=numbers.generator(), dtype=torch.float64) for s in shapes)
     seed = torch.randint(2**31, (), generator=numbers.generator())
     points = torch.quasirandom.SobolEngine(5, scramble=True, seed=3).draw(8, dtype=torch.float64)
     return [packed(normal), packed(few), int(seed), packed(points[1:])]
@@ -124,24 +120,17 @@ def tangents():
     return torch.randn(40, generator=numbers.generator(), dtype=torch.float32).tolist()
 
 
-def streams_are_known():
-    return difference(streams(), read("streams")["streams"]) < 1e-14
-
-
 def signature(value):
     """Return names, kinds and defaults of the parameters of a callable."""
     try:
         own = inspect.signature(value)
     except ValueError:  # of a class of C
         return "callable"
-    plain = type(None), bool, int, float, str, tuple, torch.dtype
-    empty = inspect.Parameter.empty
-    parameters = [
-        p.replace(
-            annotation=empty, default=p.default if p.default is empty or isinstance(p.default, plain) else ...
-        )
-        for p in own.parameters.values()
-    ]
+    plain, empty = (type(None), bool, int, float, str, tuple, torch.dtype), inspect.Parameter.empty
+    parameters = []
+    for p in own.parameters.values():
+        shown = p.default is empty or isinstance(p.default, plain)
+        parameters.append(p.replace(annotation=empty, default=p.default if shown else ...))
     return str(own.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
 
 
@@ -171,11 +160,10 @@ def public_types():
     with models.quiet():
         result = la.optimize_hyperparameters(val, ["logit_scale"], n_samples=8, apply=False)
     baseline = next(b for b in result.baselines.values() if b is not None)
-    plan = la.plan(val, verbose=False)
-    error = la.approximation_error(models.uniform(84, 3, 2))
-    reached = [type(v) for v in (result, result.best, baseline, plan.stages[0], error)]
-    named = [getattr(laplace_ella, name) for name in laplace_ella.__all__]
-    return {c.__name__: c for c in (*named, *reached) if isinstance(c, type)}
+    stage, error = la.plan(val, verbose=False).stages[0], la.approximation_error(models.uniform(84, 3, 2))
+    found = [getattr(laplace_ella, name) for name in laplace_ella.__all__]
+    found += [type(v) for v in (result, result.best, baseline, stage, error)]
+    return {c.__name__: c for c in found if isinstance(c, type)}
 
 
 # The methods of backends that are for users and for laplace-torch; docs/api.md shows the former.
@@ -223,10 +211,10 @@ def everything_about_the_surface():
     }
 
 
-def loaded(name):
+def numbers_of_state(name):
     la = models.small()
     la.load_state_dict(torch.load(FOLDER / f"{name}.pt", weights_only=True))
-    return la
+    return numbers.of_small(la)
 
 
 def test_signatures():
@@ -258,8 +246,7 @@ def test_states_have_the_same_entries(stored):
 
 @pytest.mark.parametrize("name", STATES)
 def test_saved_states_load(name):
-    la = loaded(name)
-    compare_numbers(numbers.of_small(la), read("checkpoints")[name])
+    compare_numbers(numbers_of_state(name), read("checkpoints")[name])
 
 
 @pytest.mark.parametrize("case", models.CASES, ids=lambda c: c.name)
@@ -269,11 +256,10 @@ def test_numbers(case):
 
 def compare_numbers(values, expected):
     actual = {k: packed(v) for k, v in values.items()}
-    if not streams_are_known():
+    if difference(streams(), read("streams")["streams"]) >= 1e-14:
         assert version("torch") != read("streams")["torch"], "the streams of this version were others"
-        actual, expected = (
-            {k: v for k, v in found.items() if not k.startswith("seeded")} for found in (actual, expected)
-        )
+        both = actual, expected
+        actual, expected = ({k: v for k, v in d.items() if not k.startswith("seeded")} for d in both)
     found = complaints(actual, expected)
     assert not found, f"{len(found)} of {len(expected)} numbers\n" + "\n".join(found)
 
@@ -283,42 +269,22 @@ def write_json(name, values):
     (FOLDER / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def write_states():
-    """Save a state in each way, and what an estimator that loads it gives; files that are there stay as they are."""
-    known = read("checkpoints") if (FOLDER / "checkpoints.json").exists() else {}
-    for name in STATES:
-        stored, path = name.split("_")[-1], FOLDER / f"{name}.pt"
-        if path.exists():
-            continue
-        state = fitted().state_dict(directions=stored)
-        assert name == f"format_{state['format']}_{stored}", "this version writes another format"
-        torch.save(state, path)
-        known[name] = {k: packed(v) for k, v in numbers.of_small(loaded(name)).items()}
-    write_json("checkpoints", known)
-
-
 def write():
-    FOLDER.mkdir(exist_ok=True)
-    write_states()
+    """Save a state in each way, and what an estimator that loads it gives; states that are there stay as they are."""
+    known = read("checkpoints")
+    for name in STATES:
+        path, state = FOLDER / f"{name}.pt", fitted().state_dict(directions=name.split("_")[-1])
+        if not path.exists():
+            assert name.startswith(f"format_{state['format']}"), "this version writes another format"
+            torch.save(state, path)
+            known[name] = {k: packed(v) for k, v in numbers_of_state(name).items()}
+    write_json("checkpoints", known)
     write_json("surface", everything_about_the_surface())
     write_json("streams", {"torch": version("torch"), "streams": streams(), "tangents": tangents()})
     for case in models.CASES:
         write_json(case.name, {k: packed(v) for k, v in numbers.numbers_of(case).items()})
 
 
-def compare():
-    """Print the largest difference of each kind of number, from the largest on."""
-    largest = defaultdict(lambda: (0.0, ""))
-    for case in models.CASES:
-        expected = read(case.name)
-        for name, value in numbers.numbers_of(case).items():
-            off = difference(packed(value), expected[name])
-            largest[name] = max(largest[name], (off, case.name))
-    for name, (off, of_case) in sorted(largest.items(), key=lambda item: -item[1][0]):
-        allowed = tolerance(name, tangents() == read("streams")["tangents"])
-        print(f"{off:.1e} (allowed {allowed:.0e})  {of_case}: {name}")
-
-
 if __name__ == "__main__":
     torch.manual_seed(12345)  # on which nothing may depend
-    {"--write": write, "--compare": compare}[sys.argv[1]]()
+    {"--write": write}[sys.argv[1]]()

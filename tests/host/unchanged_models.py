@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from models import Residual, RewardModel
 from torch import Tensor, nn
 
 import laplace_ella
@@ -24,19 +25,20 @@ N, N_VAL, B, M, K = 41, 23, 4, 17, 5
 BATCH = 9
 
 
+def stream(seed, shape):
+    draw = random.Random(seed)
+    return [draw.random() for _ in range(torch.Size(shape).numel())]
+
+
 def uniform(seed, *shape, low=-1.0, high=1.0):
     """Return numbers that depend on the seed alone."""
-    draw = random.Random(seed)
-    n = torch.Size(shape).numel()
-    values = [low + (high - low) * draw.random() for _ in range(n)]
+    values = [low + (high - low) * v for v in stream(seed, shape)]
     return torch.tensor(values, dtype=torch.float64).reshape(shape)
 
 
 def integers(seed, n_values, *shape):
     """Return whole numbers from 0 to n_values - 1 that depend on the seed alone."""
-    draw = random.Random(seed)
-    n = torch.Size(shape).numel()
-    return torch.tensor([int(draw.random() * n_values) for _ in range(n)]).reshape(shape)
+    return torch.tensor([int(v * n_values) for v in stream(seed, shape)]).reshape(shape)
 
 
 def filled(model, seed):
@@ -52,22 +54,6 @@ def filled(model, seed):
     return model
 
 
-class Residual(nn.Module):
-    """A residual block with in-place activations and an in-place sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.first = nn.Linear(3, 7), nn.Linear(7, 5)
-        self.second, self.head = nn.Linear(5, 7), nn.Linear(7, 2)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        h = self.stem(x).tanh()
-        out = self.second(self.relu(self.first(h)))
-        out += h
-        return self.head(out.tanh_())
-
-
 class Tied(nn.Module):
     """Two layers that share one weight."""
 
@@ -81,17 +67,12 @@ class Tied(nn.Module):
         return self.head(self.second(self.first(self.stem(x).tanh()).tanh()).tanh())
 
 
-class Rewards(nn.Module):
-    """Rewards (B, 1) of options (B, 3), or (B, 2) of pairs of options (B, 2, 3); some weights are frozen."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
-        self.net[0].weight.requires_grad_(False)
-        self.net[2].bias.requires_grad_(False)
-
-    def forward(self, x):
-        return self.net(x.flatten(0, 1)).reshape(len(x), 2) if x.ndim == 3 else self.net(x)
+def rewards():
+    """Rewards of options, or of pairs of options; some weights are frozen."""
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+    net[0].weight.requires_grad_(False)
+    net[2].bias.requires_grad_(False)
+    return RewardModel(net)
 
 
 class Sequence(nn.Module):
@@ -180,46 +161,31 @@ def binary(seed, n):
 
 
 # Between them: all likelihoods, residuals, kinds of curvature and of priors, and ranks named and found by a share.
+WIDE = {"low": 0.3, "high": 1.2}
+MC = {"curvature": "mc", "curvature_samples": 2, "curvature_size": None}
+ISOTROPIC = {"residual": "isotropic", "residual_scale": 0.4}
 CASES = [
     Case(
-        name="mlp",
-        likelihood="classification",
-        build=lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)),
-        inputs=vectors(3),
-        targets=labels(3),
+        *("mlp", "classification", lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))),
+        *(vectors(3), labels(3)),
         options={"curvature_size": 29, "prior_precision": 0.6, "seed": 3},
         search={"temperature": None, "logit_scale": None},
         seed=1,
     ),
     Case(
-        name="conv_batchnorm",
-        likelihood="classification",
-        build=convolution,
-        inputs=vectors(2, 3, 3),
-        targets=labels(3),
-        options={
-            "curvature": "mc",
-            "curvature_samples": 2,
-            "curvature_size": None,
-            "n_eigenvalues": 2,
-            "prior_precision": uniform(70, 6, low=0.3, high=1.2),
-            "temperature": 1.7,
-        },
+        *("conv_batchnorm", "classification", convolution, vectors(2, 3, 3), labels(3)),
+        options={**MC, "n_eigenvalues": 2, "prior_precision": uniform(70, 6, **WIDE), "temperature": 1.7},
         search={"logit_scale": [0.5, 1.0, 2.0]},
         seed=2,
         fit={"balanced": True},
     ),
     Case(
-        name="residual_inplace",
-        likelihood="regression",
-        build=Residual,
-        inputs=vectors(3),
-        targets=vectors(2),
+        *("residual_inplace", "regression", lambda: Residual(3, 7, 5, 2, torch.tanh_)),
+        *(vectors(3), vectors(2)),
         options={
+            **ISOTROPIC,
             "n_eigenvalues": 0.9,
             "sigma_noise": 0.7,
-            "residual": "isotropic",
-            "residual_scale": 0.4,
             "prior_precision": 0.9,
             "prior_mean": 0.1,
         },
@@ -231,24 +197,16 @@ CASES = [
         seed=3,
     ),
     Case(
-        name="tied",
-        likelihood="bernoulli",
-        build=Tied,
-        inputs=vectors(3),
-        targets=binary,
+        *("tied", "bernoulli", Tied, vectors(3), binary),
         options={"residual": "exact", "residual_scale": 0.5, "logit_scale": 1.2, "curvature_size": None},
         search={"prior_precision": [0.1, 1.0, 10.0], "n_eigenvalues": [2, 5], "curvature_size": [9, 41]},
         seed=4,
         fit={"val_steps": 1},
     ),
     Case(
-        name="partly_frozen",
-        likelihood="reward_modeling",
-        build=Rewards,
-        inputs=vectors(2, 3),
-        targets=labels(2),
+        *("partly_frozen", "reward_modeling", rewards, vectors(2, 3), labels(2)),
         options={
-            "prior_precision": uniform(71, 35, low=0.3, high=1.2),
+            "prior_precision": uniform(71, 35, **WIDE),
             "prior_mean": uniform(72, 35, low=-0.1, high=0.1),
             "n_eigenvalues": 4,
             "seed": 11,
@@ -258,13 +216,10 @@ CASES = [
         prediction_inputs=vectors(3),
     ),
     Case(
-        name="sequence",
-        likelihood="classification",
-        build=Sequence,
-        inputs=tokens,
-        targets=labels(3, 3),
+        *("sequence", "classification", Sequence, tokens, labels(3, 3)),
         options={
-            "residual": "isotropic",
+            **ISOTROPIC,
+            "residual_scale": 1.0,
             "residual_samples": 3,
             "prior_precision": 1.3,
             "curvature_size": 19,

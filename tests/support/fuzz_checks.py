@@ -33,7 +33,7 @@ class Truth:
         # Of pairs of options and their better one, the fit is that of classes.
         self.hosted = config.likelihood.replace("reward_modeling", "classification")
         self.dense = Dense(config.network.module)
-        self.V = torch.cat([v.flatten(1).to(F64) for v in la.basis.directions.values()], 1).T
+        self.V = torch.cat([v.reshape(len(v), -1).to(F64) for v in la.basis.directions.values()], 1).T
         self.train = [self.dense.jacobian(x, len(y)) for x, y in config.batches]
         self.J, self.f, _ = self.dense.jacobian(config.x, config.n_test)
         self.phi = self.J @ self.V

@@ -53,18 +53,17 @@ class ConvNet(nn.Sequential):
 class Residual(nn.Module):
     """A residual block with in-place activations and an in-place sum."""
 
-    def __init__(self):
+    def __init__(self, n_inputs=N_INPUTS, width=N_HIDDEN, inner=5, n_outputs=C, last=None):
         super().__init__()
-        self.stem = nn.Linear(N_INPUTS, N_HIDDEN)
-        self.first, self.second = nn.Linear(N_HIDDEN, 5), nn.Linear(5, N_HIDDEN)
-        self.head = nn.Linear(N_HIDDEN, C)
-        self.relu = nn.ReLU(inplace=True)
+        self.stem = nn.Linear(n_inputs, width)
+        self.first, self.second = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.head, self.relu, self.last = nn.Linear(width, n_outputs), nn.ReLU(inplace=True), last
 
     def forward(self, x):
         h = self.stem(x).tanh()
         out = self.second(self.relu(self.first(h)))
         out += h
-        return self.head(self.relu(out))
+        return self.head((self.last or self.relu)(out))
 
 
 class Tied(nn.Module):
@@ -167,14 +166,12 @@ class Waiting(nn.Module):
 class RewardModel(nn.Module):
     """Rewards (B, 1) of options (B, D); logits (B, 2) of pairs of options (B, 2, D)."""
 
-    def __init__(self):
+    def __init__(self, net=None):
         super().__init__()
-        self.net = mlp(n_outputs=1)
+        self.net = mlp(n_outputs=1) if net is None else net
 
     def forward(self, x):
-        if x.ndim == 3:
-            return self.net(x.flatten(0, 1)).reshape(len(x), 2)
-        return self.net(x)
+        return self.net(x.flatten(0, 1)).reshape(len(x), 2) if x.ndim == 3 else self.net(x)
 
 
 class DictModel(nn.Module):
