@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import DictModel, M, Snapshot, build, dict_batches, inputs, targets
+from helpers import DictModel, M, Snapshot, build, dict_batches, inputs, mlp, targets
 from interrupting import (
     N_BATCHES,
     N_DATA,
@@ -23,7 +23,7 @@ from interrupting import (
     go_on,
     interrupt,
 )
-from torch import nn
+from models import Applied
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from laplace_ella.fitting.resume import random_state, set_random_state
@@ -126,39 +126,23 @@ class Encoding(UserDict):
         return Encoding({k: v.to(device) for k, v in self.data.items()})
 
 
-class OfEncodings(DictModel):
-    """Insists on the type of mapping that its loader yields."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, batch):
-        assert type(batch) is self.kind, type(batch)
-        return super().forward(batch)
-
-
-def of_sequences():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(4, 4), (5, 2), (3, 4), (6, 1)]
-    return net, [(torch.randn(*s, 5).double(), torch.randint(3, s, generator=generator)) for s in shapes]
-
-
 @pytest.mark.parametrize("size", [None, 11])
 @pytest.mark.parametrize("kind", [dict, UserDict, Encoding, "sequences"])
 def test_inputs_of_other_kinds(kind, size, tmp_path):
+    def forward(net, batch):
+        assert type(batch) is kind, type(batch)
+        return net(batch)
+
     if kind == "sequences":
-        net, data = of_sequences()
+        net, shapes = mlp(), [(4, 4), (5, 2), (3, 4), (6, 1)]
+        data = [(torch.randn(*s, 5).double(), torch.randint(3, s)) for s in shapes]
     else:
-        net, data = OfEncodings(kind), [kind(batch) for batch in dict_batches(batch_size=SIZE)]
-    fitted_again(
-        lambda at=None: build(model=Watched(net, at), curvature_size=size),
-        data,
-        tmp_path,
-        lambda calls: [*range(2, calls - 1, 16), calls - 1],
-    )
+        net, data = Applied(forward, DictModel()), [kind(batch) for batch in dict_batches(batch_size=SIZE)]
+
+    def make(at=None):
+        return build(model=Watched(net, at), curvature_size=size)
+
+    fitted_again(make, data, tmp_path, lambda calls: [*range(2, calls - 1, 16), calls - 1])
 
 
 DATA = TensorDataset(inputs(N_DATA), targets("classification"))

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import C, N
+from parts import Counting
 from processes import outcome_of
 from ranked import (
     F64,
     GRIDS,
+    SAMPLE,
+    STREAMED,
     Case,
-    Counted,
     assert_identical,
     assert_refused,
     assert_stopped,
@@ -24,7 +26,6 @@ from ranked import (
 )
 from torch import Tensor, nn
 
-import laplace_ella
 from laplace_ella.fitting import curvature
 from laplace_ella.nystrom import basis, gram
 from laplace_ella.nystrom import rows as row_source
@@ -32,33 +33,25 @@ from laplace_ella.parallel import ranks
 
 pytest_plugins = ("groups",)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-SAMPLE = {"curvature_size": 13}
 
 
-def test_rank_error_is_exported():
-    assert issubclass(laplace_ella.RankError, RuntimeError)
-    assert "RankError" in laplace_ella.__all__
-
-
+# Name: what the error names, and what the last rank has.
 DIFFERENT = {
     "seed": ("seed", Case(options={"seed": 1})),
     "landmarks": ("subsample_size", Case(options={"subsample_size": 7})),
     "rank": ("n_eigenvalues", Case(options={"n_eigenvalues": 3})),
     "share": ("n_eigenvalues", Case(options={"n_eigenvalues": 0.5})),
-    "second pass": ("curvature_size", Case(options={"curvature_size": None})),
+    "second pass": ("curvature_size", Case(options=STREAMED)),
     "labels": ("curvature", Case(options={"curvature": "mc"})),
     "sharded": ("shard_directions", Case(options={"shard_directions": True})),
-    "balanced": ("balanced", Case(fit={"balanced": True})),
     "given landmarks": ("landmarks", Case(fit={"landmarks": True})),
-    "val_steps": ("val_steps", Case(fit={"val_steps": 2})),
-    "max_samples": ("max_samples", Case(fit={"max_samples": 7})),
-    "n_total": ("n_total", Case(fit={"n_total": 101})),
     "validation data": ("val_loader", Case(fit={"val_loader": True})),
-    "other landmarks": ("landmarks", Case()),
-    "basis": ("basis", Case()),
-    "weight": ("model", Case()),
-    "buffer": ("model", Case()),
-    "architecture": ("model", Case()),
+    **{
+        k: (k, Case(fit={k: v}))
+        for k, v in {"balanced": True, "val_steps": 2, "max_samples": 7, "n_total": 101}.items()
+    },
+    **{name: (name.split()[-1], Case()) for name in ("other landmarks", "basis")},
+    **{name: ("model", Case()) for name in ("weight", "buffer", "architecture")},
 }
 
 
@@ -72,16 +65,15 @@ def test_what_differs_between_ranks_is_refused(two, name):
 def fit_with_difference(name):
     """The last rank differs."""
     differs = dist.get_rank() == dist.get_world_size() - 1
-    case = DIFFERENT[name][1] if differs else Case(model="conv_batchnorm" if name == "buffer" else "mlp")
-    p = Case(model="conv_batchnorm" if name == "buffer" else "mlp").problem
-    model, arguments, data = p.model, case.arguments(), Counted(batches(p.x, p.y))
-    with torch.no_grad():
-        if differs and name == "weight":
-            model[2].bias[1] += 1e-9
-        elif differs and name == "buffer":
-            model[1].running_mean[1] += 1e-9
-        elif differs and name == "architecture":
-            model = nn.Sequential(nn.Linear(2, 7), nn.Tanh(), nn.Linear(7, C)).double()
+    same = Case(model="conv_batchnorm" if name == "buffer" else "mlp")
+    case, p = DIFFERENT[name][1] if differs else same, same.problem
+    model, arguments, data = p.model, case.arguments(), Counting(batches(p.x, p.y))
+    if differs and name == "weight":
+        model[2].bias.data[1] += 1e-9
+    elif differs and name == "buffer":
+        model[1].running_mean[1] += 1e-9
+    elif differs and name == "architecture":
+        model = nn.Sequential(nn.Linear(2, 7), nn.Tanh(), nn.Linear(7, C)).double()
     if name == "other landmarks":
         arguments = {"landmarks": (p.landmarks[0] + 1e-9 * differs, p.landmarks[1])}
     elif name == "basis":
@@ -110,29 +102,21 @@ def call_differently():
 
 
 class Broken:
-    """Raises in a pass over the data, after a few batches."""
+    """Raises after a few batches of a pass over the data, or ends its process, or yields fewer at every pass."""
 
-    def __init__(self, batches, after, error, passes=0):
+    def __init__(self, batches, after=None, error=None, passes=0):
         self.batches, self.after, self.error, self.passes = list(batches), after, error, passes
 
     def __iter__(self):
         self.passes -= 1
-        for i, batch in enumerate(self.batches):
+        for i, batch in enumerate(list(self.batches)):
             if self.passes < 0 and i == self.after:
+                if self.error is None:
+                    os._exit(3)
                 raise self.error
             yield batch
-
-
-class Shrinking:
-    """Yields fewer batches at every pass."""
-
-    def __init__(self, batches):
-        self.batches = [*batches]
-
-    def __iter__(self):
-        found = list(self.batches)
-        self.batches.pop()
-        return iter(found)
+        if self.after is None:
+            self.batches.pop()
 
 
 class Moody(nn.Module):
@@ -154,54 +138,38 @@ def fire():
 
 
 def with_mood(mood):
-    def change(la, data, arguments):
-        la.model.mood = mood
-        return data
-
-    return change
+    return lambda la, data, arguments: setattr(la.model, "mood", mood) or data
 
 
 def with_argument(name, make):
-    def change(la, data, arguments):
-        arguments[name] = make(data)
-        return data
-
-    return change
+    return lambda la, data, arguments: arguments.update({name: make(data)}) or data
 
 
+def second(change):
+    """Change the inputs of the second batch."""
+    return lambda la, data, arguments: [data[0], (change(data[1][0]), data[1][1])]
+
+
+def one_too_many(data):
+    return data[1][0], torch.zeros(1 + len(data[1][0]), dtype=torch.int64)
+
+
+ENOUGH = KeyboardInterrupt("enough")
 # The error and its text, and what a rank passes in place of its data.
 FAILURES = {
     "first batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 0, fire())),
     "later batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 2, fire())),
     "second pass": ("ValueError", "disk", lambda la, data, args: Broken(data, 1, fire(), passes=1)),
     "validation": ("ValueError", "disk", with_argument("val_loader", lambda data: Broken(data, 1, fire()))),
-    "interrupt": (
-        "KeyboardInterrupt",
-        "enough",
-        lambda la, data, args: Broken(data, 1, KeyboardInterrupt("enough")),
-    ),
+    "interrupt": ("KeyboardInterrupt", "enough", lambda la, data, args: Broken(data, 1, ENOUGH)),
     "structure": ("ValueError", "batch", lambda la, data, args: [data[0], "a batch"]),
     "targets": ("ValueError", "", lambda la, data, args: [data[0], (data[1][0], data[1][1] + 100)]),
-    "short second pass": ("ValueError", "second pass", lambda la, data, args: Shrinking(data)),
+    "short second pass": ("ValueError", "second pass", lambda la, data, args: Broken(data)),
     "model raises": ("RuntimeError", "out of order", with_mood("raises")),
     "model gives NaN": ("ValueError", "", with_mood("nan")),
-    "input is NaN": (
-        "ValueError",
-        "finite",
-        lambda la, data, args: [data[0], (data[1][0] * torch.nan, data[1][1])],
-    ),
-    "features are NaN": (
-        "ValueError",
-        "finite",
-        lambda la, data, args: [data[0], (data[1][0] * 0, data[1][1])],
-    ),
-    "landmarks": (
-        "ValueError",
-        "landmarks",
-        with_argument(
-            "landmarks", lambda data: (data[1][0], torch.zeros(1 + len(data[1][0]), dtype=torch.int64))
-        ),
-    ),
+    "input is NaN": ("ValueError", "finite", second(lambda x: x * torch.nan)),
+    "features are NaN": ("ValueError", "finite", second(lambda x: x * 0)),
+    "landmarks": ("ValueError", "landmarks", with_argument("landmarks", one_too_many)),
     "argument": ("ValueError", "val_steps", with_argument("val_steps", lambda data: 0)),
     "type": ("ValueError", "train_loader must be an iterable", lambda la, data, args: None),
 }
@@ -385,20 +353,6 @@ def predict_nan(name):
     return outcome_of(la, torch.zeros(3, 2, dtype=F64) if dist.get_rank() else case.problem.x_test[:3])
 
 
-class Deadly:
-    """A loader in which the process ends, in a second pass."""
-
-    def __init__(self, batches):
-        self.batches, self.passes = batches, 1
-
-    def __iter__(self):
-        self.passes -= 1
-        for i, batch in enumerate(self.batches):
-            if self.passes < 0 and i == 1:
-                os._exit(3)
-            yield batch
-
-
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_rank_that_ends_or_stays_away_does_not_leave_the_others_waiting(fresh, size):
     outcomes = fresh(size).outcomes(end_on_rank_1 if size == 3 else stay_away_on_rank_1)
@@ -409,9 +363,9 @@ def test_a_rank_that_ends_or_stays_away_does_not_leave_the_others_waiting(fresh,
 
 
 def end_on_rank_1():
-    case = Case(options={"curvature_size": None})
+    case = Case(options=STREAMED)
     data = batches(case.problem.x, case.problem.y)
-    case.fitted(data=Deadly(data) if dist.get_rank() == 1 else data)
+    case.fitted(data=Broken(data, 1, passes=1) if dist.get_rank() == 1 else data)
 
 
 def stay_away_on_rank_1():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import outcome_of
-from ranked import FEW, Case, assert_identical, assert_refused, loader, report
+from ranked import FEW, SAMPLE, STREAMED, Case, assert_identical, assert_refused, loader, report
 from torch import nn
 
 pytest_plugins = ("groups",)
@@ -62,9 +62,9 @@ def assert_goes_on(two, case, folder, expected):
 
 
 RESUMED = {
-    "in the first pass": ({"curvature_size": 13}, {"balanced": True}, 0.4),
-    "in the Gram matrix": ({"curvature_size": 13, "memory_budget": 2000}, {}, 0.55),
-    "in the second pass": ({"curvature_size": None, "curvature": "mc"}, {}, 0.97),
+    "in the first pass": (SAMPLE, {"balanced": True}, 0.4),
+    "in the Gram matrix": ({**SAMPLE, "memory_budget": 2000}, {}, 0.55),
+    "in the second pass": ({**STREAMED, "curvature": "mc"}, {}, 0.97),
 }
 
 
@@ -123,7 +123,7 @@ def run_to_write(case, folder, stage, dying=None, last=0, pids=()):
 )
 def test_a_rank_that_was_one_file_behind(fresh, two, tmp_path, stage, spread):
     dying = int(spread)  # either rank
-    case = Case(options={"curvature_size": None, "shard_directions": spread})
+    case = Case(options={**STREAMED, "shard_directions": spread})
     expected = two(run_mortal, case, None)
     writes = two(run_to_write, case, str(tmp_path), stage)
     assert writes[0] == writes[1] > 0
@@ -137,11 +137,11 @@ def test_a_rank_that_was_one_file_behind(fresh, two, tmp_path, stage, spread):
 
 def test_files_of_another_fit_and_files_that_one_rank_lost(fresh, two, tmp_path):
     """All ranks refuse the first and leave the files; then they start again together."""
-    case = Case(options={"curvature_size": None}, batch=1)
+    case = Case(options=STREAMED, batch=1)
     expected = two(run_mortal, case, None)
     left = killed(fresh(2), case, tmp_path, 0.97 * expected[0][1])
     files = {file: file.read_bytes() for file in tmp_path.glob("fit.pt*") if file.suffix != ".tmp"}
-    other = Case(options={"curvature_size": None, "seed": 1}, batch=1)
+    other = Case(options={**STREAMED, "seed": 1}, batch=1)
     assert_refused(two.outcomes(run_mortal, other, str(tmp_path / "fit.pt")), "seed")
     assert {file: file.read_bytes() for file in tmp_path.glob("fit.pt*")} == files
     lost = [name for name in left if "1-of-2" in name]

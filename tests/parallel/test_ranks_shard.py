@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,9 +12,10 @@ from processes import outcome_of
 from ranked import (
     F64,
     FEW,
+    FITS,
     GRIDS,
-    LAYERWISE,
     RTOL,
+    STREAMED,
     Case,
     assert_agree,
     assert_identical,
@@ -71,30 +73,28 @@ def check_sharded(found, expected, same_steps=True):
 CASES = {
     "K not divisible": Case(),
     "fewer directions than ranks": Case("regression", options={"n_eigenvalues": 1}),
-    "a second pass": Case("regression", options={"curvature_size": None}),
-    "sampled labels in a second pass": Case(options={"curvature": "mc", "curvature_size": None}),
-    "layerwise prior": Case("regression", options={"prior_precision": LAYERWISE}),
-    "blocks of rows": Case(options={"memory_budget": 3000}),
-    "spilled rows": Case(options={"memory_budget": 2000, "spill": "cpu", "spill_dtype": torch.float32}),
-    "reverse mode": Case(options={"autodiff": "reverse"}),
-    "isotropic residual": Case("regression", options={"residual": "isotropic", "residual_scale": 0.3}),
-    "exact residual": Case(options={"residual": "exact", "residual_scale": 0.3}),
 }
+OTHERS = (
+    "a second pass",
+    "sampled labels in a second pass",
+    "layerwise prior",
+    "blocks of rows",
+    "spilled rows",
+)
+CASES |= {name: FITS[name] for name in (*OTHERS, "reverse mode", "isotropic residual", "exact residual")}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_spread_directions_give_what_one_process_gives(two, name):
     case = CASES[name]
-    check_sharded(
-        two(run_sharded, case), run_sharded(case), case.options.get("curvature_size", 1) is not None
-    )
+    check_sharded(two(run_sharded, case), run_sharded(case), case.same_steps)
 
 
 @pytest.mark.parametrize("name", list(CASES)[:4])
 def test_a_rank_without_a_batch_takes_part_in_predictions(three, name):
     case = CASES[name]
     found = three(run_sharded, case, EMPTY)
-    check_sharded(found, run_sharded(case), case.options.get("curvature_size", 1) is not None)
+    check_sharded(found, run_sharded(case), case.same_steps)
     rank = found[0]["posterior"]["rank"]
     for i, one in enumerate(found):  # every rank keeps its turns
         assert {len(v) for v in one["directions"].values()} == {len(range(i, rank, 3))}
@@ -103,7 +103,7 @@ def test_a_rank_without_a_batch_takes_part_in_predictions(three, name):
 @pytest.mark.parametrize("shards", [(11, 5, 7), (0, 23, 0)], ids=str)
 @pytest.mark.parametrize("curvature", ["exact", "mc"])
 def test_any_shards(three, shards, curvature):
-    case = Case(options={"curvature_size": None, "curvature": curvature}, fit={"landmarks": True})
+    case = Case(options={**STREAMED, "curvature": curvature}, fit={"landmarks": True})
     found, expected = three(run_sharded, case, UNEQUAL, None, shards), run_sharded(case)
     if curvature == "mc":  # labels are drawn by rank and place
         for f in (*found, expected):
@@ -217,7 +217,7 @@ def load_shard(states, shard_directions):
 def test_whole_directions_are_restored_in_any_group(two):
     la = Case().fitted()
     for found in two(load_whole, pickle.dumps(la.state_dict())):
-        assert_agree(found, predictions(la, Case().problem.x_test))
+        assert_agree(found, load_whole(pickle.dumps(la.state_dict())))
 
 
 def load_whole(state):
@@ -226,18 +226,23 @@ def load_whole(state):
     return predictions(la, Case().problem.x_test)
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["enable_backprop", "prior", "later prior", "basis of whole directions", "basis of spread directions"],
+REFUSED = (
+    "enable_backprop",
+    "prior",
+    "later prior",
+    "basis of whole directions",
+    "basis of spread directions",
 )
+
+
+@pytest.mark.parametrize("what", REFUSED)
 def test_what_spread_directions_do_not_do_is_refused(two, what):
     assert_refused(two(ask_too_much, what), "shard_directions")
 
 
 def ask_too_much(what):
     case, spread = Case(), {"shard_directions": True}
-    n_weights = sum(w.numel() for w in case.problem.model.parameters())
-    prior = torch.linspace(1, 2, n_weights, dtype=F64)
+    prior = torch.linspace(1, 2, len(oracle.weights(case.problem.model)), dtype=F64)
     if what == "later prior":
         return outcome_of(setattr, case.fitted(**spread), "prior_precision", prior)
     if what.startswith("basis"):

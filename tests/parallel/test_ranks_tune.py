@@ -71,19 +71,12 @@ def test_grid_search_on_any_shards(three, name):
     check(three(run_grid, name, (4, 0, 13)), run_grid(name))
 
 
+SCALES = {"temperature": [0.1, 1.0, 10.0], "residual_scale": [1e-3, 0.1]}
 JOINT = {
     "default": ("classification", {}, {}),
     "regression": ("regression", {}, {}),
-    "directions and inputs": (
-        "classification",
-        {},
-        {"search": {"temperature": None, "n_eigenvalues": None, "curvature_size": None}},
-    ),
-    "residual": (
-        "classification",
-        {"residual": "isotropic"},
-        {"search": {"temperature": [0.1, 1.0, 10.0], "residual_scale": [1e-3, 0.1]}},
-    ),
+    "sizes": ("classification", {}, {"search": ["temperature", "n_eigenvalues", "curvature_size"]}),
+    "residual": ("classification", {"residual": "isotropic"}, {"search": SCALES}),
     "callable": ("classification", {}, {"search": ["temperature"], "loss": miscalibration}),
 }
 
@@ -97,9 +90,7 @@ def test_joint_search(two, name):
 
 def run_joint(case, arguments):
     la = case.fitted()
-    result = la.optimize_hyperparameters(
-        loader(*case.validation(), 3), **{"link_approx": "probit", **arguments}
-    )
+    result = la.optimize_hyperparameters(loader(*case.validation(), 3), link_approx="probit", **arguments)
     return {
         **report(la, case.problem.x_test),
         "best": list(map(float, astuple(result.best))),
@@ -139,13 +130,8 @@ def run_with_types(path):
     options = p.options(subsample_size=np.int64(5), n_eigenvalues=K, **case.options)
     la = ELLALaplace(p.model, **{**options, "likelihood": Likelihood.CLASSIFICATION})
     la.fit(loader(p.x, p.y), max_samples=np.int64(11), checkpoint=path, checkpoint_every=np.int64(1))
-    la.optimize_prior_precision(
-        method="gridsearch",
-        val_loader=loader(*case.validation()),
-        link_approx=LinkApprox.PROBIT,
-        n_samples=np.int64(7),
-        grid_size=np.int64(3),
-    )
+    options = {"link_approx": LinkApprox.PROBIT, "n_samples": np.int64(7), "grid_size": np.int64(3)}
+    la.optimize_prior_precision(method="gridsearch", val_loader=loader(*case.validation()), **options)
     return report(la, p.x_test)
 
 

@@ -5,14 +5,13 @@ import dataclasses
 import oracle
 import pytest
 import torch
-from conftest import C, K, assert_close, make_problem
+from conftest import C, assert_close, make_problem
 from helpers import build, fitted
+from helpers import fit_problem as fit
 from laplace import FullLaplace
 from laplace.curvature import GGNInterface
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from laplace_ella import ELLALaplace
 
 F64 = torch.float64
 N_TENSORS, N_WEIGHTS = 4, 2 * 13 + 13 + 13 * C + C
@@ -21,13 +20,6 @@ PRIORS = {
     "layerwise": torch.tensor([0.2, 1.7, 0.6, 3.1], dtype=F64),
     "diagonal": torch.logspace(-1, 1, N_WEIGHTS, dtype=F64),
 }
-
-
-def fit(problem, **options):
-    options = {"n_eigenvalues": K, "curvature_size": None, **options}
-    la = ELLALaplace(problem.model, **problem.options(**options))
-    la.fit(problem.loader(), landmarks=problem.landmarks)
-    return la
 
 
 def full_laplace(problem, **options):

@@ -5,13 +5,12 @@ import dataclasses
 import oracle
 import pytest
 import torch
-from conftest import N_HIDDEN, N_INPUTS, B, C, K, assert_close, make_problem
-from helpers import N, as_tuple, build, fitted, inputs, mlp, moments, train_loader
+from conftest import N_HIDDEN, N_INPUTS, B, C, assert_close, make_problem
+from helpers import N, as_tuple, build, directions, fitted, inputs, mlp, moments, train_loader
+from helpers import fit_problem as fit
 from laplace import FullLaplace
 from laplace.curvature import GGNInterface
 from torch.utils.data import DataLoader, TensorDataset
-
-from laplace_ella import ELLALaplace
 
 F64 = torch.float64
 FEW = 7  # training inputs: their FEW * C gradient rows have full rank, below P
@@ -19,13 +18,6 @@ N_WEIGHTS = N_INPUTS * N_HIDDEN + N_HIDDEN + N_HIDDEN * C + C
 KINDS = ("isotropic", "exact")
 RTOL = 1e-6  # the rows' condition is that of a Gram matrix
 X = inputs(7, seed=7)
-
-
-def fit(problem, **options):
-    options = {"n_eigenvalues": K, "curvature_size": None, **options}
-    la = ELLALaplace(problem.model, **problem.options(**options))
-    la.fit(problem.loader(), landmarks=problem.landmarks)
-    return la
 
 
 @pytest.fixture
@@ -40,11 +32,6 @@ def spanning(problem, **options):
     la = fit(problem, **{"n_eigenvalues": FEW * C, "residual": "exact", **options})
     assert la.basis.rank == FEW * C < N_WEIGHTS
     return la
-
-
-def directions(la):
-    """V (P, K)."""
-    return torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
 
 
 def outside(la, problem, x):
@@ -251,16 +238,3 @@ def test_defaults_and_what_is_refused():
     assert (la.residual, la.residual_scale, la.residual_samples) == ("none", 1.0, 4)
     with pytest.raises(ValueError, match="enable_backprop"):
         build(residual="exact", enable_backprop=True)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [1, N_WEIGHTS])
-def test_a_restored_estimator_has_the_residual(small_problem, kind, size, tmp_path):
-    p = small_problem
-    la = fit(p, residual=kind, residual_scale=0.3, residual_samples=3, seed=5)
-    torch.save(la.state_dict(), tmp_path / "la.pt")
-    other = ELLALaplace(p.model, **p.options(prior_precision=torch.ones(size)))
-    other.load_state_dict(torch.load(tmp_path / "la.pt", weights_only=True))
-    assert (other.residual, other.residual_scale, other.residual_samples) == (kind, 0.3, 3)
-    assert_close(joint(other, p.x_test), joint(la, p.x_test))
-    assert_close(draws(other, p.x_test, 5), draws(la, p.x_test, 5))

@@ -50,6 +50,19 @@ def fitted(likelihood="classification", model=None, data=None, **kwargs):
     return la
 
 
+def fit_problem(problem, arguments=None, batch=5, **options):
+    """Fit a problem of conftest with its landmarks and 5 directions, by default to all inputs."""
+    options = problem.options(**{"n_eigenvalues": 5, "curvature_size": None, **options})
+    la = laplace_ella.ELLALaplace(problem.model, **options)
+    la.fit(problem.loader(batch), **{"landmarks": problem.landmarks, **(arguments or {})})
+    return la
+
+
+def directions(la):
+    """V (P, K)."""
+    return torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
+
+
 def reward_batches(n=N, dtype=torch.float64):
     x = torch.randn(n, 2, D, generator=torch.Generator().manual_seed(5), dtype=dtype)
     return loader(x, targets("classification", n, 2))

@@ -65,6 +65,11 @@ class Case:
     def validation(self):
         return self.data(N_VAL, 11)
 
+    @property
+    def same_steps(self):
+        """Whether ranks take snapshots at the n at which one process does: not in a second pass."""
+        return self.options.get("curvature_size", 1) is not None
+
     def shard(self, sizes):
         """This rank's part of data that are divided unevenly; all of them in one process."""
         p = self.problem
@@ -88,18 +93,6 @@ def batches(x, y, batch=5):
     return list(zip(x.split(batch), y.split(batch))) if len(x) else []
 
 
-class Counted:
-    """Counts the batches that are asked for."""
-
-    def __init__(self, batches):
-        self.batches, self.asked = batches, 0
-
-    def __iter__(self):
-        for batch in self.batches:
-            self.asked += 1
-            yield batch
-
-
 def predictions(la, x):
     calls = {"probit": {}, "mc": {"link_approx": "mc", "n_samples": 32}}
     if la.likelihood == "regression":
@@ -109,17 +102,17 @@ def predictions(la, x):
     return found
 
 
+OF_FIT = ("H", "loss", "n_data", "n_predictions", "n_outputs", "n_curvature", "mean", "prior_precision")
+OF_FIT += ("temperature", "sigma_noise", "residual_scale", "logit_scale")
+OF_BASIS = ("eigenvalues", "spectrum", "trace", "rank", "n_landmarks")
+
+
 def posterior_of(la):
     found = {"n": [n for n, _ in la.snapshots], **{f"snapshot {n}": G for n, G in la.snapshots}}
-    for name in ("H", "loss", "n_data", "n_predictions", "n_outputs", "n_curvature", "mean"):
-        found[name] = getattr(la, name)
-    for name in ("prior_precision", "temperature", "sigma_noise", "residual_scale", "logit_scale"):
-        found[name] = getattr(la, name)
-    for name in ("eigenvalues", "spectrum", "trace", "rank", "n_landmarks"):
-        found[name] = getattr(la.basis, name)
-    found["evidence"] = la.log_marginal_likelihood().detach()
-    found["history"] = la.fit_history_
-    return found
+    found |= {name: getattr(la, name) for name in OF_FIT} | {
+        name: getattr(la.basis, name) for name in OF_BASIS
+    }
+    return found | {"evidence": la.log_marginal_likelihood().detach(), "history": la.fit_history_}
 
 
 def report(la, x):
@@ -134,6 +127,11 @@ def report(la, x):
 
 def run(case):
     return report(case.fitted(), case.problem.x_test)
+
+
+def check_run(group, case):
+    """Require that ranks find what one process finds."""
+    check(group(run, case), run(case), case.same_steps)
 
 
 def assert_identical(left, right, name="value"):
@@ -172,16 +170,13 @@ def check(found, expected, same_steps=True):
     """
     for rank, other in enumerate(found[1:], start=1):
         assert_identical(other, found[0], f"rank {rank} against rank 0")
-    if same_steps:
-        assert_agree(found[0], expected)
-    else:
-        assert found[0]["n"][-1] == expected["n"][-1]
-        assert_identical(found[0][f"snapshot {found[0]['n'][-1]}"], found[0]["H"])
-        assert_agree(without_steps(found[0]), without_steps(expected))
-
-
-def without_steps(found):
-    return {k: v for k, v in found.items() if not k.startswith("snapshot") and k not in ("n", "history")}
+    ours = found[0]
+    if not same_steps:
+        assert ours["n"][-1] == expected["n"][-1]
+        assert_identical(ours[f"snapshot {ours['n'][-1]}"], ours["H"])
+        steps = tuple(k for k in (*ours, *expected) if k.startswith("snapshot") or k in ("n", "history"))
+        ours, expected = ({k: v for k, v in d.items() if k not in steps} for d in (ours, expected))
+    assert_agree(ours, expected)
 
 
 def assert_refused(outcomes, text):
@@ -255,20 +250,17 @@ def tune(la, case, arguments, val=None):
     )
 
 
+HOT = {"temperature": 50.0}
 GRIDS = {
     "probit": ("classification", {}, {}),
     "mc": ("classification", {}, {"link_approx": "mc", "n_samples": 32}),
     "regression": ("regression", {}, {}),
-    "callable": ("classification", {"temperature": 50.0}, {"loss": miscalibration, "grid_size": 301}),
+    "callable": ("classification", HOT, {"loss": miscalibration, "grid_size": 301}),
     "callable of moments": ("regression", {"temperature": 5e3}, {"loss": wide}),
-    "metric of sums": ("classification", {"temperature": 50.0}, {"loss": Brier}),
-    "metric of lists": ("classification", {"temperature": 50.0}, {"loss": calibration_error}),
-    "metric of metrics": ("classification", {"temperature": 50.0}, {"loss": composed, "grid_size": 301}),
-    "nn": (
-        "classification",
-        {"temperature": 50.0},
-        {"pred_type": "nn", "link_approx": "mc", "n_samples": 7, "grid_size": 9},
-    ),
+    "metric of sums": ("classification", HOT, {"loss": Brier}),
+    "metric of lists": ("classification", HOT, {"loss": calibration_error}),
+    "metric of metrics": ("classification", HOT, {"loss": composed, "grid_size": 301}),
+    "nn": ("classification", HOT, {"pred_type": "nn", "link_approx": "mc", "n_samples": 7, "grid_size": 9}),
     "residual": ("classification", {"residual": "isotropic"}, {}),
     "small memory": ("classification", {"memory_budget": 3000}, {}),
 }
@@ -277,3 +269,38 @@ GRIDS = {
 def grid_case(name):
     likelihood, options, _ = GRIDS[name]
     return Case(likelihood, "confident", options={"temperature": None, **options})
+
+
+SAMPLE, STREAMED = {"curvature_size": 13}, {"curvature_size": None}
+FITS = {
+    "all inputs": Case(),
+    "a sample of inputs": Case(options=SAMPLE),
+    "a second pass": Case("regression", options=STREAMED),
+    "sampled labels": Case(options={"curvature": "mc", "curvature_samples": 3, **SAMPLE, "seed": 5}),
+    "sampled labels in a second pass": Case(options={"curvature": "mc", "curvature_size": None}),
+    "more landmarks than inputs": Case("regression", options={"subsample_size": 47}),
+    "every pair": Case(options={"subsample_size": 1000}),
+    "one landmark": Case(options={"subsample_size": 1, "n_eigenvalues": 1}),
+    "a share of the trace": Case(options={"n_eigenvalues": 0.9}),
+    "more directions than rank": Case(options={"n_eigenvalues": 31}),
+    "blocks of rows": Case(options={"memory_budget": 3000}),
+    "blocks of two rows": Case("regression", options={"memory_budget": 1300}),
+    "blocks of many rows": Case(options={"memory_budget": 16_000, "subsample_size": 47}),
+    "spilled rows": Case(options={"memory_budget": 2000, "spill": "cpu", "spill_dtype": torch.float32}),
+    "reverse mode": Case("regression", options={"autodiff": "reverse"}),
+    "isotropic residual": Case(options={"residual": "isotropic", "residual_scale": 0.3}),
+    "exact residual": Case("regression", options={"residual": "exact", "residual_scale": 0.3}),
+    "layerwise prior": Case(options={"prior_precision": LAYERWISE}),
+    "balanced": Case(options=SAMPLE, fit={"balanced": True}),
+    "balanced pairs": Case(options={"subsample_size": 47}, fit={"balanced": True}),
+    "given landmarks": Case("regression", fit={"landmarks": True}),
+    "batches of one": Case(batch=1, options=SAMPLE),
+    "snapshots at every batch": Case(batch=3, options=SAMPLE, fit={"val_steps": 1}),
+    "snapshots at every second batch": Case(batch=3, options=SAMPLE, fit={"val_steps": 2}),
+    "the first inputs": Case(options=SAMPLE, fit={"max_samples": 14}),
+    "the first inputs of many": Case("regression", fit={"max_samples": 13, "n_total": 101}),
+    "the first in a second pass": Case(options=STREAMED, fit={"max_samples": 1, "landmarks": True}),
+    "convolutions": Case(model="conv_batchnorm", options=SAMPLE),
+    "tied weights": Case(model="tied", options=SAMPLE),
+    "frozen weights": Case(model="partly_frozen", options=SAMPLE),
+}

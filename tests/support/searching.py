@@ -1,11 +1,10 @@
 """Over-confident networks, labels that say so, and searches by loops over calls."""
 
 import torch
-from conftest import C, K, make_problem
+from conftest import C, make_problem
+from helpers import fit_problem
 from torch import Tensor
 from torch.nn import functional as F
-
-from laplace_ella import ELLALaplace
 
 F64 = torch.float64
 N_VAL = 211  # above the 200 under which a search warns
@@ -32,10 +31,8 @@ def validation(problem, n=N_VAL, size=53):
 
 
 def fit(problem, **options):
-    """Fit with the landmarks of the problem; the temperature is free."""
-    la = ELLALaplace(problem.model, **problem.options(**{"n_eigenvalues": K, "temperature": None, **options}))
-    la.fit(problem.loader(), landmarks=problem.landmarks, val_steps=1)
-    return la
+    """Fit as fit_problem does, with snapshots, and a free temperature."""
+    return fit_problem(problem, {"val_steps": 1}, **{"curvature_size": 2000, "temperature": None, **options})
 
 
 def whole(val):
