@@ -9,6 +9,7 @@ import torch
 from conftest import assert_close
 from helpers import C, DictModel, N, as_tuple, assert_same, build, dict_batches, fitted, inputs, targets
 from parts import (
+    KINDS,
     QUIET,
     SIZE,
     SIZES,
@@ -25,8 +26,12 @@ from parts import (
 )
 from torch.utils.data import DataLoader
 
-pytest_plugins = ("parts",)
 pytestmark = QUIET
+
+
+@pytest.fixture(params=KINDS, ids=repr)
+def kind(request):
+    return request.param
 
 
 @pytest.mark.parametrize("n", [1, 4, 10, 12, 23, 10**6])

@@ -25,8 +25,12 @@ from torch import nn
 
 from laplace_ella.fitting import stages
 
-pytest_plugins = ("parts",)
 pytestmark = QUIET
+
+
+@pytest.fixture(params=KINDS, ids=repr)
+def kind(request):
+    return request.param
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -3,28 +3,28 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Snapshot, build, fitted, inputs
-from interrupting import (
-    N_BATCHES,
-    N_DATA,
-    Ending,
-    Watched,
-    assert_equal_fits,
-    batches,
-    go_on,
-    interrupt,
-    said_by,
-)
+from helpers import Snapshot, assert_same, build, fitted, inputs
+from interrupting import N_BATCHES, N_DATA, Ending, Watched, assert_equal_fits, batches, go_on, interrupt
 
 import laplace_ella
 
 X = inputs(11, seed=7)
 
 pytestmark = pytest.mark.filterwarnings("ignore:curvature='mc' estimates G")
+
+
+def said_by(action):
+    """Return the warnings of an action that ends with KeyboardInterrupt and speak of that."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):
+            action()
+    return [w for w in caught if "interrupted" in str(w.message)]
 
 
 INTERRUPTED = {
@@ -62,8 +62,7 @@ def test_ctrl_c_keeps_the_curvature_there_is(name, checkpoint, tmp_path):
             assert f"{n} of {steps.n_curvature}" in str(said[0].message)
             assert (la.n_data, la.n_predictions, la.n_outputs) == (N_DATA, N_DATA, 3)
             assert torch.equal(la.H, after[n])
-            assert torch.equal(la.loss, complete.loss)
-            assert torch.equal(la.basis.eigenvalues, complete.basis.eigenvalues)
+            assert_same((la.loss, la.basis.eigenvalues), (complete.loss, complete.basis.eigenvalues))
             assert la.snapshots[-1][0] == n
             assert la.log_marginal_likelihood().isfinite()
             other = build(model=Watched(), **options)
@@ -238,14 +237,12 @@ def test_processes_that_are_stopped_at_any_moment(signals, tmp_path):
     (tmp_path / "folder").mkdir()
     support = str(Path(__file__).resolve().parents[1] / "support")
     path = os.pathsep.join([support, str(Path(laplace_ella.__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "program.py", signals],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    options = {
+        "cwd": tmp_path,
+        "env": {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        "timeout": 240,
+    }
+    command = [sys.executable, "-W", "ignore", "program.py", signals]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "stopped 3"

@@ -54,6 +54,7 @@ def fitted_again(make, data, folder, ats, **options):
 ROWS_BUDGET = 3000
 MC = {"curvature": "mc", "curvature_samples": 2}
 STREAMED_MC = {**MC, "curvature_size": None, "sigma_noise": 0.6}
+VAL = batches(seed=30, n=17)
 CASES = {
     # likelihood, options of the estimator, options of the fit
     "sample": ("classification", {}, {}),
@@ -63,11 +64,7 @@ CASES = {
     "sampled labels, streamed": ("regression", STREAMED_MC, {"val_steps": 2}),
     "regression": ("regression", {"sigma_noise": 0.6, "n_eigenvalues": 0.9}, {}),
     "balanced": ("classification", {}, {"balanced": True}),
-    "early stopping": (
-        "classification",
-        {"temperature": None},
-        {"val_loader": batches(seed=30, n=17), "val_steps": 2},
-    ),
+    "early stopping": ("classification", {"temperature": None}, {"val_loader": VAL, "val_steps": 2}),
     "landmarks": ("classification", {}, {"landmarks": (inputs(M, seed=40), torch.arange(M) % 3)}),
     "more pairs than inputs": ("classification", {"subsample_size": 31}, {}),
     "blocks of rows": ("classification", {"memory_budget": ROWS_BUDGET}, {}),
@@ -164,13 +161,16 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def by_a_sampler(seed):
+    sampler = RandomSampler(DATA, generator=seeded(seed))
+    return DataLoader(DATA, batch_sampler=BatchSampler(sampler, SIZE, drop_last=False))
+
+
 SHUFFLED = {
     "torch": lambda seed: DataLoader(DATA, SIZE, shuffle=True),
     "workers": lambda seed: DataLoader(DATA, SIZE, shuffle=True, num_workers=2),
     "its own": lambda seed: DataLoader(DATA, SIZE, shuffle=True, generator=seeded(seed)),
-    "a sampler's": lambda seed: DataLoader(
-        DATA, batch_sampler=BatchSampler(RandomSampler(DATA, generator=seeded(seed)), SIZE, drop_last=False)
-    ),
+    "a sampler's": by_a_sampler,
     "numpy and Python": lambda seed: Shuffling(),
 }
 

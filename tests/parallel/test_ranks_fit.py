@@ -100,8 +100,8 @@ def run_on(case, kind):
     """Fit the data of a loader of some kind; in one process, what it yields on all ranks together."""
     p, alone = case.problem, not dist.is_initialized()
     dataset, data, kept = TensorDataset(p.x, p.y), loader(p.x, p.y), N - N % 2
-    if kind == "batches of other lengths" and not alone:
-        data = loader(p.x, p.y, (3, 8, 5)[dist.get_rank()])
+    if kind == "batches of other lengths":
+        data = loader(p.x, p.y, 8 if alone else (3, 8, 5)[dist.get_rank()])
     elif kind == "dropping":
         data = loader(p.x[:kept], p.y[:kept]) if alone else loader(p.x, p.y, drop_last=True)
     elif kind == "shuffling":

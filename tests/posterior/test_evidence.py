@@ -6,12 +6,9 @@ import oracle
 import pytest
 import torch
 from conftest import C, assert_close, make_problem
-from helpers import build, fitted
+from helpers import build, fitted, full_laplace
 from helpers import fit_problem as fit
-from laplace import FullLaplace
-from laplace.curvature import GGNInterface
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 F64 = torch.float64
 N_TENSORS, N_WEIGHTS = 4, 2 * 13 + 13 + 13 * C + C
@@ -20,12 +17,6 @@ PRIORS = {
     "layerwise": torch.tensor([0.2, 1.7, 0.6, 3.1], dtype=F64),
     "diagonal": torch.logspace(-1, 1, N_WEIGHTS, dtype=F64),
 }
-
-
-def full_laplace(problem, **options):
-    full = FullLaplace(problem.model, backend=GGNInterface, **problem.options(**options))
-    full.fit(DataLoader(TensorDataset(problem.x, problem.y), batch_size=5))
-    return full
 
 
 @pytest.mark.parametrize("structure", PRIORS)

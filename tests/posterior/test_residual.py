@@ -6,11 +6,8 @@ import oracle
 import pytest
 import torch
 from conftest import N_HIDDEN, N_INPUTS, B, C, assert_close, make_problem
-from helpers import N, as_tuple, build, directions, fitted, inputs, mlp, moments, train_loader
+from helpers import N, as_tuple, build, directions, fitted, full_laplace, inputs, mlp, moments, train_loader
 from helpers import fit_problem as fit
-from laplace import FullLaplace
-from laplace.curvature import GGNInterface
-from torch.utils.data import DataLoader, TensorDataset
 
 F64 = torch.float64
 FEW = 7  # training inputs: their FEW * C gradient rows have full rank, below P
@@ -64,11 +61,9 @@ def within_sampling_error(sample, mean, cov):
 
 def test_exact_residual_makes_predictions_those_of_exact_laplace_at_any_input(few):
     la, x = spanning(few), few.x_test
-    full = FullLaplace(few.model, backend=GGNInterface, **few.options())
-    full.fit(DataLoader(TensorDataset(few.x, few.y), batch_size=5))
+    full = full_laplace(few)
     for together in (False, True):
-        pairs = zip(moments(la, x, joint=together), moments(full, x, joint=together))
-        for ours, theirs in pairs:
+        for ours, theirs in zip(moments(la, x, joint=together), moments(full, x, joint=together)):
             assert_close(ours, theirs, RTOL, name=f"moments, joint={together}")
     missing = moments(full, x, joint=True)[1] - joint(spanning(few, residual="none"), x)
     assert missing.trace() > 5e-3 * joint(la, x).trace()
@@ -119,11 +114,9 @@ def test_the_exact_residual_has_no_negative_variance(likelihood, dtype):
 
 def isotropic_kernel(la, x):
     """<u(x), u(x')> (B, B), times rho / delta, after checking that it comes as a multiple of I_C."""
-    difference = added(la, x)
-    kernel = difference[::C, ::C]
-    eye = torch.eye(C, dtype=difference.dtype)
-    assert_close(difference, torch.kron(kernel, eye), rtol=0, atol=1e-10 * float(joint(la, x).abs().max()))
-    return kernel
+    found, largest = added(la, x), float(joint(la, x).abs().max())
+    assert_close(found, torch.kron(found[::C, ::C], torch.eye(C, dtype=F64)), rtol=0, atol=1e-10 * largest)
+    return found[::C, ::C]
 
 
 @pytest.mark.parametrize("samples", [1, 2])

@@ -58,11 +58,6 @@ KINDS = [
 ]
 
 
-@pytest.fixture(params=KINDS, ids=repr)
-def kind(request):
-    return request.param
-
-
 def assert_same_posterior(la, expected, rtol=1e-9):
     for name in ("H", "loss", "posterior_covariance", "posterior_precision"):
         assert_close(getattr(la, name), getattr(expected, name), rtol, name=name)
