@@ -14,7 +14,6 @@ from parts import (
     SIZE,
     SIZES,
     Counting,
-    Endless,
     L,
     Lines,
     Untouchable,
@@ -67,11 +66,9 @@ def test_the_first_mappings_are_added_scaled_and_forgotten():
 
 
 def test_a_loader_without_end():
-    la, other = build(), build(curvature_size=None)
+    la = build()
     la.fit(cycle(la_data()), max_samples=200)
     assert la.n_data == 200
-    other.fit(DataLoader(Endless(), batch_size=7), max_samples=100)
-    assert other.n_data == other.n_curvature == 100
 
 
 @pytest.mark.parametrize("size", SIZES)

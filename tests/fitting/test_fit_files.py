@@ -52,10 +52,13 @@ def test_data_in_another_order_are_refused(name, size, at, tmp_path):
     assert_equal_fits(la, fitted(data=data, curvature_size=size))
 
 
-def test_other_data_are_refused_when_all_have_been_read(tmp_path):
+def test_other_data_and_other_parameters_are_refused_when_all_have_been_read(tmp_path):
     all_files(tmp_path / "fit")
     for data in (batches()[::-1], []):
         refused(build(model=Watched()), data, tmp_path / "fit", "order")
+    net = mlp()
+    net[0].bias.requires_grad_(False)
+    refused(build(model=Watched(net)), batches(), tmp_path / "fit", "other parameters")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -195,13 +198,6 @@ def test_a_checkpoint_of_another_fit_is_refused(name, tmp_path):
     assert str(path) in said
 
 
-def test_a_basis_of_other_parameters_is_refused(tmp_path):
-    all_files(tmp_path / "fit")
-    net = mlp()
-    net[0].bias.requires_grad_(False)
-    refused(build(model=Watched(net)), batches(), tmp_path / "fit", "other parameters")
-
-
 def test_added_data_do_not_go_with_another_fit_before(tmp_path):
     la = fitted(model=Watched(), data=batches())
     la.model.at = la.model.calls + 7
@@ -211,8 +207,7 @@ def test_added_data_do_not_go_with_another_fit_before(tmp_path):
 
 
 def test_files_reach_the_disk_before_they_get_their_names(tmp_path, monkeypatch):
-    events = []
-    replace = os.replace
+    events, replace = [], os.replace
 
     def replacing(source, target):
         events.append(os.path.basename(target))

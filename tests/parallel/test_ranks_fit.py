@@ -293,8 +293,6 @@ def run_in_group(kind):
         return report(la, p.x_test)
     if kind == "named":
         data, group = None, dist.group.WORLD
-    elif kind == "apart":
-        data, group = batches(*case.shard((17, 6))), None
     else:
         members = [[0, 2]] if kind == "some" else [[0, 1], [2]]
         groups = [(of, dist.new_group(of)) for of in members]  # collective, of all ranks
@@ -317,17 +315,10 @@ def test_groups_of_all_ranks_and_of_some(two, three):
     assert_agree(single, expected)
 
 
-def test_every_rank_can_work_alone_on_data_of_its_own(two):
-    case = Case(options=SAMPLE)
-    p = case.problem
-    for found, x, y in zip(two(run_in_group, "apart"), p.x.split((17, 6)), p.y.split((17, 6))):
-        assert_agree(found, report(case.fitted(data=batches(x, y)), p.x_test))
-
-
 @pytest.mark.parametrize("value", ["world", 2])
 def test_other_process_groups_are_refused(two, value):
     with pytest.raises(ValueError, match="process_group"):
-        Case().estimator(process_group=value)
+        build(value)
     assert_refused(two(outcome_of, build, value), "process_group")
 
 

@@ -38,29 +38,6 @@ def test_evidence_at_other_hyperparameters_keeps_them():
         build().log_marginal_likelihood()
 
 
-def test_it_is_maximised_online_as_in_the_hosts_regression_example():
-    p = make_problem("mlp", "regression")
-    la = fit(p, temperature=1.0, sigma_noise=1.0, prior_precision=1.0)
-    log_prior, log_sigma = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-    optimizer = torch.optim.Adam([log_prior, log_sigma], lr=1e-1)
-    evidence = []
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss = -la.log_marginal_likelihood(log_prior.exp(), log_sigma.exp())
-        loss.backward()
-        optimizer.step()
-        evidence.append(-float(loss.detach()))
-    assert evidence[-1] > evidence[0] + 1
-    prior, sigma = float(la.prior_precision.detach()), float(la.sigma_noise.detach())
-    expected = fit(p, temperature=1.0, prior_precision=prior, sigma_noise=sigma)
-    for ours, theirs in zip(la(p.x_test), expected(p.x_test)):
-        assert_close(ours.detach(), theirs, rtol=1e-6)
-    # It ends near the stationary point in sigma.
-    grid = torch.linspace(0.3, 3, 271, dtype=F64).split(1)
-    best = max(float(la.log_marginal_likelihood(sigma_noise=s).detach()) for s in grid)
-    assert evidence[-1] == pytest.approx(best, abs=0.05)
-
-
 @pytest.mark.parametrize("prior_precision", [0.05, 0.6, 20.0])
 def test_evidence_of_a_small_span_is_above_the_exact_one_and_falls_with_rank(small_problem, prior_precision):
     exact = full_laplace(small_problem, prior_precision=prior_precision).log_marginal_likelihood()

@@ -1,7 +1,6 @@
 """Likelihoods with models and data that come in parts, loaders that count, refusals, and a dense check."""
 
 from collections import UserDict
-from itertools import count
 
 import pytest
 import torch
@@ -124,14 +123,6 @@ def two(kind, **options):
     la.fit(kind.data(1))
     other.fit(kind.data(2), basis=la.basis)
     return la, other
-
-
-class Endless(IterableDataset):
-    """Inputs without end."""
-
-    def __iter__(self):
-        for i in count():
-            yield inputs(1, seed=i)[0], i % C
 
 
 class Lines(IterableDataset):

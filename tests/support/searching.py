@@ -70,19 +70,12 @@ def by_loop(la, score, low=-3.0, high=4.0, size=15):
 
 def state(la):
     """What must be as before, as plain values."""
-    found = {}
 
-    def add(prefix, value):
+    def plain(value):
         if isinstance(value, dict):
-            for key, part in value.items():
-                add(f"{prefix}.{key}", part)
-        elif isinstance(value, Tensor):
-            found[prefix] = (value.dtype, value.flatten().tolist())
-        elif isinstance(value, (list, tuple)):
-            for i, part in enumerate(value):
-                add(f"{prefix}[{i}]", part)
-        else:
-            found[prefix] = value
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, Tensor):
+            return value.dtype, value.tolist()
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    add("state", la.state_dict())
-    return found
+    return plain(la.state_dict())

@@ -15,15 +15,11 @@ def process_flags():
     """Return the switches, modes and stacks of torch and Python that calls go near."""
     cuda, private = torch.backends.cuda, torch._C
     level = private._functorch.peek_interpreter_stack()
+    attention = ("flash", "mem_efficient", "math", "cudnn")
     return {
         "grad": (torch.is_grad_enabled(), private._is_fwd_grad_enabled()),
         "inference": torch.is_inference_mode_enabled(),
-        "attention": (
-            cuda.flash_sdp_enabled(),
-            cuda.mem_efficient_sdp_enabled(),
-            cuda.math_sdp_enabled(),
-            cuda.cudnn_sdp_enabled(),
-        ),
+        "attention": [getattr(cuda, f"{kind}_sdp_enabled")() for kind in attention],
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark),
