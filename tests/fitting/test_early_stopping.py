@@ -6,9 +6,10 @@ import math
 import oracle
 import pytest
 import torch
-from conftest import C, K, assert_close, make_problem
+from conftest import C, K, assert_close
 from helpers import fit_problem, nll_of_calls
 from models import Counting
+from searching import over_confident
 
 from laplace_ella.data.hashing import CURVATURE_INPUT, hash_keys
 
@@ -54,13 +55,11 @@ def naive_scores(la, problem, val, **options):
 
 @pytest.mark.parametrize("curvature_size", [1000, 13])
 def test_stopping_after_n_inputs_is_a_temperature_and_a_prior(small_problem, curvature_size):
-    """[G_n + (n/N) delta I], G_n from the n training inputs with the smallest keys; so it is after another fit."""
+    """[G_n + (n/N) delta I]; so it is after another fit."""
     p, val = small_problem, validation(small_problem)
     la, n_data = fit(p, val, curvature_size=curvature_size), len(p.x)
     n = chosen(la)
-    order = hash_keys(la.seed, CURVATURE_INPUT, torch.arange(n_data)).argsort()[:n]
-    phi, f = la.features(p.x[order])
-    G_n = oracle.curvature(phi, f, p.likelihood) / p.sigma_noise**2
+    G_n = n / n_data * dict(la.snapshots)[n] / p.sigma_noise**2
     expected = G_n + n / n_data * DELTA * torch.eye(K, dtype=F64)
     scores = la.fit_history_["val_nll"]
     for again in (False, True):
@@ -74,19 +73,15 @@ def test_stopping_after_n_inputs_is_a_temperature_and_a_prior(small_problem, cur
         assert_close(la.H, dict(la.snapshots)[n])
         assert la.fit_history_["val_nll"] == pytest.approx(scores)
     assert all(isinstance(s, float) and math.isfinite(s) for s in scores)
-
-
-def test_a_layerwise_prior_is_scaled_as_a_whole(small_problem):
     prior = torch.tensor([0.2, 1.7, 0.6, 3.1], dtype=F64)
-    la = fit(small_problem, prior_precision=prior)
-    assert_close(la.prior_precision, prior * chosen(la) / la.n_data)
+    la = fit(p, val, curvature_size=curvature_size, prior_precision=prior)  # is scaled as a whole
+    assert_close(la.prior_precision, prior * chosen(la) / n_data)
 
 
 @pytest.mark.parametrize("val_steps", [1, 2, None])
 @pytest.mark.parametrize("curvature_size", [1000, 13])
-def test_snapshots_follow_the_curvature_batches_and_are_scaled_to_all_data(
-    small_problem, val_steps, curvature_size
-):
+def test_snapshots_follow_batches_and_are_scaled_to_all_data(small_problem, val_steps, curvature_size):
+    """G_n is that of the n training inputs with the smallest keys, times N/n."""
     p = small_problem
     la = fit(p, val_steps=val_steps, curvature_size=curvature_size)
     steps = (10, 20) if val_steps == 2 else (5, 10, 15, 20)
@@ -117,10 +112,8 @@ def test_recorded_scores_are_those_of_a_loop_over_calls(small_problem, curvature
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_wrong_labels_stop_early_and_right_ones_late(dtype, right):
-    p = make_problem("mlp", "classification", dtype)
-    with torch.no_grad():
-        p.model[-1].weight.mul_(4)
+def test_wrong_labels_stop_early_and_right_ones_late(right):
+    p = over_confident("classification")
     x = torch.cat([x for x, _ in validation(p)])
     f = oracle.outputs(p.model, x)
     la = fit(p, validation(p, f.argmax(1) if right else f.argmin(1)))
@@ -151,8 +144,7 @@ def test_adding_data_records_the_score_of_the_whole_and_chooses_nothing(small_pr
     la.fit(p.loader(), override=False, val_loader=validation(p))
     assert la.fit_history_["processed_examples"] == [2 * len(p.x)]
     assert len(la.fit_history_["val_nll"]) == 1
-    assert la.temperature == 1
-    assert la.n_curvature == 2 * len(p.x)
+    assert (la.temperature, la.n_curvature) == (1, 2 * len(p.x))
 
 
 def test_a_temperature_fixed_by_the_user_stays_and_scores_are_recorded(small_problem):

@@ -93,14 +93,13 @@ def test_ctrl_c_while_validation_data_are_read(tmp_path):
 def test_ctrl_c_while_data_are_added_with_a_checkpoint(tmp_path):
     """They are in its files alone, or they would be added twice by the fit that goes on."""
     la, whole = (fitted(data=batches(), curvature_size=None) for _ in range(2))
-    whole.fit(batches(seed=50), override=False)
-    untouched = Snapshot(la, X)
-    more = {"override": False, "checkpoint": tmp_path / "fit", "checkpoint_every": 1}
-    data = Ending(batches(seed=50), N_BATCHES + 3, KeyboardInterrupt)
-    assert said_by(lambda: la.fit(data, **more)) == []
+    more, untouched = batches(seed=50), Snapshot(la, X)
+    whole.fit(more, override=False)
+    stopped = Ending(more, N_BATCHES + 3, KeyboardInterrupt)
+    path = {"checkpoint": tmp_path / "fit", "checkpoint_every": 1}
+    assert said_by(lambda: la.fit(stopped, override=False, **path)) == []
     untouched.check()
-    la.fit(batches(seed=50), **more)
-    assert_equal_fits(la, whole)
+    assert_equal_fits(go_on(la, more, tmp_path / "fit", override=False), whole)
 
 
 def test_ctrl_c_while_data_are_added():

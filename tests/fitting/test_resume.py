@@ -304,22 +304,20 @@ def test_blocks_of_the_gram_matrix_are_not_computed_again(tmp_path, monkeypatch)
         return la
 
     whole, more = fit(), {"checkpoint": tmp_path / "fit", "checkpoint_every": 1}
-    rows = made[0]
+    rows, file, seen = made[0], tmp_path / "fit.basis", set()
     gradients = rows.source.computed
     # What each block takes, and what is computed again after the last for the directions.
     costs, again = [M - block.start for block in rows.blocks], len(rows.blocks[-1])
     assert len(costs) >= 2
-    seen = set()
     for at in range(2 * N_BATCHES, whole.model.calls):
         with pytest.raises(Killed):
             fit(at, **more)
-        file, gram_so_far = tmp_path / "fit.basis", None
-        if file.exists():
-            state = torch.load(file, weights_only=True)["state"]
-            if state["basis"] is not None:
-                break
-            gram_so_far = state["gram"]
-        done = gram_so_far["done"] if gram_so_far else 0
+        state = (
+            torch.load(file, weights_only=True)["state"] if file.exists() else {"basis": None, "gram": None}
+        )
+        if state["basis"] is not None:
+            break
+        done = state["gram"]["done"] if state["gram"] else 0
         if done in seen:
             file.unlink(missing_ok=True)
             (tmp_path / "fit").unlink(missing_ok=True)

@@ -147,24 +147,22 @@ def test_the_bridge_is_the_papers_where_variances_are_alike(f, deviation, seed):
         assert_close(through(link, Outputs(f, psi)), expected, 1e-10)
 
 
+FIRST, EYE = torch.tensor([1.0, 0, 0], dtype=F64), torch.eye(3, dtype=F64)
+# Paths (T, C, K) from variances the bridge is for to ones it is not for, for t from 0 to 1 (T, 1, 1).
+PATHS = {
+    "size": lambda t: EYE * t,
+    "one output": lambda t: EYE * (1 - FIRST[:, None] * (1 - t)),
+    "rank": lambda t: EYE * (FIRST + (1 - FIRST) * t) + 0.3 * FIRST,
+    "sum": lambda t: EYE - (1 - t) / 3 + FIRST[:, None] * t,
+}
+
+
 @pytest.mark.parametrize("link", BRIDGES)
-@pytest.mark.parametrize("what", ["size", "one output", "rank", "sum"])
-def test_links_have_no_jumps(link, what):
-    """Along a path from variances the bridge is for to ones it is not for."""
+@pytest.mark.parametrize("path", PATHS)
+def test_links_have_no_jumps(link, path):
     t = torch.logspace(-9, 0, 20_000, dtype=F64)
     f = torch.tensor([1.5, -0.5, 0.2], dtype=F64).expand(len(t), 3)
-    psi = torch.eye(3, dtype=F64).expand(len(t), 3, 3).clone()
-    if what == "size":
-        psi *= t[:, None, None]
-    elif what == "one output":
-        psi[:, 2] *= t[:, None]
-    elif what == "rank":
-        psi[:, :, 1:] *= t[:, None, None]
-        psi[:, :, 0] += 0.3
-    else:
-        psi = psi - psi.mean(1, keepdim=True) * (1 - t[:, None, None])
-        psi[:, 0] += t[:, None]
-    p = through(link, Outputs(f, psi))
+    p = through(link, Outputs(f, PATHS[path](t[:, None, None])))
     assert (p[1:] - p[:-1]).abs().max() < 5e-3
 
 
