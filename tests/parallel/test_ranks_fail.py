@@ -137,6 +137,10 @@ def fire():
     return ValueError("disk on fire")
 
 
+def enough():
+    return KeyboardInterrupt("enough")
+
+
 def with_mood(mood):
     return lambda la, data, arguments: setattr(la.model, "mood", mood) or data
 
@@ -154,14 +158,13 @@ def one_too_many(data):
     return data[1][0], torch.zeros(1 + len(data[1][0]), dtype=torch.int64)
 
 
-ENOUGH = KeyboardInterrupt("enough")
 # The error and its text, and what a rank passes in place of its data.
 FAILURES = {
     "first batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 0, fire())),
     "later batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 2, fire())),
     "second pass": ("ValueError", "disk", lambda la, data, args: Broken(data, 1, fire(), passes=1)),
     "validation": ("ValueError", "disk", with_argument("val_loader", lambda data: Broken(data, 1, fire()))),
-    "interrupt": ("KeyboardInterrupt", "enough", lambda la, data, args: Broken(data, 1, ENOUGH)),
+    "interrupt": ("KeyboardInterrupt", "enough", lambda la, data, args: Broken(data, 1, enough())),
     "structure": ("ValueError", "batch", lambda la, data, args: [data[0], "a batch"]),
     "targets": ("ValueError", "", lambda la, data, args: [data[0], (data[1][0], data[1][1] + 100)]),
     "short second pass": ("ValueError", "second pass", lambda la, data, args: Broken(data)),
