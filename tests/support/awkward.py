@@ -1,7 +1,5 @@
 """Models that some way of differentiating fails on, and checks of their features."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

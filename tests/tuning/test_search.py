@@ -1,7 +1,5 @@
 """The search itself: which settings of a grid are tried, whatever they are scored by."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
