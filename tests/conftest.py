@@ -40,14 +40,9 @@ def _seed() -> None:
 def assert_close(
     actual: Tensor, expected: Tensor, rtol: float | None = None, atol: float = 0.0, name: str = "value"
 ) -> None:
-    """Compare up to ``atol + rtol * max |expected|``, and say what a failure looks like.
-
-    The default ``rtol`` follows from the coarser dtype: 1e-9 in float64.
-    """
+    """Compare up to ``atol + rtol * max |expected|``; ``rtol`` follows from the coarser dtype: 1e-9 in float64."""
     actual, expected = torch.as_tensor(actual).detach(), torch.as_tensor(expected).detach()
-    assert actual.shape == expected.shape, (
-        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    )
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
     if rtol is None:
         eps = max(torch.finfo(t.dtype).eps for t in (actual, expected) if t.is_floating_point())
         rtol = 4.5e6 * eps if eps < 1e-10 else 100 * eps
@@ -75,7 +70,7 @@ def _hint(a: Tensor, e: Tensor, bound: float) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """A model (in evaluation mode), data, landmarks and hyperparameters that are not 1."""
+    """A model, data, landmarks and hyperparameters that are not 1."""
 
     name: str
     likelihood: str
@@ -93,13 +88,8 @@ class Problem:
 
     def options(self, **changes: Any) -> dict[str, Any]:
         """Keyword arguments common to laplace-torch's estimators and ours."""
-        return {
-            "likelihood": self.likelihood,
-            "sigma_noise": self.sigma_noise,
-            "temperature": self.temperature,
-            "prior_precision": self.prior_precision,
-            **changes,
-        }
+        names = "likelihood", "sigma_noise", "temperature", "prior_precision"
+        return {**{name: getattr(self, name) for name in names}, **changes}
 
     def with_data(self, x: Tensor, y: Tensor) -> Problem:
         return replace(self, x=x, y=y)

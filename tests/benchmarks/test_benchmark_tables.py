@@ -26,20 +26,12 @@ def test_numbers_measured_otherwise_are_not_added():
 
 
 def test_costs_are_said_to_be_from_where_they_were_measured_last():
-    found = {
-        "environment": {"commit": "first"},
-        "added": [
-            {"commit": "second", "only": ["costs-a", "costs-b"]},
-            {"commit": "third", "only": ["costs-b"]},
-        ],
-        "results": [{"group": group} for group in ("costs-c", "costs-b", "costs-a", "tuning")],
-    }
+    added = [{"commit": "second", "only": ["costs-a", "costs-b"]}, {"commit": "third", "only": ["costs-b"]}]
+    results = [{"group": group} for group in ("costs-c", "costs-b", "costs-a", "tuning")]
+    found = {"environment": {"commit": "first"}, "added": added, "results": results}
     where = costs.where({"a": "A", "b": "B", "c": "C", "d": "D"}, found)
     assert where.splitlines()[0] == "|  | A | B | C |"
     assert "| commit | second | third | first |" in where
-
-
-def test_costs_that_were_not_measured():
     assert costs.where({"a": "A"}, None) == costs.NOTHING
     assert costs.where({"a": "A"}, {"environment": {}, "results": [{"group": "tuning"}]}) == costs.NOTHING
     assert costs.costs_of_methods("a", {"results": []}) == costs.NOTHING
@@ -47,11 +39,8 @@ def test_costs_that_were_not_measured():
 
 def test_searches_cost_what_a_hundred_values_do():
     stages = {"fit": {"value": 3.0}, "grid search": {"value": 4.0, "candidates": 2}}
-    assert [costs.stage_cell(stages, stage) for stage in ("fit", "grid search", "joint search")] == [
-        "3",
-        "200",
-        "",
-    ]
+    cells = [costs.stage_cell(stages, stage) for stage in ("fit", "grid search", "joint search")]
+    assert cells == ["3", "200", ""]
 
 
 def test_notes_are_said_once():
@@ -74,10 +63,6 @@ def test_methods_join_a_seed_of_the_same_network_alone():
 
 def test_studies_use_public_names():
     folder = Path(run.__file__).parent / "studies"
-    inner = re.compile(
-        r"from laplace_ella\.|import laplace_ella\.|laplace_ella\._|benchmarks import inside", re.M
-    )
+    inner = re.compile(r"(from|import) laplace_ella\.|laplace_ella\._|benchmarks import inside")
     found = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if inner.search(path.read_text())}
-    assert found == {"ablations/cost.py", "scaling/run.py"}, (
-        "these two measure the steps of a fit, by inside.py"
-    )
+    assert found == {"ablations/cost.py", "scaling/run.py"}, "these measure the steps of a fit, by inside.py"

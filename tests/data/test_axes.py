@@ -1,7 +1,5 @@
 """Which axis is which: entries that all rows share, classes beside positions, models that lose the axis of one row."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from helpers import C, H, N, build, fitted, targets
@@ -10,9 +8,6 @@ from parts import check, draws, pairs
 from torch import nn
 
 F64 = torch.float64
-
-
-# ---------------------------------------------------------------------- axes that fit by chance
 
 
 class Positioned(nn.Module):
@@ -50,57 +45,37 @@ def test_a_shared_entry_as_long_as_a_batch_stays_whole(sizes, key):
     torch.testing.assert_close(la(x), torch.cat(alone))
 
 
-class Channels(nn.Module):
+def channels(last):
     """Outputs (B, C, L), as convolutions give them; or (B, L, C)."""
-
-    def __init__(self, last):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.last = nn.Conv1d(2, C, 1, dtype=F64), last
-
-    def forward(self, x):
-        f = self.conv(x)
-        return f.transpose(1, 2) if self.last else f
+    conv = nn.Conv1d(2, C, 1, dtype=F64)
+    return Applied(lambda net, x: net(x).transpose(1, 2), conv) if last else conv
 
 
 def sequences(*lengths):
-    return [
-        (draws(i, 4, 2, length), torch.randint(C, (4, length), generator=torch.Generator().manual_seed(i)))
-        for i, length in enumerate(lengths)
-    ]
+    return [(draws(i, 4, 2, length), torch.randint(C, (4, length))) for i, length in enumerate(lengths)]
 
 
 def test_targets_tell_which_axis_holds_the_classes():
-    channels_second = build(model=Channels(last=False))
+    channels_second = build(model=channels(last=False))
     with pytest.raises(ValueError, match="movedim"):
         channels_second.fit(sequences(5))
     with pytest.warns(UserWarning, match="last axis"), pytest.raises(ValueError, match="batch 1"):
         channels_second.fit(sequences(C, 5))
     for last in (False, True):
         with pytest.warns(UserWarning, match=r"\(4, 3, 3\).*last axis.*classes") as said:
-            build(model=Channels(last)).fit(sequences(C, C))
+            build(model=channels(last)).fit(sequences(C, C))
         assert len([w for w in said if "last axis" in str(w.message)]) == 1
 
 
-# ---------------------------------------------------------------------- models that squeeze
-
-
-class Squeezes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv, self.norm = nn.Conv2d(2, 5, 3, dtype=F64), nn.BatchNorm2d(5, dtype=F64)
-        self.head = nn.Linear(5, C, dtype=F64)
-
-    def forward(self, x):
-        h = nn.functional.adaptive_avg_pool2d(self.norm(self.conv(x)).relu(), 1)
-        return self.head(h.squeeze())
+def squeezing():
+    layers = nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Linear(5, C)
+    return Applied(lambda net, x: net[4](net[:4](x).squeeze()), nn.Sequential(*layers)).double().eval()
 
 
 @pytest.mark.parametrize("first", [1, 7])
 @pytest.mark.parametrize("key", ["x", "absent"])
 def test_a_model_that_squeezes_an_entry_of_a_mapping(first, key):
-    model = Applied(lambda net, batch: net(batch["x"]), Squeezes()).eval()
+    model = Applied(lambda net, batch: net(batch["x"]), squeezing())
     x, y, new = draws(0, N, 2, 5, 5), targets("classification"), draws(1, 5, 2, 5, 5)
     data = [(x[:first], y[:first]), (x[first:], y[first:])]
     la = fitted(model=model, data=[{"x": a, "labels": t} for a, t in data], dict_key_x=key)
@@ -115,7 +90,7 @@ def test_a_model_that_squeezes_an_entry_of_a_mapping(first, key):
 
 @pytest.mark.parametrize("autodiff", ["forward", "reverse", "double"])
 def test_a_model_that_squeezes_is_right_for_every_batch(autodiff):
-    model = Squeezes().eval()
+    model = squeezing()
     batches = pairs(draws(0, N, 2, 5, 5))
     la = check(model, batches, draws(1, 5, 2, 5, 5), autodiff=autodiff)
     one = draws(1, 5, 2, 5, 5)

@@ -1,16 +1,14 @@
 """A batch is cut into its inputs; that these are what they seem to be is verified on the model."""
 
-from __future__ import annotations
-
 import warnings
-from collections import UserDict, namedtuple
+from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
 from helpers import C, D, H, N, build, fitted, inputs, mlp, reference_features, targets
 from models import Applied
-from parts import check, draws
+from parts import Attributes, check, draws
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -24,9 +22,6 @@ Pair = namedtuple("Pair", ["left", "right"])
 class Graph:
     def __init__(self, adjacency):
         self.adjacency = adjacency
-
-
-# ---------------------------------------------------------------------- containers in a mapping
 
 
 CONTAINERS = {
@@ -75,17 +70,16 @@ def test_packed_inputs_are_plain_and_get_their_types_back(kind, tmp_path):
         packed(nested({**x, "graph": Graph(None)}, [("in", 0)]))
 
 
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [
-        (len, ["a", "a", "ccc", "dddd", "bb", "a"]),  # the first and the last input are alike
-        (float, [4, 4, 1, 4, 4, 4]),
-        (float, (2.0, 2.0, 1.0, 2.0, 2.0, 2.0)),
-        (sum, [[1], [1], [1, 2], [1], [1], [1]]),
-        (float, np.array([4, 4, 1, 4, 4, 4])),
-    ],
-    ids=["strings", "numbers", "tuple", "lists", "array"],
-)
+VALUES = [
+    (len, ["a", "a", "ccc", "dddd", "bb", "a"]),  # the first and the last input are alike
+    (float, [4, 4, 1, 4, 4, 4]),
+    (float, (2.0, 2.0, 1.0, 2.0, 2.0, 2.0)),
+    (sum, [[1], [1], [1, 2], [1], [1], [1]]),
+    (float, np.array([4, 4, 1, 4, 4, 4])),
+]
+
+
+@pytest.mark.parametrize(("number", "said"), VALUES, ids=["strings", "numbers", "tuple", "lists", "array"])
 @pytest.mark.parametrize("later", [False, True])
 def test_lists_of_a_value_for_each_input_are_refused_by_name_whatever_the_values(number, said, later):
     x, y = inputs(12), targets("classification", 12)
@@ -99,15 +93,6 @@ def test_lists_of_a_value_for_each_input_are_refused_by_name_whatever_the_values
 
     with pytest.raises(ValueError, match="'said'"):
         build(model=Applied(scaled), dict_key_x="x").fit([first, second])
-
-
-class Attributes(UserDict):
-    """A mapping whose entries are attributes too, as in Hugging Face's."""
-
-    def __getattr__(self, name):
-        if name == "data":
-            raise AttributeError(name)
-        return self.data[name]
 
 
 def test_a_forward_pass_gets_a_fresh_mapping_of_the_users_type_with_entries_of_any_kind():
@@ -140,9 +125,6 @@ def test_a_forward_pass_gets_a_fresh_mapping_of_the_users_type_with_entries_of_a
     assert torch.equal(batches[0]["x"], x[:6])
 
 
-# ---------------------------------------------------------------------- dtypes of inputs
-
-
 def test_inputs_keep_the_precision_they_come_with():
     """Unix seconds, whose differences float32 cannot tell."""
     seconds = (1.7e9 + torch.arange(24, dtype=F64))[:, None]
@@ -165,9 +147,6 @@ def test_inputs_are_converted_only_where_the_model_fails_without_it():
     torch.testing.assert_close(la(inputs(3)), la(inputs(3).float()))  # without another warning
 
 
-# ---------------------------------------------------------------------- what cannot be used
-
-
 def test_sequences_packed_inside_the_model_work():
     class Tagger(nn.Module):
         def __init__(self):
@@ -176,16 +155,13 @@ def test_sequences_packed_inside_the_model_work():
             self.rnn, self.head = nn.GRU(D, H, batch_first=True, dtype=F64), nn.Linear(H, C, dtype=F64)
 
         def forward(self, batch):
-            packed = pack_padded_sequence(
-                batch["x"], batch["lengths"].cpu(), batch_first=True, enforce_sorted=False
-            )
+            packed = pack_padded_sequence(batch["x"], batch["lengths"].cpu(), True, enforce_sorted=False)
             padded, lengths = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
             return self.head(padded[torch.arange(len(lengths)), lengths - 1])
 
     x, lengths, y = draws(0, N, 4, D), torch.arange(N) % 4 + 1, targets("classification")
-    batches = [
-        {"x": a, "lengths": n, "labels": t} for a, n, t in zip(x.split(7), lengths.split(7), y.split(7))
-    ]
+    parts = zip(x.split(7), lengths.split(7), y.split(7))
+    batches = [{"x": a, "lengths": n, "labels": t} for a, n, t in parts]
     la = build(model=Tagger(), subsample_size=5, n_eigenvalues=3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such models are differentiated one input at a time
@@ -207,41 +183,29 @@ def in_place(find):
     return Applied(forward)
 
 
+def same(x):
+    return x
+
+
+OF_OTHERS, OF_GRAPH = (
+    r"depend on the other inputs",
+    lambda net, batch: net(batch["graph"].adjacency @ batch["x"]),
+)
 REFUSED = {
     "sparse": (None, lambda x: x.to_sparse(), r"dense.*sparse_coo.*to_dense"),
     "packed": (None, lambda x: packed_inputs(), "PackedSequence"),
     "packed in a mapping": (None, lambda x: {"x": packed_inputs()}, r"packed sequence under 'x'.*lengths"),
     "complex": (None, lambda x: x.to(torch.complex64), r"torch.complex64.*real numbers"),
     "integers": (None, lambda x: x.to(torch.uint8), r"torch.uint8.*torch.float64.*scale"),
-    "integer outputs": (
-        Applied(lambda net, x: net(x).round().long()),
-        lambda x: x,
-        r"floating-point.*torch.int64",
-    ),
-    "half the inputs": (Applied(lambda net, x: net(x)[::2]), lambda x: x, r"\(4, 3\) for 7 inputs"),
-    "inputs of each other": (
-        Applied(lambda net, x: net(x - x.mean(0))),
-        lambda x: x,
-        "depend on the other inputs",
-    ),
-    "graph": (
-        Applied(lambda net, batch: net(batch["graph"].adjacency @ batch["x"])),
-        lambda x: {"x": x, "graph": Graph(draws(1, 7, 7))},
-        r"'graph' \(Graph\)",
-    ),
-    "changed in place": (in_place(lambda x: x), lambda x: x, "changes its input in place"),
-    "entry changed in place": (in_place(lambda x: x["pixels"]), lambda x: {"pixels": x}, "'pixels'"),
-    "deep entry changed in place": (
-        in_place(lambda x: x["in"][1]),
-        lambda x: {"in": [torch.ones(7), x]},
-        r"'in'\[1\]",
-    ),
+    "integer outputs": (Applied(lambda net, x: net(x).round().long()), same, r"floating-point.*torch.int64"),
+    "half the inputs": (Applied(lambda net, x: net(x)[::2]), same, r"\(4, 3\) for 7 inputs"),
+    "inputs of each other": (Applied(lambda net, x: net(x - x.mean(0))), same, OF_OTHERS),
+    "graph": (Applied(OF_GRAPH), lambda x: {"x": x, "graph": Graph(draws(1, 7, 7))}, r"'graph' \(Graph\)"),
+    "in place": (in_place(same), same, "changes its input in place"),
+    "entry in place": (in_place(lambda x: x["pixels"]), lambda x: {"pixels": x}, "'pixels'"),
+    "deep entry": (in_place(lambda x: x["in"][1]), lambda x: {"in": [torch.ones(7), x]}, r"'in'\[1\]"),
     # A rectifier changes nothing of positive inputs, this time.
-    "rectified in place": (
-        nn.Sequential(nn.ReLU(inplace=True), mlp()),
-        lambda x: x.abs(),
-        r"in place.*inplace=False",
-    ),
+    "rectified": (nn.Sequential(nn.ReLU(inplace=True), mlp()), torch.abs, r"in place.*inplace=False"),
 }
 
 

@@ -1,16 +1,14 @@
 """Which inputs and outputs become landmarks, and which inputs the curvature: samples by hash, in one pass."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 
 import oracle
 import pytest
 import torch
-from conftest import C, K, M, N, assert_close, make_problem
+from conftest import C, M, N, assert_close, make_problem
+from helpers import directions, fit_problem
 
-from laplace_ella import ELLALaplace
 from laplace_ella.data.hashing import LANDMARK_INPUT, hash_keys
 from laplace_ella.data.landmarks import BottomK, balanced, draw_outputs, uniform
 from laplace_ella.data.stream import Stream
@@ -20,11 +18,11 @@ from laplace_ella.posterior.likelihoods import LIKELIHOODS
 F64 = torch.float64
 
 
-def keys_of(seed: int, n: int = N) -> torch.Tensor:
+def keys_of(seed, n=N):
     return hash_keys(seed, LANDMARK_INPUT, torch.arange(n))
 
 
-def offered(capacity: int, keys: torch.Tensor, groups, batch: int) -> BottomK:
+def offered(capacity, keys, groups, batch):
     """Stream positions 0, 1, ... in batches; each item is its own position."""
     sample = BottomK(capacity)
     for positions in torch.arange(len(keys)).split(batch):
@@ -33,7 +31,7 @@ def offered(capacity: int, keys: torch.Tensor, groups, batch: int) -> BottomK:
     return sample
 
 
-def water_filling(keys: torch.Tensor, groups: list[int], capacity: int) -> list[int]:
+def water_filling(keys, groups, capacity):
     """Offline: give every group one place in turn, lowest label first, while it has rows left."""
     order = keys.argsort().tolist()
     queues = [[i for i in order if groups[i] == g] for g in sorted(set(groups))]
@@ -88,7 +86,7 @@ def test_keys_are_distinct_nonnegative_and_differ_by_seed_and_purpose():
     assert (bits.double().mean(0) - 0.5).abs().max() < 5 * 0.5 / len(positions) ** 0.5
 
 
-def drawn(n, m, scheme=uniform, n_curvature=0, seed=0) -> tuple[list[tuple[int, int]], Scan]:
+def drawn(n, m, scheme=uniform, n_curvature=0, seed=0):
     """Scan n inputs, each of which is its own number, with the labels 0, 1, 2, 0, ..."""
     x, y = torch.arange(n, dtype=F64)[:, None], torch.arange(n) % C
     found, data = Scan(BottomK(m), BottomK(n_curvature)), list(zip(x.split(50), y.split(50)))
@@ -124,13 +122,8 @@ def test_inputs_are_distinct_while_there_are_enough_then_pairs_are_and_outputs_a
     assert max(of_classes.values()) - min(of_classes.values()) <= 1
 
 
-# ---------------------------------------------------------------------------- in a fit
-
-
-def fit(p, landmarks=None, batch=5, **options) -> ELLALaplace:
-    la = ELLALaplace(p.model, **p.options(**{"n_eigenvalues": K, "curvature_size": None, **options}))
-    la.fit(p.loader(batch), landmarks=landmarks)
-    return la
+def fit(p, landmarks=None, **options):
+    return fit_problem(p, {"landmarks": landmarks}, **options)
 
 
 def test_more_landmarks_than_pairs_take_all_pairs_with_one_warning_if_named(dtype):
@@ -159,10 +152,9 @@ def test_rank_above_the_data_is_reduced_with_one_warning_if_named(dtype):
 
 
 def test_fit_draws_by_seed_alone(small_problem):
-    found = [
-        fit(small_problem, batch=batch, subsample_size=M, seed=seed).basis.eigenvalues
-        for seed, batch in ((0, 5), (0, 23), (1, 5))
-    ]
+    draws = ((0, 5), (0, 23), (1, 5))
+    fits = [fit(small_problem, batch=batch, subsample_size=M, seed=seed) for seed, batch in draws]
+    found = [la.basis.eigenvalues for la in fits]
     assert_close(found[0], found[1])
     assert (found[0] - found[2]).abs().max() > 1e-3
 
@@ -170,11 +162,11 @@ def test_fit_draws_by_seed_alone(small_problem):
 def test_balanced_fit_uses_the_balanced_landmarks(dtype):
     p = make_problem("mlp", "classification", dtype)
     y = torch.tensor([0] * 19 + [1, 1, 2, 2])
-    la = ELLALaplace(p.model, "classification", subsample_size=6, n_eigenvalues=3)
-    la.fit(p.with_data(p.x, y).loader(), balanced=True)
+    p = p.with_data(p.x, y)
+    la = fit_problem(p, {"landmarks": None, "balanced": True}, subsample_size=6, n_eigenvalues=3)
     chosen = water_filling(keys_of(0), y.tolist(), 6)
     assert Counter(y[chosen].tolist()) == {0: 2, 1: 2, 2: 2}
     rows = oracle.jacobian(p.model, p.x[chosen]).flatten(0, 1)
-    V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
+    V = directions(la)
     span = torch.linalg.qr(rows.T)[0]
     assert_close(span @ span.T @ V, V)

@@ -1,7 +1,5 @@
 """Parts of the data: the first inputs, a sample of more data, loaders of every kind."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 from itertools import cycle
@@ -9,25 +7,13 @@ from itertools import cycle
 import pytest
 import torch
 from conftest import assert_close
-from helpers import (
-    C,
-    DictModel,
-    N,
-    as_tuple,
-    assert_same,
-    build,
-    dict_batches,
-    fitted,
-    inputs,
-    targets,
-)
+from helpers import C, DictModel, N, as_tuple, assert_same, build, dict_batches, fitted, inputs, targets
 from parts import (
     KINDS,
     QUIET,
     SIZE,
     SIZES,
     Counting,
-    Endless,
     L,
     Lines,
     Untouchable,
@@ -42,7 +28,7 @@ from torch.utils.data import DataLoader
 pytestmark = QUIET
 
 
-@pytest.fixture(params=KINDS[:4], ids=repr)
+@pytest.fixture(params=KINDS, ids=repr)
 def kind(request):
     return request.param
 
@@ -80,11 +66,9 @@ def test_the_first_mappings_are_added_scaled_and_forgotten():
 
 
 def test_a_loader_without_end():
-    la, other = build(), build(curvature_size=None)
+    la = build()
     la.fit(cycle(la_data()), max_samples=200)
     assert la.n_data == 200
-    other.fit(DataLoader(Endless(), batch_size=7), max_samples=100)
-    assert other.n_data == other.n_curvature == 100
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -167,17 +151,12 @@ def test_a_bad_number_of_inputs_is_refused(name, n):
     refused(la, lambda: la.fit(Untouchable(), **{name: n}), name)
 
 
-# ---------------------------------------------------------------------------- loaders of every kind
-
+PINNED = {"num_workers": 2, "persistent_workers": True, "pin_memory": True}
 LOADERS = {
-    "iterable data set, workers": lambda n, seed: DataLoader(Lines(n, seed), batch_size=SIZE, num_workers=2),
-    "persistent workers, pinned": lambda n, seed: DataLoader(
-        mapped(n, seed), batch_size=SIZE, num_workers=2, persistent_workers=True, pin_memory=True
-    ),
-    "batches of the data set": lambda n, seed: DataLoader(
-        list(DataLoader(mapped(n, seed), SIZE)), batch_size=None
-    ),
-    "generator": lambda n, seed: (batch for batch in DataLoader(mapped(n, seed), SIZE)),
+    "iterable data set, workers": lambda *data: DataLoader(Lines(*data), SIZE, num_workers=2),
+    "persistent workers, pinned": lambda *data: DataLoader(mapped(*data), SIZE, **PINNED),
+    "batches of the data set": lambda *data: DataLoader(list(DataLoader(mapped(*data), SIZE)), None),
+    "generator": lambda *data: (batch for batch in DataLoader(mapped(*data), SIZE)),
 }
 
 
@@ -205,10 +184,9 @@ def test_loaders_give_what_their_batches_do(name, size):
     assert torch.equal(la.loss, expected.loss)
     for estimator, as_is in ((la, lambda loader: loader), (expected, list)):
         estimator.fit(as_is(make(N, 1)), val_loader=as_is(make(17, 5)))
-        estimator.optimize_prior_precision(method="gridsearch", val_loader=as_is(make(17, 5)), grid_size=3)
-        estimator.optimize_prior_precision(
-            "nn", "gridsearch", val_loader=as_is(make(5, 5)), grid_size=2, link_approx="mc", n_samples=2
-        )
+        for n, options in ((17, {}), (5, {"pred_type": "nn", "link_approx": "mc", "n_samples": 2})):
+            val = as_is(make(n, 5))
+            estimator.optimize_prior_precision(method="gridsearch", val_loader=val, grid_size=3, **options)
         estimator.optimize_hyperparameters(as_is(make(17, 5)), ["temperature", "logit_scale"], n_samples=8)
         estimator.calibrate_novelty(as_is(make(17, 5)))
     assert la.fit_history_ == expected.fit_history_

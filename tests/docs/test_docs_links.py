@@ -7,8 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    str(p.relative_to(ROOT))
-    for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md"))
+    str(p.relative_to(ROOT)) for of in ("*.md", "docs/**/*.md", "benchmarks/**/*.md") for p in ROOT.glob(of)
 )
 
 
@@ -38,20 +37,18 @@ def test_links_lead_somewhere(page):
     assert broken((ROOT / page).read_text(), page) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "wrong"),
-    [
-        ("[a](design.md#decisions) ![b](images/quickstart.png) [c](https://x.org/none) [d](../LICENSE)", []),
-        ("[a](nowhere.md) ![b](images/none.png) [c](/docs/design.md)", None),
-        ("[a](design.md#nothing) [b](#none)", None),
-        (
-            "# What it costs, *now*\n\n[a](#what-it-costs-now)\n\n## Same\n\n## Same\n\n[b](#same-1) [c](#same)",
-            [],
-        ),
-        ("```\n[a](nowhere.md)\n```\n\n    [b](nowhere.md)\n\n`[c](nowhere.md)`", []),
-        ('<img src="images/none.png">', ["images/none.png"]),
-    ],
-)
+ANCHORS = "# What it costs, *now*\n\n[a](#what-it-costs-now)\n\n## Same\n\n## Same\n\n[b](#same-1) [c](#same)"
+BROKEN = [
+    ("[a](design.md#decisions) ![b](images/quickstart.png) [c](https://x.org/none) [d](../LICENSE)", []),
+    ("[a](nowhere.md) ![b](images/none.png) [c](/docs/design.md)", None),
+    ("[a](design.md#nothing) [b](#none)", None),
+    (ANCHORS, []),
+    ("```\n[a](nowhere.md)\n```\n\n    [b](nowhere.md)\n\n`[c](nowhere.md)`", []),
+    ('<img src="images/none.png">', ["images/none.png"]),
+]
+
+
+@pytest.mark.parametrize(("text", "wrong"), BROKEN)
 def test_what_is_broken_is_found(text, wrong):
     assert broken(text, "docs/page.md") == (links.targets(text) if wrong is None else wrong)
 

@@ -5,7 +5,6 @@ import warnings
 from pathlib import Path
 
 import matplotlib as mpl
-import pytest
 
 import laplace_ella
 
@@ -40,16 +39,3 @@ def test_the_page_runs_and_warns_where_it_says_so():
     text = PAGE.read_text()
     warned = run(text)
     assert lines(text, "warns") <= warned <= lines(text, "warns?")
-
-
-def test_a_page_that_is_wrong_fails():
-    start, _ = PAGE.read_text().split("## Tune on validation data")
-    right, wrong = "assert streamed.n_data == 300", "assert streamed.n_data == 600"
-    assert start.count(right) == 1
-    with pytest.raises(AssertionError) as failed:
-        run(start.replace(right, wrong))
-    assert failed.traceback[-1].path == PAGE
-
-
-def test_a_warning_is_found_on_its_line():
-    assert run("text\n\n```python\nimport warnings\nwarnings.warn('look')\n```\n") == {5}

@@ -12,7 +12,7 @@ SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 SECTIONS = [part for part in re.split(r"^## ", GALLERY, flags=re.M)[1:] if "examples/" in part]
 
 
-def squeezed(text: str) -> str:
+def squeezed(text):
     return re.sub(r"\s+", " ", text).strip()
 
 

@@ -26,13 +26,10 @@ def test_the_ten_lines_run():
     assert "retained trace" in repr(names["la"])
 
 
-def test_the_cost_table_is_the_benchmarks():
-    assert report.cost_table(report.read(ROOT / "benchmarks/results")) in README
-
-
-def test_the_tables_on_performance_are_the_benchmarks():
-    page = report.PAGE.read_text()
-    assert report.with_tables(page, report.read(ROOT / "benchmarks/results")) == page
+def test_the_tables_of_costs_are_the_benchmarks():
+    found, page = report.read(ROOT / "benchmarks/results"), report.PAGE.read_text()
+    assert report.cost_table(found) in README
+    assert report.with_tables(page, found) == page
 
 
 STUDIES = ["quality", "regression", "ablations", "shift", "paper", "scaling"]

@@ -1,26 +1,15 @@
 """Ctrl-C leaves the old fit or the new one; after ``kill -9`` at any moment the same call goes on."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Snapshot, build, fitted, inputs
-from interrupting import (
-    N_BATCHES,
-    N_DATA,
-    Ending,
-    Watched,
-    assert_equal_fits,
-    batches,
-    go_on,
-    interrupt,
-    said_by,
-)
+from helpers import Snapshot, assert_same, build, fitted, inputs
+from interrupting import N_BATCHES, N_DATA, Ending, Watched, assert_equal_fits, batches, go_on, interrupt
 
 import laplace_ella
 
@@ -28,7 +17,15 @@ X = inputs(11, seed=7)
 
 pytestmark = pytest.mark.filterwarnings("ignore:curvature='mc' estimates G")
 
-# ---------------------------------------------------------------------------- Ctrl-C
+
+def said_by(action):
+    """Return the warnings of an action that ends with KeyboardInterrupt and speak of that."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyboardInterrupt):
+            action()
+    return [w for w in caught if "interrupted" in str(w.message)]
+
 
 INTERRUPTED = {
     "sample": {},
@@ -65,8 +62,7 @@ def test_ctrl_c_keeps_the_curvature_there_is(name, checkpoint, tmp_path):
             assert f"{n} of {steps.n_curvature}" in str(said[0].message)
             assert (la.n_data, la.n_predictions, la.n_outputs) == (N_DATA, N_DATA, 3)
             assert torch.equal(la.H, after[n])
-            assert torch.equal(la.loss, complete.loss)
-            assert torch.equal(la.basis.eigenvalues, complete.basis.eigenvalues)
+            assert_same((la.loss, la.basis.eigenvalues), (complete.loss, complete.basis.eigenvalues))
             assert la.snapshots[-1][0] == n
             assert la.log_marginal_likelihood().isfinite()
             other = build(model=Watched(), **options)
@@ -97,20 +93,18 @@ def test_ctrl_c_while_validation_data_are_read(tmp_path):
 def test_ctrl_c_while_data_are_added_with_a_checkpoint(tmp_path):
     """They are in its files alone, or they would be added twice by the fit that goes on."""
     la, whole = (fitted(data=batches(), curvature_size=None) for _ in range(2))
-    whole.fit(batches(seed=50), override=False)
-    untouched = Snapshot(la, X)
-    more = {"override": False, "checkpoint": tmp_path / "fit", "checkpoint_every": 1}
-    data = Ending(batches(seed=50), N_BATCHES + 3, KeyboardInterrupt)
-    assert said_by(lambda: la.fit(data, **more)) == []
+    more, untouched = batches(seed=50), Snapshot(la, X)
+    whole.fit(more, override=False)
+    stopped = Ending(more, N_BATCHES + 3, KeyboardInterrupt)
+    path = {"checkpoint": tmp_path / "fit", "checkpoint_every": 1}
+    assert said_by(lambda: la.fit(stopped, override=False, **path)) == []
     untouched.check()
-    la.fit(batches(seed=50), **more)
-    assert_equal_fits(la, whole)
+    assert_equal_fits(go_on(la, more, tmp_path / "fit", override=False), whole)
 
 
 def test_ctrl_c_while_data_are_added():
-    la = fitted(model=Watched(), data=batches())
+    la, steps = fitted(model=Watched(), data=batches()), build(model=Watched())
     more, before, calls, added = batches(seed=50), la.H, la.model.calls, []
-    steps = build(model=Watched())
     steps.fit(more, basis=la.basis, val_steps=1)
     la.fit(more, override=False)
     for at in range(calls + 6, la.model.calls, 5):
@@ -151,14 +145,13 @@ def test_another_error_in_the_curvature_keeps_nothing(tmp_path):
     untouched.check()
 
 
-# ---------------------------------------------------------------------------- processes that are killed
-
 # The system ends a process, or interrupts it, when it has computed for so long: also while it writes.
 PROGRAM = """
 import os, signal, sys, time, warnings
 
 import torch
 from helpers import build, inputs, mlp, targets
+from interrupting import outcome
 from torch.utils.data import DataLoader, TensorDataset
 
 warnings.simplefilter("ignore")
@@ -168,9 +161,7 @@ path, result = "folder/fit", "result"
 
 
 def save_outcome(la):
-    found = {"H": la.H, "loss": la.loss, "eigenvalues": la.basis.eigenvalues, **la.basis.directions}
-    found.update({f"snapshot {n}": G for n, G in la.snapshots}, n_data=torch.tensor(la.n_data))
-    torch.save(found, result)
+    torch.save(outcome(la), result)
 
 
 def in_child(act):
@@ -195,9 +186,9 @@ def read_result():
 
 
 def assert_result(expected):
-    found = read_result()
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[k], expected[k]) for k in expected)
+    (found, plain), (tensors, expected_plain) = read_result(), expected
+    assert (plain, found.keys()) == (expected_plain, tensors.keys())
+    assert all(torch.equal(found[k], tensors[k]) for k in tensors)
     assert os.listdir("folder") == [], os.listdir("folder")
 
 STOPS, signals = 3, sys.argv[1]
@@ -245,14 +236,12 @@ def test_processes_that_are_stopped_at_any_moment(signals, tmp_path):
     (tmp_path / "folder").mkdir()
     support = str(Path(__file__).resolve().parents[1] / "support")
     path = os.pathsep.join([support, str(Path(laplace_ella.__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "program.py", signals],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+    options = {
+        "cwd": tmp_path,
+        "env": {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        "timeout": 240,
+    }
+    command = [sys.executable, "-W", "ignore", "program.py", signals]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == "stopped 3"

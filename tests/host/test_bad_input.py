@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import (
-    C,
-    D,
-    DictModel,
-    M,
-    N,
-    Snapshot,
-    build,
-    dict_batches,
-    fitted,
-    inputs,
-    loader,
-    mlp,
-    targets,
-    train_loader,
-    val_loader,
-)
+from helpers import C, D, DictModel, M, N, Snapshot, build, dict_batches, fitted, inputs, loader, mlp, targets
+
+from helpers import train_loader, val_loader  # isort: skip
 from models import Applied, Counting
 from torch import nn
 
@@ -43,26 +31,17 @@ def assert_refused(la, data, match):
         before.check()
 
 
-# ------------------------------------------------------------------ models
+def meta_statistics():
+    return nn.Sequential(nn.Linear(D, C), nn.BatchNorm1d(C, affine=False, device="meta"))
 
 
-def on_meta(module):
-    with torch.device("meta"):
-        return module()
-
-
+META, LAZY = "has none.*meta device", "has none.*lazy: run the model once"
 NO_MODELS = {
     "no weights": (nn.Tanh, r"requires? grad"),
     "frozen": (lambda: nn.Linear(2, 3).requires_grad_(False), r"requires? grad"),
-    "meta": (lambda: on_meta(mlp), r"model .*'0.weight' has none.*meta device"),
-    "meta statistics": (
-        lambda: nn.Sequential(nn.Linear(D, C), on_meta(lambda: nn.BatchNorm1d(C, affine=False))),
-        r"model .*'1.running_mean' has none.*meta device",
-    ),
-    "lazy": (
-        lambda: nn.Sequential(nn.LazyLinear(C)),
-        r"model .*'0.weight' has none.*lazy: run the model once",
-    ),
+    "meta": (lambda: nn.Sequential(nn.Linear(2, 3, device="meta")), f"model .*'0.weight' {META}"),
+    "meta statistics": (meta_statistics, f"model .*'1.running_mean' {META}"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(C)), f"model .*'0.weight' {LAZY}"),
 }
 
 
@@ -76,70 +55,48 @@ def test_models_without_weights_or_values(name):
             NystromGGN(make(), "classification")
 
 
-@pytest.mark.parametrize("structure", ["kron", "diag", "ella"])
-def test_no_model_of_any_flavour(structure):
+def test_no_model_of_another_flavour():
     with pytest.raises(ValueError, match=r"model must be a torch.nn.Module.*got None"):
-        laplace_ella.Laplace(None, "classification", "all", structure)
-
-
-# ------------------------------------------------------------------ batches
+        laplace_ella.Laplace(None, "classification", "all", "kron")
 
 
 def bad_targets(likelihood):
-    x = inputs(7)
-    if likelihood == "regression":
-        f = targets("regression", 7)
-        return {
-            "one axis": (x, f[:, 0]),
-            "one output": (x, f[:, :1]),
-            "three axes": (x, f[..., None]),
-            "not a number": (x, torch.where(f > 0, f, NAN)),
-            "infinite": (x, torch.where(f > 0, f, INF)),
-        }
-    y = targets("classification", 7)
+    y, f = targets("classification", 7), targets("regression", 7)
     p = nn.functional.one_hot(y, C).double()
     return {
-        "float": (x, y.double()),
-        "bool": (x, y > 0),
-        "too large": (x, y + C),
-        "negative": (x, y - C),
-        "ignore index": (x, torch.full_like(y, -100)),
-        "too few probabilities": (x, p[:, :2]),
-        "three axes": (x, p[..., None]),
-        "probabilities not a number": (x, torch.where(p > 0, p, NAN)),
-    }
+        "regression": [
+            f[:, 0],
+            f[:, :1],
+            f[..., None],
+            f * NAN,
+            f / (f > 0),
+        ],
+        "classification": [y.double(), y > 0, y + C, y - C, y * 0 - 100, p[:, :2], p[..., None], p / (p > 0)],
+        "bernoulli": [y, p.repeat(1, 2), 2 * p - 1, p / (p > 0), p.to(torch.complex128)],
+    }[likelihood]
 
 
 LABELS = targets("classification", 7)
-BAD_BATCHES = {
-    "a tensor": inputs(7),
-    "one element": (inputs(7),),
-    "three elements": (inputs(7), LABELS, LABELS),
-    "a string": "xy",
-    "a number": 3,
-    "inputs as list": (inputs(7).tolist(), LABELS),
-    "targets as list": (inputs(7), LABELS.tolist()),
-    "other length": (inputs(7), LABELS[:5]),
-    "scalar target": (inputs(7), torch.tensor(1)),
-    "scalar input": (torch.tensor(1.0), LABELS),
-    "a mapping without inputs": {"labels": torch.tensor(1)},
-}
+STRUCTURES = [inputs(7), (inputs(7),), (inputs(7), LABELS, LABELS), "xy", 3, {"labels": torch.tensor(1)}]
+STRUCTURES += [(inputs(7).tolist(), LABELS), (inputs(7), LABELS.tolist()), (inputs(7), LABELS[:5])]
+STRUCTURES += [(inputs(7), torch.tensor(1)), (torch.tensor(1.0), LABELS)]
 
 
-@pytest.mark.parametrize("name", BAD_BATCHES)
-def test_batches_of_the_wrong_structure(name):
-    assert_refused(fitted(), [BAD_BATCHES[name]], r"[Bb]atch|[Ii]nputs|[Tt]argets")
+@pytest.mark.parametrize("batch", STRUCTURES)
+def test_batches_of_the_wrong_structure(batch):
+    assert_refused(fitted(), [batch], r"[Bb]atch|[Ii]nputs|[Tt]argets")
 
 
-@pytest.mark.parametrize(
-    ("likelihood", "name"),
-    [(likelihood, name) for likelihood in LIKELIHOODS for name in bad_targets(likelihood)],
-)
-def test_targets_that_do_not_fit_are_refused_naming_the_batch(likelihood, name):
-    la, good = fitted(likelihood), (inputs(7), targets(likelihood, 7))
+BAD_TARGETS = [(k, y) for k in (*LIKELIHOODS, "bernoulli") for y in bad_targets(k)]
+
+
+@pytest.mark.parametrize(("likelihood", "bad"), BAD_TARGETS)
+def test_targets_that_do_not_fit_are_refused_naming_the_batch(likelihood, bad):
+    y = (targets("regression") > 0).long() if likelihood == "bernoulli" else targets(likelihood)
+    la, good = fitted(likelihood, data=loader(inputs(), y)), (inputs()[:7], y[:7])
     for position in (0, 1):
         data = [good, good]
-        data[position] = bad_targets(likelihood)[name]
+        data[position] = inputs(7), bad
         assert_refused(la, data, f"batch {position}")
 
 
@@ -174,25 +131,17 @@ def test_mapping_inputs_that_are_not_finite():
         fitted(model=DictModel(), data=batches)
 
 
-# ------------------------------------------------------------------ loaders
-
-
-def of_rows(n):
-    return [(inputs(n), targets("classification", n))]
-
-
-class Shrinking:
+class Shrinking(list):
     """Yields less the second time."""
 
-    def __init__(self, batches):
-        self.batches = batches
-
     def __iter__(self):
-        batches, self.batches = self.batches, self.batches[:1]
-        return iter(batches)
+        found = list(super().__iter__())
+        del self[1:]
+        return iter(found)
 
 
-NO_DATA = {"list": list, "iterator": lambda: iter(()), "rows": lambda: of_rows(0)}
+NO_DATA = (list, lambda: iter(()), lambda: [(inputs(0), targets("classification", 0))])
+GRID = {"method": "gridsearch", "link_approx": "mc", "grid_size": 2}
 READERS = {
     "plan": lambda la, data: la.plan(data),
     "fit": lambda la, data: la.fit(data),
@@ -203,9 +152,7 @@ READERS = {
     "error": lambda la, data: la.approximation_error(X, data),
     "joint": lambda la, data: la.optimize_hyperparameters(data),
     "gridsearch": lambda la, data: la.optimize_prior_precision(method="gridsearch", val_loader=data),
-    "gridsearch nn": lambda la, data: la.optimize_prior_precision(
-        "nn", method="gridsearch", val_loader=data, link_approx="mc", grid_size=2
-    ),
+    "gridsearch nn": lambda la, data: la.optimize_prior_precision("nn", **GRID, val_loader=data),
 }
 
 
@@ -213,7 +160,7 @@ READERS = {
 def test_loaders_without_data(use):
     la = fitted(temperature=None)
     before = Snapshot(la, X)
-    for make in NO_DATA.values():
+    for make in NO_DATA:
         with pytest.raises(ValueError, match=r"no data|iterator|at least two inputs; got 0"):
             READERS[use](la, make())
     before.check()
@@ -224,18 +171,11 @@ def test_errors_of_no_inputs():
         fitted().approximation_error(inputs(0))
 
 
-BAD_VALIDATION = {
-    "class index": [(inputs(7), targets("classification", 7) + C)],
-    "not a number": [(inputs(7) * NAN, targets("classification", 7))],
-    "structure": [3],
-}
-
-
 @pytest.mark.parametrize("use", ["val_loader", "joint", "gridsearch"])
 def test_bad_validation_data_change_nothing(use):
     la = fitted(temperature=None)
     before = Snapshot(la, X)
-    for data in BAD_VALIDATION.values():
+    for data in ([(inputs(7), LABELS + C)], [(inputs(7) * NAN, LABELS)], [3]):
         with pytest.raises(ValueError, match=r"[Vv]alidation|batch|\w+ .*\w+"):
             READERS[use](la, data)
     before.check()
@@ -258,9 +198,6 @@ def test_loaders_that_cannot_be_read_twice():
     before.check()
 
 
-# ------------------------------------------------------------------ outputs and features
-
-
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_outputs_that_are_not_finite(likelihood):
     x = inputs()
@@ -275,10 +212,8 @@ def test_features_that_are_not_finite():
     net[0].bias.data.zero_()
     net[2].bias.data.zero_()
     model = Applied(lambda net, x: net(x).square().sum(-1, keepdim=True).sqrt() + net(x), net)
-    la, x = fitted(model=model), inputs()
-    x[15] = 0
-    landmarks = (inputs(M, seed=20), torch.arange(M) % C)
-    zero = torch.zeros(1, D, dtype=torch.float64)
+    la, x, landmarks = fitted(model=model), inputs(), (inputs(M, seed=20), torch.arange(M) % C)
+    x[15], zero = 0, torch.zeros(1, D, dtype=torch.float64)
     before = Snapshot(la, X)
     with pytest.raises(ValueError, match=r"training inputs \[.*features|features.*training inputs \["):
         la.fit(loader(x, targets("classification")), landmarks=landmarks)
@@ -289,20 +224,13 @@ def test_features_that_are_not_finite():
     before.check()
 
 
-SHAPES = {
-    "one axis": lambda f: f[:, 0],
-    "scalar": lambda f: f.sum(),
-    "tuple": lambda f: (f, f),
-    "dict": lambda f: {"logits": f},
-    "logits of one axis": lambda f: SimpleNamespace(logits=f[:, 0]),
-    "list": lambda f: f.tolist(),
-}
+SHAPES = lambda f: f[:, 0], lambda f: f.sum(), lambda f: (f, f), lambda f: {"logits": f}, lambda f: f.tolist()
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_outputs_that_are_not_a_matrix(name):
+@pytest.mark.parametrize("shape", [*SHAPES, lambda f: SimpleNamespace(logits=f[:, 0])])
+def test_outputs_that_are_not_a_matrix(shape):
     with pytest.raises(ValueError, match=r"\(batch, outputs\)"):
-        fitted(model=Applied(lambda net, x: SHAPES[name](net(x))))
+        fitted(model=Applied(lambda net, x: shape(net(x))))
 
 
 def test_outputs_whose_number_changes():
@@ -316,38 +244,27 @@ def test_outputs_whose_number_changes():
 
 def test_gradients_that_all_vanish():
     model = mlp()
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         p.data.zero_()
-    model[0].requires_grad_(False)
-    model[2].bias.requires_grad_(False)
+        p.requires_grad_(name == "2.weight")
     with pytest.raises(ValueError, match="zero"):
         fitted(model=model)
 
 
-# ------------------------------------------------------------------ landmarks
-
-LANDMARKS = {
-    "float coordinates": (inputs(2), torch.tensor([0.0, 1.0])),
-    "two axes": (inputs(2), torch.tensor([[0, 1]])),
-    "other lengths": (inputs(3), torch.tensor([0, 1])),
-    "none": (inputs(0), torch.tensor([], dtype=torch.long)),
-    "not finite": (inputs(2) * NAN, torch.tensor([0, 1])),
-    "too large": (inputs(2), torch.tensor([0, C])),
-    "negative": (inputs(2), torch.tensor([0, -1])),
-}
+COORDINATES = [0.0, 1.0], [[0, 1]], [0, 1, 1], [0, C], [0, -1]
+LANDMARKS = [*((inputs(2), torch.tensor(outputs)) for outputs in COORDINATES)]
+LANDMARKS += [(inputs(2) * NAN, torch.tensor([0, 1])), (inputs(0), torch.tensor([], dtype=torch.long))]
 
 
-@pytest.mark.parametrize("name", LANDMARKS)
-def test_landmarks_that_are_wrong(name):
+@pytest.mark.parametrize("landmarks", LANDMARKS)
+def test_landmarks_that_are_wrong(landmarks):
     la, read = fitted(), []
     before = Snapshot(la, X)
     with pytest.raises(ValueError, match=r"landmarks|0\.\.2"):
-        la.fit((read.append(batch) or batch for batch in train_loader()), landmarks=LANDMARKS[name])
+        la.fit((read.append(batch) or batch for batch in train_loader()), landmarks=landmarks)
     assert len(read) <= 1
     before.check()
 
-
-# ------------------------------------------------------------------ before a fit
 
 WITHOUT_ARGUMENTS = "sample log_marginal_likelihood optimize_prior_precision state_dict"
 OF_INPUTS = "functional_samples predictive_samples features residual_share novelty approximation_error"
@@ -385,18 +302,35 @@ def test_use_before_a_fit_raises_an_attribute_error_as_in_the_host(name):
         assert la.model.calls == 0
 
 
-# ------------------------------------------------------------------ settings
-
-
-@pytest.mark.parametrize("value", [1e39, 1e-50])
-def test_numbers_that_float32_cannot_hold(value):
+def test_numbers_that_float32_cannot_hold():
     la = fitted(model=mlp(dtype=torch.float32), data=train_loader(dtype=torch.float32))
-    with pytest.raises(ValueError, match="prior_precision"):
-        la.prior_precision = value
+    for value in (1e39, 1e-50):
+        with pytest.raises(ValueError, match="prior_precision"):
+            la.prior_precision = value
     assert la.prior_precision == 1
 
 
-# ------------------------------------------------------------------ inputs of another width
+def test_a_folder_that_is_read_only(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    la = fitted(model=Counting())
+    before, calls = Snapshot(la, X), la.model.calls
+    monkeypatch.setattr(Path, "touch", refuse)  # which works everywhere for those who own the machine
+    with pytest.raises(PermissionError, match="read-only"):
+        la.fit(train_loader(), checkpoint=tmp_path / "fit")
+    assert la.model.calls == calls
+    before.check()
+
+
+def test_networks_at_sampled_weights_whose_outputs_overflow():
+    la = fitted(model=Applied(lambda net, x: net(x).exp()), prior_precision=1e-12, temperature=1e6)
+    before = Snapshot(la, X)
+    draws = {"n_samples": 30, "generator": torch.Generator().manual_seed(0)}
+    for predict in (la.functional_samples, la.predictive_samples, partial(la, link_approx="mc")):
+        with pytest.raises(ValueError, match="raise the prior precision"):
+            predict(X, pred_type="nn", **draws)
+    before.check()
 
 
 @pytest.mark.skipif(not hasattr(BaseException, "add_note"), reason="Python 3.10 has no notes")

@@ -7,26 +7,24 @@ import inspect
 import io
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import laplace
 import pytest
 import torch
 from helpers import (
-    DictModel,
     Snapshot,
+    as_tuple,
     assert_same,
     build,
     dict_batches,
     fitted,
     inputs,
-    loader,
-    mlp,
-    targets,
     train_loader,
     val_loader,
 )
 from laplace.curvature import AsdlEF, CurvlinopsGGN
-from models import Applied, Waiting
+from models import Applied, DictModel, Waiting, mlp, weighted
 from torch import nn
 
 import laplace_ella
@@ -36,11 +34,7 @@ X = inputs(11, seed=7)
 P = sum(p.numel() for p in mlp().parameters())
 
 
-def other_loader():
-    return loader(inputs(seed=30), targets("classification", seed=31))
-
-
-# ------------------------------------------------------------------ built again from attributes
+OTHER = list(val_loader())[:3]
 
 
 def rebuilt_as_lightning_uq_box_does(la):
@@ -56,10 +50,8 @@ def rebuilt_by_signature(la):
 
 
 def saved_and_loaded(la):
-    file = io.BytesIO()
-    torch.save(la, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
+    torch.save(la, file := io.BytesIO())
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
 ATTRIBUTES = {
@@ -79,41 +71,15 @@ of_every_copy = pytest.mark.parametrize("name", COPIES)
 
 SETTINGS = {
     "defaults": {},
-    "numbers": {
-        "prior_precision": 0.3,
-        "prior_mean": 0.2,
-        "temperature": 7.0,
-        "logit_scale": 0.8,
-        "seed": 5,
-        "n_eigenvalues": 0.9,
-        "curvature_size": None,
-    },
-    "vectors": {
-        "likelihood": "regression",
-        "sigma_noise": torch.tensor([0.4]),
-        "temperature": 2.0,
-        "prior_precision": torch.arange(1.0, P + 1),
-        "prior_mean": torch.ones(P),
-        "enable_backprop": True,
-    },
-    "residual": {
-        "residual": "isotropic",
-        "residual_scale": 0.1,
-        "residual_samples": 3,
-        "backend_kwargs": {"chunk_size": 3, "autodiff": "reverse"},
-    },
-    "computing": {
-        "likelihood": "bernoulli",
-        "prior_precision": torch.arange(1.0, 5),
-        "process_group": None,
-        "chunk_size": 2,
-        "memory_budget": 10_000,
-        "autodiff": "double",
-        "spill": "cpu",
-        "spill_dtype": torch.float32,
-        "curvature": "mc",
-        "curvature_samples": 3,
-    },
+    "numbers": {"prior_precision": 0.3, "prior_mean": 0.2, "temperature": 7.0, "logit_scale": 0.8, "seed": 5}
+    | {"n_eigenvalues": 0.9, "curvature_size": None},
+    "vectors": {"likelihood": "regression", "sigma_noise": torch.tensor([0.4]), "temperature": 2.0}
+    | {"prior_precision": torch.arange(1.0, P + 1), "prior_mean": torch.ones(P), "enable_backprop": True},
+    "residual": {"residual": "isotropic", "residual_scale": 0.1, "residual_samples": 3}
+    | {"backend_kwargs": {"chunk_size": 3, "autodiff": "reverse"}},
+    "computing": {"likelihood": "bernoulli", "prior_precision": torch.arange(1.0, 5), "process_group": None}
+    | {"chunk_size": 2, "memory_budget": 10_000, "autodiff": "double", "spill": "cpu"}
+    | {"spill_dtype": torch.float32, "curvature": "mc", "curvature_samples": 3},
     "backend": {"backend": ReverseNystromGGN, "dict_key_x": "x", "dict_key_y": "y"},
     "host's backend": {"backend": CurvlinopsGGN, "compile": True, "asdl_fisher_kwargs": {"a": 1}},
 }
@@ -135,21 +101,16 @@ def described(la):
 
 @pytest.mark.parametrize("again", REBUILT)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_an_estimator_built_again_is_equal(name, again):
+def test_an_estimator_built_again_is_equal_and_fits_the_same(name, again):
     la = estimator(name)
     assert described(REBUILT[again](la)) == described(la)
-
-
-@pytest.mark.filterwarnings("ignore:n_eigenvalues was reduced")
-@pytest.mark.parametrize("again", REBUILT)
-@pytest.mark.parametrize("name", ["numbers", "vectors", "residual"])
-def test_an_estimator_built_again_fits_the_same(name, again):
+    if name not in ("numbers", "vectors", "residual"):
+        return
     la = estimator(name, n_eigenvalues=5)
     new = REBUILT[again](la)
     for each in (la, new):
         each.fit(train_loader(la.likelihood))
-    assert_same(new(X), la(X))
-    assert torch.equal(new.H, la.H)
+    assert_same((*as_tuple(new(X)), new.H), (*as_tuple(la(X)), la.H))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # the validation data are few
@@ -166,7 +127,7 @@ def test_a_fitted_estimator_built_again_is_one_before_a_fit(again):
         new(X)
     new.fit(train_loader())
     assert_same(new(X), la(X))
-    new.fit(other_loader())
+    new.fit(OTHER)
     before.check()
 
 
@@ -217,9 +178,6 @@ def test_sizes_left_at_their_defaults_stay_defaults():
         assert new.basis.n_landmarks <= 500
 
 
-# ------------------------------------------------------------------ backends that are instances
-
-
 def test_a_backend_instance_gives_its_class_and_options():
     options = {"chunk_size": 3, "spill": "cpu", "spill_dtype": torch.float32}
     theirs = ReverseNystromGGN(mlp(seed=3), "regression", **options)
@@ -235,21 +193,16 @@ def test_a_backend_instance_gives_its_class_and_options():
 
 
 class Scaled(NystromGGN):
-    """A backend with an argument of its own."""
-
     def __init__(self, *args, factor=1.0, **kwargs):
         super().__init__(*args, **kwargs)
         self.factor = factor
 
 
 @pytest.mark.parametrize("again", REBUILT)
-def test_a_backend_with_arguments_of_its_own(again):
+def test_a_backend_with_an_argument_of_its_own(again):
     new = REBUILT[again](build(backend=Scaled, backend_kwargs={"factor": 2.0, "chunk_size": 3}))
     assert type(new.backend) is Scaled
     assert (new.backend.factor, new.backend.engine.chunk_size) == (2.0, 3)
-
-
-# ------------------------------------------------------------------ copies
 
 
 def used():
@@ -272,9 +225,9 @@ def test_a_copy_predicts_the_same_and_is_independent(name):
     assert new.backend is not la.backend
     assert (new.model is la.model) == (name == "copy")
     before, novelty, history = Snapshot(la, X), la.novelty(X), dict(la.fit_history_)
-    new.fit(other_loader())
+    new.fit(OTHER)
     new.prior_precision, new.temperature, new.residual = 7.0, 3.0, "none"
-    new.fit(other_loader(), override=False)
+    new.fit(OTHER, override=False)
     new.optimize_hyperparameters(val_loader(), ["n_eigenvalues"])
     new.fit_history_["val_nll"].append(0.0)
     before.check()
@@ -287,7 +240,6 @@ def test_a_deep_copy_is_of_a_model_of_its_own(name):
     la = used()
     new = COPIES[name](la)
     model = new.model
-    assert model is not la.model
     assert new.backend.model is model
     own = [id(p) for p in model.parameters()]
     assert [id(p) for p in new.params] == own == [id(p) for p in new.backend.params]
@@ -302,10 +254,6 @@ def test_a_deep_copy_is_of_a_model_of_its_own(name):
     torch.testing.assert_close(new(X), fitted(model=other, residual="isotropic")(X))
 
 
-def weighted(net, batch):
-    return net({**batch, "attention_mask": batch["attention_mask"] * batch["weights"]})
-
-
 @of_every_copy
 def test_a_copy_knows_which_entries_all_inputs_share(name):
     weights = torch.arange(1.0, 6.0).double()
@@ -317,13 +265,14 @@ def test_a_copy_knows_which_entries_all_inputs_share(name):
 
 @of_every_copy
 def test_copies_after_a_gradient_of_the_evidence_and_of_a_frozen_model(name):
-    la = fitted("regression")
+    la = fitted("regression", prior_mean=torch.zeros((), dtype=torch.float64, requires_grad=True) * 2)
     log_prior, log_sigma = (torch.zeros(1, requires_grad=True, dtype=torch.float64) for _ in range(2))
     la.log_marginal_likelihood(log_prior.exp(), log_sigma.exp()).backward()
     la.model.requires_grad_(False)
     new = COPIES[name](la)
     assert_same(new(X), la(X))
     assert torch.equal(new.prior_precision, la.prior_precision)
+    assert name == "copy" or not new.prior_mean.requires_grad
     assert [p.numel() for p in new.params] == [p.numel() for p in la.params]
 
 
@@ -337,25 +286,20 @@ def test_a_process_group_is_shared_by_copies_and_refused_by_pickle():
 
 
 def test_a_copy_waits_until_another_thread_has_put_the_weights_back():
-    la, found = fitted(model=Waiting()), []
+    la = fitted(model=Waiting())
     la.model.stop()
-    predicting = threading.Thread(target=lambda: la(X))
-    copying = threading.Thread(target=lambda: found.append(copy.deepcopy(la)))
-    predicting.start()
-    assert la.model.inside.wait(30)
-    copying.start()
-    copying.join(0.2)
-    assert not found
-    la.model.go_on.set()
-    predicting.join(), copying.join()
-    assert all(isinstance(p, nn.Parameter) for p in found[0].model.parameters())
-
-
-# ------------------------------------------------------------------ subclasses
+    with ThreadPoolExecutor(2) as pool:
+        pool.submit(la, X)
+        assert la.model.inside.wait(30)
+        copied = pool.submit(copy.deepcopy, la)
+        wait([copied], 0.2)
+        assert not copied.done()
+        la.model.go_on.set()
+        assert all(isinstance(p, nn.Parameter) for p in copied.result().model.parameters())
 
 
 class Named(ELLALaplace):
-    """With arguments of its own, and a fit and a call of its own."""
+    """With an argument, a fit and a call of its own."""
 
     _key = ("all", "named")
 
@@ -401,11 +345,3 @@ def test_a_subclass_is_built_again_with_its_own_arguments(again):
     assert (type(new), new.name, new.subsample_size) == (Named, "b", 13)
     new.fit(train_loader())
     assert (new.calls, la.calls) == (["fit"], [])
-
-
-def test_a_prior_mean_with_a_graph_is_copied_without_it():
-    mean = torch.zeros((), dtype=torch.float64, requires_grad=True)
-    la = fitted(prior_mean=mean * 2)
-    again = copy.deepcopy(la)
-    assert not again.prior_mean.requires_grad
-    assert_same(again(X), la(X))

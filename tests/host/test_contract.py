@@ -5,29 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from calls import generator
 from helpers import (
-    C,
-    D,
-    DictModel,
-    H,
     N,
-    RewardModel,
     as_tuple,
     assert_same,
     build,
     dict_batches,
     fitted,
     inputs,
-    mlp,
     reward_batches,
     targets,
     train_loader,
-    val_loader,
 )
-from models import Applied
+from models import Applied, C, D, DictModel, H, RewardModel, mlp, weighted
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
 
 from laplace_ella import NystromGGN, ReverseNystromGGN
 
@@ -39,12 +33,6 @@ LIKELIHOODS = ["classification", "regression"]
 LINKS = ["probit", "mc", "bridge", "bridge_norm"]
 X = inputs(11, seed=7)
 
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-# ------------------------------------------------------------------ constructor
 
 # What a test_arguments.py refuses is not here.
 FORMS = {
@@ -82,9 +70,6 @@ def test_prior_mean_takes_every_form_and_enters_the_scatter():
         torch.testing.assert_close(la.scatter, 2 * (theta - 0.3).square().sum())
 
 
-# ------------------------------------------------------------------ samples
-
-
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(("pred_type", "diagonal_output"), [("glm", False), ("glm", True), ("nn", False)])
 @pytest.mark.parametrize("method", ["functional_samples", "predictive_samples"])
@@ -104,12 +89,12 @@ def test_nn_samples_are_outputs_at_weight_samples():
     la = fitted("regression")
     weights, model = la.sample(3, generator()), mlp()
     assert weights.shape == (3, P)
-    for w, f in zip(weights, la.functional_samples(X, "nn", 3, generator=generator()), strict=True):
+    samples = la.functional_samples(X, "nn", 3, generator=generator())
+    moments = la(X, "nn", link_approx="mc", n_samples=3, generator=generator())
+    torch.testing.assert_close(moments, (samples.mean(0), samples.var(0)))
+    for w, f in zip(weights, samples, strict=True):
         nn.utils.vector_to_parameters(w, model.parameters())
         torch.testing.assert_close(f, model(X).detach())
-
-
-# ------------------------------------------------------------------ predictions
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -155,9 +140,6 @@ def test_nn_predictions_and_batches_without_inputs(likelihood, n):
         assert all(t.shape == (n, C) for t in as_tuple(first))
 
 
-# ------------------------------------------------------------------ reward modelling, mappings
-
-
 def test_reward_modeling_fits_and_tunes_pairs_and_predicts_rewards():
     la, pairs = (
         fitted(name, RewardModel(), reward_batches()) for name in ("reward_modeling", "classification")
@@ -196,18 +178,12 @@ def test_mapping_batches_and_logits():
 
 
 def test_dict_key_x_names_the_entry_that_holds_the_batch():
-    def forward(net, batch):
-        return net({**batch, "attention_mask": batch["attention_mask"] * batch["weights"]})
-
     weights = torch.arange(1.0, 6.0).double()
     shared = [{"weights": weights, **b} for b in dict_batches()]
     written_out = [{**b, "weights": weights.expand(len(b["labels"]), 5)} for b in dict_batches()]
-    la, expected = (fitted(model=Applied(forward, DictModel()), data=data) for data in (shared, written_out))
+    la, expected = (fitted(model=Applied(weighted, DictModel()), data=data) for data in (shared, written_out))
     torch.testing.assert_close(la.H, expected.H)
     torch.testing.assert_close(la(shared[0]), expected(written_out[0]))
-
-
-# ------------------------------------------------------------------ gradients of predictions
 
 
 @pytest.mark.parametrize("backend", [NystromGGN, ReverseNystromGGN])
@@ -241,38 +217,6 @@ def test_backprop_reaches_the_inputs_through_samples_if_asked_for(likelihood, pr
     assert not any(t.requires_grad for t in as_tuple(plain(x, pred_type, link_approx="mc")))
 
 
-# ------------------------------------------------------------------ loaders
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        yield from zip(inputs(), targets("classification"))
-
-
-def batches():
-    return list(zip(inputs().split(7), targets("classification").split(7)))
-
-
-LOADERS = {
-    "list": batches,
-    "generator": lambda: (b for b in batches()),
-    "IterableDataset": lambda: DataLoader(Stream(), batch_size=7),
-    "batch size 1": lambda: train_loader(batch_size=1),
-    "batch sampler": lambda: DataLoader(
-        train_loader().dataset, batch_sampler=[[*range(5)], [*range(5, 16)], [*range(16, N)]]
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LOADERS)
-def test_any_iterable_of_batches_gives_the_same_fit(name):
-    expected, la = fitted(), fitted(data=LOADERS[name]())
-    assert (la.n_data, la.n_outputs) == (N, C)
-    torch.testing.assert_close(la.loss, expected.loss)
-    torch.testing.assert_close(la.H, expected.H)
-    torch.testing.assert_close(la(X), expected(X))
-
-
 SAMPLERS = {
     "subset": lambda: SubsetRandomSampler(range(17), generator=generator()),
     "weighted": lambda: WeightedRandomSampler(torch.arange(1.0, N + 1), 19, generator=generator()),
@@ -292,8 +236,8 @@ def test_a_sampler_decides_what_the_data_are(name):
 def test_progress_bars_name_their_step(capsys):
     la = build()
     la.fit(train_loader(), progress_bar=True)
+    search = {"method": "gridsearch", "val_loader": train_loader(), "grid_size": 3}
+    la.optimize_prior_precision(**search, progress_bar=True)
     text = capsys.readouterr().err
-    for step in ("Training data", "Landmark gradients", "Gram matrix", "Curvature"):
+    for step in ("Training data", "Landmark gradients", "Gram matrix", "Curvature", "Grid search"):
         assert step in text
-    la.optimize_prior_precision(method="gridsearch", val_loader=val_loader(), grid_size=3, progress_bar=True)
-    assert "Grid search" in capsys.readouterr().err

@@ -8,12 +8,7 @@ import pytest
 import torch
 from helpers import C, M, as_tuple, build, fitted, inputs, mlp, nll_of_calls, train_loader, val_loader
 from laplace.baselaplace import BaseLaplace
-from laplace.curvature import (
-    AsdlEF,
-    AsdlGGN,
-    AsdlHessian,
-    CurvlinopsGGN,
-)
+from laplace.curvature import AsdlEF, AsdlGGN, AsdlHessian, CurvlinopsGGN
 from laplace.utils.enums import LinkApprox, PredType, PriorStructure, TuningMethod
 from torch import nn
 
@@ -37,24 +32,17 @@ def test_positional_arguments_are_the_hosts():
 
 
 def test_enums_mean_what_their_strings_mean():
-    by_enum = laplace.Laplace(
-        mlp(),
-        laplace.Likelihood.CLASSIFICATION,
-        laplace.SubsetOfWeights.ALL,
-        "ella",
-        subsample_size=M,
-        n_eigenvalues=5,
-        temperature=1.0,
-    )
+    options = {"subsample_size": M, "n_eigenvalues": 5, "temperature": 1.0}
+    kind = laplace.Likelihood.CLASSIFICATION, laplace.SubsetOfWeights.ALL
+    by_enum = laplace.Laplace(mlp(), *kind, "ella", **options)
     by_enum.fit(train_loader())
     by_string = fitted()
     for link in LinkApprox:
         left = by_enum(X, pred_type=PredType.GLM, link_approx=link)
         assert torch.equal(left, by_string(X, pred_type="glm", link_approx=link.value))
     by_enum(X, PredType.NN, link_approx=LinkApprox.MC)
-    by_enum.optimize_prior_precision(
-        PredType.GLM, TuningMethod.MARGLIK, n_steps=3, prior_structure=PriorStructure.LAYERWISE
-    )
+    enums = PredType.GLM, TuningMethod.MARGLIK
+    by_enum.optimize_prior_precision(*enums, n_steps=3, prior_structure=PriorStructure.LAYERWISE)
     by_string.optimize_prior_precision("glm", "marglik", n_steps=3, prior_structure="layerwise")
     assert torch.equal(by_enum.prior_precision, by_string.prior_precision)
     for la, method in ((by_enum, TuningMethod.GRIDSEARCH), (by_string, "gridsearch")):
@@ -87,15 +75,10 @@ def test_code_for_the_hosts_own_ella_runs(likelihood):
 def test_marglik_training_runs(likelihood, structure, backend):
     model = mlp()
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    options = {"hessian_structure": "ella", "backend": backend, "prior_structure": structure}
+    data = train_loader(likelihood)
     la, trained, margliks, losses = laplace.marglik_training(
-        model,
-        train_loader(likelihood),
-        likelihood,
-        hessian_structure="ella",
-        backend=backend,
-        prior_structure=structure,
-        n_epochs=2,
-        n_hypersteps=2,
+        model, data, likelihood, **options, n_epochs=2, n_hypersteps=2
     )
     assert isinstance(la, ELLALaplace)
     assert trained is model
@@ -106,37 +89,10 @@ def test_marglik_training_runs(likelihood, structure, backend):
     assert as_tuple(la(X))[0].shape == (11, C)
 
 
-# ------------------------------------------------------------------ what is refused
-
-REFUSED = [
-    ({"backend": AsdlEF}, "empirical Fisher"),
-    ({"backend": AsdlHessian}, "backend"),
-    ({"backend": "CurvlinopsGGN"}, "backend"),
-    ({"likelihood": "reward_modeling", "sigma_noise": 0.7}, "regression"),
-]
-
-
-@pytest.mark.parametrize(("options", "match"), REFUSED, ids=lambda v: str(v))
-def test_what_the_host_takes_and_ella_cannot_is_refused(options, match):
-    with pytest.raises(ValueError, match=match):
-        build(**options)
-
-
-# ------------------------------------------------------------------ the factory
-
-OTHERS = {
-    ("all", "full"): "FullLaplace",
-    ("all", "kron"): "KronLaplace",
-    ("all", "diag"): "DiagLaplace",
-    ("all", "lowrank"): "LowRankLaplace",
-    ("all", "gp"): "FunctionalLaplace",
-    ("last_layer", "full"): "FullLLLaplace",
-    ("last_layer", "kron"): "KronLLLaplace",
-    ("last_layer", "diag"): "DiagLLLaplace",
-    ("last_layer", "gp"): "FunctionalLLLaplace",
-    ("subnetwork", "full"): "FullSubnetLaplace",
-    ("subnetwork", "diag"): "DiagSubnetLaplace",
-}
+STRUCTURES = {"full": "Full", "kron": "Kron", "diag": "Diag", "lowrank": "LowRank", "gp": "Functional"}
+SUBSETS = {"all": ("", STRUCTURES), "last_layer": ("LL", ["full", "kron", "diag", "gp"])}
+SUBSETS["subnetwork"] = ("Subnet", ["full", "diag"])
+OTHERS = {(s, h): f"{STRUCTURES[h]}{of}Laplace" for s, (of, names) in SUBSETS.items() for h in names}
 
 
 @pytest.mark.parametrize("key", OTHERS, ids="-".join)
@@ -149,6 +105,20 @@ def test_every_other_flavour_still_resolves(key, factory):
     except ImportError as error:  # the class itself asks for a package that it needs
         name = next(word for word in str(error).replace(",", "").split() if word.endswith("Laplace"))
     assert name == OTHERS[key]
+
+
+REFUSED = [
+    ({"backend": AsdlEF}, "empirical Fisher"),
+    ({"backend": AsdlHessian}, "backend"),
+    ({"backend": "CurvlinopsGGN"}, "backend"),
+    ({"likelihood": "reward_modeling", "sigma_noise": 0.7}, "regression"),
+]
+
+
+@pytest.mark.parametrize(("options", "match"), REFUSED, ids=str)
+def test_what_the_host_takes_and_ella_cannot_is_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        build(**options)
 
 
 def test_keys_are_unique():

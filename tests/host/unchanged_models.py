@@ -7,16 +7,15 @@ same to the bit on every machine and with every version of torch.
 The spectra of the landmarks' gradients are well separated, so that rounding does not turn the directions.
 """
 
-from __future__ import annotations
-
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from models import Residual, RewardModel
 from torch import Tensor, nn
 
 import laplace_ella
@@ -26,25 +25,23 @@ N, N_VAL, B, M, K = 41, 23, 4, 17, 5
 BATCH = 9
 
 
-# ---------------------------------------------------------------------- models and data
-
-
-def uniform(seed: int, *shape: int, low: float = -1.0, high: float = 1.0) -> Tensor:
-    """Return numbers that depend on the seed alone."""
+def stream(seed, shape):
     draw = random.Random(seed)
-    n = torch.Size(shape).numel()
-    values = [low + (high - low) * draw.random() for _ in range(n)]
+    return [draw.random() for _ in range(torch.Size(shape).numel())]
+
+
+def uniform(seed, *shape, low=-1.0, high=1.0):
+    """Return numbers that depend on the seed alone."""
+    values = [low + (high - low) * v for v in stream(seed, shape)]
     return torch.tensor(values, dtype=torch.float64).reshape(shape)
 
 
-def integers(seed: int, n_values: int, *shape: int) -> Tensor:
+def integers(seed, n_values, *shape):
     """Return whole numbers from 0 to n_values - 1 that depend on the seed alone."""
-    draw = random.Random(seed)
-    n = torch.Size(shape).numel()
-    return torch.tensor([int(draw.random() * n_values) for _ in range(n)]).reshape(shape)
+    return torch.tensor([int(v * n_values) for v in stream(seed, shape)]).reshape(shape)
 
 
-def filled(model: nn.Module, seed: int) -> nn.Module:
+def filled(model, seed):
     """Give a model weights and running statistics that depend on the seed alone, and evaluation mode."""
     model = model.double().eval()
     with torch.no_grad():
@@ -57,73 +54,52 @@ def filled(model: nn.Module, seed: int) -> nn.Module:
     return model
 
 
-class Residual(nn.Module):
-    """A residual block with in-place activations and an in-place sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.first = nn.Linear(3, 7), nn.Linear(7, 5)
-        self.second, self.head = nn.Linear(5, 7), nn.Linear(7, 2)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.stem(x).tanh()
-        out = self.second(self.relu(self.first(h)))
-        out += h
-        return self.head(out.tanh_())
-
-
 class Tied(nn.Module):
     """Two layers that share one weight."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.stem, self.head = nn.Linear(3, 6), nn.Linear(6, 3)
         self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
         self.second.weight = self.first.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.head(self.second(self.first(self.stem(x).tanh()).tanh()).tanh())
 
 
-class Rewards(nn.Module):
-    """Rewards (B, 1) of options (B, 3), or (B, 2) of pairs of options (B, 2, 3); some weights are frozen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
-        self.net[0].weight.requires_grad_(False)
-        self.net[2].bias.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.flatten(0, 1)).reshape(len(x), 2) if x.ndim == 3 else self.net(x)
+def rewards():
+    """Rewards of options, or of pairs of options; some weights are frozen."""
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+    net[0].weight.requires_grad_(False)
+    net[2].bias.requires_grad_(False)
+    return RewardModel(net)
 
 
 class Sequence(nn.Module):
     """Takes a mapping of tokens and a mask; logits (B, 3, C) for each of 3 positions."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embedding, self.mix, self.head = nn.Embedding(7, 4), nn.Linear(8, 5), nn.Linear(5, 3)
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch):
         h, mask = self.embedding(batch["input_ids"]), batch["attention_mask"][..., None].to(torch.float64)
         mean = (h * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
         return self.head(self.mix(torch.cat([h, mean.expand_as(h)], -1)).tanh())
 
 
-def convolution() -> nn.Module:
+def convolution():
     layers = nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(3 * 2 * 2, 3)
     return nn.Sequential(*layers)
 
 
-def tokens(seed: int, n: int) -> dict[str, Tensor]:
+def tokens(seed, n):
     mask = (torch.arange(3) <= integers(seed + 1, 3, n)[:, None]).long()
     return {"input_ids": integers(seed, 7, n, 3), "attention_mask": mask}
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet():
     """Let warnings pass, which other tests look at."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,10 +121,10 @@ class Case:
     fit: dict[str, Any] = field(default_factory=dict)
     prediction_inputs: Callable[[int, int], Any] | None = None
 
-    def model(self) -> nn.Module:
+    def model(self):
         return filled(self.build(), self.seed)
 
-    def batches(self, part: int, n: int) -> list[Any]:
+    def batches(self, part, n):
         """Return batches of n inputs; ``part`` says which data they are."""
         x, y = self.inputs(10 * self.seed + part, n), self.targets(10 * self.seed + part, n)
         cuts = [slice(i, i + BATCH) for i in range(0, n, BATCH)]
@@ -156,75 +132,60 @@ class Case:
             return [{**{k: v[cut] for k, v in x.items()}, "labels": y[cut]} for cut in cuts]
         return [(x[cut], y[cut]) for cut in cuts]
 
-    def x(self) -> Any:
+    def x(self):
         """Return B inputs of a prediction."""
         return (self.prediction_inputs or self.inputs)(10 * self.seed + 9, B)
 
-    def estimator(self, **changes: Any) -> Any:
+    def estimator(self, **changes):
         options = {"subsample_size": M, "n_eigenvalues": K, "memory_budget": 10**8, "chunk_size": 4}
         options = {**options, **self.options, **changes}
         return laplace_ella.Laplace(self.model(), self.likelihood, "all", "ella", **options)
 
-    def fitted(self, **changes: Any) -> Any:
+    def fitted(self, **changes):
         la = self.estimator(**changes)
         with quiet():
             la.fit(self.batches(1, N), **self.fit)
         return la
 
 
-def vectors(*shape: int) -> Callable[[int, int], Tensor]:
+def vectors(*shape):
     return lambda seed, n: 1.5 * uniform(seed, n, *shape)
 
 
-def labels(n_values: int, *shape: int) -> Callable[[int, int], Tensor]:
+def labels(n_values, *shape):
     return lambda seed, n: integers(seed + 5, n_values, n, *shape)
 
 
-def binary(seed: int, n: int) -> Tensor:
+def binary(seed, n):
     return integers(seed + 5, 2, n, 3).double()
 
 
 # Between them: all likelihoods, residuals, kinds of curvature and of priors, and ranks named and found by a share.
+WIDE = {"low": 0.3, "high": 1.2}
+MC = {"curvature": "mc", "curvature_samples": 2, "curvature_size": None}
+ISOTROPIC = {"residual": "isotropic", "residual_scale": 0.4}
 CASES = [
     Case(
-        name="mlp",
-        likelihood="classification",
-        build=lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)),
-        inputs=vectors(3),
-        targets=labels(3),
+        *("mlp", "classification", lambda: nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3))),
+        *(vectors(3), labels(3)),
         options={"curvature_size": 29, "prior_precision": 0.6, "seed": 3},
         search={"temperature": None, "logit_scale": None},
         seed=1,
     ),
     Case(
-        name="conv_batchnorm",
-        likelihood="classification",
-        build=convolution,
-        inputs=vectors(2, 3, 3),
-        targets=labels(3),
-        options={
-            "curvature": "mc",
-            "curvature_samples": 2,
-            "curvature_size": None,
-            "n_eigenvalues": 2,
-            "prior_precision": uniform(70, 6, low=0.3, high=1.2),
-            "temperature": 1.7,
-        },
+        *("conv_batchnorm", "classification", convolution, vectors(2, 3, 3), labels(3)),
+        options={**MC, "n_eigenvalues": 2, "prior_precision": uniform(70, 6, **WIDE), "temperature": 1.7},
         search={"logit_scale": [0.5, 1.0, 2.0]},
         seed=2,
         fit={"balanced": True},
     ),
     Case(
-        name="residual_inplace",
-        likelihood="regression",
-        build=Residual,
-        inputs=vectors(3),
-        targets=vectors(2),
+        *("residual_inplace", "regression", lambda: Residual(3, 7, 5, 2, torch.tanh_)),
+        *(vectors(3), vectors(2)),
         options={
+            **ISOTROPIC,
             "n_eigenvalues": 0.9,
             "sigma_noise": 0.7,
-            "residual": "isotropic",
-            "residual_scale": 0.4,
             "prior_precision": 0.9,
             "prior_mean": 0.1,
         },
@@ -236,24 +197,16 @@ CASES = [
         seed=3,
     ),
     Case(
-        name="tied",
-        likelihood="bernoulli",
-        build=Tied,
-        inputs=vectors(3),
-        targets=binary,
+        *("tied", "bernoulli", Tied, vectors(3), binary),
         options={"residual": "exact", "residual_scale": 0.5, "logit_scale": 1.2, "curvature_size": None},
         search={"prior_precision": [0.1, 1.0, 10.0], "n_eigenvalues": [2, 5], "curvature_size": [9, 41]},
         seed=4,
         fit={"val_steps": 1},
     ),
     Case(
-        name="partly_frozen",
-        likelihood="reward_modeling",
-        build=Rewards,
-        inputs=vectors(2, 3),
-        targets=labels(2),
+        *("partly_frozen", "reward_modeling", rewards, vectors(2, 3), labels(2)),
         options={
-            "prior_precision": uniform(71, 35, low=0.3, high=1.2),
+            "prior_precision": uniform(71, 35, **WIDE),
             "prior_mean": uniform(72, 35, low=-0.1, high=0.1),
             "n_eigenvalues": 4,
             "seed": 11,
@@ -263,13 +216,10 @@ CASES = [
         prediction_inputs=vectors(3),
     ),
     Case(
-        name="sequence",
-        likelihood="classification",
-        build=Sequence,
-        inputs=tokens,
-        targets=labels(3, 3),
+        *("sequence", "classification", Sequence, tokens, labels(3, 3)),
         options={
-            "residual": "isotropic",
+            **ISOTROPIC,
+            "residual_scale": 1.0,
             "residual_samples": 3,
             "prior_precision": 1.3,
             "curvature_size": 19,
@@ -281,10 +231,7 @@ CASES = [
 ]
 
 
-# ---------------------------------------------------------------------- checkpoints
-
-
-def small(residual: str = "none") -> Any:
+def small(residual="none"):
     """Return an unfitted estimator whose saved states take a few KiB."""
     model = filled(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)), 7)
     options = {"subsample_size": 6, "n_eigenvalues": 3, "prior_precision": 0.7, "temperature": 1.4}
@@ -292,7 +239,7 @@ def small(residual: str = "none") -> Any:
     return laplace_ella.Laplace(model, "classification", "all", "ella", **options)
 
 
-def small_fitted() -> Any:
+def small_fitted():
     la = small("isotropic")
     x, y = uniform(81, 12, 2), integers(82, 3, 12)
     with quiet():

@@ -1,8 +1,4 @@
-"""Layers and wrappers of every kind: features against plain backward passes, and nothing left behind.
-
-One case for each way in which a model may resist differentiation: operators without a
-forward-mode rule, without a batching rule, hooks and parametrisations, wrappers.
-"""
+"""Layers and wrappers of every kind, each resisting in its way: features against plain backward passes."""
 
 from __future__ import annotations
 
@@ -10,10 +6,12 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from awkward import OldCube
 from helpers import C, DictModel, build, dict_batches, loader, reference_features, targets
 from models import N_INPUTS, Applied, Checkpointed, Residual
 from torch import Tensor, nn
@@ -28,8 +26,6 @@ STEPS, WIDTH, PIXELS, CHANNELS = 3, 4, 5, 2
 
 # Parts of the warnings: what falls back, features or landmark gradients; and what batches slowly.
 FEATURES, ROWS, SLICES = "forward mode", "one by one", "slice by slice"
-
-# ------------------------------------------------------------------ inputs
 
 
 def of_shape(*shape: int) -> Callable[[int], Tensor]:
@@ -47,9 +43,6 @@ def tokens(n: int) -> Tensor:
 def mapping(n: int) -> dict[str, Tensor]:
     batch = dict_batches(n=n, batch_size=n)[0]
     return {k: batch[k] for k in ("input_ids", "attention_mask")}
-
-
-# ------------------------------------------------------------------ models
 
 
 class Pooled(nn.Module):
@@ -97,6 +90,9 @@ def scaled_dot_product(mask: Tensor | None = None) -> nn.Module:
     return Pooled(Applied(attention, nn.Linear(WIDTH, 3 * WIDTH)))
 
 
+TRIANGLE = torch.ones(STEPS, STEPS).tril().bool()
+
+
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(WIDTH, 2, 7, batch_first=True)
     return Pooled(nn.TransformerEncoder(layer, 2))
@@ -114,7 +110,7 @@ def spatial_transformer() -> nn.Module:
 
 
 def pooled_channels_last() -> nn.Module:
-    """Pool to one pixel, which in this memory format calls an operator that has no batching rule."""
+    """Pool to one pixel: in this memory format that operator has no batching rule."""
     layers = [nn.Conv2d(CHANNELS, 4, 2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, C)]
     return nn.Sequential(*layers).to(memory_format=torch.channels_last)
 
@@ -125,6 +121,25 @@ def distances(p: float) -> nn.Module:
     return with_head(nn.Linear(WIDTH, WIDTH), centres)
 
 
+def masked(net: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """Branch on the values of the mask, as Hugging Face's models do."""
+    mask = batch["attention_mask"]
+    return net({**batch, "attention_mask": torch.ones_like(mask)} if bool(mask.all()) else batch)
+
+
+def sparse_product() -> nn.Module:
+    def product(net: nn.Module, x: Tensor) -> Tensor:
+        return torch.sparse.mm(torch.eye(WIDTH).double().to_sparse(), net(x).T).T
+
+    return with_head(Applied(product, nn.Linear(WIDTH, WIDTH)))
+
+
+def two_names() -> nn.Module:
+    layers = nn.ModuleDict({"first": nn.Linear(WIDTH, WIDTH)})
+    layers["alias"] = layers["first"]
+    return with_head(Applied(lambda net, x: net["alias"](net["first"](x).tanh()), layers))
+
+
 def old_weight_norm() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -132,21 +147,11 @@ def old_weight_norm() -> nn.Module:
     return with_head(layer, nn.Tanh())
 
 
-class _OldCube(torch.autograd.Function):
-    """Old style: no transform of ``torch.func`` takes it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return 3 * x**2 * grad
+def new_weight_norm() -> nn.Module:
+    return with_head(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh())
 
 
-class _Cube(_OldCube):
+class _Cube(OldCube):
     """New style, reverse mode only, without a rule for batches."""
 
     @staticmethod
@@ -187,23 +192,16 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.Linear(5, C))
 
 
-# ------------------------------------------------------------------ the table
-
-
 @dataclass(frozen=True)
 class Case:
-    """A model, its inputs, and what is expected of it.
-
-    ``oracle`` returns the module that plain backward passes differentiate: the inner
-    one of a wrapper, whose names are those of the basis.
-    """
+    """A model, its inputs, and what is expected of it."""
 
     name: str
     make_model: Callable[[], nn.Module]
     make_input: Callable[[int], Any] = vectors
     fallbacks: tuple[str, ...] | None = ()  # parts of the warnings; None: as the version of torch has it
     training: bool = False  # the model's mode when it is fitted and called
-    oracle: Callable[[nn.Module], nn.Module] = lambda model: model
+    oracle: Callable[[nn.Module], nn.Module] = lambda model: model  # what plain backward passes differentiate
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -213,21 +211,20 @@ class Case:
         return with_statistics(model).train(self.training)
 
 
+INSTANCE_NORM = partial(nn.InstanceNorm2d, 4, affine=True, track_running_stats=True)
 BOTH = (FEATURES, ROWS)
 CASES = [
     # attention
     Case("multi-head attention", lambda: Pooled(SelfAttention(WIDTH, 2, batch_first=True)), sequences),
     Case("transformer encoder, training", encoder, sequences, training=True),
     Case("scaled dot product", scaled_dot_product, sequences),
-    Case(
-        "scaled dot product, mask",
-        lambda: scaled_dot_product(torch.ones(STEPS, STEPS).tril().bool()),
-        sequences,
-    ),
+    Case("scaled dot product, mask", lambda: scaled_dot_product(TRIANGLE), sequences),
     # recurrent layers
     Case("LSTM", lambda: Pooled(nn.LSTM(WIDTH, 5, batch_first=True), 5), sequences, (ROWS,)),
     Case("GRU", lambda: Pooled(nn.GRU(WIDTH, 5, batch_first=True), 5), sequences, (ROWS,)),
     # operators that lack a rule
+    Case("data-dependent mask", lambda: Applied(masked, DictModel()), mapping, (ROWS,)),
+    Case("sparse product", sparse_product, fallbacks=None),
     Case("embedding bag", lambda: Pooled(nn.EmbeddingBag(11, WIDTH)), tokens, (FEATURES,)),
     Case("grid sample", spatial_transformer, images, None),
     Case("cdist", lambda: distances(2.0), vectors, (FEATURES,)),
@@ -235,46 +232,32 @@ CASES = [
     Case("pooling, channels last", pooled_channels_last, images, None),
     # parametrisations
     Case("weight norm, hooks", old_weight_norm, vectors, (FEATURES,)),
-    Case(
-        "weight norm",
-        lambda: with_head(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh()),
-        vectors,
-        (FEATURES,),
-    ),
+    Case("weight norm", new_weight_norm, vectors, (FEATURES,)),
     # normalisation and dropout
     Case("group norm", lambda: convolutional(nn.GroupNorm(2, 4)), images),
     Case("layer norm", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)), sequences),
-    Case(
-        "instance norm, statistics",
-        lambda: convolutional(nn.InstanceNorm2d(4, affine=True, track_running_stats=True)),
-        images,
-        training=True,
-    ),
+    Case("instance norm, statistics", lambda: convolutional(INSTANCE_NORM()), images, training=True),
     Case("batch norm 1d", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))),
     Case("batch norm 2d, training", lambda: convolutional(nn.BatchNorm2d(4)), images, training=True),
     Case("dropout", lambda: with_head(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)), training=True),
     # others
     Case("transposed convolution", lambda: convolutional(nn.Tanh(), nn.ConvTranspose2d(4, 3, 2, 2)), images),
     Case("in-place residual", Residual, of_shape(N_INPUTS)),
+    Case("module with two names", two_names),
     Case("mapping in, logits out", DictModel, mapping),
     # custom functions
     Case("function, no rules", custom(_Cube), vectors, BOTH),
     Case("function, batches", custom(_CubeBatched), vectors, (FEATURES,)),
     Case("function, jvp", custom(_CubeForward), vectors, BOTH),
     Case("function, jvp and batches", custom(_CubeForwardBatched), vectors),
-    Case("function, old style", custom(_OldCube), vectors, BOTH),
+    Case("function, old style", custom(OldCube), vectors, BOTH),
     # wrappers
     Case("checkpoint", lambda: Checkpointed(False, WIDTH), vectors, None),
-    Case(
-        "checkpoint, re-entrant", lambda: Checkpointed(True, WIDTH), vectors, BOTH, oracle=without_checkpoints
-    ),
+    Case("re-entrant", lambda: Checkpointed(True, WIDTH), vectors, BOTH, oracle=without_checkpoints),
     Case("compiled", lambda: torch.compile(mlp(), backend="eager"), oracle=lambda model: model._orig_mod),
     # On a machine with a GPU, DataParallel moves the model there at once.
     Case("data parallel", lambda: nn.DataParallel(mlp()).cpu(), oracle=lambda model: model.module),
 ]
-
-
-# ------------------------------------------------------------------ tests
 
 
 def batches(x: Any) -> Any:

@@ -100,10 +100,8 @@ def test_linear_model_is_bayesian_linear_regression(dtype):
     kernel = test @ torch.linalg.inv(precision) @ test.T
     assert_close(cov, kernel.diagonal()[:, None, None] * torch.eye(C, dtype=dtype))
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
-    samples = [
-        la.functional_samples(problem.x_test, k, 13, generator=g) for k, g in zip(("glm", "nn"), generators)
-    ]
-    assert_close(*samples)
+    pairs = zip(("glm", "nn"), generators)
+    assert_close(*(la.functional_samples(problem.x_test, k, 13, generator=g) for k, g in pairs))
     _, joint = la(problem.x_test, joint=True)
     assert_close(joint, torch.kron(kernel, torch.eye(C, dtype=dtype)))
     # p(y): each output is N(0, X X^T / delta + sigma^2 I) on its own.
@@ -126,17 +124,9 @@ def test_same_landmarks_equal_the_hosts_own_ella(name, likelihood, dtype):
         pytest.skip("laplace-torch has an ELLA of its own from 0.3 on; this is an older one")
     problem, rank, seed = make_problem(name, likelihood, dtype), 5, 1234
     options = problem.options(temperature=1.0)
-    theirs = laplace.Laplace(
-        problem.model,
-        subset_of_weights="all",
-        hessian_structure="gp",
-        functional_approximation="nystrom",
-        subsample_size=11,
-        n_eigenvalues=rank,
-        seed=seed,
-        backend=GGNInterface,
-        **options,
-    )
+    flavour = {"subset_of_weights": "all", "hessian_structure": "gp", "functional_approximation": "nystrom"}
+    sizes = {"subsample_size": 11, "n_eigenvalues": rank, "seed": seed, "backend": GGNInterface}
+    theirs = laplace.Laplace(problem.model, **flavour, **sizes, **options)
     assert isinstance(theirs, laplace.ELLA)
     theirs.fit(DataLoader(TensorDataset(problem.x, problem.y), batch_size=5))
     ours = ELLALaplace(problem.model, n_eigenvalues=rank, curvature_size=None, **options)

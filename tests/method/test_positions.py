@@ -30,8 +30,7 @@ def flat(net: nn.Module) -> nn.Module:
 
 
 def directions(la: ELLALaplace) -> Tensor:
-    """V (P, K)."""
-    return torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
+    return oracle.dense(la.basis.directions)
 
 
 class Case:
@@ -40,7 +39,7 @@ class Case:
     def __init__(self, name: str, likelihood: str) -> None:
         build, shape = WITH_POSITIONS[name]
         torch.manual_seed(0)
-        self.likelihood = likelihood
+        self.likelihood, self.sigma = likelihood, SIGMA if likelihood == "regression" else 1.0
         self.model = build().double().eval()
         self.x, self.x_val, self.x_test = (torch.randn(n, *shape, dtype=F64) for n in (N, 11, B))
         self.positions = oracle.outputs(self.model, self.x).shape[1:-1]
@@ -57,10 +56,6 @@ class Case:
 
     def loader(self, size: int = 5) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self.x.split(size), self.y.split(size)))
-
-    @property
-    def sigma(self) -> float:
-        return SIGMA if self.likelihood == "regression" else 1.0
 
     def fit(self, landmarks: bool = True, loader=None, **options) -> ELLALaplace:
         options = {"n_eigenvalues": K, "temperature": T, "prior_precision": DELTA, **options}
@@ -112,9 +107,6 @@ def case(request, likelihood) -> Case:
     return Case(request.param, likelihood)
 
 
-# ---------------------------------------------------------------------------- features, fit
-
-
 def test_landmark_coordinates_index_the_flattened_outputs(case):
     la = case.fit(n_eigenvalues=M)
     rows, V = oracle.gradient_rows(flat(case.model), *case.landmarks), directions(la)
@@ -128,11 +120,10 @@ def test_landmark_coordinates_index_the_flattened_outputs(case):
         case.fit()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"curvature_size": None}, {"backend": ReverseNystromGGN}, {"batch": 1}, {"batch": N}],
-    ids=str,
-)
+OPTIONS = [{}, {"curvature_size": None}, {"backend": ReverseNystromGGN}, {"batch": 1}, {"batch": N}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_curvature_loss_and_evidence_are_sums_over_positions(case, options):
     options = dict(options)
     la = case.fit(loader=case.loader(options.pop("batch", 5)), **options)
@@ -165,9 +156,6 @@ def test_random_landmarks_come_from_all_positions_and_may_be_all_pairs(case):
     with pytest.warns(UserWarning, match=f"subsample_size was reduced from 100000 to {N * case.L * C}"):
         la = case.fit(landmarks=False, subsample_size=100_000)
     assert la.basis.trace == pytest.approx(float(case.jacobian(case.x).square().sum()))
-
-
-# ---------------------------------------------------------------------------- predictions
 
 
 def test_predictions_have_one_row_a_position(case):
@@ -210,9 +198,6 @@ def test_searches_find_what_loops_over_calls_find(case):
     assert ratios[0] == pytest.approx(1) or ratios[0] == pytest.approx(1 / case.L)
 
 
-# ---------------------------------------------------------------------------- targets
-
-
 def test_targets_of_another_shape_are_refused_naming_the_batch(case):
     wrong = [case.y[:, :-1]]
     if case.y.ndim > 2:  # as many numbers in another order: flattening them would mix them up
@@ -233,9 +218,6 @@ def test_one_position_is_no_position(likelihood):
         found.append((la.H, la.log_marginal_likelihood(), *moments(la, x_test)))
     for ours, theirs in zip(*found, strict=True):
         assert_close(ours, theirs)
-
-
-# ---------------------------------------------------------------------------- variable length
 
 
 def padded_batches() -> list[dict[str, Tensor]]:
@@ -259,9 +241,8 @@ def tagged(net: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def fit_tagger(curvature_size) -> ELLALaplace:
     torch.manual_seed(0)
     model = Applied(tagged, nn.Sequential(nn.Embedding(11, 5), nn.Linear(5, C)).double())
-    la = ELLALaplace(
-        model, "classification", n_eigenvalues=K, subsample_size=M, curvature_size=curvature_size
-    )
+    sizes = {"n_eigenvalues": K, "subsample_size": M, "curvature_size": curvature_size}
+    la = ELLALaplace(model, "classification", **sizes)
     la.fit(padded_batches())
     return la
 

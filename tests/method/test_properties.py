@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 from conftest import B, C, K, M, N, Problem, assert_close, make_problem
+from helpers import as_tuple
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,10 +48,6 @@ def all_covariances(la: ELLALaplace, x: torch.Tensor) -> torch.Tensor:
     return la._glm_predictive_distribution(x, joint=True)[1]
 
 
-def smallest_eigenvalue(matrix: torch.Tensor) -> float:
-    return float(torch.linalg.eigvalsh(matrix)[0])
-
-
 def exact_covariance(p: Problem, x: torch.Tensor, x_test: torch.Tensor, prior) -> torch.Tensor:
     """Covariance (BC, BC) of exact linearised Laplace over all weights, with data x."""
     G = oracle.curvature(oracle.jacobian(p.model, x), oracle.outputs(p.model, x), p.likelihood)
@@ -58,17 +55,11 @@ def exact_covariance(p: Problem, x: torch.Tensor, x_test: torch.Tensor, prior) -
     return oracle.joint_covariance(oracle.jacobian(p.model, x_test), A)
 
 
-CLASSES = LIKELIHOODS["classification"]
-
-
 def with_basis(la: ELLALaplace, basis: NystromBasis, x: torch.Tensor) -> None:
     """Replace the basis of a fitted estimator, and compute G anew."""
     G = curvature(LIKELIHOODS[la.likelihood], *la.backend.features(x, basis))
     fit = replace(la._posterior.fit, basis=basis)
     become(la, current=fit.with_sums([(la.n_data, G)], la.loss, la.n_data, la.n_predictions))
-
-
-# ---------------------------------------------------------------------------- the basis
 
 
 def test_directions_are_orthonormal_and_span_the_landmark_gradients(problem):
@@ -94,15 +85,12 @@ def test_rotating_the_basis_changes_nothing(small_problem):
             assert_close(other(x, link_approx=link), la(x, link_approx=link), rtol=1e-7)
 
 
-# ---------------------------------------------------------------------------- the Loewner order
-
-
 @every_prior
 def test_covariance_grows_with_rank_and_stays_below_that_of_exact_laplace(small_problem, prior):
     p = small_problem
     covs = [all_covariances(fit(p, n_eigenvalues=k, prior_precision=prior), p.x_test) for k in (2, 5, 11)]
     for low, high in pairwise([*covs, exact_covariance(p, p.x, p.x_test, prior)]):
-        assert smallest_eigenvalue(high - low) > -1e-12 * float(high.trace())
+        assert torch.linalg.eigvalsh(high - low)[0] > -1e-12 * high.trace()
         assert float((high - low).trace()) > 1e-3 * float(high.trace())
 
 
@@ -117,9 +105,6 @@ def test_covariance_is_exact_where_the_span_holds_the_rows_involved(dtype):
     assert_close(all_covariances(la, x_test), exact_covariance(p, x, x_test, p.prior_precision), rtol=1e-7)
 
 
-# ---------------------------------------------------------------------------- the curvature
-
-
 def test_sampled_curvature_is_unbiased(small_problem):
     n, n_seeds = 7, 200
     fits = [fit(small_problem, curvature_size=n, seed=seed).H for seed in range(n_seeds)]
@@ -128,6 +113,16 @@ def test_sampled_curvature_is_unbiased(small_problem):
     standard_error = draws.std(0) / n_seeds**0.5
     assert (standard_error > 0).all()
     assert (error.abs() / standard_error).max() < 4.5
+
+
+@pytest.mark.parametrize("name", ["classification", "regression", "bernoulli"])
+def test_gradients_at_sampled_labels_have_the_curvature_as_second_moment(name):
+    n, f = 40_000, torch.randn(2, C, dtype=F64)
+    gradients = LIKELIHOODS[name].sampled_gradients(f, torch.rand(2, n, C, dtype=F64))
+    for row, g in zip(f, gradients):
+        p, products = row.sigmoid(), g[:, :, None] * g[:, None]
+        expected = torch.diag(p * (1 - p)) if name == "bernoulli" else oracle.output_hessian(row, name)
+        assert ((products.mean(0) - expected).abs() <= 5 * products.std(0) / n**0.5 + 1e-12).all()
 
 
 def test_neither_batch_size_nor_the_order_of_data_and_landmarks_matters(small_problem):
@@ -143,9 +138,6 @@ def test_neither_batch_size_nor_the_order_of_data_and_landmarks_matters(small_pr
         assert_close(other.H, la.H)
 
 
-# ---------------------------------------------------------------------------- the posterior
-
-
 @every_prior
 def test_scaling_the_covariance_is_scaling_temperature_and_prior(small_problem, prior):
     c, T = 3.7, small_problem.temperature
@@ -153,17 +145,6 @@ def test_scaling_the_covariance_is_scaling_temperature_and_prior(small_problem, 
     scaled = fit(small_problem, prior_precision=prior / c, temperature=c * T)
     x = small_problem.x_test
     assert_close(all_covariances(scaled, x), c * all_covariances(la, x))
-
-
-def test_one_eigendecomposition_gives_all_variances(small_problem):
-    la, x = fit(small_problem), small_problem.x_test
-    phi, _ = la.features(x)
-    g, Q = torch.linalg.eigh(la.H)
-    for delta, T in ((0.6, 1.3), (40.0, 0.2), (1e-3, 300.0)):
-        la.prior_precision, la.temperature = delta, T
-        h = 1 / (small_problem.sigma_noise**2 * T)
-        variances = ((phi @ Q).square() / (h * g + delta)).sum(-1)
-        assert_close(all_covariances(la, x).diagonal().reshape(B, C), variances)
 
 
 def test_variance_vanishes_for_gradients_orthogonal_to_the_span(dtype):
@@ -174,9 +155,6 @@ def test_variance_vanishes_for_gradients_orthogonal_to_the_span(dtype):
     far = torch.tensor([[0.0, 0.0, 0.0, 9.0, 0.0]], dtype=dtype)
     assert all_covariances(la, far).abs().max() == 0
     assert all_covariances(la, x[:1]).trace() > 0
-
-
-# ---------------------------------------------------------------------------- samples
 
 
 def within_sampling_error(sample: torch.Tensor, mean: torch.Tensor, cov: torch.Tensor) -> None:
@@ -224,9 +202,6 @@ def test_samples_follow_the_generator_or_the_global_one(small_problem):
         assert torch.equal(first, draw(5))
 
 
-# ---------------------------------------------------------------------------- links
-
-
 def test_mc_link_agrees_with_independent_samples_and_is_repeatable(dtype):
     p = make_problem("mlp", "classification", dtype)
     la = fit(p, prior_precision=0.01, temperature=30.0)  # wide: the link matters
@@ -240,6 +215,16 @@ def test_mc_link_agrees_with_independent_samples_and_is_repeatable(dtype):
     torch.manual_seed(99)
     assert torch.equal(la(p.x_test, link_approx="mc", n_samples=128), coarse)
     assert_close(la(p.x_test[2:4], link_approx="mc", n_samples=128), coarse[2:4])
+
+
+def test_scores_of_novelty_are_centred_on_the_data_they_were_calibrated_on(dtype):
+    """Normal scores of two quantities, one of which counts half."""
+    la, x = fit(make_problem("mlp", "classification", dtype)), torch.randn(1000, 2, dtype=dtype)
+    la.calibrate_novelty(x.split(100))
+    scores = la.novelty(torch.randn(1000, 2, dtype=dtype))
+    assert scores.mean().abs() < 0.15
+    assert 0.3 < scores.var() < 2.4  # 1/4 if the two were opposite, 9/4 if they were one
+    assert la.novelty(100 * x).mean() > 1
 
 
 @pytest.mark.parametrize("point", [0.0, 0.5, 1 - 2**-30])
@@ -283,9 +268,6 @@ def test_fit_and_predictions_never_form_a_matrix_of_classes():
     assert 0 < record.numel <= batch * n_classes * rank < batch * n_classes**2 / 40
 
 
-# ---------------------------------------------------------------------------- precision
-
-
 @pytest.mark.parametrize("name", ["mlp", "conv_batchnorm"])
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_agrees_with_double(low, name, likelihood):
@@ -300,11 +282,11 @@ def test_low_precision_agrees_with_double(low, name, likelihood):
     phi, f = la.features(p.x_test)
     assert phi.dtype == f.dtype == low
     G = oracle.curvature(phi.double(), f.double(), likelihood)
-    assert_close(
-        curvature(LIKELIHOODS[la.likelihood], phi, f), G, rtol=1e-9
-    )  # rounded features, but no rounding after them
+    # Rounded features, but no rounding after them.
+    assert_close(curvature(LIKELIHOODS[la.likelihood], phi, f), G, rtol=1e-9)
     tolerance = 30 * torch.finfo(low).eps
     assert_close(la.basis.eigenvalues, reference.basis.eigenvalues, tolerance)
+    assert all(t.dtype == low for t in as_tuple(la(p.x_test)))
     mean, cov = la._glm_predictive_distribution(p.x_test)
     exact_mean, exact_cov = reference._glm_predictive_distribution(p.x_test.double())
     assert_close(mean, exact_mean, tolerance)

@@ -5,30 +5,31 @@ from __future__ import annotations
 import ctypes
 import platform
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import assert_close
 from helpers import C, M, N, build, fitted, inputs, loader, reference_features, targets, train_loader
+from models import Applied
+from parts import Endless
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 import laplace_ella
 from laplace_ella import NystromGGN, ReverseNystromGGN
 from laplace_ella.network.features import FEATURES, SHARED_WEIGHTS, pulled_cotangents, reverse_is_cheaper
 from laplace_ella.network.functional import FunctionalModel
 from laplace_ella.network.gradients import gradient_rows
-from laplace_ella.network.memory import Chunks, OutOfMemory, with_smaller_chunks
+from laplace_ella.network.memory import Chunks, OutOfMemory
 from laplace_ella.network.rewriting import RewrittenModel, find_rewrites
 from laplace_ella.network.safety import safely
 from laplace_ella.nystrom import gram
 
 X = inputs(7, seed=7)
 MODES = ["forward", "double", "reverse"]
-
-
-# ------------------------------------------------------------------ ways to compute features
 
 
 class ConvNet(nn.Module):
@@ -41,8 +42,7 @@ class ConvNet(nn.Module):
         self.second, self.norm2 = nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5, affine=False)
         self.third = nn.Conv2d(5, 5, 1)  # whose output is used twice
         self.norm3 = nn.BatchNorm2d(5)
-        self.head = nn.Linear(5 * 9, C)
-        self.view = view
+        self.before, self.head, self.view = nn.Conv2d(2, 2, 1), nn.Linear(5 * 9, C), view
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
                 m.running_mean.normal_()
@@ -59,40 +59,35 @@ class ConvNet(nn.Module):
         return self.head(h.view(len(h), -1) if self.view else h.flatten(1))
 
 
-class Normed(nn.Module):
-    """Normalises by statistics of its input; RMSNorm by torch.nn's function."""
-
-    def __init__(self, norm=None):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.head = nn.Linear(18, 12), nn.Linear(12, C)
-        self.norm = norm
-        for p in norm.parameters() if isinstance(norm, nn.Module) else ():
-            nn.init.normal_(p)
-
-    def forward(self, x):
-        h = self.first(x.flatten(1)).tanh().view(-1, 4, 3)
-        h = F.rms_norm(h, (3,)) if self.norm is None else self.norm(h)
-        return self.head(h.flatten(1))
+def normed(norm):
+    """A network that normalises by statistics of its input."""
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    before = nn.Flatten(), nn.Linear(18, 12), nn.Tanh(), nn.Unflatten(1, (4, 3))
+    return nn.Sequential(*before, norm, nn.Flatten(), nn.Linear(12, C))
 
 
 def images(n, dtype=torch.float64):
     return torch.randn(n, 2, 3, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
 
 
-def fitted_to_images(model, x=None, **kwargs):
-    return fitted(
-        model=model, data=loader(images(N) if x is None else x, targets("classification")), **kwargs
-    )
+def fitted_to_images(model, dtype=torch.float64, **kwargs):
+    return fitted(model=model, data=loader(images(N, dtype), targets("classification")), **kwargs)
+
+
+def conv_net():
+    """A network with images, and five directions in its weights."""
+    model = ConvNet().double().eval()
+    function = FunctionalModel(model)
+    directions = {k: torch.randn(5, *w.shape, dtype=w.dtype) for k, w in function.weights().items()}
+    return model, function, directions, images(7)
 
 
 @pytest.mark.parametrize("mode", FEATURES)
 @pytest.mark.parametrize("chunks", [Chunks(1, 1), Chunks(3, 2), Chunks(100, 100)], ids=str)
 @pytest.mark.parametrize("rewritten", [False, True])
 def test_every_way_gives_the_same_features(mode, chunks, rewritten):
-    model, x = ConvNet().double().eval(), images(7)
-    function = FunctionalModel(model)
-    directions = {k: torch.randn(5, *w.shape, dtype=w.dtype) for k, w in function.weights().items()}
+    model, function, directions, x = conv_net()
     basis = type("Basis", (), {"rank": 5, "directions": directions})
     expected_phi, expected_f = reference_features(model, basis, x)
     if rewritten:
@@ -106,9 +101,7 @@ def test_every_way_gives_the_same_features(mode, chunks, rewritten):
 
 @pytest.mark.parametrize("looped", [False, True])
 def test_cotangents_are_pulled_as_the_features_say(looped):
-    model, x = ConvNet().double().eval(), images(7)
-    function = FunctionalModel(model)
-    directions = {k: torch.randn(5, *w.shape, dtype=w.dtype) for k, w in function.weights().items()}
+    model, function, directions, x = conv_net()
     u = torch.randn(7, 2, C, dtype=torch.float64)
     of_directions = function, function.weights(), directions, x
     phi, _ = safely(model, lambda: FEATURES["double"](*of_directions, Chunks(7, 1)))
@@ -119,12 +112,12 @@ def test_cotangents_are_pulled_as_the_features_say(looped):
 DIFFERENTIABLE = {
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(18, 7), nn.Tanh(), nn.Linear(7, C)),
     "conv": ConvNet,
-    "layer norm": lambda: Normed(nn.LayerNorm(3)),
-    "layer norm, two axes": lambda: Normed(nn.LayerNorm((4, 3), elementwise_affine=False)),
-    "group norm": lambda: Normed(nn.GroupNorm(2, 4)),
-    "instance norm": lambda: Normed(nn.InstanceNorm1d(4, affine=True)),
-    "instance norm, running": lambda: Normed(nn.InstanceNorm1d(4, track_running_stats=True)),
-    "rms norm": Normed,
+    "layer norm": lambda: normed(nn.LayerNorm(3)),
+    "layer norm, two axes": lambda: normed(nn.LayerNorm((4, 3), elementwise_affine=False)),
+    "group norm": lambda: normed(nn.GroupNorm(2, 4)),
+    "instance norm": lambda: normed(nn.InstanceNorm1d(4, affine=True)),
+    "instance norm, running": lambda: normed(nn.InstanceNorm1d(4, track_running_stats=True)),
+    "rms norm": lambda: normed(Applied(lambda net, h: F.rms_norm(h, (3,)), nn.Identity())),
 }
 
 
@@ -149,15 +142,10 @@ def test_gradients_of_features_reach_the_inputs(mode, name):
     assert_close(la.features(x)[1], model(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*one by one")
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.filterwarnings("ignore:.*one by one", "ignore:None of the inputs have requires_grad")
 @pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # of checkpoints in torch 2.4
 def test_gradients_through_a_re_entrant_checkpoint_are_an_error_and_not_a_constant():
-    class Checkpointed(nn.Linear):
-        def forward(self, x):
-            return checkpoint(torch.tanh, super().forward(x), use_reentrant=True)
-
-    model = Checkpointed(5, C, dtype=torch.float64)
+    model = Applied(lambda net, x: checkpoint(torch.tanh, net(x), use_reentrant=True))
     la = fitted(model=model, autodiff="reverse", enable_backprop=True)
     assert la.backend.engine.function.knows_backward_only
     with pytest.raises(RuntimeError, match=r"(?i)checkpoint"):
@@ -172,9 +160,8 @@ def test_a_mode_is_chosen_by_outputs_directions_and_the_kind_of_network():
     assert not reverse_is_cheaper(1, 20, 0.9 * SHARED_WEIGHTS)
     boundary = next(k for k in range(1, 1000) if reverse_is_cheaper(C, k))
     assert [engine.mode(x, k) for k in (boundary - 1, boundary)] == ["forward", "reverse"]
-    shares_no_weight = nn.Sequential(
-        nn.Linear(5, 99), nn.Linear(99, 99), nn.Tanh(), nn.Linear(99, 1)
-    ).double()
+    layers = nn.Linear(5, 99), nn.Linear(99, 99), nn.Tanh(), nn.Linear(99, 1)
+    shares_no_weight = nn.Sequential(*layers).double()
     assert NystromGGN(shares_no_weight, "regression").engine.mode(X, 10**6) == "forward"
     for mode in MODES:
         named = NystromGGN(model, "classification", autodiff=mode).engine
@@ -193,13 +180,10 @@ def test_only_batched_forward_mode_is_compiled(compiled, monkeypatch):
     assert made == [FEATURES["forward"].compute] * compiled
 
 
-# ------------------------------------------------------------------ rewrites
-
-
 @pytest.mark.parametrize("view", [False, True], ids=["flatten", "view"])
 def test_channels_last_where_the_model_takes_it(view):
     model, x = ConvNet(view).eval(), images(7, torch.float32)
-    la = fitted_to_images(model, images(N, torch.float32), n_eigenvalues=3)
+    la = fitted_to_images(model, torch.float32, n_eigenvalues=3)
     rewrites = la.backend.engine.facts(x).rewritten.rewrites
     assert rewrites.channels_last != view
     assert sorted(rewrites.folds) == [0, 1]
@@ -207,43 +191,22 @@ def test_channels_last_where_the_model_takes_it(view):
         assert_close(found, expected, rtol=1e-4)
 
 
-class Skipping(ConvNet):
-    """Skips a normalisation, depending on the data."""
-
-    def forward(self, x):
-        h = self.first(x)
-        return self.head((self.norm1(h) if x.sum() > 0 else h).flatten(1))
-
-
-class Bare(ConvNet):
-    """Returns what it would have normalised."""
-
-    def forward(self, x):
-        h = self.first(x)
-        return self.norm1(h) if x.sum() > 0 else h
+# Functions of a network and of what its first convolution returns, which depend on the data.
+DETOURS = {
+    "skips a norm": lambda net, x: net.norm1(net.first(x)) if x.sum() > 0 else net.first(x),
+    "takes another norm": lambda net, x: (net.norm1 if x.sum() > 0 else net.norm3)(net.first(x)),
+    "convolves once more": lambda net, x: net.norm1(net.first(x if x.sum() > 0 else net.before(x))),
+}
 
 
-class OtherNorm(ConvNet):
-    def forward(self, x):
-        h = self.first(x)
-        return self.head((self.norm1 if x.sum() > 0 else self.norm3)(h).flatten(1))
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("name", DETOURS)
+def test_a_pass_that_does_not_follow_the_recorded_one_is_run_as_it_is(name, bare):
+    def forward(net, x):
+        h = DETOURS[name](net, x)
+        return h if bare else net.head(h.flatten(1))
 
-
-class Detour(ConvNet):
-    """Convolves once more, to another width."""
-
-    def __init__(self):
-        super().__init__()
-        self.before = nn.Conv2d(2, 2, 1)
-
-    def forward(self, x):
-        x = x if x.sum() > 0 else self.before(x)
-        return self.head(self.norm1(self.first(x)).flatten(1))
-
-
-@pytest.mark.parametrize("kind", [Skipping, Bare, OtherNorm, Detour])
-def test_a_pass_that_does_not_follow_the_recorded_one_is_run_as_it_is(kind):
-    model, x = kind().double().eval(), images(3).abs()
+    model, x = Applied(forward, ConvNet()).double().eval(), images(3).abs()
     function = FunctionalModel(model)
     weights = function.weights()
     directions = {k: torch.randn(2, *w.shape, dtype=w.dtype) for k, w in weights.items()}
@@ -258,9 +221,6 @@ def test_a_pass_that_does_not_follow_the_recorded_one_is_run_as_it_is(kind):
         for left, right in zip(found, pushed("reverse loop", function, batch, Chunks(1, 1))):
             assert_close(left, right)
         assert_close(found[1], model(batch).flatten(1))
-
-
-# ------------------------------------------------------------------ memory
 
 
 def limit(monkeypatch, most):
@@ -285,6 +245,9 @@ def test_out_of_memory_halves_the_chunks_with_one_warning(monkeypatch):
         phi, _ = la.features(X)
     assert len(record) == 1
     assert_close(phi, expected)
+    n_inputs, n_directions = zip(*((c.inputs, c.directions) for c in tried))
+    assert n_directions[n_inputs.index(2)] == 5  # inputs are halved first
+    assert (n_inputs[-1], n_directions[-1]) == (1, 3)
     n_tried = len(tried)
     la.features(X)  # what fits is remembered
     assert len(tried) == n_tried + 1
@@ -293,37 +256,26 @@ def test_out_of_memory_halves_the_chunks_with_one_warning(monkeypatch):
 def test_where_a_single_row_does_not_fit(monkeypatch):
     la = fitted()
     limit(monkeypatch, 0)
-    with pytest.raises(
-        OutOfMemory, match=r"needs about .* and does not fit on cpu, where .* are free.*n_eigenvalues"
-    ):
+    match = r"needs about .* and does not fit on cpu, where .* are free.*n_eigenvalues"
+    with pytest.raises(OutOfMemory, match=match):
         la.features(X)
 
 
 def test_out_of_memory_in_landmark_gradients():
-    class Limited(NystromGGN):
-        sizes: list[int] = []  # noqa: RUF012
+    sizes = []
 
+    class Limited(NystromGGN):
         @staticmethod
         def row_engine(model, weights, x, outputs):
-            Limited.sizes.append(len(outputs))
+            sizes.append(len(outputs))
             if len(outputs) > 2:
                 raise OutOfMemory("no room")
             return gradient_rows(model, weights, x, outputs)
 
     with pytest.warns(UserWarning, match="ran out of memory"):
         la = fitted(backend=Limited)
-    assert max(Limited.sizes) == M
+    assert max(sizes) == M
     assert_close(la.H, fitted().H)
-
-
-def test_chunks_are_halved_rows_first():
-    sizes = []
-    chunks = Chunks(5, 3)
-    while chunks is not None:
-        sizes.append((chunks.inputs, chunks.directions))
-        chunks = chunks.halved()
-    assert sizes == [(5, 3), (3, 3), (2, 3), (1, 3), (1, 2), (1, 1)]
-    assert with_smaller_chunks(lambda c: c, Chunks(2, 2), torch.device("cpu"), lambda c: 0)[1] == Chunks(2, 2)
 
 
 @pytest.mark.parametrize("budget", [1, 3000, 10**12, 1e-9, 0.5, 1.0, None])
@@ -358,23 +310,14 @@ def test_views_and_results_in_place_take_no_memory():
 
 
 def test_malloc_thresholds_are_raised_where_there_are_any(monkeypatch):
-    glibc = platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
     calls = []
-    if glibc:
-
-        class Library:
-            def mallopt(self, *arguments):
-                calls.append(arguments)
-                return 1
-
-        monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
+    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
+        library = SimpleNamespace(mallopt=lambda *arguments: calls.append(arguments) or 1)
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
         assert "2^30" in laplace_ella.raise_malloc_thresholds()
         assert calls == [(-3, 2**30), (-1, 2**31 - 1)]
     monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1"))
     assert laplace_ella.raise_malloc_thresholds().startswith("nothing done")
-
-
-# ------------------------------------------------------------------ the plan
 
 
 def test_a_plan_says_what_a_fit_does(capsys):
@@ -401,12 +344,7 @@ def test_a_plan_knows_blocks_and_unknown_sizes():
     assert blocks.stages[1].forwards > 2 * kept.stages[1].forwards
     assert "blocks" in str(blocks)
 
-    class Endless:
-        def __iter__(self):
-            while True:
-                yield next(iter(train_loader()))
-
-    unknown = build(curvature_size=100).plan(Endless(), verbose=False)
+    unknown = build(curvature_size=100).plan(DataLoader(Endless(), 5), verbose=False)
     assert unknown.n_data is None
     assert unknown.n_curvature == 100
     assert "N=unknown" in str(unknown)
@@ -415,18 +353,11 @@ def test_a_plan_knows_blocks_and_unknown_sizes():
 def test_a_plan_refuses_what_it_would_use_up():
     with pytest.raises(ValueError, match="an iterator, whose batch would be lost"):
         build().plan(iter(train_loader()))
-    with pytest.raises(ValueError, match="no data"):
-        build().plan([])
 
 
 def test_the_plan_counts_the_gradients_that_are_computed(monkeypatch):
-    counted = []
-    original = gram.RowSource.__call__
-
-    def count(self, indices, *arguments, **options):
-        counted.append(len(indices))
-        return original(self, indices, *arguments, **options)
-
+    counted, original = [], gram.RowSource.__call__
+    count = lambda self, i, *rest, **options: counted.append(len(i)) or original(self, i, *rest, **options)  # noqa: E731
     monkeypatch.setattr(gram.RowSource, "__call__", count)
     la = build(memory_budget=4000)
     plan = la.plan(train_loader(), verbose=False)

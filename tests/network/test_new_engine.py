@@ -84,9 +84,7 @@ def test_directions_are_prepared_once_for_as_long_as_they_live():
     assert len(kept) == n_kept - 1
 
 
-@pytest.mark.filterwarnings(
-    "ignore:This model has no contraction of layers, so features are computed by batched"
-)
+@pytest.mark.filterwarnings("ignore:This model has no contraction of layers, so features are computed by")
 def test_first_in_the_table_it_is_tried_first(monkeypatch):
     for name in [k for k in FEATURES if k != "contraction"]:
         FEATURES[name] = FEATURES.pop(name)
@@ -102,9 +100,6 @@ def test_a_wrong_one_is_found_out():
     model[1] = nn.Sigmoid()
     with pytest.raises(ValueError, match="Forward and reverse mode disagree"):
         fitted(model=model, autodiff="contraction")
-
-
-def test_names_that_no_row_has_are_refused_with_those_of_the_table():
     allowed = r"\['auto', 'forward', 'double', 'reverse', 'contraction'\]"
     with pytest.raises(ValueError, match=f"autodiff must be one of {allowed}; got 'layers'"):
         build(autodiff="layers")

@@ -1,21 +1,19 @@
 """Ranks that disagree, fail, end or stay away: all of them stop with an error that says why, and none waits."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import C, N
-from processes import Outcome, outcome_of
+from parts import Counting
+from processes import outcome_of
 from ranked import (
     F64,
     GRIDS,
+    SAMPLE,
+    STREAMED,
     Case,
-    Counted,
     assert_identical,
     assert_refused,
     assert_stopped,
@@ -28,8 +26,6 @@ from ranked import (
 )
 from torch import Tensor, nn
 
-import laplace_ella
-from laplace_ella import ELLALaplace
 from laplace_ella.fitting import curvature
 from laplace_ella.nystrom import basis, gram
 from laplace_ella.nystrom import rows as row_source
@@ -37,35 +33,25 @@ from laplace_ella.parallel import ranks
 
 pytest_plugins = ("groups",)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-SAMPLE = {"curvature_size": 13}
 
 
-def test_rank_error_is_exported():
-    assert issubclass(laplace_ella.RankError, RuntimeError)
-    assert "RankError" in laplace_ella.__all__
-
-
-# ---------------------------------------------------------------------------- ranks that disagree
-
-DIFFERENT: dict[str, tuple[str, Case]] = {
+# Name: what the error names, and what the last rank has.
+DIFFERENT = {
     "seed": ("seed", Case(options={"seed": 1})),
     "landmarks": ("subsample_size", Case(options={"subsample_size": 7})),
     "rank": ("n_eigenvalues", Case(options={"n_eigenvalues": 3})),
     "share": ("n_eigenvalues", Case(options={"n_eigenvalues": 0.5})),
-    "second pass": ("curvature_size", Case(options={"curvature_size": None})),
+    "second pass": ("curvature_size", Case(options=STREAMED)),
     "labels": ("curvature", Case(options={"curvature": "mc"})),
     "sharded": ("shard_directions", Case(options={"shard_directions": True})),
-    "balanced": ("balanced", Case(fit={"balanced": True})),
     "given landmarks": ("landmarks", Case(fit={"landmarks": True})),
-    "val_steps": ("val_steps", Case(fit={"val_steps": 2})),
-    "max_samples": ("max_samples", Case(fit={"max_samples": 7})),
-    "n_total": ("n_total", Case(fit={"n_total": 101})),
     "validation data": ("val_loader", Case(fit={"val_loader": True})),
-    "other landmarks": ("landmarks", Case()),
-    "basis": ("basis", Case()),
-    "weight": ("model", Case()),
-    "buffer": ("model", Case()),
-    "architecture": ("model", Case()),
+    **{
+        k: (k, Case(fit={k: v}))
+        for k, v in {"balanced": True, "val_steps": 2, "max_samples": 7, "n_total": 101}.items()
+    },
+    **{name: (name.split()[-1], Case()) for name in ("other landmarks", "basis")},
+    **{name: ("model", Case()) for name in ("weight", "buffer", "architecture")},
 }
 
 
@@ -76,19 +62,18 @@ def test_what_differs_between_ranks_is_refused(two, name):
     assert all(asked <= 1 for _, asked in found)
 
 
-def fit_with_difference(name: str) -> tuple[Outcome, int]:
+def fit_with_difference(name):
     """The last rank differs."""
     differs = dist.get_rank() == dist.get_world_size() - 1
-    case = DIFFERENT[name][1] if differs else Case(model="conv_batchnorm" if name == "buffer" else "mlp")
-    p = Case(model="conv_batchnorm" if name == "buffer" else "mlp").problem
-    model, arguments, data = p.model, case.arguments(), Counted(batches(p.x, p.y))
-    with torch.no_grad():
-        if differs and name == "weight":
-            model[2].bias[1] += 1e-9
-        elif differs and name == "buffer":
-            model[1].running_mean[1] += 1e-9
-        elif differs and name == "architecture":
-            model = nn.Sequential(nn.Linear(2, 7), nn.Tanh(), nn.Linear(7, C)).double()
+    same = Case(model="conv_batchnorm" if name == "buffer" else "mlp")
+    case, p = DIFFERENT[name][1] if differs else same, same.problem
+    model, arguments, data = p.model, case.arguments(), Counting(batches(p.x, p.y))
+    if differs and name == "weight":
+        model[2].bias.data[1] += 1e-9
+    elif differs and name == "buffer":
+        model[1].running_mean[1] += 1e-9
+    elif differs and name == "architecture":
+        model = nn.Sequential(nn.Linear(2, 7), nn.Tanh(), nn.Linear(7, C)).double()
     if name == "other landmarks":
         arguments = {"landmarks": (p.landmarks[0] + 1e-9 * differs, p.landmarks[1])}
     elif name == "basis":
@@ -109,109 +94,85 @@ def test_calls_that_differ_are_told_apart(two):
         assert "a question" in outcome.text
 
 
-def call_differently() -> Outcome:
+def call_differently():
     group = ranks.ranks_of("default")
     if dist.get_rank() == 0:
         return outcome_of(group.total, torch.ones(3))
     return outcome_of(group.exchanged, ["two", "items"], "a question")
 
 
-# ---------------------------------------------------------------------------- ranks that fail
-
-
 class Broken:
-    """Raises in a pass over the data, after a few batches."""
+    """Raises after a few batches of a pass over the data, or ends its process, or yields fewer at every pass."""
 
-    def __init__(self, batches: Any, after: int, error: BaseException, passes: int = 0) -> None:
+    def __init__(self, batches, after=None, error=None, passes=0):
         self.batches, self.after, self.error, self.passes = list(batches), after, error, passes
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self):
         self.passes -= 1
-        for i, batch in enumerate(self.batches):
+        for i, batch in enumerate(list(self.batches)):
             if self.passes < 0 and i == self.after:
+                if self.error is None:
+                    os._exit(3)
                 raise self.error
             yield batch
-
-
-class Shrinking:
-    """Yields fewer batches at every pass."""
-
-    def __init__(self, batches: Any) -> None:
-        self.batches = [*batches]
-
-    def __iter__(self) -> Iterator[Any]:
-        found = list(self.batches)
-        self.batches.pop()
-        return iter(found)
+        if self.after is None:
+            self.batches.pop()
 
 
 class Moody(nn.Module):
     """A network that can be told to fail, with a root that has no derivative at zero."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.net, self.scale, self.mood = Case().problem.model, nn.Parameter(torch.ones(C, dtype=F64)), ""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if self.mood == "raises":
             raise RuntimeError("out of order")
         root = (self.scale * x.square().sum(1, keepdim=True)).sqrt()
         return (self.net(x) + root) * (float("nan") if self.mood == "nan" else 1.0)
 
 
-def fire() -> ValueError:
+def fire():
     return ValueError("disk on fire")
 
 
-def with_mood(mood: str) -> Any:
-    def change(la: ELLALaplace, data: Any, arguments: dict[str, Any]) -> Any:
-        la.model.mood = mood
-        return data
-
-    return change
+def enough():
+    return KeyboardInterrupt("enough")
 
 
-def with_argument(name: str, make: Any) -> Any:
-    def change(la: ELLALaplace, data: Any, arguments: dict[str, Any]) -> Any:
-        arguments[name] = make(data)
-        return data
+def with_mood(mood):
+    return lambda la, data, arguments: setattr(la.model, "mood", mood) or data
 
-    return change
+
+def with_argument(name, make):
+    return lambda la, data, arguments: arguments.update({name: make(data)}) or data
+
+
+def second(change):
+    """Change the inputs of the second batch."""
+    return lambda la, data, arguments: [data[0], (change(data[1][0]), data[1][1])]
+
+
+def one_too_many(data):
+    return data[1][0], torch.zeros(1 + len(data[1][0]), dtype=torch.int64)
 
 
 # The error and its text, and what a rank passes in place of its data.
-FAILURES: dict[str, tuple[str, str, Any]] = {
+FAILURES = {
     "first batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 0, fire())),
     "later batch": ("ValueError", "disk", lambda la, data, args: Broken(data, 2, fire())),
     "second pass": ("ValueError", "disk", lambda la, data, args: Broken(data, 1, fire(), passes=1)),
     "validation": ("ValueError", "disk", with_argument("val_loader", lambda data: Broken(data, 1, fire()))),
-    "interrupt": (
-        "KeyboardInterrupt",
-        "enough",
-        lambda la, data, args: Broken(data, 1, KeyboardInterrupt("enough")),
-    ),
+    "interrupt": ("KeyboardInterrupt", "enough", lambda la, data, args: Broken(data, 1, enough())),
     "structure": ("ValueError", "batch", lambda la, data, args: [data[0], "a batch"]),
     "targets": ("ValueError", "", lambda la, data, args: [data[0], (data[1][0], data[1][1] + 100)]),
-    "short second pass": ("ValueError", "second pass", lambda la, data, args: Shrinking(data)),
+    "short second pass": ("ValueError", "second pass", lambda la, data, args: Broken(data)),
     "model raises": ("RuntimeError", "out of order", with_mood("raises")),
     "model gives NaN": ("ValueError", "", with_mood("nan")),
-    "input is NaN": (
-        "ValueError",
-        "finite",
-        lambda la, data, args: [data[0], (data[1][0] * torch.nan, data[1][1])],
-    ),
-    "features are NaN": (
-        "ValueError",
-        "finite",
-        lambda la, data, args: [data[0], (data[1][0] * 0, data[1][1])],
-    ),
-    "landmarks": (
-        "ValueError",
-        "landmarks",
-        with_argument(
-            "landmarks", lambda data: (data[1][0], torch.zeros(1 + len(data[1][0]), dtype=torch.int64))
-        ),
-    ),
+    "input is NaN": ("ValueError", "finite", second(lambda x: x * torch.nan)),
+    "features are NaN": ("ValueError", "finite", second(lambda x: x * 0)),
+    "landmarks": ("ValueError", "landmarks", with_argument("landmarks", one_too_many)),
     "argument": ("ValueError", "val_steps", with_argument("val_steps", lambda data: 0)),
     "type": ("ValueError", "train_loader must be an iterable", lambda la, data, args: None),
 }
@@ -226,7 +187,7 @@ def test_a_failing_rank_raises_its_error_and_the_others_say_so(two, name):
     assert_stopped([outcome for outcome, *_ in found], *FAILURES[name][:2])
 
 
-def fail_on_last_rank(name: str) -> tuple[Outcome, Any, Any, Any]:
+def fail_on_last_rank(name):
     case = Case(options={"curvature_size": None, "temperature": None})
     la, p = case.estimator(Moody()), case.problem
     data = batches(*case.shard((11, 12)), 3)
@@ -247,7 +208,7 @@ def test_an_exception_that_a_loader_raises_again_is_reported_again(two):
         assert_stopped(list(outcomes), "ValueError", "disk on fire")
 
 
-def fail_twice() -> list[Outcome]:
+def fail_twice():
     case, error = Case(options=SAMPLE), fire()
     la, data = case.estimator(), batches(*case.shard((11, 12)), 3)
     data = Broken(data, 1, error) if dist.get_rank() == 1 else data
@@ -262,15 +223,15 @@ def test_a_rank_that_fails_in_later_steps(two, name):
         assert_identical(before, after)
 
 
-def fail_later(name: str) -> tuple[Outcome, Any, Any]:
+def fail_later(name):
     case = Case(options={"temperature": 50.0 if name in ("nn grid", "loss") else None})
     la, x = case.fitted(), case.problem.x_test
     before = report(la, x)
-    val: Any = batches(*case.validation(), 3)
+    val = batches(*case.validation(), 3)
     if dist.get_rank() == 1 and name != "loss":
         val = Broken(val, 1, OSError("disk on fire"))
 
-    def loss(p: Tensor, y: Tensor) -> float:  # the first rank evaluates it for all
+    def loss(p, y):  # the first rank evaluates it for all
         if dist.get_rank() == 0:
             raise OSError("disk on fire")
         return miscalibration(p, y)
@@ -287,23 +248,20 @@ def fail_later(name: str) -> tuple[Outcome, Any, Any]:
     return outcome_of(steps[name]), before, report(la, x)
 
 
-# ---------------------------------------------------------------------------- errors between exchanges
-
-
 class Full(OSError):
     pass
 
 
-def failing(*args: Any, **kwargs: Any) -> Any:
+def failing(*args, **kwargs):
     raise Full("no space left")
 
 
-def interrupting(*args: Any, **kwargs: Any) -> Any:
+def interrupting(*args, **kwargs):
     raise KeyboardInterrupt("no space left")
 
 
 SHARED = {"shard_directions": True}
-PLACES: dict[str, tuple[dict[str, Any], Any, str, Any]] = {
+PLACES = {
     "spilled rows": ({"memory_budget": 2000, "spill": "cpu"}, gram.Spill, "empty", failing),
     "eigenvectors": ({}, torch.linalg, "eigh", failing),
     "directions": ({}, basis, "_like", failing),
@@ -321,7 +279,7 @@ def test_an_error_anywhere_in_a_fit_stops_all_ranks(two, name):
     assert_stopped(two(fail_in, name), kind, "no space left")
 
 
-def fail_in(name: str) -> Outcome:
+def fail_in(name):
     options, place, attribute, replacement = PLACES[name]
     case = Case(options={**SAMPLE, **options})
     la = case.estimator()
@@ -336,7 +294,7 @@ def test_no_room_for_an_exchange_stops_all_ranks(two, what):
     assert_stopped(two(run_out_of_room, what), "MemoryError", "no room")
 
 
-def run_out_of_room(what: str) -> Outcome:
+def run_out_of_room(what):
     case = Case(options=SAMPLE)
     la = case.estimator()
     with pytest.MonkeyPatch.context() as patch:
@@ -347,28 +305,26 @@ def run_out_of_room(what: str) -> Outcome:
         return outcome_of(la.fit, loader(case.problem.x, case.problem.y))
 
 
-def refuse_room(patch: pytest.MonkeyPatch, what: str) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> Any:
+def refuse_room(patch, what):
+    def refuse(*args, **kwargs):
         raise MemoryError("no room")
 
     new_zeros, packed, exchange = Tensor.new_zeros, ranks._packed, ranks.Ranks._replaced
 
-    def zeros(self: Tensor, *size: int, **options: Any) -> Tensor:
-        return refuse() if len(size) == 3 else new_zeros(self, *size, **options)
-
-    def pack(item: Any) -> Tensor:
-        return refuse() if item[0] == "a sum" and isinstance(item[1], Tensor) else packed(item)
-
-    def replaced(self: Any, values: Tensor, name: str, collective: Any) -> Tensor:
+    def replaced(self, values, name, collective):
         with pytest.MonkeyPatch.context() as inner:
             if name == {"large sum": "a sum", "broadcast": "a broadcast"}.get(what):
                 inner.setattr(Tensor, "clone", refuse)
             return exchange(self, values, name, collective)
 
     if what == "columns":
-        patch.setattr(Tensor, "new_zeros", zeros)
+        patch.setattr(
+            Tensor, "new_zeros", lambda t, *n, **o: refuse() if len(n) == 3 else new_zeros(t, *n, **o)
+        )
     elif what == "sum":
-        patch.setattr(ranks, "_packed", pack)
+        of_tensor = ("a sum", Tensor)
+        refused = lambda item: (item[0], type(item[1])) == of_tensor  # noqa: E731
+        patch.setattr(ranks, "_packed", lambda item: refuse() if refused(item) else packed(item))
     else:
         patch.setattr(ranks.Ranks, "_replaced", replaced)
 
@@ -378,7 +334,7 @@ def test_an_error_that_is_known_is_not_told_twice(two):
     assert_stopped(two(fail_in_nested_work), "Full", "no space left")
 
 
-def fail_in_nested_work() -> Outcome:
+def fail_in_nested_work():
     case = Case(options={"temperature": None})
     la = case.fitted(shard_directions=True)
     if dist.get_rank() == 1:
@@ -386,33 +342,16 @@ def fail_in_nested_work() -> Outcome:
     return outcome_of(lambda: tune(la, case, {}))
 
 
-@pytest.mark.parametrize("name", ["plain", "isotropic residual"])
-def test_features_that_are_not_finite_stop_the_first_prediction_of_all(two, name):
-    assert_stopped(two(predict_nan, name), "ValueError", "finite")
+@pytest.mark.parametrize("residual", ["none", "isotropic"])
+def test_features_that_are_not_finite_stop_the_first_prediction_of_all(two, residual):
+    assert_stopped(two(predict_nan, residual), "ValueError", "finite")
 
 
-def predict_nan(name: str) -> Outcome:
-    case = Case(options={"residual": "isotropic"} if "residual" in name else {})
+def predict_nan(residual):
+    case = Case(options={"residual": residual})
     la = case.estimator(Moody(), shard_directions=True)
     la.fit(loader(case.problem.x + 0.1, case.problem.y))
     return outcome_of(la, torch.zeros(3, 2, dtype=F64) if dist.get_rank() else case.problem.x_test[:3])
-
-
-# ---------------------------------------------------------------------------- ranks that end
-
-
-class Deadly:
-    """A loader in which the process ends, in a second pass."""
-
-    def __init__(self, batches: Any) -> None:
-        self.batches, self.passes = batches, 1
-
-    def __iter__(self) -> Iterator[Any]:
-        self.passes -= 1
-        for i, batch in enumerate(self.batches):
-            if self.passes < 0 and i == 1:
-                os._exit(3)
-            yield batch
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -424,12 +363,12 @@ def test_a_rank_that_ends_or_stays_away_does_not_leave_the_others_waiting(fresh,
         assert "timeout" in outcome.text
 
 
-def end_on_rank_1() -> None:
-    case = Case(options={"curvature_size": None})
-    data: Any = batches(case.problem.x, case.problem.y)
-    case.fitted(data=Deadly(data) if dist.get_rank() == 1 else data)
+def end_on_rank_1():
+    case = Case(options=STREAMED)
+    data = batches(case.problem.x, case.problem.y)
+    case.fitted(data=Broken(data, 1, passes=1) if dist.get_rank() == 1 else data)
 
 
-def stay_away_on_rank_1() -> None:
+def stay_away_on_rank_1():
     if dist.get_rank() == 0:
         Case().fitted()

@@ -1,10 +1,5 @@
 """Fits shared by the ranks of a process group, against one process on the whole data."""
 
-from __future__ import annotations
-
-from collections import UserDict
-from typing import Any
-
 import numpy as np
 import oracle
 import pytest
@@ -12,27 +7,31 @@ import test_positions
 import torch
 import torch.distributed as dist
 from conftest import C, K, M, N, assert_close
-from processes import Outcome, outcome_of
+from models import Applied
+from parts import Attributes, Counting
+from processes import outcome_of
 from ranked import (
     F64,
     FEW,
-    LAYERWISE,
+    FITS,
     N_MORE,
     REDUCED,
     RTOL,
+    SAMPLE,
+    STREAMED,
     Case,
-    Counted,
     assert_agree,
     assert_identical,
     assert_refused,
     assert_stopped,
     batches,
     check,
+    check_run,
     loader,
     report,
     run,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
@@ -47,73 +46,27 @@ from laplace_ella.parallel import ranks
 pytest_plugins = ("groups",)
 pytestmark = pytest.mark.filterwarnings(REDUCED, FEW)
 
-SAMPLE = {"curvature_size": 13}
-FITS: dict[str, Case] = {
-    "all inputs": Case(),
-    "a sample of inputs": Case(options=SAMPLE),
-    "a second pass": Case("regression", options={"curvature_size": None}),
-    "sampled labels": Case(options={"curvature": "mc", "curvature_samples": 3, **SAMPLE, "seed": 5}),
-    "sampled labels in a second pass": Case(options={"curvature": "mc", "curvature_size": None}),
-    "more landmarks than inputs": Case("regression", options={"subsample_size": 47}),
-    "every pair": Case(options={"subsample_size": 1000}),
-    "one landmark": Case(options={"subsample_size": 1, "n_eigenvalues": 1}),
-    "a share of the trace": Case(options={"n_eigenvalues": 0.9}),
-    "more directions than rank": Case(options={"n_eigenvalues": 31}),
-    "blocks of rows": Case(options={"memory_budget": 3000}),
-    "blocks of two rows": Case("regression", options={"memory_budget": 1300}),
-    "blocks of many rows": Case(options={"memory_budget": 16_000, "subsample_size": 47}),
-    "spilled rows": Case(options={"memory_budget": 2000, "spill": "cpu", "spill_dtype": torch.float32}),
-    "reverse mode": Case("regression", options={"autodiff": "reverse"}),
-    "isotropic residual": Case(options={"residual": "isotropic", "residual_scale": 0.3}),
-    "exact residual": Case("regression", options={"residual": "exact", "residual_scale": 0.3}),
-    "layerwise prior": Case(options={"prior_precision": LAYERWISE}),
-    "balanced": Case(options=SAMPLE, fit={"balanced": True}),
-    "balanced pairs": Case(options={"subsample_size": 47}, fit={"balanced": True}),
-    "given landmarks": Case("regression", fit={"landmarks": True}),
-    "batches of one": Case(batch=1, options=SAMPLE),
-    "snapshots at every batch": Case(batch=3, options=SAMPLE, fit={"val_steps": 1}),
-    "snapshots at every second batch": Case(batch=3, options=SAMPLE, fit={"val_steps": 2}),
-    "the first inputs": Case(options=SAMPLE, fit={"max_samples": 14}),
-    "the first inputs of many": Case("regression", fit={"max_samples": 13, "n_total": 101}),
-    "the first in a second pass": Case(
-        options={"curvature_size": None}, fit={"max_samples": 1, "landmarks": True}
-    ),
-    "convolutions": Case(model="conv_batchnorm", options=SAMPLE),
-    "tied weights": Case(model="tied", options=SAMPLE),
-    "frozen weights": Case(model="partly_frozen", options=SAMPLE),
-}
-
 
 @pytest.mark.parametrize("name", FITS)
 def test_two_ranks_find_what_one_process_finds(two, name):
-    case = FITS[name]
-    check(two(run, case), run(case), same_steps=case.options.get("curvature_size", 1) is not None)
+    check_run(two, FITS[name])
 
 
 @pytest.mark.parametrize("name", list(FITS)[::4])
 def test_three_ranks_find_what_one_process_finds(three, name):
-    case = FITS[name]
-    check(three(run, case), run(case), same_steps=case.options.get("curvature_size", 1) is not None)
+    check_run(three, FITS[name])
 
 
 def test_cases_are_those_that_they_are_named_after():
-    blocks = "blocks of rows"
-    for name, kind in {blocks: blocks, "blocks of two rows": blocks, "all inputs": "kept"}.items():
+    for name, kind in {"blocks of rows": "blocks of rows", "all inputs": "kept"}.items():
         la = FITS[name].estimator()
         pairs = torch.randn(la.subsample_size, 2, dtype=F64), torch.randint(C, (la.subsample_size,))
         source = row_source(la.backend.engine, explicit_landmarks(pairs))
         assert choose_rows(source, la.backend.engine.budget()).kind == kind, name
-    plain, balanced, every, second = (
-        run(FITS[name])
-        for name in (
-            "a sample of inputs",
-            "balanced",
-            "snapshots at every batch",
-            "snapshots at every second batch",
-        )
-    )
-    assert not torch.equal(plain["eigenvalues"], balanced["eigenvalues"])
-    assert (every["n"], second["n"]) == ([3, 6, 9, 12, 13], [6, 12, 13])
+    plain, balanced = (run(FITS[name])["eigenvalues"] for name in ("a sample of inputs", "balanced"))
+    assert not torch.equal(plain, balanced)
+    every, second = (run(FITS[f"snapshots at every {which}"])["n"] for which in ("batch", "second batch"))
+    assert (every, second) == ([3, 6, 9, 12, 13], [6, 12, 13])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -122,7 +75,7 @@ def test_outputs_with_positions(two, likelihood):
     check(two(run_sequence, likelihood), run_sequence(likelihood))
 
 
-def run_sequence(likelihood: str) -> dict[str, Any]:
+def run_sequence(likelihood):
     case = test_positions.Case("sequence", likelihood)
     la = ELLALaplace(case.model, likelihood, case.sigma, n_eigenvalues=K, subsample_size=29, temperature=None)
     la.fit(loader(case.x, case.y))
@@ -137,80 +90,58 @@ def test_large_sums(two):
     check(two(run_with_large_sums, case), run(case))
 
 
-def run_with_large_sums(case: Case) -> dict[str, Any]:
+def run_with_large_sums(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "GATHERED_SUM", 8)
         return run(case)
 
 
-# ---------------------------------------------------------------------------- loaders
-
-
-def run_on(case: Case, kind: str) -> dict[str, Any]:
+def run_on(case, kind):
     """Fit the data of a loader of some kind; in one process, what it yields on all ranks together."""
     p, alone = case.problem, not dist.is_initialized()
-    size = 2 if alone else dist.get_world_size()
-    dataset = TensorDataset(p.x, p.y)
+    dataset, data, kept = TensorDataset(p.x, p.y), loader(p.x, p.y), N - N % 2
     if kind == "batches of other lengths":
-        data: Any = loader(p.x, p.y, 8 if alone else (3, 8, 5)[dist.get_rank()])
+        data = loader(p.x, p.y, 8 if alone else (3, 8, 5)[dist.get_rank()])
     elif kind == "dropping":
-        kept = N - N % size
         data = loader(p.x[:kept], p.y[:kept]) if alone else loader(p.x, p.y, drop_last=True)
     elif kind == "shuffling":
-        sampler = DistributedSampler(
-            dataset, shuffle=True, seed=3, **({"num_replicas": 1, "rank": 0} if alone else {})
-        )
+        whole = {"num_replicas": 1, "rank": 0} if alone else {}
+        sampler = DistributedSampler(dataset, shuffle=True, seed=3, **whole)
         sampler.set_epoch(2)
         data = DataLoader(dataset, 5, sampler=sampler)
     elif kind == "batch sampler" and not alone:
         sampler = DistributedSampler(dataset, shuffle=False)
         data = DataLoader(dataset, batch_sampler=BatchSampler(sampler, 5, drop_last=False))
     elif kind == "sampler of batches":  # of five batches, one rank has three and the other two
-        whole: Any = batches(p.x, p.y, 4)[:5]
-        data = (
-            whole
-            if alone
-            else DataLoader(whole, batch_size=None, sampler=DistributedSampler(whole, shuffle=False))
-        )
+        data = batches(p.x, p.y, 4)[:5]
+        if not alone:
+            data = DataLoader(data, batch_size=None, sampler=DistributedSampler(data, shuffle=False))
     elif kind == "fewer inputs than ranks":
         data = loader(p.x[:1], p.y[:1])
-    else:
-        data = loader(p.x, p.y)
     return report(case.fitted(data=data), p.x_test)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "batches of other lengths",
-        "dropping",
-        "shuffling",
-        "batch sampler",
-        "sampler of batches",
-        "fewer inputs than ranks",
-    ],
-)
+# Kind: what is fitted, and how many inputs one process then reads.
+LOADERS = {
+    **{k: (Case(options=SAMPLE), N) for k in ("batches of other lengths", "shuffling", "batch sampler")},
+    "dropping": (Case(options=SAMPLE), 22),
+    "sampler of batches": (Case(options=STREAMED, fit={"landmarks": True}), 20),
+    "fewer inputs than ranks": (Case(options={"n_eigenvalues": 2, "subsample_size": 2}), 1),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
 def test_distributed_samplers(two, kind):
-    options = {"n_eigenvalues": 2, "subsample_size": 2} if kind == "fewer inputs than ranks" else SAMPLE
-    case = Case(options=options, fit={"landmarks": True} if kind == "sampler of batches" else {})
-    if kind == "sampler of batches":
-        case = Case(options={"curvature_size": None}, fit=case.fit)
+    case, n = LOADERS[kind]
     found, expected = two(run_on, case, kind), run_on(case, kind)
-    assert expected["n_data"] == {"dropping": 22, "sampler of batches": 20, "fewer inputs than ranks": 1}.get(
-        kind, N
-    )
-    check(found, expected, same_steps=kind not in ("sampler of batches", "fewer inputs than ranks"))
+    assert expected["n_data"] == n
+    check(found, expected, case.same_steps and n > 1)
 
 
-def run_on_shards(case: Case, sizes: tuple[int, ...], kind: str = "list") -> dict[str, Any]:
+def run_on_shards(case, sizes, kind="list"):
     x, y = case.shard(sizes)
-    data: Any = batches(x, y)
-    data = {
-        "list": data,
-        "iterator": iter(data),
-        "loader": DataLoader(TensorDataset(x, y), 5) if len(x) else data,
-    }[kind]
-    return report(case.fitted(data=data), case.problem.x_test)
+    data = DataLoader(TensorDataset(x, y), 5) if kind == "loader" else batches(x, y)
+    return report(case.fitted(data=iter(data) if kind == "iterator" else data), case.problem.x_test)
 
 
 @pytest.mark.parametrize("sizes", [(17, 6), (0, 23), (11, 5, 7), (1, 0, 22)], ids=str)
@@ -256,17 +187,16 @@ def test_a_sampler_of_another_group_is_refused(two, wrong):
     assert_stopped(two(fit_with_wrong_sampler, wrong, (1,)), "ValueError", "DistributedSampler")
 
 
-def fit_with_wrong_sampler(wrong: str, ranks: tuple[int, ...]) -> Outcome:
+def fit_with_wrong_sampler(wrong, ranks):
     case, rank, size = Case(), dist.get_rank(), dist.get_world_size()
     if rank in ranks:
         rank, size = (size - 1 - rank, size) if wrong == "rank" else (rank, size + 1)
-    return outcome_of(
-        case.estimator().fit, loader(case.problem.x, case.problem.y, num_replicas=size, rank=rank)
-    )
+    data = loader(case.problem.x, case.problem.y, num_replicas=size, rank=rank)
+    return outcome_of(case.estimator().fit, data)
 
 
 def test_first_inputs_of_other_loaders_are_divided_evenly(group):
-    case, n = Case(options={"curvature_size": None}, fit={"landmarks": True}), 13
+    case, n = Case(options=STREAMED, fit={"landmarks": True}), 13
     sizes = (12, 11) if group.size == 2 else (9, 7, 7)
     found = group(run_first, case, sizes, n)
     each = [n // group.size + (r < n % group.size) for r in range(group.size)]
@@ -276,50 +206,40 @@ def test_first_inputs_of_other_loaders_are_divided_evenly(group):
     assert [asked for _, asked in found] == [2 * -(-k // 5) for k in each]  # two passes
 
 
-def run_first(case: Case, sizes: tuple[int, ...], n: int) -> tuple[dict[str, Any], int]:
-    la, data = case.estimator(), Counted(batches(*case.shard(sizes)))
+def run_first(case, sizes, n):
+    la, data = case.estimator(), Counting(batches(*case.shard(sizes)))
     la.fit(data, max_samples=n, landmarks=case.problem.landmarks)
     return report(la, case.problem.x_test), data.asked
 
 
-# ---------------------------------------------------------------------------- adding and removing data
+PARTS = ("added", "basis", "merged", "forgotten", "forgotten on one rank")
+OF_PARTS = [
+    (kind, name, {"curvature_size": 7} if name == "basis" else {}) for kind in (2, 3) for name in PARTS
+]
+OF_PARTS += [
+    (3, "added", o) for o in ({"curvature_size": 7}, STREAMED, {"curvature": "mc", "curvature_size": 7})
+]
 
 
-@pytest.mark.parametrize("name", ["added", "basis", "merged", "forgotten", "forgotten on one rank"])
-@pytest.mark.parametrize(
-    ("group", "likelihood"), [(2, "regression"), (3, "classification")], indirect=["group"]
-)
-def test_parts_of_the_data(group, name, likelihood):
-    case = Case(likelihood, options={"curvature_size": 7} if name == "basis" else {})
+@pytest.mark.parametrize(("group", "name", "options"), OF_PARTS, indirect=["group"], ids=str)
+def test_parts_of_the_data(group, name, options):
+    case = Case("regression" if group.size == 2 else "classification", options=options)
     check(group(run_in_parts, case, name), run_in_parts(case, name))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"curvature_size": 7}, {"curvature_size": None}, {"curvature": "mc", "curvature_size": 7}],
-    ids=str,
-)
-def test_added_data(two, options):
-    case = Case(options=options)
-    check(two(run_in_parts, case, "added"), run_in_parts(case, "added"))
-
-
-def run_in_parts(case: Case, name: str) -> dict[str, Any]:
+def run_in_parts(case, name):
     la, other, more = case.fitted(), case.estimator(), case.data()
     if name in ("basis", "merged"):
         other.fit(loader(*more), basis=la.basis)
         assert_identical(dict(other.basis.directions), dict(la.basis.directions))
+    else:
+        la.fit(loader(*more), override=False)
     if name == "merged":
         la.merge(other)
-    if name == "added" or name.startswith("forgotten"):
-        la.fit(loader(*more), override=False)
-    if name == "forgotten" or (
-        name != "added" and not dist.is_initialized() and name.startswith("forgotten")
-    ):
-        la.forget(loader(*more))
+    elif name == "forgotten on one rank" and dist.is_initialized():
+        la.forget(batches(*more) if dist.get_rank() == dist.get_world_size() - 1 else [])
     elif name.startswith("forgotten"):
-        last = dist.get_rank() == dist.get_world_size() - 1
-        la.forget(batches(*more) if last else [])
+        la.forget(loader(*more))
     la = other if name == "basis" else la
     assert la.n_data == {"basis": N_MORE, "merged": N + N_MORE, "added": N + N_MORE}.get(name, N)
     return report(la, case.problem.x_test)
@@ -331,41 +251,19 @@ def test_data_that_would_leave_nothing_are_not_forgotten(two):
         assert_identical(before, after)
 
 
-def forget_everything() -> tuple[Outcome, Any, Any]:
+def forget_everything():
     case = Case()
     p, la = case.problem, case.fitted()
     before = report(la, p.x_test)
     return outcome_of(la.forget, loader(p.x, p.y)), before, report(la, p.x_test)
 
 
-# ---------------------------------------------------------------------------- what ranks pass
-
-
-class Encoding(UserDict):
-    """A mapping whose entries are attributes too."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.data[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class OfEncodings(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = Case().problem.model
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.net(batch.input_ids)
-
-
-def fit_encodings(sizes: tuple[int, ...], shard: bool, **more: Any) -> dict[str, Any]:
-    case = Case(options={"curvature_size": None, "shard_directions": shard})
+def fit_encodings(sizes, shard, **more):
+    case = Case(options={**STREAMED, "shard_directions": shard})
     x, outputs = case.problem.landmarks
-    data = [Encoding({"input_ids": x, "labels": y, **more}) for x, y in batches(*case.shard(sizes))]
-    la = case.estimator(OfEncodings())
-    la.fit(data, landmarks=None if more else (Encoding({"input_ids": x, "labels": outputs}), outputs))
+    data = [Attributes({"input_ids": x, "labels": y, **more}) for x, y in batches(*case.shard(sizes))]
+    la = case.estimator(Applied(lambda net, batch: net(batch.input_ids), case.problem.model))
+    la.fit(data, landmarks=None if more else (Attributes({"input_ids": x, "labels": outputs}), outputs))
     return {"H": la.H, "loss": la.loss}
 
 
@@ -381,32 +279,27 @@ def test_what_cannot_be_sent_is_named(two):
         assert "other processes" in outcome.text
 
 
-def fit_with_arrays() -> Outcome:
+def fit_with_arrays():
     return outcome_of(lambda: fit_encodings((11, 12), False, more=np.zeros(3)))
 
 
-# ---------------------------------------------------------------------------- which processes
-
-
-def run_in_group(kind: str) -> dict[str, Any] | None:
+def run_in_group(kind):
     case = Case(options=SAMPLE)
     p, rank = case.problem, dist.get_rank()
-    if kind == "named":
-        return report(case.fitted(process_group=dist.group.WORLD), p.x_test)
     if kind == "wrapped":
         model = DistributedDataParallel(p.model)
         la = case.fitted(model)
         assert la.model is model.module
         return report(la, p.x_test)
-    if kind == "apart":
-        return report(case.fitted(data=batches(*case.shard((17, 6))), process_group=None), p.x_test)
-    members = [[0, 2]] if kind == "some" else [[0, 1], [2]]
-    groups = [dist.new_group(of) for of in members]  # collective, of all ranks
-    which = [i for i, of in enumerate(members) if rank in of]
-    if not which:
-        return None
-    group = groups[which[0]]
-    data = loader(p.x, p.y, num_replicas=dist.get_world_size(group), rank=dist.get_rank(group))
+    if kind == "named":
+        data, group = None, dist.group.WORLD
+    else:
+        members = [[0, 2]] if kind == "some" else [[0, 1], [2]]
+        groups = [(of, dist.new_group(of)) for of in members]  # collective, of all ranks
+        group = next((g for of, g in groups if rank in of), None)
+        if group is None:
+            return None
+        data = loader(p.x, p.y, num_replicas=dist.get_world_size(group), rank=dist.get_rank(group))
     return report(case.fitted(data=data, process_group=group), p.x_test)
 
 
@@ -422,21 +315,14 @@ def test_groups_of_all_ranks_and_of_some(two, three):
     assert_agree(single, expected)
 
 
-def test_every_rank_can_work_alone_on_data_of_its_own(two):
-    case = Case(options=SAMPLE)
-    p = case.problem
-    for found, x, y in zip(two(run_in_group, "apart"), p.x.split((17, 6)), p.y.split((17, 6))):
-        assert_agree(found, report(case.fitted(data=batches(x, y)), p.x_test))
-
-
 @pytest.mark.parametrize("value", ["world", 2])
 def test_other_process_groups_are_refused(two, value):
     with pytest.raises(ValueError, match="process_group"):
-        Case().estimator(process_group=value)
+        build(value)
     assert_refused(two(outcome_of, build, value), "process_group")
 
 
-def build(value: Any) -> None:
+def build(value):
     Case().estimator(process_group=value)
 
 
@@ -447,7 +333,7 @@ def test_sharded_weights_are_refused(two):
     assert_refused(outcomes, "FSDP")
 
 
-def build_with_sharded_weights() -> None:
+def build_with_sharded_weights():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -460,7 +346,7 @@ def test_a_plan_is_that_of_one_rank(two):
         assert found == ((N + 1) // 2, 6, 7)  # of 23, 11 and 13
 
 
-def plan_of_rank() -> tuple[Any, int, int]:
+def plan_of_rank():
     case = Case(options=SAMPLE)
     plan = case.estimator().plan(loader(case.problem.x, case.problem.y), verbose=False)
     return plan.n_data, plan.n_landmarks, plan.n_curvature
@@ -471,14 +357,14 @@ def test_inputs_of_others_are_let_go(two):
     assert two(count_inputs) == [11 + 7, 11 + 6]
 
 
-def count_inputs() -> int:
+def count_inputs():
     import gc
 
     case, seen = Case(options=SAMPLE), []
     p, la = case.problem, case.estimator()
     build = stages.basis_of
 
-    def look(*args: Any) -> Any:
+    def look(*args):
         gc.collect()
         rows = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (1, 2) and t.dtype == F64]
         seen.append(len(rows))

@@ -1,18 +1,15 @@
 """Fits of several ranks that are killed go on to the same bits, or all ranks refuse."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Group, Outcome, outcome_of
-from ranked import FEW, Case, assert_identical, assert_refused, loader, report
-from torch import Tensor, nn
+from processes import outcome_of
+from ranked import FEW, SAMPLE, STREAMED, Case, assert_identical, assert_refused, loader, report
+from torch import nn
 
 pytest_plugins = ("groups",)
 pytestmark = pytest.mark.filterwarnings(FEW)
@@ -21,26 +18,24 @@ pytestmark = pytest.mark.filterwarnings(FEW)
 class Mortal(nn.Module):
     """Counts its calls; at one of them, all processes named are killed."""
 
-    def __init__(self, net: nn.Module, last: int | None = None, pids: tuple[int, ...] = ()) -> None:
+    def __init__(self, net, last=None, pids=()):
         super().__init__()
         self.net, self.calls, self.last, self.pids = net, 0, last, pids
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         self.calls += 1
         if self.calls == self.last:
             kill(self.pids)
         return self.net(x)
 
 
-def kill(pids: tuple[int, ...]) -> None:
+def kill(pids):
     """Kill processes, this one last."""
     for pid in sorted(pids, key=lambda pid: pid == os.getpid()):
         os.kill(pid, signal.SIGKILL)
 
 
-def run_mortal(
-    case: Case, path: str | None, last: int | None = None, pids: tuple[int, ...] = ()
-) -> tuple[dict[str, Any], int]:
+def run_mortal(case, path, last=None, pids=()):
     p = case.problem
     model = Mortal(p.model, last if dist.get_rank() == 0 else None, pids)
     la = case.estimator(model)
@@ -50,7 +45,7 @@ def run_mortal(
     return report(la, p.x_test), calls
 
 
-def killed(group: Group, case: Case, folder: Path, calls: float) -> set[str]:
+def killed(group, case, folder, calls):
     """Kill all ranks after some calls of the model of rank 0; return the files of the fit, without temporary ones."""
     pids = tuple(process.pid for process in group.processes)
     outcomes = group.outcomes(run_mortal, case, str(folder / "fit.pt"), int(calls), pids)
@@ -58,7 +53,7 @@ def killed(group: Group, case: Case, folder: Path, calls: float) -> set[str]:
     return {file.name for file in folder.glob("fit.pt*") if file.suffix != ".tmp"}
 
 
-def assert_goes_on(two: Group, case: Case, folder: Path, expected: list[Any]) -> None:
+def assert_goes_on(two, case, folder, expected):
     found = two(run_mortal, case, str(folder / "fit.pt"))
     for (resumed, _), (whole, _) in zip(found, expected):
         assert_identical(resumed, whole)
@@ -66,10 +61,10 @@ def assert_goes_on(two: Group, case: Case, folder: Path, expected: list[Any]) ->
     assert list(folder.glob("fit.pt*")) == []
 
 
-RESUMED: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
-    "in the first pass": ({"curvature_size": 13}, {"balanced": True}, 0.4),
-    "in the Gram matrix": ({"curvature_size": 13, "memory_budget": 2000}, {}, 0.55),
-    "in the second pass": ({"curvature_size": None, "curvature": "mc"}, {}, 0.97),
+RESUMED = {
+    "in the first pass": (SAMPLE, {"balanced": True}, 0.4),
+    "in the Gram matrix": ({**SAMPLE, "memory_budget": 2000}, {}, 0.55),
+    "in the second pass": ({**STREAMED, "curvature": "mc"}, {}, 0.97),
 }
 
 
@@ -94,12 +89,12 @@ class Writes:
     Before the last of them on one rank, once the last of the other rank is in place, all processes are killed.
     """
 
-    def __init__(self, folder: str, stage: str, dying: int | None, last: int, pids: tuple[int, ...]) -> None:
+    def __init__(self, folder, stage, dying, last, pids):
         self.marker, self.pids, self.last, self.count = Path(folder) / "other-is-done", pids, last, 0
         self.dying, self.rank, self.replace = dying, dist.get_rank(), os.replace
         self.name = f"fit.pt.{self.rank}-of-2{stage}"
 
-    def __call__(self, source: Any, target: Any, **options: Any) -> None:
+    def __call__(self, source, target, **options):
         ours = os.path.basename(target) == self.name
         self.count += ours
         at_last = ours and self.dying is not None and self.count == self.last
@@ -112,9 +107,7 @@ class Writes:
             self.marker.touch()
 
 
-def run_to_write(
-    case: Case, folder: str, stage: str, dying: int | None = None, last: int = 0, pids: tuple[int, ...] = ()
-) -> int:
+def run_to_write(case, folder, stage, dying=None, last=0, pids=()):
     with pytest.MonkeyPatch.context() as patch:
         writes = Writes(folder, stage, dying, last, pids)
         patch.setattr(os, "replace", writes)
@@ -130,7 +123,7 @@ def run_to_write(
 )
 def test_a_rank_that_was_one_file_behind(fresh, two, tmp_path, stage, spread):
     dying = int(spread)  # either rank
-    case = Case(options={"curvature_size": None, "shard_directions": spread})
+    case = Case(options={**STREAMED, "shard_directions": spread})
     expected = two(run_mortal, case, None)
     writes = two(run_to_write, case, str(tmp_path), stage)
     assert writes[0] == writes[1] > 0
@@ -144,11 +137,11 @@ def test_a_rank_that_was_one_file_behind(fresh, two, tmp_path, stage, spread):
 
 def test_files_of_another_fit_and_files_that_one_rank_lost(fresh, two, tmp_path):
     """All ranks refuse the first and leave the files; then they start again together."""
-    case = Case(options={"curvature_size": None}, batch=1)
+    case = Case(options=STREAMED, batch=1)
     expected = two(run_mortal, case, None)
     left = killed(fresh(2), case, tmp_path, 0.97 * expected[0][1])
     files = {file: file.read_bytes() for file in tmp_path.glob("fit.pt*") if file.suffix != ".tmp"}
-    other = Case(options={"curvature_size": None, "seed": 1}, batch=1)
+    other = Case(options={**STREAMED, "seed": 1}, batch=1)
     assert_refused(two.outcomes(run_mortal, other, str(tmp_path / "fit.pt")), "seed")
     assert {file: file.read_bytes() for file in tmp_path.glob("fit.pt*")} == files
     lost = [name for name in left if "1-of-2" in name]
@@ -166,5 +159,5 @@ def test_a_folder_that_only_one_rank_has_is_an_error_on_all(two, tmp_path):
     assert list(tmp_path.glob("fit.pt*")) == []
 
 
-def fit_with_paths(paths: list[str]) -> Outcome:
+def fit_with_paths(paths):
     return outcome_of(run_mortal, Case(), paths[dist.get_rank()])

@@ -1,22 +1,21 @@
 """Directions that are spread over ranks give what whole directions give."""
 
-from __future__ import annotations
-
 import copy
 import pickle
-from typing import Any
 
+import oracle
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import B, K, assert_close
-from processes import Outcome, outcome_of
+from processes import outcome_of
 from ranked import (
     F64,
     FEW,
+    FITS,
     GRIDS,
-    LAYERWISE,
     RTOL,
+    STREAMED,
     Case,
     assert_agree,
     assert_identical,
@@ -31,7 +30,6 @@ from ranked import (
     predictions,
     tune,
 )
-from torch import Tensor
 
 pytest_plugins = ("groups",)
 pytestmark = pytest.mark.filterwarnings(FEW)
@@ -39,17 +37,17 @@ UNEQUAL, EMPTY = {2: (5, 2), 3: (4, 1, 2)}, {2: (B, 0), 3: (3, 0, 4)}
 S = 3000
 
 
-def part(x: Tensor, sizes: dict[int, tuple[int, ...]] = UNEQUAL) -> Tensor:
+def part(x, sizes=UNEQUAL):
     """This rank's part of test inputs; all of them in one process."""
     return mine(x, sizes[dist.get_world_size()]) if dist.is_initialized() else x
 
 
 def run_sharded(
-    case: Case,
-    sizes: dict[int, tuple[int, ...]] = UNEQUAL,
-    grid: str | None = None,
-    shards: tuple[int, ...] | None = None,
-) -> dict[str, Any]:
+    case,
+    sizes=UNEQUAL,
+    grid=None,
+    shards=None,
+):
     data = None if shards is None else batches(*case.shard(shards))
     la = case.fitted(data=data, shard_directions=True)
     if grid is not None:
@@ -61,7 +59,7 @@ def run_sharded(
     }
 
 
-def check_sharded(found: list[dict[str, Any]], expected: dict[str, Any], same_steps: bool = True) -> None:
+def check_sharded(found, expected, same_steps=True):
     """Compare joined predictions, and each rank's directions, with those of one process."""
     for rank, one in enumerate(found):
         for k, v in expected["directions"].items():
@@ -72,33 +70,31 @@ def check_sharded(found: list[dict[str, Any]], expected: dict[str, Any], same_st
             assert_close(torch.cat([one["predictions"][k] for one in found]), v, RTOL, name=k)
 
 
-CASES: dict[str, Case] = {
+CASES = {
     "K not divisible": Case(),
     "fewer directions than ranks": Case("regression", options={"n_eigenvalues": 1}),
-    "a second pass": Case("regression", options={"curvature_size": None}),
-    "sampled labels in a second pass": Case(options={"curvature": "mc", "curvature_size": None}),
-    "layerwise prior": Case("regression", options={"prior_precision": LAYERWISE}),
-    "blocks of rows": Case(options={"memory_budget": 3000}),
-    "spilled rows": Case(options={"memory_budget": 2000, "spill": "cpu", "spill_dtype": torch.float32}),
-    "reverse mode": Case(options={"autodiff": "reverse"}),
-    "isotropic residual": Case("regression", options={"residual": "isotropic", "residual_scale": 0.3}),
-    "exact residual": Case(options={"residual": "exact", "residual_scale": 0.3}),
 }
+OTHERS = (
+    "a second pass",
+    "sampled labels in a second pass",
+    "layerwise prior",
+    "blocks of rows",
+    "spilled rows",
+)
+CASES |= {name: FITS[name] for name in (*OTHERS, "reverse mode", "isotropic residual", "exact residual")}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_spread_directions_give_what_one_process_gives(two, name):
     case = CASES[name]
-    check_sharded(
-        two(run_sharded, case), run_sharded(case), case.options.get("curvature_size", 1) is not None
-    )
+    check_sharded(two(run_sharded, case), run_sharded(case), case.same_steps)
 
 
 @pytest.mark.parametrize("name", list(CASES)[:4])
 def test_a_rank_without_a_batch_takes_part_in_predictions(three, name):
     case = CASES[name]
     found = three(run_sharded, case, EMPTY)
-    check_sharded(found, run_sharded(case), case.options.get("curvature_size", 1) is not None)
+    check_sharded(found, run_sharded(case), case.same_steps)
     rank = found[0]["posterior"]["rank"]
     for i, one in enumerate(found):  # every rank keeps its turns
         assert {len(v) for v in one["directions"].values()} == {len(range(i, rank, 3))}
@@ -107,7 +103,7 @@ def test_a_rank_without_a_batch_takes_part_in_predictions(three, name):
 @pytest.mark.parametrize("shards", [(11, 5, 7), (0, 23, 0)], ids=str)
 @pytest.mark.parametrize("curvature", ["exact", "mc"])
 def test_any_shards(three, shards, curvature):
-    case = Case(options={"curvature_size": None, "curvature": curvature}, fit={"landmarks": True})
+    case = Case(options={**STREAMED, "curvature": curvature}, fit={"landmarks": True})
     found, expected = three(run_sharded, case, UNEQUAL, None, shards), run_sharded(case)
     if curvature == "mc":  # labels are drawn by rank and place
         for f in (*found, expected):
@@ -133,7 +129,7 @@ def test_later_steps(three):
     assert_close(torch.cat([one["novelty"] for one in found]), expected["novelty"], RTOL)
 
 
-def run_later_steps(case: Case) -> dict[str, Any]:
+def run_later_steps(case):
     la, more = case.fitted(shard_directions=True), case.data()
     la.fit(loader(*more), override=False)
     common = {"added": posterior_of(la)}
@@ -152,9 +148,6 @@ def run_later_steps(case: Case) -> dict[str, Any]:
     return {"common": common, "novelty": la.novelty(x)}
 
 
-# ---------------------------------------------------------------------------- samples
-
-
 @pytest.mark.parametrize("seeds", ["different", "global"])
 def test_moments_of_sampled_weights(two, seeds):
     """Where weights hardly move, samples have the moments of the linearised model."""
@@ -167,7 +160,7 @@ def test_moments_of_sampled_weights(two, seeds):
         assert ((flat.T.cov() - cov).abs() <= 5.5 * error + 1e-3 * cov.abs().max()).all()
 
 
-def sample_weights(case: Case, seeds: str) -> Tensor:
+def sample_weights(case, seeds):
     la = case.fitted(shard_directions=True)
     generator = None if seeds == "global" else torch.Generator().manual_seed(4 + dist.get_rank())
     torch.manual_seed(4)
@@ -181,14 +174,11 @@ def test_ranks_with_different_memory_draw_the_same_number_of_samples(two):
         assert samples.isfinite().all()
 
 
-def sample_within(case: Case) -> Tensor:
+def sample_within(case):
     la = case.fitted(shard_directions=True)
     la.backend.engine.assume_free(32 * la.backend.engine.row_size() * (4 - dist.get_rank()))
     generator = torch.Generator().manual_seed(1)
     return la.functional_samples(case.problem.x_test[:3], n_samples=12, generator=generator)
-
-
-# ---------------------------------------------------------------------------- states
 
 
 def test_a_shard_is_restored_on_its_rank(two, three):
@@ -206,11 +196,11 @@ def test_a_shard_is_restored_on_its_rank(two, three):
     assert_refused(two(load_shard, states, False), "rank")  # whole directions are wanted
 
 
-def save_and_load() -> tuple[Any, Any, Outcome, int, bytes]:
+def save_and_load():
     la, rank = Case().fitted(shard_directions=True), dist.get_rank()
     x = part(Case().problem.x_test)
     state = pickle.dumps(la.state_dict())
-    states: list[Any] = [None, None]
+    states = [None, None]
     dist.all_gather_object(states, state)
     loaded, other = (Case().estimator(shard_directions=True) for _ in range(2))
     loaded.load_state_dict(pickle.loads(states[rank]))
@@ -219,7 +209,7 @@ def save_and_load() -> tuple[Any, Any, Outcome, int, bytes]:
     return predictions(la, x), predictions(loaded, x), onto_other, size, state
 
 
-def load_shard(states: list[bytes], shard_directions: bool) -> Outcome:
+def load_shard(states, shard_directions):
     la = Case().estimator(shard_directions=shard_directions)
     return outcome_of(la.load_state_dict, pickle.loads(states[dist.get_rank() % len(states)]))
 
@@ -227,30 +217,32 @@ def load_shard(states: list[bytes], shard_directions: bool) -> Outcome:
 def test_whole_directions_are_restored_in_any_group(two):
     la = Case().fitted()
     for found in two(load_whole, pickle.dumps(la.state_dict())):
-        assert_agree(found, predictions(la, Case().problem.x_test))
+        assert_agree(found, load_whole(pickle.dumps(la.state_dict())))
 
 
-def load_whole(state: bytes) -> dict[str, Any]:
+def load_whole(state):
     la = Case().estimator()
     la.load_state_dict(pickle.loads(state))
     return predictions(la, Case().problem.x_test)
 
 
-# ---------------------------------------------------------------------------- what is refused
-
-
-@pytest.mark.parametrize(
-    "what",
-    ["enable_backprop", "prior", "later prior", "basis of whole directions", "basis of spread directions"],
+REFUSED = (
+    "enable_backprop",
+    "prior",
+    "later prior",
+    "basis of whole directions",
+    "basis of spread directions",
 )
+
+
+@pytest.mark.parametrize("what", REFUSED)
 def test_what_spread_directions_do_not_do_is_refused(two, what):
     assert_refused(two(ask_too_much, what), "shard_directions")
 
 
-def ask_too_much(what: str) -> Outcome:
+def ask_too_much(what):
     case, spread = Case(), {"shard_directions": True}
-    n_weights = sum(w.numel() for w in case.problem.model.parameters())
-    prior = torch.linspace(1, 2, n_weights, dtype=F64)
+    prior = torch.linspace(1, 2, len(oracle.weights(case.problem.model)), dtype=F64)
     if what == "later prior":
         return outcome_of(setattr, case.fitted(**spread), "prior_precision", prior)
     if what.startswith("basis"):
@@ -268,6 +260,6 @@ def test_a_bad_input_of_one_rank_stops_the_prediction_of_all(two):
     assert_identical(found[0][1], found[1][1])
 
 
-def predict_badly() -> tuple[Outcome, dict[str, Any]]:
+def predict_badly():
     la, x = Case().fitted(shard_directions=True), Case().problem.x_test
     return outcome_of(la, x * float("nan") if dist.get_rank() == 1 else x), predictions(la, x)

@@ -1,16 +1,13 @@
 """Tuning, early stopping and novelty on the ranks of a process group, against one process."""
 
-from __future__ import annotations
-
 from dataclasses import astuple
-from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed as dist
 from conftest import K
 from laplace.utils.enums import Likelihood, LinkApprox
-from processes import Outcome, outcome_of
+from processes import outcome_of
 from ranked import (
     GRIDS,
     LAYERWISE,
@@ -30,7 +27,6 @@ from ranked import (
     run,
     tune,
 )
-from torch import Tensor
 
 from laplace_ella import ELLALaplace
 from laplace_ella.posterior.gaussian import NotPositiveDefiniteError
@@ -41,9 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @pytest.mark.parametrize("temperature", [None, 1.3])
 @pytest.mark.parametrize(
-    ("group", "likelihood", "size"),
-    [(2, "regression", 13), (3, "classification", 2000)],
-    indirect=["group"],
+    ("group", "likelihood", "size"), [(2, "regression", 13), (3, "classification", 2000)], indirect=["group"]
 )
 def test_early_stopping(group, likelihood, size, temperature):
     options = {"temperature": temperature, "curvature_size": size}
@@ -53,7 +47,7 @@ def test_early_stopping(group, likelihood, size, temperature):
     check(group(run, case), expected)
 
 
-def run_grid(name: str, sizes: tuple[int, ...] | None = None, part: int | None = None) -> dict[str, Any]:
+def run_grid(name, sizes=None, part=None):
     """Search on the validation data, divided in some way; with ``part``, on those of a rank of two alone."""
     case = grid_case(name)
     la, (x, y) = case.fitted(), case.validation()
@@ -77,19 +71,12 @@ def test_grid_search_on_any_shards(three, name):
     check(three(run_grid, name, (4, 0, 13)), run_grid(name))
 
 
-JOINT: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+SCALES = {"temperature": [0.1, 1.0, 10.0], "residual_scale": [1e-3, 0.1]}
+JOINT = {
     "default": ("classification", {}, {}),
     "regression": ("regression", {}, {}),
-    "directions and inputs": (
-        "classification",
-        {},
-        {"search": {"temperature": None, "n_eigenvalues": None, "curvature_size": None}},
-    ),
-    "residual": (
-        "classification",
-        {"residual": "isotropic"},
-        {"search": {"temperature": [0.1, 1.0, 10.0], "residual_scale": [1e-3, 0.1]}},
-    ),
+    "sizes": ("classification", {}, {"search": ["temperature", "n_eigenvalues", "curvature_size"]}),
+    "residual": ("classification", {"residual": "isotropic"}, {"search": SCALES}),
     "callable": ("classification", {}, {"search": ["temperature"], "loss": miscalibration}),
 }
 
@@ -101,11 +88,9 @@ def test_joint_search(two, name):
     check(two(run_joint, case, arguments), run_joint(case, arguments))
 
 
-def run_joint(case: Case, arguments: dict[str, Any]) -> dict[str, Any]:
+def run_joint(case, arguments):
     la = case.fitted()
-    result = la.optimize_hyperparameters(
-        loader(*case.validation(), 3), **{"link_approx": "probit", **arguments}
-    )
+    result = la.optimize_hyperparameters(loader(*case.validation(), 3), link_approx="probit", **arguments)
     return {
         **report(la, case.problem.x_test),
         "best": list(map(float, astuple(result.best))),
@@ -122,7 +107,7 @@ def test_novelty(group, residual):
     check(group(run_novelty, case), run_novelty(case))
 
 
-def run_novelty(case: Case) -> dict[str, Any]:
+def run_novelty(case):
     """Without a residual, by inputs without labels, of which one rank has too few to calibrate by."""
     la, (x, y) = case.fitted(), case.validation()
     sizes = (1, N_VAL - 1, 0)[: dist.get_world_size()] if dist.is_initialized() else (N_VAL,)
@@ -139,23 +124,15 @@ def test_enums_and_numpy_integers(two, tmp_path):
     check(found, expected)
 
 
-def run_with_types(path: str) -> dict[str, Any]:
+def run_with_types(path):
     case = Case(options={"curvature_size": np.int64(7), "seed": np.int64(3), "temperature": None})
     p = case.problem
     options = p.options(subsample_size=np.int64(5), n_eigenvalues=K, **case.options)
     la = ELLALaplace(p.model, **{**options, "likelihood": Likelihood.CLASSIFICATION})
     la.fit(loader(p.x, p.y), max_samples=np.int64(11), checkpoint=path, checkpoint_every=np.int64(1))
-    la.optimize_prior_precision(
-        method="gridsearch",
-        val_loader=loader(*case.validation()),
-        link_approx=LinkApprox.PROBIT,
-        n_samples=np.int64(7),
-        grid_size=np.int64(3),
-    )
+    options = {"link_approx": LinkApprox.PROBIT, "n_samples": np.int64(7), "grid_size": np.int64(3)}
+    la.optimize_prior_precision(method="gridsearch", val_loader=loader(*case.validation()), **options)
     return report(la, p.x_test)
-
-
-# ---------------------------------------------------------------------------- one rank alone
 
 
 def test_one_rank_can_work_alone(two):
@@ -165,11 +142,11 @@ def test_one_rank_can_work_alone(two):
     assert_agree(found, run_all_steps(case))
 
 
-def run_alone_on_rank_0(case: Case) -> dict[str, Any] | None:
+def run_alone_on_rank_0(case):
     return None if dist.get_rank() else run_all_steps(case, process_group=None)
 
 
-def run_all_steps(case: Case, **more: Any) -> dict[str, Any]:
+def run_all_steps(case, **more):
     p, la = case.problem, case.estimator(**more)
     val = batches(*case.validation(), 3)
     la.fit(batches(p.x, p.y), val_loader=val)
@@ -195,7 +172,7 @@ def test_evidence_is_that_of_one_rank(two):
     assert maximised == pytest.approx(expected)
 
 
-def evidence() -> list[float]:
+def evidence():
     """Of a fit by all ranks; the first computes it again, and maximises it, alone."""
     la, whole = Case(options={"prior_precision": LAYERWISE}).fitted(shard_directions=True), Case().fitted()
     found = [float(la.log_marginal_likelihood())]
@@ -207,19 +184,16 @@ def evidence() -> list[float]:
     return found
 
 
-# ---------------------------------------------------------------------------- losses and settings of ranks
-
-
 def test_settings_that_fail_on_one_rank_are_skipped_by_all(two):
     outcomes = two(tune_with_failing_settings)
     assert_refused(outcomes, "None of the")
     assert_refused(outcomes, "bad")
 
 
-def tune_with_failing_settings() -> Outcome:
+def tune_with_failing_settings():
     la = Case(options={"temperature": 50.0}).fitted()
 
-    def loss(p: Tensor, y: Tensor) -> float:
+    def loss(p, y):
         raise NotPositiveDefiniteError("bad")
 
     return outcome_of(lambda: tune(la, Case(), {"loss": loss}))
@@ -230,7 +204,7 @@ def test_settings_that_differ_in_tuning_are_refused(two, name):
     assert_refused(two(tune_with_difference, name), "All ranks must have the same")
 
 
-def tune_with_difference(name: str) -> Outcome:
+def tune_with_difference(name):
     rank = dist.get_rank()
     prior = {"prior_precision": 0.01 + rank, "link_approx": 0.6}.get(name, LAYERWISE * (1 + rank))
     case = Case(options={"temperature": None, "prior_precision": prior}, fit={"val_loader": True})

@@ -1,20 +1,14 @@
 """The evidence: its gradients, loops that maximise it, and its relation to that of exact linearised Laplace."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import oracle
 import pytest
 import torch
-from conftest import C, K, Problem, assert_close, make_problem
-from helpers import build, fitted
-from laplace import FullLaplace
-from laplace.curvature import GGNInterface
+from conftest import C, assert_close, make_problem
+from helpers import build, fitted, full_laplace
+from helpers import fit_problem as fit
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-from laplace_ella import ELLALaplace
 
 F64 = torch.float64
 N_TENSORS, N_WEIGHTS = 4, 2 * 13 + 13 + 13 * C + C
@@ -23,22 +17,6 @@ PRIORS = {
     "layerwise": torch.tensor([0.2, 1.7, 0.6, 3.1], dtype=F64),
     "diagonal": torch.logspace(-1, 1, N_WEIGHTS, dtype=F64),
 }
-
-
-def fit(problem: Problem, **options) -> ELLALaplace:
-    options = {"n_eigenvalues": K, "curvature_size": None, **options}
-    la = ELLALaplace(problem.model, **problem.options(**options))
-    la.fit(problem.loader(), landmarks=problem.landmarks)
-    return la
-
-
-def full_laplace(problem: Problem, **options) -> FullLaplace:
-    full = FullLaplace(problem.model, backend=GGNInterface, **problem.options(**options))
-    full.fit(DataLoader(TensorDataset(problem.x, problem.y), batch_size=5))
-    return full
-
-
-# ---------------------------------------------------------------------------- gradients
 
 
 @pytest.mark.parametrize("structure", PRIORS)
@@ -58,32 +36,6 @@ def test_evidence_at_other_hyperparameters_keeps_them():
         fitted().log_marginal_likelihood(sigma_noise=torch.tensor(0.5))
     with pytest.raises(AttributeError, match="fit"):
         build().log_marginal_likelihood()
-
-
-def test_it_is_maximised_online_as_in_the_hosts_regression_example():
-    p = make_problem("mlp", "regression")
-    la = fit(p, temperature=1.0, sigma_noise=1.0, prior_precision=1.0)
-    log_prior, log_sigma = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
-    optimizer = torch.optim.Adam([log_prior, log_sigma], lr=1e-1)
-    evidence = []
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss = -la.log_marginal_likelihood(log_prior.exp(), log_sigma.exp())
-        loss.backward()
-        optimizer.step()
-        evidence.append(-float(loss.detach()))
-    assert evidence[-1] > evidence[0] + 1
-    prior, sigma = float(la.prior_precision.detach()), float(la.sigma_noise.detach())
-    expected = fit(p, temperature=1.0, prior_precision=prior, sigma_noise=sigma)
-    for ours, theirs in zip(la(p.x_test), expected(p.x_test)):
-        assert_close(ours.detach(), theirs, rtol=1e-6)
-    # It ends near the stationary point in sigma.
-    grid = torch.linspace(0.3, 3, 271, dtype=F64).split(1)
-    best = max(float(la.log_marginal_likelihood(sigma_noise=s).detach()) for s in grid)
-    assert evidence[-1] == pytest.approx(best, abs=0.05)
-
-
-# ---------------------------------------------------------------------------- against exact LLA
 
 
 @pytest.mark.parametrize("prior_precision", [0.05, 0.6, 20.0])

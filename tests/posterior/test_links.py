@@ -1,7 +1,6 @@
 """Links at the ends of what a Gaussian over logits can be: no variance, little, unequal, huge; logits of any size."""
 
-from __future__ import annotations
-
+import oracle
 import pytest
 import torch
 from conftest import assert_close
@@ -40,22 +39,17 @@ def links_of(outputs, inverse_link=softmax):
     return found | {"mc, diagonal": through("mc", outputs, inverse_link, diagonal_output=True)}
 
 
-def assert_probabilities(p, eps=None, name="probabilities", sums=True):
-    eps = torch.finfo(p.dtype).eps if eps is None else eps
-    assert p.isfinite().all(), f"{name}: {p}"
-    assert (p >= 0).all(), f"{name}: {p}"
-    assert (p <= 1 + 8 * eps).all(), f"{name}: {p}"
+def assert_probabilities(p, name="probabilities", sums=True):
+    eps = torch.finfo(p.dtype).eps
+    assert ((p >= 0) & (p <= 1 + 8 * eps)).all(), f"{name}: {p}"  # and no NaN
     if sums:
         error = (p.double().sum(-1) - 1).abs().max()
         assert error <= 8 * p.shape[-1] * eps, f"{name}: rows sum to 1 up to {error:.2e}"
 
 
-# ---------------------------------------------------------------------- any size of anything
-
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-sizes = st.sampled_from(
-    [0.0, 1e-300, 1e-150, 1e-30, 1e-8, 1e-3, 1.0, 1e4, 1e15, 1e19, 1e30, 1e38, 1e150, 1e300]
-)
+SIZES = [0.0, 1e-300, 1e-150, 1e-30, 1e-8, 1e-3, 1.0, 1e4, 1e15, 1e19, 1e30, 1e38, 1e150, 1e300]
+sizes = st.sampled_from(SIZES)
 logit_sizes = st.sampled_from([0.0, 1e-30, 1.0, 60.0, 1e4, 1e18, 1e30, 3e38, 1e300])
 
 
@@ -73,9 +67,8 @@ def gaussians(draw):
 
     per_output = torch.tensor(draw(st.lists(sizes, min_size=c, max_size=c)), dtype=F64)
     psi = whiten(numbers(n, c, k, size=per_output[:, None]), numbers(k, k, size=draw(sizes), kind=F64))
-    mean = finite(
-        numbers(n, c, size=draw(logit_sizes)).to(psi.dtype) * draw(st.sampled_from([1, 1e-10, 1e10]))
-    )
+    mean = numbers(n, c, size=draw(logit_sizes)).to(psi.dtype)
+    mean = finite(mean * draw(st.sampled_from([1, 1e-10, 1e10])))
     residual, size = draw(st.sampled_from(["none", "isotropic", "exact"])), draw(sizes)
     isotropic = numbers(n, c * 2, size=size, kind=psi.dtype) if residual == "isotropic" else None
     block = numbers(n, c, c, size=size, kind=psi.dtype) if residual == "exact" else None
@@ -101,8 +94,6 @@ def test_links_depend_smoothly_on_inputs_whatever_the_gaussian(outputs):
             for gradient in torch.autograd.grad(p[:, 0].sum(), leaves):
                 assert gradient.isfinite().all(), name
 
-
-# ---------------------------------------------------------------------- the limit of no variance
 
 logits = st.lists(st.floats(-6, 6), min_size=2, max_size=7)
 
@@ -144,22 +135,6 @@ def test_one_landmark_of_a_linear_layer():
         assert_close(la(x, link_approx=link), limit, 1e-6, name=link)
 
 
-# ---------------------------------------------------------------------- where the bridge applies, and where not
-
-
-def hosts_bridge(f, cov, normalize):
-    """Hobbhahn et al., eq. 7-8, as laplace-torch has it, from a covariance (C, C)."""
-    c = len(f)
-    row_sums, total = cov.sum(-1), cov.sum()
-    f, cov = f - row_sums * f.sum() / total, cov - torch.outer(row_sums, row_sums) / total
-    var = cov.diagonal()
-    if normalize:
-        ratio = var.mean() / (c / 2) ** 0.5
-        f, var = f / ratio.sqrt(), var / ratio
-    alpha = (1 - 2 / c + f.exp() * (-f).exp().sum() / c**2) / var
-    return alpha / alpha.sum()
-
-
 @quick
 @given(logits, st.floats(0.02, 30), st.integers(0, 999))
 def test_the_bridge_is_the_papers_where_variances_are_alike(f, deviation, seed):
@@ -168,32 +143,27 @@ def test_the_bridge_is_the_papers_where_variances_are_alike(f, deviation, seed):
     noise = torch.randn(1, c, c, generator=torch.Generator().manual_seed(seed), dtype=F64)
     psi = deviation * (1.5 * torch.eye(c, dtype=F64) + 0.2 * noise)
     for link in BRIDGES:
-        expected = hosts_bridge(f[0], psi[0] @ psi[0].T, link == "bridge_norm")
-        assert_close(through(link, Outputs(f, psi))[0], expected, 1e-10)
+        expected = oracle.bridge(f, psi @ psi.mT, link == "bridge_norm")
+        assert_close(through(link, Outputs(f, psi)), expected, 1e-10)
+
+
+FIRST, EYE = torch.tensor([1.0, 0, 0], dtype=F64), torch.eye(3, dtype=F64)
+# Paths (T, C, K) from variances the bridge is for to ones it is not for, for t from 0 to 1 (T, 1, 1).
+PATHS = {
+    "size": lambda t: EYE * t,
+    "one output": lambda t: EYE * (1 - FIRST[:, None] * (1 - t)),
+    "rank": lambda t: EYE * (FIRST + (1 - FIRST) * t) + 0.3 * FIRST,
+    "sum": lambda t: EYE - (1 - t) / 3 + FIRST[:, None] * t,
+}
 
 
 @pytest.mark.parametrize("link", BRIDGES)
-@pytest.mark.parametrize("what", ["size", "one output", "rank", "sum"])
-def test_links_have_no_jumps(link, what):
-    """Along a path from variances the bridge is for to ones it is not for."""
+@pytest.mark.parametrize("path", PATHS)
+def test_links_have_no_jumps(link, path):
     t = torch.logspace(-9, 0, 20_000, dtype=F64)
     f = torch.tensor([1.5, -0.5, 0.2], dtype=F64).expand(len(t), 3)
-    psi = torch.eye(3, dtype=F64).expand(len(t), 3, 3).clone()
-    if what == "size":
-        psi *= t[:, None, None]
-    elif what == "one output":
-        psi[:, 2] *= t[:, None]
-    elif what == "rank":
-        psi[:, :, 1:] *= t[:, None, None]
-        psi[:, :, 0] += 0.3
-    else:
-        psi = psi - psi.mean(1, keepdim=True) * (1 - t[:, None, None])
-        psi[:, 0] += t[:, None]
-    p = through(link, Outputs(f, psi))
+    p = through(link, Outputs(f, PATHS[path](t[:, None, None])))
     assert (p[1:] - p[:-1]).abs().max() < 5e-3
-
-
-# ---------------------------------------------------------------------- large numbers are right numbers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -204,9 +174,6 @@ def test_deviations_whose_squares_overflow_are_as_good_as_infinite(dtype):
     for name, expected in links_of(Outputs(f, psi * 1e8)).items():
         if name != "mc, diagonal":  # where an infinite deviation is no larger than another
             assert_close(found[name], expected, 1e-5, name=name)
-
-
-# ---------------------------------------------------------------------- the estimator
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,18 +1,14 @@
 """Interrupts at any point of a call."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from laplace_ella.network.safety import LOCK
 
 
-def ctrl_c() -> None:
+def ctrl_c():
     """Deliver the signal, which Python handles at once."""
     signal.raise_signal(signal.SIGINT)
 
@@ -31,21 +27,21 @@ class Interrupting:
         Raises it.
     """
 
-    def __init__(self, at: int, lines: tuple[str, ...] = (), interrupt: Callable[[], Any] = ctrl_c) -> None:
+    def __init__(self, at, lines=(), interrupt=ctrl_c):
         self.at, self.lines, self.interrupt = at, lines, interrupt
         self.seen, self.where = 0, ""
 
-    def _come_to(self, frame: Any) -> None:
+    def _come_to(self, frame):
         self.seen += 1
         if self.at == self.seen:
             self.where = f"{frame.f_globals.get('__name__')}.{frame.f_code.co_name}, line {frame.f_lineno}, at {self.at}"
             self.interrupt()
 
-    def _profile(self, frame: Any, event: str, argument: Any) -> None:
+    def _profile(self, frame, event, argument):
         if event in ("call", "c_return") and frame.f_code.co_filename != __file__:
             self._come_to(frame)
 
-    def _trace(self, frame: Any, event: str, argument: Any) -> Any:
+    def _trace(self, frame, event, argument):
         if not frame.f_globals.get("__name__", "").startswith(self.lines):
             return None
         if event == "line":
@@ -53,7 +49,7 @@ class Interrupting:
         return self._trace
 
     @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self):
         if self.lines:
             sys.settrace(self._trace)
         else:
@@ -65,7 +61,7 @@ class Interrupting:
             sys.setprofile(None)
 
 
-def points(call: Callable[[], Any], lines: tuple[str, ...] = ()) -> range:
+def points(call, lines=()):
     """Return the numbers of the points at which a call can be interrupted."""
     counting = Interrupting(0, lines)
     with counting.on():
@@ -73,11 +69,11 @@ def points(call: Callable[[], Any], lines: tuple[str, ...] = ()) -> range:
     return range(1, counting.seen + 1)
 
 
-def free() -> bool:
+def free():
     """Say whether another thread may take its turn."""
     found = []
 
-    def try_to() -> None:
+    def try_to():
         found.append(LOCK.acquire(blocking=False))
         if found[0]:
             LOCK.release()

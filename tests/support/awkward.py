@@ -1,7 +1,5 @@
 """Models that some way of differentiating fails on, and checks of their features."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch
@@ -20,20 +18,6 @@ def sequences(n=N, seed=11, dtype=torch.float64):
     return torch.randn(n, T_STEPS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
 
 
-class OnSequences(nn.Module):
-    """A layer on sequences, and a linear head on the mean of what it returns."""
-
-    def __init__(self, make, width=WIDTH, dtype=torch.float64):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = make().to(dtype)
-        self.head = nn.Linear(width, C).to(dtype)
-
-    def forward(self, x):
-        out = self.layer(x)
-        return self.head((out[0] if isinstance(out, tuple) else out).mean(1))
-
-
 def check_features(la, x, model=None):
     """Compare with plain backward passes through the model, or a copy of it."""
     phi, f = la.features(x)
@@ -43,16 +27,11 @@ def check_features(la, x, model=None):
     assert phi.abs().max() > 0
 
 
-def fitted_on_sequences(make, backend=None, width=WIDTH, training=False, dtype=torch.float64, **kwargs):
-    model = OnSequences(make, width, dtype).train(training)
-    data = loader(sequences(dtype=dtype), targets("classification"))
-    return fitted(model=model, data=data, backend=backend, **kwargs)
-
-
 def fitted_with_warnings(model, x, **kwargs):
     """Fit, check the features, and return the estimator with the texts of its warnings."""
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "`torch.jit")  # of dependencies that are imported now
         la = fitted(model=model, data=loader(x, targets("classification", len(x))), **kwargs)
         la(x)
         check_features(la, x[:3])
@@ -86,6 +65,19 @@ def halved_gradient(h):
     with torch.no_grad():
         kept = h / 2
     return h / 2 + kept
+
+
+class OldCube(torch.autograd.Function):
+    """Of the old style: no transform of ``torch.func`` takes it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * ctx.saved_tensors[0] ** 2 * grad
 
 
 class WrongJvp(torch.autograd.Function):

@@ -5,8 +5,6 @@
 A configuration follows from a seed and a number; what fails prints the line that repeats it alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile
@@ -19,7 +17,7 @@ from fuzz_checks import CHECKS, Truth
 from fuzz_configs import Refused, draw_config, fitted
 
 
-def run(seed: int, number: int) -> str:
+def run(seed, number):
     """Check one configuration; returns "agrees", or why it could not be tried.
 
     Raises
@@ -42,7 +40,7 @@ def run(seed: int, number: int) -> str:
     return "agrees"
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -50,7 +48,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="one number, with its traceback")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found: Counter[str] = Counter()
+    found = Counter()
     for number in range(args.start, args.start + args.count) if args.only is None else [args.only]:
         try:
             found[run(args.seed, number)] += 1

@@ -1,7 +1,5 @@
 """Random configurations: a network, data, and options of estimator and fit; and the fit of one."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +39,14 @@ class Config:
     in_training: bool
 
     @property
-    def tolerance(self) -> float:
+    def tolerance(self):
         return TOLERANCE[self.dtype]
 
     @property
-    def spills(self) -> bool:
+    def spills(self):
         return self.options["spill"] is not None
 
-    def __str__(self) -> str:
+    def __str__(self):
         shapes = {k: tuple(v.shape) for k, v in self.options.items() if isinstance(v, Tensor)}
         sizes, pairs = [len(y) for _, y in self.batches], self.landmarks and len(self.landmarks[1])
         return (
@@ -57,14 +55,13 @@ class Config:
         )
 
 
-def draw_config(seed: int, number: int) -> Config:
+def draw_config(seed, number):
     """Draw configuration ``number`` of a seed."""
     draw = Draw(f"{seed}/{number}")
     generator = torch.Generator().manual_seed(draw.getrandbits(31))
-    dtype = draw.choices((torch.float64, torch.float32, torch.bfloat16), (6, 3, 1))[0]
-    likelihood = draw.choice(
-        ("classification", "regression", "bernoulli", "classification", "reward_modeling")
-    )
+    dtype = draw.choices((F64, torch.float32, torch.bfloat16), (6, 3, 1))[0]
+    likelihoods = ("classification", "regression", "bernoulli", "classification", "reward_modeling")
+    likelihood = draw.choice(likelihoods)
     classes = likelihood in ("classification", "reward_modeling")
     n_outputs = draw.randint(2 if classes else 1, 5)
     network = make_network(draw, n_outputs, dtype)
@@ -73,7 +70,7 @@ def draw_config(seed: int, number: int) -> Config:
     one_hot = draw.maybe(0.15)
     of_inputs = draw.choice((dtype, F64)) if dtype != F64 else F64
 
-    def some(n: int, length: int) -> Any:
+    def some(n, length):
         x = network.inputs(n, generator, length)
         return x if isinstance(x, dict) else x.to(dtype).to(of_inputs)
 
@@ -90,18 +87,17 @@ def draw_config(seed: int, number: int) -> Config:
     if draw.maybe(0.6):
         m = draw.choice((1, 3, 7, 11))
         x = some(m, lengths[0])
-        landmarks = x, torch.randint(count(network, x), (m,), generator=generator)
+        landmarks = x, torch.randint(outputs(network, x)[0].numel(), (m,), generator=generator)
     options = draw_options(draw, likelihood, dtype, network, generator)
     if network.family == "tokens":
         options |= {"dict_key_x": network.module.body.key, "dict_key_y": key_y}
     if landmarks is None:
-        pairs = sum(count(network, x) * len(y) for x, y in batches)
+        pairs = sum(outputs(network, x).numel() for x, _ in batches)
         options["subsample_size"] = pairs if draw.maybe(0.6) else draw.choice((1, 2, 5, 13))
-    parts = [len(sizes)]
+    parts, fit_options = [len(sizes)], {}
     if len(sizes) > 1 and draw.maybe(0.2):
         first = draw.randint(1, len(sizes) - 1)
         parts = [first, len(sizes) - first]
-    fit_options: dict[str, Any] = {}
     if landmarks is None and classes and not network.positions and draw.maybe(0.2):
         fit_options["balanced"] = True
     if draw.maybe(0.1) and len(parts) == 1:
@@ -110,7 +106,7 @@ def draw_config(seed: int, number: int) -> Config:
     return Config(*of_data, parts, options, fit_options, in_training=draw.maybe(0.5))
 
 
-def draw_sizes(draw: Draw) -> list[int]:
+def draw_sizes(draw):
     """Draw the sizes of batches: equal but for the last, or any."""
     n, b = draw.choice((1, 3, 7, 11, 13)), draw.choice((1, 2, 3, 5, 20))
     if draw.maybe(0.2):
@@ -118,8 +114,8 @@ def draw_sizes(draw: Draw) -> list[int]:
     return [min(b, n - a) for a in range(0, n, b)]
 
 
-def outputs(network: Network, x: Any) -> Tensor:
-    """Return the outputs for an input as it is drawn."""
+def outputs(network, x):
+    """Return the outputs for inputs as they are drawn."""
     module = network.module.eval()
     dtype = next(module.parameters()).dtype
     with torch.no_grad():
@@ -128,12 +124,7 @@ def outputs(network: Network, x: Any) -> Tensor:
     return getattr(out, "logits", out)
 
 
-def count(network: Network, x: Any) -> int:
-    """Return how many outputs an input has."""
-    return outputs(network, x).shape[1:].numel()
-
-
-def targets(network: Network, x: Any, likelihood: str, one_hot: bool, generator: torch.Generator) -> Tensor:
+def targets(network, x, likelihood, one_hot, generator):
     f = outputs(network, x)
     if likelihood == "regression":
         return torch.randn(f.shape, generator=generator).to(f.dtype)
@@ -145,14 +136,12 @@ def targets(network: Network, x: Any, likelihood: str, one_hot: bool, generator:
     return torch.randint(f.shape[-1], f.shape[:-1], generator=generator)
 
 
-def draw_options(
-    draw: Draw, likelihood: str, dtype: torch.dtype, network: Network, generator: torch.Generator
-) -> dict[str, Any]:
+def draw_options(draw, likelihood, dtype, network, generator):
     """Draw arguments of the estimator."""
     sizes = [p.numel() for p in network.module.parameters() if p.requires_grad]
     shape = draw.choice((1, 1, 1, len(sizes), sum(sizes)))
     precision = (torch.rand(shape, generator=generator, dtype=F64) + 0.1) * draw.choice((0.01, 1.0, 30.0))
-    options: dict[str, Any] = {
+    options = {
         "prior_precision": float(precision) if shape == 1 else precision,
         "n_eigenvalues": draw.choice((1, 2, 3, 5, 9, 0.9)),
         "curvature_size": draw.choice((None, 2000, 2000, 4)),
@@ -172,8 +161,7 @@ def draw_options(
         options["logit_scale"] = draw.choice((1.0, 1.0, 0.5, 3.0))
     if shape == 1:
         options["residual"] = draw.choice(("none", "none", "isotropic", "exact"))
-        options["residual_scale"] = draw.choice((1.0, 1e-3))
-        options["residual_samples"] = draw.choice((1, 3))
+        options |= {"residual_scale": draw.choice((1.0, 1e-3)), "residual_samples": draw.choice((1, 3))}
     options["enable_backprop"] = options.get("residual") != "exact" and draw.maybe(0.1)
     if draw.maybe(0.12):
         options |= {"curvature": "mc", "curvature_samples": draw.choice((1, 3))}
@@ -184,46 +172,32 @@ def draw_options(
     return options
 
 
-# ---------------------------------------------------------------------- fitting
-
-
-def build(config: Config, folder: str) -> ELLALaplace:
-    options = dict(config.options)
-    if options["spill"] == "folder":
-        options["spill"] = folder
+def estimator(config, options):
     if options["backend"] is not None:
-        options["backend"] = BACKENDS[options["backend"]]
+        options = {**options, "backend": BACKENDS[options["backend"]]}
     return ELLALaplace(config.network.module, config.likelihood, **options)
 
 
-def loader(config: Config, first: int, n: int) -> list[Any]:
-    return [x if isinstance(x, dict) else (x, y) for x, y in config.batches[first : first + n]]
-
-
-def fitted(config: Config, folder: str) -> ELLALaplace:
+def fitted(config, folder):
     """Fit, in one part or two."""
-    options = config.options
-    asked_for = (
-        options.get("autodiff") not in (None, "auto"),
-        options["backend"] in ("BackPackGGN", "AsdlGGN"),
-    )
-    config.network.module.train(config.in_training)
+    options, module, start = config.options, config.network.module, 0
+    data = [x if isinstance(x, dict) else (x, y) for x, y in config.batches]
+    allowed = ["All landmark gradients are zero"]
+    if options.get("autodiff") not in (None, "auto"):
+        allowed += ["cannot be differentiated"]
+    if options["backend"] in ("BackPackGGN", "AsdlGGN"):
+        allowed += ["Leave `backend` out", "conv2d.dilation has to be"]
+    module.train(config.in_training)
     try:
-        la = build(config, folder)
-        start = 0
-        for i, n in enumerate(config.parts):
-            given = config.landmarks if i == 0 else None
-            la.fit(loader(config, start, n), override=i == 0, landmarks=given, **config.fit_options)
+        la = estimator(config, options | ({"spill": folder} if options["spill"] == "folder" else {}))
+        for n in config.parts:
+            given = None if start else config.landmarks
+            la.fit(data[start : start + n], override=not start, landmarks=given, **config.fit_options)
             start += n
     except ValueError as error:
-        allowed = ["All landmark gradients are zero"]
-        allowed += ["cannot be differentiated"] if asked_for[0] else []
-        allowed += ["Leave `backend` out", "conv2d.dilation has to be"] if asked_for[1] else []
         if any(text in str(error) for text in allowed):
             raise Refused(str(error)) from error
         raise
-    assert all(m.training == config.in_training for m in config.network.module.modules()), (
-        "training flags changed"
-    )
-    assert all(p.grad is None for p in config.network.module.parameters()), ".grad was written"
+    assert all(m.training == config.in_training for m in module.modules()), "training flags changed"
+    assert all(p.grad is None for p in module.parameters()), ".grad was written"
     return la

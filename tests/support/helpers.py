@@ -1,8 +1,8 @@
 """Data, estimators and references that many tests share; the models are in models.py."""
 
-from __future__ import annotations
-
 import torch
+from laplace import FullLaplace
+from laplace.curvature import GGNInterface
 from models import C, D, DictModel, H, RewardModel, mlp
 from torch.distributions import Normal
 from torch.nn import functional as F
@@ -52,6 +52,26 @@ def fitted(likelihood="classification", model=None, data=None, **kwargs):
     return la
 
 
+def fit_problem(problem, arguments=None, batch=5, **options):
+    """Fit a problem of conftest with its landmarks and 5 directions, by default to all inputs."""
+    options = problem.options(**{"n_eigenvalues": 5, "curvature_size": None, **options})
+    la = laplace_ella.ELLALaplace(problem.model, **options)
+    la.fit(problem.loader(batch), **{"landmarks": problem.landmarks, **(arguments or {})})
+    return la
+
+
+def full_laplace(problem, **options):
+    """Fit laplace-torch's exact estimator to a problem of conftest."""
+    full = FullLaplace(problem.model, backend=GGNInterface, **problem.options(**options))
+    full.fit(loader(problem.x, problem.y, 5))
+    return full
+
+
+def directions(la):
+    """V (P, K)."""
+    return torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
+
+
 def reward_batches(n=N, dtype=torch.float64):
     x = torch.randn(n, 2, D, generator=torch.Generator().manual_seed(5), dtype=dtype)
     return loader(x, targets("classification", n, 2))
@@ -61,33 +81,27 @@ def dict_batches(key_x="input_ids", key_y="labels", n=N, batch_size=7):
     generator = torch.Generator().manual_seed(6)
     tokens = torch.randint(11, (n, 5), generator=generator)
     mask = (torch.arange(5) < torch.randint(2, 6, (n, 1), generator=generator)).long()
-    y = targets("classification", n)
-    return [
-        {key_x: a, "attention_mask": b, key_y: c}
-        for a, b, c in zip(tokens.split(batch_size), mask.split(batch_size), y.split(batch_size))
-    ]
+    parts = zip(*(t.split(batch_size) for t in (tokens, mask, targets("classification", n))))
+    return [{key_x: a, "attention_mask": b, key_y: c} for a, b, c in parts]
 
 
 def reference_features(model, basis, x):
     """J(x) V from one plain backward pass per row and output, in evaluation mode."""
     flags = [(m, m.training) for m in model.modules()]
     model.eval()
-    weights = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    names, weights = zip(*((k, p) for k, p in model.named_parameters() if p.requires_grad))
     with torch.enable_grad():
         out = model(x)
         f = getattr(out, "logits", out)
-        phi = f.new_zeros(*f.shape, basis.rank)
-        for b in range(f.shape[0]):
-            for c in range(f.shape[1]):
-                grads = torch.autograd.grad(
-                    f[b, c], list(weights.values()), retain_graph=True, allow_unused=True
-                )
-                for (name, _), g in zip(weights.items(), grads):
-                    if g is not None:
-                        phi[b, c] += torch.tensordot(basis.directions[name], g, g.ndim)
+        phi = f.new_zeros(f.numel(), basis.rank)
+        for row, value in zip(phi, f.flatten()):
+            grads = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+            for name, g in zip(names, grads):
+                if g is not None:
+                    row += torch.tensordot(basis.directions[name], g, g.ndim)
     for m, training in flags:
         m.training = training
-    return phi.detach(), f.detach()
+    return phi.reshape(*f.shape, -1).detach(), f.detach()
 
 
 def moments(la, x, **options):
@@ -115,16 +129,18 @@ class Snapshot:
 
     def _values(self):
         la = self.la
-        tensors = (la.H, la.loss, la.mean, la.prior_precision, la.sigma_noise, la.basis.eigenvalues)
-        return [t.clone() for t in map(torch.as_tensor, tensors)], (
-            la.n_data,
-            la.n_outputs,
-            la.temperature,
-            la.temperature_fixed,
-            la.subsample_size,
-            la.n_eigenvalues,
-            la.seed,
+        tensors = (
+            la.H,
+            la.loss,
+            la.mean,
+            la.prior_precision,
+            la.prior_mean,
+            la.sigma_noise,
+            la.basis.eigenvalues,
         )
+        counts = (la.n_data, la.n_outputs, la.subsample_size, la.n_eigenvalues, la.seed)
+        set_to = (la.temperature, la.temperature_fixed, la.logit_scale, la.residual, la.residual_scale)
+        return [torch.as_tensor(t).clone() for t in tensors], (*counts, *set_to)
 
     def check(self):
         tensors, plain = self._values()
@@ -134,7 +150,7 @@ class Snapshot:
         assert_same(self.la(self.x, **self.options), self.prediction)
 
 
-def nll_of_calls(la: laplace_ella.ELLALaplace, val, **options) -> float:
+def nll_of_calls(la, val, **options):
     """Mean NLL of an input."""
     total, count = 0.0, 0
     for x, y in val:

@@ -1,9 +1,6 @@
 """Fits that are interrupted at a moment of the test's choice, and what must not differ afterwards."""
 
-from __future__ import annotations
-
 import os
-import warnings
 
 import pytest
 import torch
@@ -43,8 +40,8 @@ class Watched(nn.Module):
         super().__init__()
         self.net = mlp() if net is None else net
         self.at, self.error, self.calls = at, error, 0
-        self.plain: list[tuple[int, float]] = []  # how many inputs plain passes had, and the first number
-        self.derived: list[int] = []  # how many inputs the others had
+        self.plain = []  # how many inputs plain passes had, and the first number
+        self.derived = []  # how many inputs the others had
 
     def forward(self, x):
         if self.calls == self.at:
@@ -64,12 +61,8 @@ class Watched(nn.Module):
 def outcome(la):
     """Return all that a fit finds: tensors, and plain values."""
     tensors = {
-        "H": la.H,
-        "loss": la.loss,
-        "eigenvalues": la.basis.eigenvalues,
-        "spectrum": la.basis.spectrum,
-        "mean": la.mean,
-        "prior_precision": la.prior_precision,
+        **{name: getattr(la, name) for name in ("H", "loss", "mean", "prior_precision")},
+        **{name: getattr(la.basis, name) for name in ("eigenvalues", "spectrum")},
         **{f"directions of {k}": v for k, v in la.basis.directions.items()},
         **{f"snapshot {i}": G for i, (_, G) in enumerate(la.snapshots)},
     }
@@ -122,12 +115,3 @@ def refused(la, data, path, match, **options):
     assert contents(path.parent) == files
     assert la.H is before
     return str(caught.value)
-
-
-def said_by(action):
-    """Return the warnings of an action that ends with KeyboardInterrupt and speak of that."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with pytest.raises(KeyboardInterrupt):
-            action()
-    return [w for w in caught if "interrupted" in str(w.message)]

@@ -4,8 +4,6 @@ Loops of ``.backward()``, dense matrices over all weights, explicit :math:`\Lamb
 nothing here is clever, and nothing here comes from the package.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 
@@ -78,8 +76,8 @@ def output_hessian(f, likelihood):
     r""":math:`\Lambda` (C, C) of one input."""
     if likelihood == "regression":
         return torch.eye(len(f), dtype=f.dtype)
-    p = torch.softmax(f, 0)
-    return torch.diag(p) - torch.outer(p, p)
+    p = inverse_link(f, likelihood)
+    return torch.diag(p * (1 - p)) if likelihood == "bernoulli" else torch.diag(p) - torch.outer(p, p)
 
 
 def curvature(phi, f, likelihood):
@@ -117,26 +115,36 @@ def joint_covariance(phi, A):
 
 
 def loss(f, y, likelihood):
+    """Negative log likelihood of targets (N,) or (N, C), summed."""
     if likelihood == "regression":
         return sum(0.5 * (a - b) ** 2 for a, b in zip(f.flatten(), y.flatten()))
-    return sum(torch.logsumexp(a, 0) - a[c] for a, c in zip(f, y.tolist()))
+    if likelihood == "bernoulli":
+        zero = torch.zeros((), dtype=f.dtype)
+        return sum(torch.logaddexp(zero, a) - a * b for a, b in zip(f.flatten(), y.flatten()))
+    return sum(torch.logsumexp(a, 0) - (a @ b.to(a) if b.ndim else a[int(b)]) for a, b in zip(f, y))
+
+
+def evidence(loss, n_numbers, likelihood, A, projected_prior, scatter, sigma_noise, temperature):
+    r"""Log-lik - 1/2 (log det A - log det V^T Delta V) - 1/2 scatter, of a loss of ``n_numbers`` outputs."""
+    log_likelihood = -loss / (sigma_noise**2 * temperature)
+    if likelihood == "regression":
+        log_likelihood = log_likelihood - n_numbers * math.log(sigma_noise * math.sqrt(2 * math.pi))
+    return log_likelihood - 0.5 * (torch.logdet(A) - torch.logdet(projected_prior) + scatter)
 
 
 def log_evidence(f, y, likelihood, A, projected_prior, prior, offset, sigma_noise, temperature):
-    r"""Log-lik - 1/2 (log det A - log det V^T Delta V) - 1/2 (theta* - mu0)^T Delta (theta* - mu0)."""
-    log_likelihood = -loss(f, y, likelihood) / (sigma_noise**2 * temperature)
-    if likelihood == "regression":
-        log_likelihood = log_likelihood - f.numel() * math.log(sigma_noise * math.sqrt(2 * math.pi))
-    occam = torch.linalg.slogdet(A)[1] - torch.linalg.slogdet(projected_prior)[1]
-    return log_likelihood - 0.5 * occam - 0.5 * offset @ prior @ offset
+    r"""The scatter is (theta* - mu0)^T Delta (theta* - mu0)."""
+    of_data = loss(f, y, likelihood), f.numel(), likelihood
+    return evidence(*of_data, A, projected_prior, offset @ prior @ offset, sigma_noise, temperature)
 
 
-def probit(f, cov):
-    scaled = [
-        [f[b, c] / math.sqrt(1 + math.pi / 8 * cov[b, c, c]) for c in range(f.shape[1])]
-        for b in range(len(f))
-    ]
-    return torch.softmax(torch.tensor(scaled, dtype=f.dtype), -1)
+def inverse_link(f, likelihood):
+    return torch.sigmoid(f) if likelihood == "bernoulli" else torch.softmax(f, -1)
+
+
+def probit(f, cov, likelihood="classification"):
+    scaled = [[m / math.sqrt(1 + math.pi / 8 * v) for m, v in zip(a, c.diagonal())] for a, c in zip(f, cov)]
+    return inverse_link(torch.tensor(scaled, dtype=f.dtype), likelihood)
 
 
 def bridge(f, cov, normalize):
@@ -155,12 +163,12 @@ def bridge(f, cov, normalize):
     return torch.stack(result)
 
 
-def monte_carlo(f, cov, n_samples, generator):
-    """Mean of the softmax of iid samples from N(f, cov), through an eigendecomposition of cov."""
+def monte_carlo(f, cov, n_samples, generator, likelihood="classification"):
+    """Mean of the probabilities of iid samples from N(f, cov), through an eigendecomposition of cov."""
     result = []
     for mean, var in zip(f, cov):
         eigenvalues, Q = torch.linalg.eigh(var)
         root = Q * eigenvalues.clamp_min(0).sqrt()
         noise = torch.randn(n_samples, len(mean), dtype=f.dtype, generator=generator)
-        result.append(torch.softmax(mean + noise @ root.T, -1).mean(0))
+        result.append(inverse_link(mean + noise @ root.T, likelihood).mean(0))
     return torch.stack(result)

@@ -4,8 +4,6 @@ Processes are forked from a server that has imported torch once, so that a group
 a tenth of a second. Every call has a deadline, after which all processes of the group are killed.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import multiprocessing
 import os
@@ -15,11 +13,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing import connection
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +24,7 @@ import torch.distributed as dist
 
 DEADLINE = 60.0
 
-_context: Any = multiprocessing.get_context("forkserver")
+_context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch.distributed", "laplace_ella"])
 
 
@@ -44,7 +40,7 @@ class Outcome:
     exit_code: int | None = None
 
 
-def outcome_of(function: Callable[..., Any], *args: Any) -> Outcome:
+def outcome_of(function, *args):
     """Call a function, and tell what came of it."""
     try:
         return Outcome(function(*args))
@@ -65,11 +61,11 @@ class Group:
         Of the process group, in seconds; by default longer than any call may take.
     """
 
-    def __init__(self, size: int, folder: Path, timeout: float = 10 * DEADLINE) -> None:
+    def __init__(self, size, folder, timeout=10 * DEADLINE):
         if not dist.is_gloo_available():
             pytest.skip("needs torch.distributed with gloo")
         self.size, self.folder, self.pipes, self.processes = size, folder, [], []
-        self.exited: dict[int, int | None] = {}
+        self.exited = {}
         folder.mkdir(parents=True)
         for rank in range(size):
             pipe, other = _context.Pipe()
@@ -81,10 +77,10 @@ class Group:
             self.processes.append(process)
 
     @property
-    def alive(self) -> bool:
+    def alive(self):
         return bool(self.processes) and not self.exited
 
-    def outcomes(self, function: Callable[..., Any], *args: Any, deadline: float = DEADLINE) -> list[Outcome]:
+    def outcomes(self, function, *args, deadline=DEADLINE):
         """Let every rank call a function of a module, and return what came of it, rank by rank.
 
         A process that ends instead has the outcome "exit". Filters of warnings are those of the test.
@@ -111,7 +107,7 @@ class Group:
                     found[rank] = self._exit_of(rank)
         return [found[rank] for rank in range(self.size)]
 
-    def __call__(self, function: Callable[..., Any], *args: Any, deadline: float = DEADLINE) -> list[Any]:
+    def __call__(self, function, *args, deadline=DEADLINE):
         """As :meth:`outcomes`, for calls that return on every rank: their values."""
         outcomes = self.outcomes(function, *args, deadline=deadline)
         failed = [f"Rank {rank}: {o.trace or o.error}" for rank, o in enumerate(outcomes) if o.error]
@@ -119,7 +115,7 @@ class Group:
             pytest.fail("\n".join(failed))
         return [o.value for o in outcomes]
 
-    def in_step(self) -> bool:
+    def in_step(self):
         """Tell whether the ranks can still talk, and none has collectives left from before."""
         token = os.urandom(8)
         try:
@@ -127,7 +123,7 @@ class Group:
         except pytest.fail.Exception:
             return False
 
-    def kill(self) -> None:
+    def kill(self):
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -136,12 +132,12 @@ class Group:
             pipe.close()
         self.processes, self.pipes = [], []
 
-    def _exit_of(self, rank: int) -> Outcome:
+    def _exit_of(self, rank):
         self.processes[rank].join(10)
         self.exited[rank] = self.processes[rank].exitcode
         return Outcome(error="exit", exit_code=self.exited[rank])
 
-    def _stacks(self, ranks: Sequence[int]) -> str:
+    def _stacks(self, ranks):
         found = []
         for rank in ranks:
             os.kill(self.processes[rank].pid, signal.SIGUSR1)
@@ -150,13 +146,13 @@ class Group:
         return "\n".join(found)
 
 
-def _tokens(token: bytes) -> list[bytes]:
-    found: list[Any] = [None] * dist.get_world_size()
+def _tokens(token):
+    found = [None] * dist.get_world_size()
     dist.all_gather_object(found, token)
     return found
 
 
-def _serve(pipe: Any, rank: int, size: int, folder: str, timeout: float) -> None:
+def _serve(pipe, rank, size, folder, timeout):
     torch.set_num_threads(1)
     with open(f"{folder}/stack-{rank}", "w") as file:
         faulthandler.register(signal.SIGUSR1, file, all_threads=True)
@@ -173,7 +169,7 @@ def _serve(pipe: Any, rank: int, size: int, folder: str, timeout: float) -> None
             pipe.send_bytes(pickle.dumps(outcome_of(_answer, request)))
 
 
-def _answer(request: bytes) -> Any:
+def _answer(request):
     filters, function, args = pickle.loads(request)
     with warnings.catch_warnings():
         warnings.resetwarnings()

@@ -1,8 +1,5 @@
 """A fit, and what it leaves, in one process or on the ranks of a group: the same calls, and comparisons of both."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +7,8 @@ import oracle
 import torch
 import torch.distributed as dist
 import torchmetrics
-from conftest import C, K, M, Problem, assert_close, make_problem
+from conftest import C, K, M, assert_close, make_problem
 from helpers import as_tuple
-from processes import Outcome
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -37,28 +33,28 @@ class Case:
     batch: int = 5
 
     @property
-    def problem(self) -> Problem:
+    def problem(self):
         p = make_problem("mlp" if self.model == "confident" else self.model, self.likelihood)
         if self.model == "confident":  # whose logits are too large
             with torch.no_grad():
                 p.model[-1].weight.mul_(6)
         return p
 
-    def estimator(self, model: nn.Module | None = None, **more: Any) -> ELLALaplace:
+    def estimator(self, model=None, **more):
         p = self.problem
         options = {"subsample_size": M, "n_eigenvalues": K, **self.options, **more}
         return ELLALaplace(p.model if model is None else model, **p.options(**options))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self):
         named = {"landmarks": self.problem.landmarks, "val_loader": loader(*self.validation())}
         return {k: named[k] if k in named and v is True else v for k, v in self.fit.items()}
 
-    def fitted(self, model: nn.Module | None = None, data: Any = None, **more: Any) -> ELLALaplace:
+    def fitted(self, model=None, data=None, **more):
         p, la = self.problem, self.estimator(model, **more)
         la.fit(loader(p.x, p.y, self.batch) if data is None else data, **self.arguments())
         return la
 
-    def data(self, n: int = N_MORE, seed: int = 12) -> tuple[Tensor, Tensor]:
+    def data(self, n=N_MORE, seed=12):
         """Inputs of another sample, with targets that the model predicts at times."""
         p, generator = self.problem, torch.Generator().manual_seed(seed)
         x = torch.randn(n, *p.x.shape[1:], generator=generator, dtype=F64)
@@ -66,20 +62,25 @@ class Case:
         f = oracle.outputs(p.model, x) + (4 if self.likelihood == "classification" else 1) * noise
         return x, f.argmax(1) if self.likelihood == "classification" else f
 
-    def validation(self) -> tuple[Tensor, Tensor]:
+    def validation(self):
         return self.data(N_VAL, 11)
 
-    def shard(self, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    @property
+    def same_steps(self):
+        """Whether ranks take snapshots at the n at which one process does: not in a second pass."""
+        return self.options.get("curvature_size", 1) is not None
+
+    def shard(self, sizes):
         """This rank's part of data that are divided unevenly; all of them in one process."""
         p = self.problem
         return mine(p.x, sizes), mine(p.y, sizes)
 
 
-def mine(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def mine(values, sizes):
     return values.split(sizes)[dist.get_rank()] if dist.is_initialized() else values
 
 
-def loader(x: Tensor, y: Tensor, batch: int = 5, **sampling: Any) -> DataLoader:
+def loader(x, y, batch=5, **sampling):
     """Load the whole data in one process, this rank's part of them in a group."""
     dataset = TensorDataset(x, y)
     if not dist.is_initialized():
@@ -88,27 +89,12 @@ def loader(x: Tensor, y: Tensor, batch: int = 5, **sampling: Any) -> DataLoader:
     return DataLoader(dataset, batch, sampler=sampler)
 
 
-def batches(x: Tensor, y: Tensor, batch: int = 5) -> list[tuple[Tensor, Tensor]]:
+def batches(x, y, batch=5):
     return list(zip(x.split(batch), y.split(batch))) if len(x) else []
 
 
-class Counted:
-    """Counts the batches that are asked for."""
-
-    def __init__(self, batches: Any) -> None:
-        self.batches, self.asked = batches, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            self.asked += 1
-            yield batch
-
-
-# ---------------------------------------------------------------------------- what a fit leaves
-
-
-def predictions(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
-    calls: dict[str, dict[str, Any]] = {"probit": {}, "mc": {"link_approx": "mc", "n_samples": 32}}
+def predictions(la, x):
+    calls = {"probit": {}, "mc": {"link_approx": "mc", "n_samples": 32}}
     if la.likelihood == "regression":
         calls = {"moments": {}, "joint": {"joint": True}}
     found = {f"{k} {i}": t for k, v in calls.items() for i, t in enumerate(as_tuple(la(x, **v)))}
@@ -116,20 +102,20 @@ def predictions(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
     return found
 
 
-def posterior_of(la: ELLALaplace) -> dict[str, Any]:
+OF_FIT = ("H", "loss", "n_data", "n_predictions", "n_outputs", "n_curvature", "mean", "prior_precision")
+OF_FIT += ("temperature", "sigma_noise", "residual_scale", "logit_scale")
+OF_BASIS = ("eigenvalues", "spectrum", "trace", "rank", "n_landmarks")
+
+
+def posterior_of(la):
     found = {"n": [n for n, _ in la.snapshots], **{f"snapshot {n}": G for n, G in la.snapshots}}
-    for name in ("H", "loss", "n_data", "n_predictions", "n_outputs", "n_curvature", "mean"):
-        found[name] = getattr(la, name)
-    for name in ("prior_precision", "temperature", "sigma_noise", "residual_scale", "logit_scale"):
-        found[name] = getattr(la, name)
-    for name in ("eigenvalues", "spectrum", "trace", "rank", "n_landmarks"):
-        found[name] = getattr(la.basis, name)
-    found["evidence"] = la.log_marginal_likelihood().detach()
-    found["history"] = la.fit_history_
-    return found
+    found |= {name: getattr(la, name) for name in OF_FIT} | {
+        name: getattr(la.basis, name) for name in OF_BASIS
+    }
+    return found | {"evidence": la.log_marginal_likelihood().detach(), "history": la.fit_history_}
 
 
-def report(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
+def report(la, x):
     """Return all that a fit leaves."""
     return {
         **posterior_of(la),
@@ -139,14 +125,16 @@ def report(la: ELLALaplace, x: Tensor) -> dict[str, Any]:
     }
 
 
-def run(case: Case) -> dict[str, Any]:
+def run(case):
     return report(case.fitted(), case.problem.x_test)
 
 
-# ---------------------------------------------------------------------------- comparisons
+def check_run(group, case):
+    """Require that ranks find what one process finds."""
+    check(group(run, case), run(case), case.same_steps)
 
 
-def assert_identical(left: Any, right: Any, name: str = "value") -> None:
+def assert_identical(left, right, name="value"):
     """Require the same bits."""
     assert type(left) is type(right), name
     if isinstance(left, dict):
@@ -159,7 +147,7 @@ def assert_identical(left: Any, right: Any, name: str = "value") -> None:
         assert left == right, name
 
 
-def assert_agree(found: Any, expected: Any, name: str = "value") -> None:
+def assert_agree(found, expected, name="value"):
     """Require numbers that differ by rounding only."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys(), name
@@ -175,33 +163,30 @@ def assert_agree(found: Any, expected: Any, name: str = "value") -> None:
         assert found == expected, name
 
 
-def check(found: list[dict[str, Any]], expected: dict[str, Any], same_steps: bool = True) -> None:
+def check(found, expected, same_steps=True):
     """Require the same bits on all ranks, and what one process found up to rounding.
 
     ``same_steps=False``: where batches are others, so are the n of all snapshots but the last.
     """
     for rank, other in enumerate(found[1:], start=1):
         assert_identical(other, found[0], f"rank {rank} against rank 0")
-    if same_steps:
-        assert_agree(found[0], expected)
-    else:
-        assert found[0]["n"][-1] == expected["n"][-1]
-        assert_identical(found[0][f"snapshot {found[0]['n'][-1]}"], found[0]["H"])
-        assert_agree(without_steps(found[0]), without_steps(expected))
+    ours = found[0]
+    if not same_steps:
+        assert ours["n"][-1] == expected["n"][-1]
+        assert_identical(ours[f"snapshot {ours['n'][-1]}"], ours["H"])
+        steps = tuple(k for k in (*ours, *expected) if k.startswith("snapshot") or k in ("n", "history"))
+        ours, expected = ({k: v for k, v in d.items() if k not in steps} for d in (ours, expected))
+    assert_agree(ours, expected)
 
 
-def without_steps(found: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in found.items() if not k.startswith("snapshot") and k not in ("n", "history")}
-
-
-def assert_refused(outcomes: list[Outcome], text: str) -> None:
+def assert_refused(outcomes, text):
     """Require the same kind of error on all ranks."""
     for outcome in outcomes:
         assert outcome.error == "ValueError", outcome.trace
         assert text in outcome.text
 
 
-def assert_stopped(outcomes: list[Outcome], kind: str, text: str = "", failed: int = 1) -> None:
+def assert_stopped(outcomes, kind, text="", failed=1):
     """Require that one rank raised its error, and that the others were told at once."""
     mine = outcomes[failed]
     assert mine.error == kind, mine.trace
@@ -215,49 +200,46 @@ def assert_stopped(outcomes: list[Outcome], kind: str, text: str = "", failed: i
         assert mine.text in other.text
 
 
-# ---------------------------------------------------------------------------- tuning
-
-
 class Brier(torchmetrics.Metric):
     """Mean squared distance of probabilities to labels, weighted by class."""
 
     higher_is_better = False
     full_state_update = False
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.add_state("total", torch.zeros((), dtype=F64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=F64), dist_reduce_fx="sum")
 
-    def update(self, p: Tensor, y: Tensor) -> None:
+    def update(self, p, y):
         weights = 1.0 + y.double()
         self.total += (weights * (p.double() - nn.functional.one_hot(y, C)).square().sum(1)).sum()
         self.count += weights.sum()
 
-    def compute(self) -> Tensor:
+    def compute(self):
         return self.total / self.count
 
 
-def miscalibration(p: Tensor, y: Tensor) -> float:
+def miscalibration(p, y):
     """A loss of all inputs at once, which no mean over batches or ranks is."""
     confidence, label = p.max(1)
     return 0.1 + abs(float(confidence.double().mean()) - float((label == y).double().mean()))
 
 
-def wide(means: Tensor, covariances: Tensor, targets: Tensor) -> float:
+def wide(means, covariances, targets):
     variances = covariances.diagonal(dim1=1, dim2=2)
     return float(((targets - means).square() / (variances + 0.5) + (variances + 0.5).log()).sum(1).max())
 
 
-def calibration_error() -> torchmetrics.Metric:
+def calibration_error():
     return torchmetrics.classification.MulticlassCalibrationError(C, n_bins=5)
 
 
-def composed() -> torchmetrics.Metric:
+def composed():
     return 3 - 2 * torchmetrics.classification.MulticlassAccuracy(C, average="micro")
 
 
-def tune(la: ELLALaplace, case: Case, arguments: dict[str, Any], val: Any = None) -> None:
+def tune(la, case, arguments, val=None):
     loss = arguments.get("loss")
     if loss in (Brier, calibration_error, composed):
         arguments = {**arguments, "loss": loss()}
@@ -268,25 +250,57 @@ def tune(la: ELLALaplace, case: Case, arguments: dict[str, Any], val: Any = None
     )
 
 
-GRIDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+HOT = {"temperature": 50.0}
+GRIDS = {
     "probit": ("classification", {}, {}),
     "mc": ("classification", {}, {"link_approx": "mc", "n_samples": 32}),
     "regression": ("regression", {}, {}),
-    "callable": ("classification", {"temperature": 50.0}, {"loss": miscalibration, "grid_size": 301}),
+    "callable": ("classification", HOT, {"loss": miscalibration, "grid_size": 301}),
     "callable of moments": ("regression", {"temperature": 5e3}, {"loss": wide}),
-    "metric of sums": ("classification", {"temperature": 50.0}, {"loss": Brier}),
-    "metric of lists": ("classification", {"temperature": 50.0}, {"loss": calibration_error}),
-    "metric of metrics": ("classification", {"temperature": 50.0}, {"loss": composed, "grid_size": 301}),
-    "nn": (
-        "classification",
-        {"temperature": 50.0},
-        {"pred_type": "nn", "link_approx": "mc", "n_samples": 7, "grid_size": 9},
-    ),
+    "metric of sums": ("classification", HOT, {"loss": Brier}),
+    "metric of lists": ("classification", HOT, {"loss": calibration_error}),
+    "metric of metrics": ("classification", HOT, {"loss": composed, "grid_size": 301}),
+    "nn": ("classification", HOT, {"pred_type": "nn", "link_approx": "mc", "n_samples": 7, "grid_size": 9}),
     "residual": ("classification", {"residual": "isotropic"}, {}),
     "small memory": ("classification", {"memory_budget": 3000}, {}),
 }
 
 
-def grid_case(name: str) -> Case:
+def grid_case(name):
     likelihood, options, _ = GRIDS[name]
     return Case(likelihood, "confident", options={"temperature": None, **options})
+
+
+SAMPLE, STREAMED = {"curvature_size": 13}, {"curvature_size": None}
+FITS = {
+    "all inputs": Case(),
+    "a sample of inputs": Case(options=SAMPLE),
+    "a second pass": Case("regression", options=STREAMED),
+    "sampled labels": Case(options={"curvature": "mc", "curvature_samples": 3, **SAMPLE, "seed": 5}),
+    "sampled labels in a second pass": Case(options={"curvature": "mc", "curvature_size": None}),
+    "more landmarks than inputs": Case("regression", options={"subsample_size": 47}),
+    "every pair": Case(options={"subsample_size": 1000}),
+    "one landmark": Case(options={"subsample_size": 1, "n_eigenvalues": 1}),
+    "a share of the trace": Case(options={"n_eigenvalues": 0.9}),
+    "more directions than rank": Case(options={"n_eigenvalues": 31}),
+    "blocks of rows": Case(options={"memory_budget": 3000}),
+    "blocks of two rows": Case("regression", options={"memory_budget": 1300}),
+    "blocks of many rows": Case(options={"memory_budget": 16_000, "subsample_size": 47}),
+    "spilled rows": Case(options={"memory_budget": 2000, "spill": "cpu", "spill_dtype": torch.float32}),
+    "reverse mode": Case("regression", options={"autodiff": "reverse"}),
+    "isotropic residual": Case(options={"residual": "isotropic", "residual_scale": 0.3}),
+    "exact residual": Case("regression", options={"residual": "exact", "residual_scale": 0.3}),
+    "layerwise prior": Case(options={"prior_precision": LAYERWISE}),
+    "balanced": Case(options=SAMPLE, fit={"balanced": True}),
+    "balanced pairs": Case(options={"subsample_size": 47}, fit={"balanced": True}),
+    "given landmarks": Case("regression", fit={"landmarks": True}),
+    "batches of one": Case(batch=1, options=SAMPLE),
+    "snapshots at every batch": Case(batch=3, options=SAMPLE, fit={"val_steps": 1}),
+    "snapshots at every second batch": Case(batch=3, options=SAMPLE, fit={"val_steps": 2}),
+    "the first inputs": Case(options=SAMPLE, fit={"max_samples": 14}),
+    "the first inputs of many": Case("regression", fit={"max_samples": 13, "n_total": 101}),
+    "the first in a second pass": Case(options=STREAMED, fit={"max_samples": 1, "landmarks": True}),
+    "convolutions": Case(model="conv_batchnorm", options=SAMPLE),
+    "tied weights": Case(model="tied", options=SAMPLE),
+    "frozen weights": Case(model="partly_frozen", options=SAMPLE),
+}

@@ -1,26 +1,23 @@
 """Over-confident networks, labels that say so, and searches by loops over calls."""
 
-from __future__ import annotations
-
 import torch
-from conftest import C, K, Problem, make_problem
+from conftest import C, make_problem
+from helpers import fit_problem
 from torch import Tensor
 from torch.nn import functional as F
-
-from laplace_ella import ELLALaplace
 
 F64 = torch.float64
 N_VAL = 211  # above the 200 under which a search warns
 
 
-def over_confident(likelihood: str) -> Problem:
+def over_confident(likelihood):
     problem = make_problem("mlp", likelihood)
     with torch.no_grad():
         problem.model[-1].weight.mul_(4)
     return problem
 
 
-def validation(problem: Problem, n: int = N_VAL, size: int = 53) -> list[tuple[Tensor, Tensor]]:
+def validation(problem, n=N_VAL, size=53):
     """Labels from the model's own logits at a temperature, so that confidence matters."""
     generator = torch.Generator().manual_seed(17)
     x = 2 * torch.randn(n, 2, generator=generator, dtype=F64)
@@ -33,36 +30,34 @@ def validation(problem: Problem, n: int = N_VAL, size: int = 53) -> list[tuple[T
     return list(zip(x.split(size), y.split(size)))
 
 
-def fit(problem: Problem, **options) -> ELLALaplace:
-    """Fit with the landmarks of the problem; the temperature is free."""
-    la = ELLALaplace(problem.model, **problem.options(**{"n_eigenvalues": K, "temperature": None, **options}))
-    la.fit(problem.loader(), landmarks=problem.landmarks, val_steps=1)
-    return la
+def fit(problem, **options):
+    """Fit as fit_problem does, with snapshots, and a free temperature."""
+    return fit_problem(problem, {"val_steps": 1}, **{"curvature_size": 2000, "temperature": None, **options})
 
 
-def whole(val) -> tuple[Tensor, Tensor]:
+def whole(val):
     """All batches in one."""
     return tuple(torch.cat(part) for part in zip(*val))
 
 
-def outputs_and_targets(problem: Problem, val) -> tuple[Tensor, Tensor]:
+def outputs_and_targets(problem, val):
     x, y = whole(val)
     with torch.no_grad():
         return problem.model(x), y
 
 
-def brier(p: Tensor, y: Tensor) -> Tensor:
+def brier(p, y):
     return (p - F.one_hot(y, C)).square().sum(-1).mean()
 
 
-def grid_search(la: ELLALaplace, val, **options) -> float:
+def grid_search(la, val, **options):
     """Search the prior precision over 15 values, and return what was chosen."""
     options = {"log_prior_prec_min": -3, "log_prior_prec_max": 4, "grid_size": 15, **options}
     la.optimize_prior_precision(method="gridsearch", val_loader=val, **options)
     return la.prior_precision.item()
 
 
-def by_loop(la: ELLALaplace, score, low: float = -3.0, high: float = 4.0, size: int = 15) -> float:
+def by_loop(la, score, low=-3.0, high=4.0, size=15):
     """Return the prior precision of the lowest score, each from calls at that value."""
     scores = {}
     for delta in torch.logspace(low, high, size).tolist():
@@ -73,21 +68,14 @@ def by_loop(la: ELLALaplace, score, low: float = -3.0, high: float = 4.0, size: 
     return min(scores, key=scores.__getitem__)
 
 
-def state(la: ELLALaplace) -> dict:
+def state(la):
     """What must be as before, as plain values."""
-    found = {}
 
-    def add(prefix, value):
+    def plain(value):
         if isinstance(value, dict):
-            for key, part in value.items():
-                add(f"{prefix}.{key}", part)
-        elif isinstance(value, Tensor):
-            found[prefix] = (value.dtype, value.flatten().tolist())
-        elif isinstance(value, (list, tuple)):
-            for i, part in enumerate(value):
-                add(f"{prefix}[{i}]", part)
-        else:
-            found[prefix] = value
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, Tensor):
+            return value.dtype, value.tolist()
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
-    add("state", la.state_dict())
-    return found
+    return plain(la.state_dict())

@@ -1,32 +1,25 @@
 """What a call may not change: the model, and the process."""
 
-from __future__ import annotations
-
 import signal
 import warnings
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from laplace_ella.network import safety
 
 
-def process_flags() -> dict[str, Any]:
+def process_flags():
     """Return the switches, modes and stacks of torch and Python that calls go near."""
     cuda, private = torch.backends.cuda, torch._C
     level = private._functorch.peek_interpreter_stack()
+    attention = ("flash", "mem_efficient", "math", "cudnn")
     return {
         "grad": (torch.is_grad_enabled(), private._is_fwd_grad_enabled()),
         "inference": torch.is_inference_mode_enabled(),
-        "attention": (
-            cuda.flash_sdp_enabled(),
-            cuda.mem_efficient_sdp_enabled(),
-            cuda.math_sdp_enabled(),
-            cuda.cudnn_sdp_enabled(),
-        ),
+        "attention": [getattr(cuda, f"{kind}_sdp_enabled")() for kind in attention],
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark),
@@ -46,13 +39,13 @@ def process_flags() -> dict[str, Any]:
 class Untouched:
     """Everything of a model and of the process that must be as before."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model):
         self.model = model
         for p in model.parameters():
             p.grad = torch.full_like(p, 7.0) if p.requires_grad else None
         self.before = self._look()
 
-    def _look(self) -> dict[str, Any]:
+    def _look(self):
         m = self.model
         parts = list(m.modules())
         return {
@@ -72,7 +65,7 @@ class Untouched:
             "flags": process_flags(),
         }
 
-    def check(self, where: str = "") -> None:
+    def check(self, where=""):
         after = self._look()
         for name, before in self.before.items():
             if isinstance(before, dict) and name != "flags":

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import assert_close
-from helpers import C, build, fitted, inputs, loader, mlp, targets, train_loader
+from helpers import C, H, build, fitted, inputs, loader, mlp, targets, train_loader
 from interrupting import Ending, go_on, interrupt
 from models import Applied
 from processes import Group
@@ -22,42 +22,34 @@ pytestmark = [
 X = inputs(7, seed=7)
 
 
-def conv_net():
-    torch.manual_seed(0)
-    return nn.Sequential(
+LAYERS = {
+    "conv": lambda: [
         nn.Conv2d(3, 8, 3, padding=1),
         nn.BatchNorm2d(8),
-        nn.ReLU(inplace=True),
+        nn.ReLU(True),
         nn.Flatten(),
-        nn.Linear(8 * 64, C),
-    )
-
-
-def transformer():
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    return nn.Sequential(
-        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(24, C)
-    )
-
-
-def recurrent():
-    torch.manual_seed(0)
-    layers = nn.ModuleList([nn.LSTM(8, 5, batch_first=True), nn.Linear(5, C)])
-    return Applied(lambda net, x: net[1](net[0](x)[0][:, -1]), layers)
-
-
-SHAPES = {"conv": (conv_net, (3, 8, 8)), "transformer": (transformer, (3, 8)), "LSTM": (recurrent, (3, 8))}
+        nn.Linear(512, C),
+    ],
+    "transformer": lambda: [
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(24, C),
+    ],
+    "LSTM": lambda: [
+        Applied(lambda net, x: net(x)[0][:, -1], nn.LSTM(8, 5, batch_first=True)),
+        nn.Linear(5, C),
+    ],
+}
 
 
 @pytest.mark.filterwarnings("ignore:This model cannot be differentiated for several")
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("autodiff", ["forward", "double", "reverse"])
 def test_a_gpu_gives_what_a_cpu_does(name, autodiff):
-    make, shape = SHAPES[name]
-    x = torch.randn(23, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shape = (23, 3, 8, 8) if name == "conv" else (23, 3, 8)
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     data = loader(x, targets("classification"), pin_memory=False)
-    model = make().double().eval()
+    model = nn.Sequential(*LAYERS[name]()).double().eval()
     cpu = fitted(model=copy.deepcopy(model), data=data, autodiff=autodiff)
     gpu = fitted(model=model.cuda(), data=data, autodiff=autodiff)
     assert_close(gpu.basis.eigenvalues, cpu.basis.eigenvalues, rtol=1e-6)
@@ -77,6 +69,29 @@ def test_pinned_loaders_and_moved_models():
     moved = fitted(model=model)
     moved.load_state_dict(state)
     assert_close(moved(X), fitted()(X), rtol=1e-6)
+
+
+@pytest.mark.parametrize("residual", ["none", "isotropic", "exact"])
+def test_what_was_fitted_follows_the_model_to_another_device(residual):
+    la = fitted(residual=residual)
+    here, evidence = la(X, link_approx="mc"), la.log_marginal_likelihood()
+    la.model.cuda()
+    assert torch.allclose(la(X, link_approx="mc").cpu(), here, atol=1e-8)
+    assert torch.allclose(la.log_marginal_likelihood().cpu(), evidence)
+    assert all(t.is_cuda for t in (la.posterior_covariance, la.sample(3), la.H))
+    la.fit(train_loader(), override=False)
+    la.model.cpu()
+    assert la(X, link_approx="mc").device.type == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_atomic_additions_are_not_random(dtype):
+    def scattered(net, x):
+        h = net[0](x)
+        index = torch.arange(H * 1000, device=x.device) % H
+        return net[2](torch.zeros_like(h).index_add(1, index, h.repeat(1, 1000) / 1000).tanh())
+
+    fitted(model=Applied(scattered, mlp(dtype=dtype)).cuda(), data=train_loader(dtype=dtype), n_eigenvalues=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -194,8 +209,8 @@ def test_processes_that_share_a_gpu(shard, tmp_path):
     finally:
         group.kill()
     la = fitted(model=mlp().cuda(), data=list(train_loader()), temperature=None)
-    for H, p in found:
-        assert_close(H, la.H.cpu(), rtol=1e-6)
+    for curvature, p in found:
+        assert_close(curvature, la.H.cpu(), rtol=1e-6)
         assert_close(p, la(X.cuda()).cpu(), rtol=1e-6)
 
 

@@ -16,24 +16,14 @@ import os, signal, threading, warnings
 warnings.simplefilter("ignore")
 import torch
 from torch import nn
-import laplace_ella
+from helpers import build, inputs, targets
+from models import Applied
 
-class Stops(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Tanh(), nn.Linear(7, 3)).double()
-        self.called = lambda: None
-
-    def forward(self, x):
-        self.called()
-        return self.net(x)
-
-torch.manual_seed(0)
-model = Stops().train()
-x, y = torch.randn(23, 5).double(), torch.randint(3, (23,))
-la = laplace_ella.Laplace(
-    model, "classification", "all", "ella", subsample_size=13, n_eigenvalues=5, temperature=1.0
-)
+net = nn.Sequential(nn.Linear(5, 7), nn.Dropout(0.5), nn.Tanh(), nn.Linear(7, 3)).double()
+model = Applied(lambda net, x: model.called() or net(x), net).train()
+model.called = lambda: None
+x, y = inputs(), targets("classification")
+la = build(model=model)
 la.fit([(x, y)])
 expected = la(x)
 
@@ -90,9 +80,9 @@ print("done")
 
 
 def test_a_child_forked_during_a_call_predicts_and_fits():
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300
-    )
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}:{tests / 'support'}"}
+    program = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("done")

@@ -15,8 +15,6 @@ from awkward import X
 from helpers import N_TEST, C, D, DictModel, K, dict_batches, fitted, inputs, loader, val_loader
 from torch import nn
 
-# Networks of a few weights on random labels often have their optimum on an edge of the grid;
-# test_hyperparameter_search.py tests what is said of it.
 pytestmark = pytest.mark.filterwarnings("ignore:The best (prior_precision|temperature), ")
 
 
@@ -35,20 +33,6 @@ def test_bridge_links_edit_nothing_in_place(link):
     la = fitted(temperature=200.0)
     first = la(X, link_approx=link)
     assert torch.equal(first, la(X, link_approx=link))
-
-
-def test_members_of_the_host_live_in_the_span():
-    la = fitted("regression", prior_precision=torch.linspace(1, 2, 66), sigma_noise=0.5)
-    V = torch.cat([v.flatten(1) for v in la.basis.directions.values()], 1).T
-    projected = V.T @ (la.prior_precision_diag[:, None] * V)
-    A = la.H / 0.25 + projected
-    torch.testing.assert_close(la.posterior_precision, A)
-    torch.testing.assert_close(la.log_det_prior_precision, projected.logdet())
-    torch.testing.assert_close(la.log_det_posterior_precision, A.logdet())
-    draws = la.sample(20_000, torch.Generator().manual_seed(0)) - la.mean
-    torch.testing.assert_close(draws @ V @ V.T, draws)
-    found = (draws @ V).T.cov()
-    assert (found - A.inverse()).norm() < 0.05 * A.inverse().norm()
 
 
 def test_marglik_does_not_reset_a_temperature_that_was_tuned():

@@ -6,13 +6,15 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import GeneratorType
 from typing import Any
 
 import pytest
 import torch
 from anywhere import Interrupting, ctrl_c, free, points
-from helpers import C, D, H, build, inputs, targets
+from helpers import C, D, H, build, fitted, inputs, targets
+from interrupting import Ending
 from torch import Tensor, nn
 from untouched import Untouched, process_flags
 
@@ -57,18 +59,15 @@ class Storing(nn.Module):
 
 
 def new(model: nn.Module, data: Any = DATA, **options: Any) -> Any:
-    la = build(model=model, subsample_size=6, n_eigenvalues=3, curvature_size=None, **options)
+    la = build(model=model, subsample_size=6, n_eigenvalues=3, **options)
     la.fit(data)
     return la
 
 
-class Loader:
-    """Yields the data, line by line."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in DATA:
-            x, y = batch
-            yield x, y
+def loaded() -> Iterator[Any]:
+    for batch in DATA:
+        x, y = batch
+        yield x, y
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
@@ -77,7 +76,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "prediction": lambda la: la(X),
     "prediction with a graph": lambda la: la(X.clone().requires_grad_()),
     "gradient rows": lambda la: kernels(la.backend.engine, X),
-    "fit": lambda la: new(la.model, Loader()),
+    "fit": lambda la: new(la.model, loaded()),
 }
 
 
@@ -89,9 +88,7 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return found
 
 
-def check(
-    la: Any, name: str, lost: list[Any], most: int, lines: tuple[str, ...], interrupt: Callable[[], Any]
-) -> None:
+def check(la: Any, name: str, lost: list[Any], most: int, lines: tuple[str, ...], interrupt: Any) -> None:
     """Interrupt a call at many points, looking at what it leaves while the traceback is still there."""
     untouched = Untouched(la.model)
     CALLS[name](la)  # torch loads some of its parts at their first use
@@ -115,20 +112,14 @@ def check(
     assert torch.equal(la.H, expected.H), "and fits"
 
 
-@pytest.mark.parametrize(
-    ("name", "lines", "most"),
-    [
-        ("forward", (), 150),
-        ("forward", CRITICAL, 1000),
-        ("last layer", (), 100),
-        ("prediction", (), 150),
-        ("prediction", CRITICAL, 150),
-        ("prediction with a graph", (), 60),
-        ("gradient rows", (), 60),
-        ("fit", (), 20),
-        ("fit", CRITICAL, 20),
-    ],
-)
+ANYWHERE = {"forward": 150, "last layer": 100, "prediction": 150, "prediction with a graph": 60}
+ANYWHERE |= {"gradient rows": 60, "fit": 20}
+AT_LINES = {"forward": 1000, "prediction": 150, "fit": 20}
+TRIED = [*((name, (), most) for name, most in ANYWHERE.items())]
+TRIED += [(name, CRITICAL, most) for name, most in AT_LINES.items()]
+
+
+@pytest.mark.parametrize(("name", "lines", "most"), TRIED)
 def test_ctrl_c_anywhere_leaves_all_as_it_was(name, lines, most, lost):
     la = new(Storing(), enable_backprop=name == "prediction with a graph")
     check(la, name, lost, most, lines, ctrl_c)
@@ -141,6 +132,19 @@ def interrupt() -> None:
 @pytest.mark.parametrize(("name", "most"), [("prediction", 100), ("gradient rows", 30), ("fit", 40)])
 def test_an_interrupt_at_any_line_of_model_or_loader_leaves_all_as_it_was(name, most, lost):
     check(new(Storing()), name, lost, most, (__name__,), interrupt)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_ctrl_c_before_a_first_fit_leaves_an_unfitted_estimator(at):
+    """While the first batch is read, or the second."""
+    la = build(model=Storing())
+    with pytest.raises(KeyboardInterrupt):
+        la.fit(Ending(DATA * 2, at, KeyboardInterrupt))
+    assert (la.H, la.temperature) == (None, 1.0)
+    with pytest.raises(AttributeError, match="fit"):
+        la(X)
+    la.fit(DATA)
+    assert torch.equal(la.H, fitted(model=Storing(), data=DATA).H)
 
 
 def steps(n_signals: int, done: list[int]) -> None:
@@ -159,10 +163,7 @@ def steps(n_signals: int, done: list[int]) -> None:
 def test_ctrl_c_waits_for_a_chunk_and_a_second_one_does_not(n_signals, n_done):
     done: list[int] = []
     before = process_flags()
-    if n_signals:
-        with pytest.raises(KeyboardInterrupt):
-            safely(Storing(), lambda: steps(n_signals, done))
-    else:
+    with pytest.raises(KeyboardInterrupt) if n_signals else nullcontext():
         safely(Storing(), lambda: steps(n_signals, done))
     assert len(done) == n_done
     assert process_flags() == before
@@ -318,7 +319,6 @@ def test_modes_of_the_callers_stay_entered():
 
 def test_a_ctrl_c_that_was_raised_is_not_raised_again(monkeypatch):
     la = new(Storing())
-    monkeypatch.setattr(
-        interrupts, "_waiting", [None]
-    )  # as a second one leaves it that comes while the first is raised
+    # As a second one leaves it that comes while the first is raised.
+    monkeypatch.setattr(interrupts, "_waiting", [None])
     la(X)

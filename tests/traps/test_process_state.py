@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import error, predicted
 from helpers import as_tuple, build, inputs, mlp, targets
 
 import laplace_ella
@@ -40,26 +41,6 @@ def batches(likelihood, n=23, seed=1, dtype=torch.float32):
     return list(zip(inputs(n, seed=seed, dtype=dtype).split(7), y.split(7)))
 
 
-def generator():
-    return torch.Generator("cpu").manual_seed(3)
-
-
-def predictions(la, x):
-    """Every link, and samples of everything."""
-    mc = {"link_approx": "mc", "n_samples": 8}
-    found = [la.features(x), la.sample(3, generator=generator())]
-    found.append(la(x, "nn", link_approx="mc", n_samples=4, generator=generator()))
-    if la.likelihood == "regression":
-        found += [la(x), la(x, joint=True), la(x, diagonal_output=True)]
-    else:
-        bridges = () if la.likelihood == "bernoulli" else ("bridge", "bridge_norm")
-        found += [la(x, link_approx=link) for link in ("probit", "mc", *bridges)]
-        found += [la(x, **mc, diagonal_output=True), la(x, **mc, generator=generator())]
-        found.append(la.predictive_samples(x, n_samples=4, generator=generator()))
-    found.append(la.functional_samples(x, n_samples=4, generator=generator()))
-    return [t for p in found for t in as_tuple(p)]
-
-
 def loaded(la, model, directions, **options):
     """Save, and load into a fresh estimator."""
     file = io.BytesIO()
@@ -83,15 +64,13 @@ def life(likelihood, residual, model, train, val, x):
     la = build(likelihood, model, **options)
     la.fit(train)
     found = [la.H, la.loss, la.mean, la.basis.eigenvalues, *la.basis.directions.values()]
-    found += [la.log_marginal_likelihood(), *predictions(la, x)]
-    found += [la.novelty(x), la.residual_share(x)]
+    found += predicted(la, x)
     if likelihood != "regression":
         la.calibrate_novelty(val)
         found.append(la.novelty(x))
-    error = la.approximation_error(x, train).covariance_error
-    found.append(torch.tensor(error, dtype=torch.float64, device="cpu"))
+    found.append(error(la, x, train))
     for directions in ("full", "half", "landmarks"):
-        found += predictions(loaded(la, model, directions, **options), x)
+        found += predicted(loaded(la, model, directions, **options), x)
     search = {"method": "gridsearch", "val_loader": val, "grid_size": 2, "link_approx": "mc", "n_samples": 4}
     for pred_type in ("glm", "nn"):
         la.optimize_prior_precision(pred_type, **search)
@@ -116,7 +95,7 @@ def life(likelihood, residual, model, train, val, x):
             estimator.sigma_noise = 0.9
     la.merge(other)
     la.forget(val)
-    return [*found, la.H, *predictions(la, x)]
+    return [*found, la.H, *predicted(la, x)]
 
 
 def assert_same_bits(found, expected):
@@ -186,15 +165,13 @@ def test_a_half_default_dtype_leaves_quasi_random_points_finite():
             assert torch.equal(quasi_normal(16, 3, 5), expected)
 
 
-# ---------------------------------------------------------------------- no constructor leaves it to the process
-
 # What makes a tensor of nothing, or of numbers of Python's.
 MADE = {"zeros", "ones", "empty", "full", "eye", "arange", "linspace", "logspace", "range", "empty_strided"}
 MADE |= {"tensor", "as_tensor", "asarray", "scalar_tensor", "rand", "randn", "randint", "randperm"}
 # Functions and methods that draw from the global generator where none is given.
 DRAWN = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial"}
-DRAWING_METHODS = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
-DRAWING_METHODS |= {"cauchy_", "geometric_", "log_normal_"}
+METHODS = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_"}
+METHODS |= {"cauchy_", "geometric_", "log_normal_"}
 NEVER = {"Tensor", "FloatTensor", "DoubleTensor", "LongTensor", "rand_like", "randn_like", "randint_like"}
 NEVER |= {"set_default_dtype", "set_default_device", "set_default_tensor_type", "manual_seed", "seed"}
 
@@ -210,7 +187,7 @@ def faults(source: str) -> list[str]:
         missing = set()
         if of_torch and name in MADE:
             missing |= {"dtype", "device"} - keywords
-        if (of_torch and name in DRAWN) or name in DRAWING_METHODS:
+        if (of_torch and name in DRAWN) or name in METHODS:
             missing |= {"generator"} - keywords
         if of_torch and name in NEVER:
             missing |= {"another function"}

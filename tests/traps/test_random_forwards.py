@@ -105,16 +105,6 @@ def test_forwards_that_are_functions(function):
     check_features(fitted(model=net(function).train()), X)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_atomic_additions_are_not_random(dtype):
-    def scattered(layer, x):
-        index = torch.arange(H * 1000, device=x.device) % H
-        return torch.zeros_like(x).index_add(1, index, x.repeat(1, 1000) / 1000)
-
-    fitted(model=net(scattered).to("cuda", dtype), data=train_loader(dtype=dtype), n_eigenvalues=1)
-
-
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 0.01)]
 )

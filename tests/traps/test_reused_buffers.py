@@ -12,10 +12,7 @@ from laplace_ella.posterior.likelihoods import LIKELIHOODS
 from laplace_ella.tuning.scoring import Block, ValidationData
 from laplace_ella.tuning.store import Store
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Only 28 validation inputs"),
-    pytest.mark.filterwarnings("ignore:The best (prior_precision|temperature)"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:(Only 28|The best (prior_precision|temperature))")
 
 LENGTH = 7
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    DictModel,
     as_tuple,
     assert_same,
     build,
@@ -13,13 +12,12 @@ from helpers import (
     fitted,
     inputs,
     loader,
-    mlp,
     targets,
     train_loader,
     val_loader,
 )
 from interrupting import Watched, all_files, batches, go_on
-from models import Applied
+from models import Applied, DictModel, mlp
 from torch import nn
 
 from laplace_ella.fitting import stages
@@ -50,10 +48,8 @@ def products(la):
 
 def wide(dtype, width=199):
     torch.manual_seed(0)
-    net = nn.Sequential(
-        nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3)
-    )
-    return net.to(dtype)
+    hidden = nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()
+    return nn.Sequential(*hidden, nn.Linear(width, 3)).to(dtype)
 
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])

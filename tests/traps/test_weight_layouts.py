@@ -9,6 +9,7 @@ from conftest import assert_close
 from helpers import C, D, H, K, M, N, build, fitted, inputs, loader, targets
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from laplace_ella.network.functional import flat, is_dense
 
@@ -95,6 +96,20 @@ def test_in_blocks_and_spilled(model, spilled):
     check_against_dense(fit(model, memory_budget=2000, **spilled), model, rtol=1e-4 if spilled else None)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_pruned_weights(dim):
+    """A weight that is a product of a parameter, transposed in memory, and a mask of whole rows or columns."""
+    model = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, C)).double()
+    model[0].weight = nn.Parameter(drawn(D, H).T)
+    with torch.no_grad():  # what a hook stores is no graph that a copy would need
+        prune.ln_structured(model[0], "weight", 0.4, n=2, dim=dim)
+    mask, la = model[0].weight_mask.bool(), fit(model)
+    check_against_dense(la, model)
+    assert 0 < mask.sum() < mask.numel()
+    assert not la.basis.directions["0.weight_orig"][:, ~mask].any()
+    assert (model[0].weight == model[0].weight_orig * mask).all()
+
+
 def test_restored_and_shortened(model, tmp_path):
     la = fit(model)
     torch.save(la.state_dict(), tmp_path / "la.pt")
@@ -115,6 +130,8 @@ def test_the_exact_residual_and_sampled_weights(model):
     expected = oracle.covariance(phi, A) + outside @ outside.mT / 0.6
     assert_close(la(x)[1], expected)
     assert la.sample(3).shape == (3, la.n_params)
+    layerwise = fit(model, prior_precision=torch.arange(1.0, la.n_layers + 1))
+    assert layerwise(x).isfinite().all()
     assert la.predictive_samples(x, "nn", n_samples=3).isfinite().all()
 
 

@@ -8,16 +8,7 @@ import functools
 import pytest
 import torch
 from awkward import X, check_features
-from helpers import (
-    N_TEST,
-    C,
-    D,
-    H,
-    build,
-    fitted,
-    mlp,
-    train_loader,
-)
+from helpers import N_TEST, C, D, H, build, fitted, mlp, train_loader
 from models import Applied
 from torch import nn
 from torch.nn import functional as F
@@ -72,13 +63,13 @@ def in_attribute(net):
     return net.cached_weight
 
 
-ALIASES = {"list": lambda: Net(lambda net: net.aliases[0]), "part in closure": in_closure}
 CACHES = {
     "tuple in dict": lambda: Net(in_dict),
     "attribute": lambda: Net(in_attribute),
     "cached property": lambda: Net(lambda net: net.cached_property),
     "lru_cache": lambda: Net(lambda net: net.cached()),
 }
+KINDS = {"list": lambda: Net(lambda net: net.aliases[0]), "part in closure": in_closure, **CACHES}
 ELSEWHERE = r"reads 'first.weight' elsewhere"
 
 
@@ -87,10 +78,10 @@ def stored(model):
     return {k: list(v) if isinstance(v, (dict, list)) else v for k, v in vars(model).items() if "cache" in k}
 
 
-@pytest.mark.parametrize("kind", {**ALIASES, **CACHES})
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("autodiff", MODES)
 def test_weights_read_elsewhere_are_refused_by_name(kind, autodiff):
-    model = {**ALIASES, **CACHES}[kind]()
+    model = KINDS[kind]()
     before = stored(model)
     la = build(model=model, autodiff=autodiff)
     for start in (la.plan, la.fit):
@@ -154,16 +145,11 @@ def test_inside_a_re_entrant_checkpoint_whose_graph_does_not_show_it():
     assert model.head.bias.grad is None
 
 
-def parametrized():
-    torch.manual_seed(0)
-    layers = [parametrizations.orthogonal(nn.Linear(D, D)), nn.Tanh(), nn.Linear(D, C)]
-    return nn.Sequential(*layers).double()
-
-
 @pytest.mark.filterwarnings("ignore:.*(one by one|forward mode|slice by slice)")
 @pytest.mark.parametrize("warm", [False, True])
 def test_cached_parametrizations(warm):
-    model = parametrized()
+    layers = [parametrizations.orthogonal(nn.Linear(D, D)), nn.Tanh(), nn.Linear(D, C)]
+    model = nn.Sequential(*layers).double()
     name = "0.parametrizations.weight.original"
     expected = fitted(model=copy.deepcopy(model), n_eigenvalues=3)
     with parametrize.cached():

@@ -1,7 +1,5 @@
 """The simpler methods beside a search: each is a direct minimisation on the same data."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -24,23 +22,20 @@ CLASSIFICATION = ("MAP", "temperature scaling", "vector scaling", "constant vari
 REGRESSION = ("MAP", "constant variance", "last-layer variance")
 
 
-def scores(**options) -> tuple[dict[str, float], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores of an over-confident classifier; its outputs, targets, and squared norms of the last layer's inputs."""
-    p = over_confident("classification")
+def scores(likelihood, methods, **options):
+    """Scores of an over-confident network; its outputs, targets, and the last layer's squared norms."""
+    p = over_confident(likelihood)
     val = validation(p)
     result = fit(p).optimize_hyperparameters(val, apply=False, **options)
-    assert tuple(result.baselines) == CLASSIFICATION
+    assert tuple(result.baselines) == methods
     with torch.no_grad():
         z = p.model[:-1](whole(val)[0])
-    return {k: b.score for k, b in result.baselines.items()}, *outputs_and_targets(p, val), norms(z)
-
-
-def norms(z: torch.Tensor) -> torch.Tensor:
-    return z.square().sum(-1, keepdim=True) + 1
+    found = {k: b.score for k, b in result.baselines.items()}
+    return found, *outputs_and_targets(p, val), z.square().sum(-1, keepdim=True) + 1
 
 
 def test_baselines_of_a_classifier_are_direct_minimisations():
-    found, f, y, _ = scores()
+    found, f, y, _ = scores("classification", CLASSIFICATION)
     assert found["MAP"] == pytest.approx(F.cross_entropy(f, y).item(), abs=1e-9)
     scaled = lambda t: F.cross_entropy(f / math.exp(t), y).item()  # noqa: E731
     best = minimize_scalar(scaled, bounds=(-5, 5), method="bounded", options={"xatol": 1e-9})
@@ -65,7 +60,7 @@ def test_baselines_of_a_classifier_are_direct_minimisations():
 
 
 def test_variances_through_the_probit_link_are_direct_minimisations():
-    found, f, y, shape = scores(link_approx="probit")
+    found, f, y, shape = scores("classification", CLASSIFICATION, link_approx="probit")
     assert found["constant variance"] == pytest.approx(found["temperature scaling"], abs=1e-5)
 
     def last_layer(log_v):  # variance v (|z|^2 + 1) of every logit, z the input of the last layer
@@ -75,14 +70,7 @@ def test_variances_through_the_probit_link_are_direct_minimisations():
 
 
 def test_baselines_of_a_regression_are_direct_minimisations():
-    p = over_confident("regression")
-    val = validation(p)
-    result = fit(p).optimize_hyperparameters(val, apply=False)
-    assert tuple(result.baselines) == REGRESSION
-    found = {k: b.score for k, b in result.baselines.items()}
-    f, y = outputs_and_targets(p, val)
-    with torch.no_grad():
-        shape = norms(p.model[:-1](whole(val)[0]))
+    found, f, y, shape = scores("regression", REGRESSION)
 
     def nll(variance):
         return -Normal(f, variance.sqrt().expand_as(f)).log_prob(y).sum().item() / len(f)
@@ -91,7 +79,7 @@ def test_baselines_of_a_regression_are_direct_minimisations():
     assert found["constant variance"] == pytest.approx(nll((f - y).square().mean()), abs=1e-4)
     variances = np.r_[0, np.geomspace(1e-6, 2, 80)]
     free = min(nll(s**2 + v * shape) for s in np.linspace(0.02, 2.5, 60) for v in variances)
-    fixed = min(nll(p.sigma_noise**2 + v * shape) for v in variances)
+    fixed = min(nll(0.7**2 + v * shape) for v in variances)
     assert free - 5e-3 <= found["last-layer variance"] <= fixed + 1e-3
     assert found["MAP"] >= found["constant variance"] - 1e-9
 

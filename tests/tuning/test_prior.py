@@ -1,7 +1,5 @@
 """Tuning of the prior precision by validation data and by the evidence, and of the temperature with it."""
 
-from __future__ import annotations
-
 import math
 import warnings
 
@@ -9,30 +7,9 @@ import pytest
 import torch
 import torchmetrics
 from conftest import C, assert_close
-from helpers import (
-    N,
-    as_tuple,
-    build,
-    fitted,
-    inputs,
-    loader,
-    mlp,
-    nll_of_calls,
-    train_loader,
-    val_loader,
-)
+from helpers import N, as_tuple, build, fitted, inputs, loader, mlp, nll_of_calls, train_loader, val_loader
 from laplace.utils import validate
-from searching import (
-    brier,
-    by_loop,
-    fit,
-    grid_search,
-    outputs_and_targets,
-    over_confident,
-    state,
-    validation,
-    whole,
-)
+from searching import brier, by_loop, fit, grid_search, over_confident, state, validation, whole
 from torch import nn
 
 F64 = torch.float64
@@ -44,25 +21,20 @@ SIZES = {"scalar": 1, "layerwise": 4, "diag": sum(p.numel() for p in mlp().param
 quiet = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-# ---------------------------------------------------------------------------- what a grid search finds
-
-
 def calibration_error():
     return torchmetrics.CalibrationError("multiclass", num_classes=C, n_bins=7)
 
 
-def of_metric(la, val, **options) -> float:
-    metric = calibration_error()
-    for x, y in val:
-        metric.update(la(x, **options), y)
-    return metric.compute().item()
+def of_whole(loss):
+    """Score the predictions of all data at once."""
+    return lambda la, val, **options: loss()(la(whole(val)[0], **options), whole(val)[1]).item()
 
 
-# Name: what is given as ``loss``, and the same from calls.
+# Name: what makes the loss, and the same from calls.
 LOSSES = {
     "default": (lambda: None, nll_of_calls),
-    "callable": (lambda: brier, lambda la, val, **o: brier(la(whole(val)[0], **o), whole(val)[1]).item()),
-    "metric": (calibration_error, of_metric),
+    "callable": (lambda: brier, of_whole(lambda: brier)),
+    "metric": (calibration_error, of_whole(calibration_error)),
 }
 
 
@@ -80,27 +52,24 @@ def test_grid_search_finds_what_a_loop_over_calls_finds_whatever_the_memory(name
     assert la.temperature == 300.0
 
 
+NOISE_SCALE_RESIDUAL = [
+    ("regression", {"sigma_noise": 0.5}),
+    ("regression", {"sigma_noise": 1.3, "memory_budget": 2000}),
+    ("classification", {"logit_scale": 0.5, "temperature": 300.0}),
+    ("classification", {"residual": "isotropic", "residual_scale": 0.1}),
+    *((likelihood, {"residual": "exact", "residual_scale": 0.1}) for likelihood in LIKELIHOODS),
+]
+
+
 @quiet
-@pytest.mark.parametrize(
-    ("likelihood", "options"),
-    [
-        ("regression", {"sigma_noise": 0.5}),
-        ("regression", {"sigma_noise": 1.3, "memory_budget": 2000}),
-        ("classification", {"logit_scale": 0.5, "temperature": 300.0}),
-        ("classification", {"residual": "isotropic", "residual_scale": 0.1}),
-        ("classification", {"residual": "exact", "residual_scale": 0.1}),
-        ("regression", {"residual": "exact", "residual_scale": 0.1}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("likelihood", "options"), NOISE_SCALE_RESIDUAL, ids=str)
 def test_grid_search_uses_noise_scale_and_residual(likelihood, options):
     p = over_confident(likelihood)
     la, val = fit(p, **{"temperature": 30.0, **options}), validation(p)
     expected = by_loop(la, lambda: nll_of_calls(la, val))
     assert grid_search(la, val) == expected
-    assert {k: float(getattr(la, k)) for k in options if k != "residual"} == pytest.approx(
-        {k: v for k, v in options.items() if k != "residual"}
-    )
+    numbers = {k: v for k, v in options.items() if k != "residual"}
+    assert {k: float(getattr(la, k)) for k in numbers} == pytest.approx(numbers)
 
 
 @quiet
@@ -142,30 +111,20 @@ class VarianceMetric(torchmetrics.Metric):
         return (self.total / self.count).log().abs()
 
 
-def test_a_metric_of_three_arguments_gets_mean_covariance_and_targets():
+def test_a_metric_of_three_arguments_gets_mean_covariance_and_targets_and_one_of_two_the_mean():
     la, val = fitted("regression", temperature=1e9), val_loader("regression")
     options = {"log_prior_prec_min": -2, "log_prior_prec_max": 2, "grid_size": 41}
-    grid_search(la, val, loss=VarianceMetric(), **options)
+    best = grid_search(la, val, loss=VarianceMetric(), **options)
     _, var = la(whole(val)[0], diagonal_output=True)
     assert var.mean().log().abs().item() < math.log(10) / 20 + 1e-6
-
-
-def test_a_metric_of_two_arguments_gets_the_mean():
-    la = fitted("regression")
-    metric = torchmetrics.MeanSquaredError(num_outputs=C)
     with pytest.warns(UserWarning, match="same for every setting"):
-        grid_search(la, val_loader("regression"), loss=metric, grid_size=3)
-    assert la.prior_precision.item() == 1.0
+        assert grid_search(la, val, loss=torchmetrics.MeanSquaredError(num_outputs=C), grid_size=3) == best
 
 
 @quiet
 def test_grid_search_over_another_base():
-    la, val = fitted(temperature=200.0), val_loader()
     options = {"log_prior_prec_min": 1, "log_prior_prec_max": 4, "grid_size": 4, "log_prior_prec_base": 2.0}
-    assert grid_search(la, val, **options) in (2, 4, 8, 16)
-
-
-# ---------------------------------------------------------------------------- sampled weights
+    assert grid_search(fitted(temperature=200.0), val_loader(), **options) in (2, 4, 8, 16)
 
 
 @quiet
@@ -181,9 +140,6 @@ def test_the_nn_predictive_is_repeatable_and_leaves_the_global_generator_alone(l
         assert torch.equal(torch.get_rng_state(), before)
     grid = torch.logspace(-4, 6, 5).tolist()
     assert chosen[0] == chosen[1] in grid[1:]  # a prior as wide as the first ruins sampled weights
-
-
-# ---------------------------------------------------------------------------- a free temperature
 
 
 def soft_labels(la, temperature, prior_precision=1e-7, **options):
@@ -242,14 +198,11 @@ def test_a_given_temperature_is_fixed_and_none_is_free():
     assert free.temperature > 10
 
 
-# ---------------------------------------------------------------------------- what is said
-
-
 @pytest.mark.parametrize("right", [True, False])
 def test_an_optimum_on_an_edge_of_the_prior_grid_warns_and_says_which_way(right):
     p = over_confident("classification")
     la, x = fit(p, temperature=100.0), whole(validation(p))[0]
-    f, _ = outputs_and_targets(p, validation(p))
+    f = p.model(x).detach()
     # Right labels want less variance, hence a larger precision.
     labels = f.argmax(1) if right else f.argmin(1)
     with pytest.warns(UserWarning, match=rf"edge.*log_prior_prec_{'max' if right else 'min'}"):
@@ -298,14 +251,6 @@ def test_marglik_with_a_free_temperature_warns_exactly_once_and_is_silent_otherw
     assert free.temperature == 1.0
 
 
-def test_verbose_prints_the_result(capsys):
-    fitted().optimize_prior_precision(n_steps=2, verbose=True)
-    assert "prior precision" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------------------- by the evidence
-
-
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_marglik_raises_the_evidence_the_more_the_finer_the_prior(likelihood):
     reached = []
@@ -324,9 +269,10 @@ def test_marglik_raises_the_evidence_the_more_the_finer_the_prior(likelihood):
     assert start < reached[0] < reached[1] < reached[2]
 
 
-def test_marglik_is_the_default_and_keeps_the_structure_of_its_start():
+def test_marglik_is_the_default_prints_and_keeps_the_structure_of_its_start(capsys):
     la = fitted()
-    la.optimize_prior_precision(n_steps=3)
+    la.optimize_prior_precision(n_steps=3, verbose=True)
+    assert "prior precision" in capsys.readouterr().out
     assert la.prior_precision.shape == (1,)
     assert la.prior_precision.item() != 1.0
     la.optimize_prior_precision(n_steps=3, init_prior_prec=torch.ones(4))

@@ -1,10 +1,9 @@
 """What a search returns, notes and warns of."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import warnings
+from functools import partial
 
 import matplotlib as mpl
 import pytest
@@ -21,8 +20,7 @@ X = inputs(7, seed=7)
 quiet = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def free(**options):
-    return fitted(**{"temperature": None, **options})
+free = partial(fitted, temperature=None)
 
 
 def searched(la, val, **options):
@@ -58,25 +56,19 @@ def test_the_result_is_frozen_and_its_summary_names_every_method_and_its_score(l
         result.plot(3)
 
 
-def test_simpler_methods_that_are_as_good_are_named():
+def test_simpler_methods_as_good_or_better_are_named_and_an_optimum_on_an_edge_is_noted():
     p = over_confident("classification")
     _, messages = searched(fit(p), validation(p), search=["temperature"])
     assert any("as good" in m and "temperature scaling" in m for m in messages)
     _, messages = searched(fit(p), validation(p), search={"temperature": [1e-9]})
     assert any("MAP" in m for m in messages)
-
-
-def test_what_is_better_is_called_better():
     la = free(logit_scale=30.0)
     val = [(x, la.model(x).argmin(-1)) for x, _ in val_loader()]
-    result, _ = searched(la, val, search={"temperature": [1e-3]})
-    assert any("are better" in note and "MAP" in note for note in result.notes)
-    assert not any("as good" in note and "MAP" in note for note in result.notes)
-
-
-def test_an_optimum_on_an_edge_is_noted():
-    result, _ = searched(free(), val_loader(), search={"logit_scale": [5.0, 10.0]})
-    assert any("edge" in note and "below" in note for note in result.notes)
+    notes = searched(la, val, search={"temperature": [1e-3]})[0].notes
+    assert any("are better" in note and "MAP" in note for note in notes)
+    assert not any("as good" in note and "MAP" in note for note in notes)
+    notes = searched(free(), val_loader(), search={"logit_scale": [5.0, 10.0]})[0].notes
+    assert any("edge" in note and "below" in note for note in notes)
 
 
 def test_warnings_name_the_users_line():
@@ -88,9 +80,8 @@ def test_warnings_name_the_users_line():
     la, state = free(), fitted().state_dict()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        la.optimize_prior_precision(
-            method="gridsearch", val_loader=val_loader(), loss=broken_now_and_then, grid_size=11
-        )
+        options = {"method": "gridsearch", "val_loader": val_loader(), "grid_size": 11}
+        la.optimize_prior_precision(loss=broken_now_and_then, **options)
         la.optimize_hyperparameters(val_loader(), loss=broken_now_and_then)
         build(enable_backprop=True).load_state_dict(state)
     assert len(caught) >= 3

@@ -1,12 +1,10 @@
 """The search itself: which settings of a grid are tried, whatever they are scored by."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
-from helpers import fitted, val_loader
+from helpers import C, fitted, inputs, loader, val_loader
 from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -57,3 +55,17 @@ def test_noise_is_searched_finely_enough_that_no_wide_variance_stands_in_for_it(
     found = la.optimize_hyperparameters(val, apply=False)
     fine = {"temperature": [1e-3, 1.0, 1e3, 1e6], "sigma_noise": torch.logspace(-1, 0.5, 60).tolist()}
     assert found.score <= la.optimize_hyperparameters(val, fine, apply=False).score + 1e-3
+
+
+def test_noise_is_tuned_to_the_spread_of_targets_of_constant_variance():
+    la, x = fitted("regression", prior_precision=1e9, temperature=1.0), inputs(300, seed=5)
+    errors = 0.3 * torch.randn(300, C, dtype=torch.float64)
+    la.optimize_hyperparameters(loader(x, la.model(x).detach() + errors), ["sigma_noise"])
+    assert la.sigma_noise.item() == pytest.approx(errors.square().mean().sqrt().item(), rel=1e-3)
+
+
+def test_a_temperature_on_the_end_of_its_range_is_said():
+    la, x = fitted(temperature=None), inputs(17, seed=3)
+    data = [(x, la.model(x).argmin(1))]  # labels that a wider variance always fits better
+    with pytest.warns(UserWarning, match=r"best temperature, 1e\+06, lies on an edge .* falls above it"):
+        la.optimize_prior_precision(method="gridsearch", val_loader=data, log_prior_prec_min=-6, grid_size=1)
