@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import platform
 from dataclasses import replace
+from itertools import cycle
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,10 @@ import torch
 from conftest import assert_close
 from helpers import C, M, N, build, fitted, inputs, loader, reference_features, targets, train_loader
 from models import Applied
-from parts import Endless
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 import laplace_ella
 from laplace_ella import NystromGGN, ReverseNystromGGN
@@ -30,6 +30,13 @@ from laplace_ella.nystrom import gram
 
 X = inputs(7, seed=7)
 MODES = ["forward", "double", "reverse"]
+
+
+class Endless(IterableDataset):
+    """Inputs without end."""
+
+    def __iter__(self):
+        return zip(iter(lambda: inputs(1)[0], None), cycle([0, 1]))
 
 
 class ConvNet(nn.Module):
