@@ -258,7 +258,10 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
             "curvature",
             f"{n or 'all'} inputs",
             n * cost,
-            directions + 8 * size * facts.n_coordinates * rank + engine.feature_bytes(mode, chunks, x),
+            directions
+            + engine.prepared_bytes(mode, x, rank)
+            + 8 * size * facts.n_coordinates * rank
+            + engine.feature_bytes(mode, chunks, x),
             n * rehearsal.per_curvature(),
         ),
     ]

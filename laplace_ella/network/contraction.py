@@ -27,6 +27,7 @@ from .derived import Call, DerivedModel, DivergedError, Record, record, repeated
 from .functional import FunctionalModel, Weights
 from .memory import Chunks
 from .pulling import in_blocks, pulled
+from .rewriting import RewrittenModel
 from .uses import RULES, Context, Elementwise, Layout, Product, UnknownUseError, Use, layout_of, used
 
 Action = Callable[[Use, Tensor], None]
@@ -72,6 +73,11 @@ class _Pass:
         self.read += [(t, t._version) for t in args if isinstance(t, Tensor) and id(t) not in names]
         context = Context(slot, self.layouts[number])
         y, uses = used(call.function, context, args, kwargs)
+        if y._is_view():  # written in place later, it has another history than that of its cotangents
+            if number in self.model.written:
+                y = y.clone()
+            else:
+                self.read.append((y, y._version))
         if any(y is t for t in args):  # written in place
             self.read = [(t, v) for t, v in self.read if t is not y]
         first = not y.requires_grad
@@ -82,7 +88,7 @@ class _Pass:
 
     def check(self) -> None:
         """Require that nothing was written to that layers took."""
-        if any(t._version != version for t, version in self.read):
+        if any(t._version != version for t, version in self.read if not t.is_inference()):
             raise DivergedError
 
     def backward(self, f: Tensor, cotangents: Tensor, action: Action) -> None:
@@ -131,14 +137,18 @@ class ContractedModel(DerivedModel):
     uses : list of Use
         Of one input, for counts.
     uncovered : frozenset of str
-        Weights that enter a call without a rule.
+        Weights that enter a call without a rule, whose gradients are taken by reverse mode.
+    one_by_one : bool
+        Whether reverse mode takes the inputs of a batch one by one.
     """
 
-    def __init__(self, model: FunctionalModel, record: Record) -> None:
+    def __init__(self, model: FunctionalModel, record: Record, one_by_one: bool = False) -> None:
         super().__init__(model, record)
+        self.one_by_one = one_by_one
         self.layouts: dict[int, Layout] = {}
         self.uncovered: frozenset[str] = frozenset()
         self.uses: list[Use] = []
+        self.written: frozenset[int] = frozenset()  # calls whose output is written to in place
         self._last: frozenset[str] = frozenset()  # kernels that are laid out with channels last
 
     @cached_property
@@ -220,7 +230,7 @@ def _channels_last(kernels: Tensor) -> Tensor:
     return kernels.movedim(2, -1).contiguous().movedim(-1, 2)
 
 
-def contracted_model(model: FunctionalModel, x: Input) -> ContractedModel:
+def contracted_model(model: FunctionalModel, x: Input, one_by_one: bool = False) -> ContractedModel:
     """Record how a model uses its weights; inside ``safely``.
 
     Raises
@@ -228,10 +238,11 @@ def contracted_model(model: FunctionalModel, x: Input) -> ContractedModel:
     Exception
         Whatever the model raises when it is run on several copies of the first input of ``x``.
     """
-    made = ContractedModel(model, record(model, x))
+    made = ContractedModel(model, record(model, x), one_by_one)
     x = repeated(model, x)
     size, sources = batch_size(x), made.record.sources
     uncovered: set[str] = set()
+    outputs: list[tuple[int, Tensor, int]] = []
 
     def use(number: int, call: Call, names: dict[int, str], args: Any, kwargs: Any) -> Any:
         y = call.function(*args, **kwargs)
@@ -251,15 +262,18 @@ def contracted_model(model: FunctionalModel, x: Input) -> ContractedModel:
             assert layout is not None
             made.layouts[number] = layout
             made.uses += uses
+            outputs.append((number, y, y._version))
         return y
 
     made.followed(*made.parts(made.ready()), x, use)
+    made.written = frozenset(number for number, y, version in outputs if y._version != version)
     # Of what is derived from several weights, either all are covered or none.
     together = [sources for sources in made.record.sources.values() if len(sources) > 1]
     while more := {k for s in together if s & uncovered for k in s} - uncovered:
         uncovered |= more
     made.uncovered = frozenset(uncovered)
-    made._last = frozenset(use.slot for use in made.uses if isinstance(use, Product) and use.last)
+    if isinstance(model, RewrittenModel) and model.rewrites.channels_last:
+        made._last = frozenset(use.slot for use in made.uses if isinstance(use, Product) and use.last)
     made.forget()
     return made
 
@@ -314,7 +328,7 @@ def _contracted(
         phi, f = _of_layers(model, weights, directions, block, *us)
         if other:
             own = {k: weights[k] for k in other}
-            phi = phi + pulled(model.model, own, other, block, len(f), *us)[0]
+            phi = phi + pulled(model.model, None if model.one_by_one else own, other, block, len(f), *us)[0]
         return phi, f
 
     return in_blocks(compute, chunks.inputs, x, *cotangents)

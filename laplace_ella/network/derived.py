@@ -344,7 +344,7 @@ def along(function: Callable[[Weights], Weights], weights: Weights, directions: 
     if found is not None:
         return found
     # Without forward mode: the gradient of <u, J v> = <J^T u, v> with respect to u.
-    made, pull = vjp(function, weights)
+    made, pull, *_ = vjp(function, weights)
 
     def pushed(tangent: Weights) -> Weights:
         zeros = {k: torch.zeros_like(t) for k, t in made.items()}

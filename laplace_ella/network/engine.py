@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from functools import cache, partial
 from typing import Any
@@ -238,12 +239,12 @@ class Engine:
         """Describe inputs of the shape of ``x``; this is found out once per shape."""
         kind = setting_of(self.module), signature(x)
         if kind not in self._facts:
-            precision = self.support(x).precision
+            precision, one_by_one = self.support(x).precision, self.support(x).gradients == "loop"
             derivable = not self.compiled and any(
                 FEATURES[k].forward or FEATURES[k].contracts for k in self._allowed(x)
             )
             self._facts[kind] = safely(
-                self.module, lambda: find_facts(self.function, _pair(x), precision, derivable)
+                self.module, lambda: find_facts(self.function, _pair(x), precision, derivable, one_by_one)
             )
         return self._facts[kind]
 
@@ -266,11 +267,18 @@ class Engine:
         if len(allowed) == 1:
             return first
         contraction = next((k for k in allowed if FEATURES[k].contracts), None)
-        if contraction is not None and facts.contracted is not None and not torch.is_grad_enabled():
+        if contraction is not None and self._contracts(contraction, x, rank):
             return min(first, contraction, key=lambda k: self.cost(k, x, rank))
         if reverse_is_cheaper(facts.n_coordinates, rank, facts.graph_bytes / self.row_size()):
             return next((k for k in allowed if FEATURES[k].gradients), first)
         return first
+
+    def _contracts(self, mode: str, x: Input, rank: int) -> bool:
+        """Tell whether contraction works for such inputs, and what it prepares is within the budget."""
+        contracted = self.facts(x).contracted
+        if contracted is None or torch.is_grad_enabled():
+            return False
+        return rank * contracted.prepared_bytes() <= self.budget() // 2
 
     def cost(self, mode: str, x: Input, rank: int) -> float:
         """Return what the features of an input cost, counted in multiplications."""
@@ -324,22 +332,11 @@ class Engine:
 
     def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safely``."""
+        rank = len(next(iter(directions.values())))
         contraction = next((k for k in self._allowed(x) if FEATURES[k].contracts), None)
-        contracted = self.facts(x).contracted
-        if contraction is not None and contracted is not None and not torch.is_grad_enabled():
-            ready, all_directions = (
-                contracted.ready(),
-                self._with_prepared(FEATURES[contraction], contracted, directions),
-            )
-            found, _ = with_smaller_chunks(
-                lambda c: contracted_cotangents(contracted, ready, all_directions, x, cotangents, c),
-                self._contraction_chunks(
-                    contraction, x, len(next(iter(directions.values()))), cotangents.shape[1]
-                ),
-                self.device,
-                lambda c: self.feature_bytes(contraction, c, x),
-            )
-            return found
+        if contraction is not None and self._contracts(contraction, x, rank):
+            with suppress(DivergedError):  # a branch that depends on the data
+                return self._pull_contracted(contraction, x, directions, cotangents)
         function, looped = self.function, self.support(x).gradients != "vmap"
         found, _ = with_smaller_chunks(
             lambda c: pulled_cotangents(function, function.weights(), directions, x, cotangents, c, looped),
@@ -349,10 +346,22 @@ class Engine:
         )
         return found
 
+    def _pull_contracted(self, mode: str, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
+        model = self.facts(x).contracted
+        assert model is not None
+        ready, found = model.ready(), self._with_prepared(FEATURES[mode], model, directions)
+        chunks = self._contraction_chunks(mode, x, len(next(iter(directions.values()))), cotangents.shape[1])
+        pulled, _ = with_smaller_chunks(
+            lambda c: contracted_cotangents(model, ready, found, x, cotangents, c),
+            chunks,
+            self.device,
+            lambda c: self.feature_bytes(mode, c, x),
+        )
+        return pulled
+
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
-        way, facts = FEATURES[mode], self.facts(x)
-        function = facts.rewritten if way.forward else facts.contracted if way.contracts else self.function
-        function = self.function if function is None else function
+        way = FEATURES[mode]
+        function = self._function(mode, x, len(next(iter(directions.values()))))
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
         weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
         try:
@@ -381,12 +390,21 @@ class Engine:
         return chunks.inputs * chunks.directions * each
 
     def prepared_bytes(self, mode: str, x: Input, rank: int) -> int:
-        """Return the bytes of what is prepared of K directions."""
-        function = self.facts(x).rewritten if FEATURES[mode].forward else self.facts(x).contracted
-        way = FEATURES[mode]
-        if way.prepare is None or not isinstance(function, DerivedModel):
-            return 0
-        return rank * function.prepared_bytes()
+        """Return the bytes of what is prepared of K directions, once for a basis."""
+        function = self._function(mode, x, rank)
+        return rank * function.prepared_bytes() if isinstance(function, DerivedModel) else 0
+
+    def _function(self, mode: str, x: Input, rank: int) -> FunctionalModel:
+        """Return the model that a way takes, for which there is room for what it prepares."""
+        way, facts = FEATURES[mode], self.facts(x)
+        if way.contracts and facts.contracted is not None:
+            return facts.contracted
+        if not way.forward:
+            return self.function
+        function = facts.rewritten
+        while isinstance(function, DerivedModel) and rank * function.prepared_bytes() > self.budget() // 2:
+            function = function.model
+        return function
 
     def gradient_bytes(self, x: Input, n_inputs: int) -> int:
         """Estimate what a call of the landmark gradients holds, for at most so many of them."""

@@ -56,7 +56,9 @@ class InputFacts:
         return math.prod(self.positions) * self.n_outputs
 
 
-def find_facts(model: FunctionalModel, pair: Input, precision: torch.dtype, derivable: bool) -> InputFacts:
+def find_facts(
+    model: FunctionalModel, pair: Input, precision: torch.dtype, derivable: bool, one_by_one: bool
+) -> InputFacts:
     """Run the model on one input and on two, and describe what comes of it.
 
     Parameters
@@ -66,6 +68,8 @@ def find_facts(model: FunctionalModel, pair: Input, precision: torch.dtype, deri
         The coarsest on the way.
     derivable : bool
         Whether the model may be rewritten and recorded: it is not where it is compiled.
+    one_by_one : bool
+        Whether reverse mode takes the inputs of a batch one by one.
 
     Notes
     -----
@@ -79,7 +83,7 @@ def find_facts(model: FunctionalModel, pair: Input, precision: torch.dtype, deri
     rewrite, _ = attempt(lambda: rewritten(model, pair, precision))
     for_forward = model if rewrite is None else rewrite
     plain = replace(plain, rewritten=for_forward)
-    made, error = attempt(lambda: _contracted(for_forward, pair, precision, rewrite is not None))
+    made, error = attempt(lambda: _contracted(for_forward, pair, precision, rewrite is not None, one_by_one))
     if made is None:
         return replace(plain, why_not=f"{type(error).__name__}: {error}".splitlines()[0])
     contracted, forward = made
@@ -87,7 +91,7 @@ def find_facts(model: FunctionalModel, pair: Input, precision: torch.dtype, deri
 
 
 def _contracted(
-    model: FunctionalModel, pair: Input, precision: torch.dtype, forward: bool
+    model: FunctionalModel, pair: Input, precision: torch.dtype, forward: bool, one_by_one: bool
 ) -> tuple[ContractedModel, bool]:
     """Record a model, and require that contraction agrees with plain ways; say whether forward mode may follow the record.
 
@@ -96,7 +100,7 @@ def _contracted(
     Exception
         If it cannot be recorded, or does not agree.
     """
-    made = contracted_model(model, pair)
+    made = contracted_model(model, pair, one_by_one)
     x, weights, ready = _distinct(pair), model.weights(), made.ready()
     tangents = normal_like(weights, 2, seed=0)
     all_tangents = {**tangents, **made.prepared(tangents)}

@@ -100,6 +100,7 @@ def pulled(
 def in_blocks(
     compute: Callable[..., tuple[Tensor, Tensor]], at_once: int, x: Input, *more: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Apply ``compute(inputs, *entries)`` to parts of equal size of a batch and of ``more`` (B, ...); join the results."""
     size = batch_size(x)
     step = math.ceil(size / math.ceil(size / at_once))  # blocks of equal size
     starts = range(0, size, step)

@@ -10,7 +10,7 @@ call of it consists of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from inspect import signature
 from types import FunctionType
@@ -78,12 +78,14 @@ class Product(Use):
     last: bool = False
 
     def gradients(self, g: Tensor) -> Tensor:
+        """Return the gradients (B, n, *shape) of cotangents g (n, B, ...)."""
         return self.from_matrix(self._gradients(self.cotangent(g), self.operand()))
 
     def _gradients(self, g: Tensor, a: Tensor) -> Tensor:
         return torch.einsum("zbtpo,btpj->bzpoj", g, a)
 
     def features(self, g: Tensor, v: Tensor) -> Tensor:
+        """Return <g, L(a; V)> (B, n, K), a few inputs at a time."""
         g, a, v = self.cotangent(g), self.operand(), self.to_matrix(v)
         n, size = g.shape[:2]
         blocks = [self._block(g[:, s], a[s], v) for s in self._slices(n, size, len(v), g.element_size())]
@@ -91,7 +93,7 @@ class Product(Use):
 
     def _block(self, g: Tensor, a: Tensor, v: Tensor) -> Tensor:
         if self._gradients_first(len(g), len(v)):
-            return self._gradients(g, a).flatten(2) @ v.flatten(1).T
+            return _products(self._gradients(g, a).flatten(2), v.flatten(1))
         pushed = torch.einsum("btpj,kpoj->btkpo", a, v)
         return torch.einsum("zbtpo,btkpo->bzk", g, pushed)
 
@@ -114,7 +116,16 @@ class Product(Use):
         return first <= second
 
     def products(self, n: int, rank: int) -> float:
+        """Return the cost for n cotangents and K directions, in multiplications."""
         return min(self._costs(n, rank))
+
+
+def _products(gradients: Tensor, v: Tensor) -> Tensor:
+    """Return the products (B, n, K) of gradients (B, n, p) with directions (K, p)."""
+    flat = gradients.flatten(0, 1)
+    # Matrix products are faster with the narrower matrix on the left.
+    found = flat @ v.T if len(flat) <= len(v) else (v @ flat.T).T
+    return found.reshape(*gradients.shape[:2], len(v))
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,7 @@ class Elementwise(Use):
     cotangent: Callable[[Tensor], Tensor]
 
     def gradients(self, g: Tensor) -> Tensor:
+        """Return the gradients (B, n, *shape) of cotangents g (n, B, ...)."""
         g = self.cotangent(g)
         if isinstance(self.factor, Tensor):
             found = _summed(g, self.factor, self.shape)
@@ -145,6 +157,7 @@ class Elementwise(Use):
         return found.transpose(0, 1)
 
     def products(self, n: int, rank: int) -> float:
+        """Return the cost for n cotangents and K directions, in multiplications."""
         return n * rank * math.prod(self.shape)
 
 
@@ -178,12 +191,14 @@ class Lookup(Use):
     cotangent: Callable[[Tensor], Tensor]
 
     def gradients(self, g: Tensor) -> Tensor:
+        """Return the gradients (B, n, *shape) of cotangents g (n, B, ...)."""
         g = self.cotangent(g).flatten(2, -2)  # (n, B, T, D)
         found = g.new_zeros(*g.shape[:2], self.rows, g.shape[-1])
         index = self.ids.flatten(1)[None, ..., None].expand_as(g)
         return found.scatter_add_(2, index, g).transpose(0, 1)
 
     def features(self, g: Tensor, v: Tensor) -> Tensor:
+        """Return <g, V[ids]> (B, n, K), a few inputs at a time."""
         g, ids = self.cotangent(g).flatten(2, -2), self.ids.flatten(1)
         step = max(1, BLOCK_BYTES // (g.element_size() * len(v) * g.shape[2] * g.shape[3]))
         blocks = []
@@ -194,6 +209,7 @@ class Lookup(Use):
         return torch.cat(blocks)
 
     def products(self, n: int, rank: int) -> float:
+        """Return the cost for n cotangents and K directions, in multiplications."""
         return 2 * MOVED * rank * self.ids[:1].numel() * 64
 
 
@@ -317,8 +333,7 @@ def _matrix(context: Context, slot: str, x: Tensor, weight: Tensor, transposed: 
 def _bias(context: Context, slot: str, bias: Tensor, channel: int | None = None) -> Elementwise:
     """Return the use of a bias, which is added along the last axis, or along that of channels of ``channel`` more axes."""
     shape = tuple(bias.shape) if channel is None else (*bias.shape, *[1] * channel)
-    use = Elementwise(slot, shape, 1.0, context.batch_first)
-    return use
+    return Elementwise(slot, shape, 1.0, context.batch_first)
 
 
 def _linear(context: Context, x: Tensor, weight: Tensor, bias: Any = None) -> tuple[Tensor, list[Use]]:
@@ -336,9 +351,7 @@ def _matmul(context: Context, x: Tensor, other: Tensor) -> tuple[Tensor, list[Us
     assert slot is not None
     if other.ndim == 1:
         y = torch.matmul(x, other)
-        wide = Context(context.slot, context.layout)
-        use = _matrix(wide, slot, x, other, transposed=True)
-        return y, [use]
+        return y, [_matrix(context, slot, x, other, transposed=True)]
     return torch.matmul(x, other), [_matrix(context, slot, x, other, transposed=True)]
 
 
@@ -430,7 +443,9 @@ def _convolution(
         return g.reshape(*leading, groups * o, *kernel, i).movedim(-1, len(leading) + 1)
 
     w, b = context.slot(weight), context.slot(bias)
-    uses: list[Use] = [Product(w, operand, cotangent, (t, groups, o, j), matrix, back, math.prod(kernel) > 1)] if w else []
+    uses: list[Use] = (
+        [Product(w, operand, cotangent, (t, groups, o, j), matrix, back, math.prod(kernel) > 1)] if w else []
+    )
     return y, uses + ([_bias(context, b, bias, n)] if b else [])
 
 
@@ -493,7 +508,7 @@ def _scaled(
     context: Context, normalised: Tensor, weight: Any, bias: Any, shape: tuple[int, ...]
 ) -> tuple[Tensor, list[Use]]:
     """Return a normalised tensor times a weight plus a bias, which are viewed in a shape, and their uses."""
-    y, uses = normalised, []
+    y, uses = normalised, list[Use]()
     for tensor, factor in ((weight, context.layout.batch_first(normalised.detach())), (bias, 1.0)):
         if tensor is not None:
             slot = context.slot(tensor)
@@ -572,7 +587,7 @@ def _prelu(context: Context, x: Tensor, weight: Tensor) -> tuple[Tensor, list[Us
 def _elementwise(
     context: Context, function: Callable[..., Tensor], x: Any, other: Any, **kwargs: Any
 ) -> tuple[Tensor, list[Use]]:
-    """Sums, differences and products with a weight, on either side."""
+    """Add a weight, subtract it, or multiply with it, on either side."""
     left, right = context.slot(x), context.slot(other)
     if kwargs or bool(left) == bool(right):
         raise UnknownUseError
@@ -597,7 +612,7 @@ def _elementwise(
 def _repeated(
     context: Context, function: Callable[..., Tensor], weight: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, list[Use]]:
-    """A weight for every input of a batch."""
+    """Repeat a weight for every input of a batch."""
     slot = context.slot(weight)
     y = function(weight, *args, **kwargs)
     shape = tuple(weight.shape)
@@ -640,14 +655,23 @@ RULES: dict[Any, Rule] = {
     F.embedding: _embedding,
     **({F.rms_norm: _rms_norm} if hasattr(F, "rms_norm") else {}),
 }
-for _function in (torch.conv1d, torch.conv2d, torch.conv3d):
-    RULES[_function] = lambda context, *a, _f=_function, **k: _convolution(context, _f, *a, **k)
-for _function in (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d):
-    RULES[_function] = lambda context, *a, _f=_function, **k: _transposed_convolution(context, _f, *a, **k)
-for _function in _PRODUCTS | _DIFFERENCES | _SUMS:
-    RULES[_function] = lambda context, *a, _f=_function, **k: _elementwise(context, _f, *a, **k)
-for _function in (Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to):
-    RULES[_function] = lambda context, *a, _f=_function, **k: _repeated(context, _f, *a, **k)
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+_TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+_REPEATING = (Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to)
+# Rules that are told which of several functions was called.
+_FAMILIES: tuple[tuple[Iterable[Any], Rule], ...] = (
+    (_CONVOLUTIONS, _convolution),
+    (_TRANSPOSED, _transposed_convolution),
+    (_PRODUCTS | _DIFFERENCES | _SUMS, _elementwise),
+    (_REPEATING, _repeated),
+)
+
+
+def _of(function: Any, rule: Rule) -> Rule:
+    return lambda context, *args, **kwargs: rule(context, function, *args, **kwargs)
+
+
+RULES.update({function: _of(function, rule) for functions, rule in _FAMILIES for function in functions})
 
 
 def used(function: Any, context: Context, args: Any, kwargs: Any) -> tuple[Tensor, list[Use]]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from untouched import Untouched
 
+from laplace_ella.network.features import FEATURES as WAYS
+
 # Checkpoints call it in older versions of torch.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")
 
@@ -271,7 +273,7 @@ def batches(x: Any) -> Any:
 
 def check_fallbacks(case: Case, support: Any, messages: list[Warning | str]) -> None:
     """Require one warning for each thing that fell back, no other, and those of the table."""
-    assert support.features in {"forward", "forward loop", "double", "reverse", "reverse loop"}
+    assert support.features in WAYS
     assert support.gradients in {"vmap", "loop"}
     fell_back = {FEATURES: support.features != "forward", ROWS: support.gradients == "loop"}
     if case.fallbacks is not None:

@@ -114,7 +114,7 @@ def test_rewriting_goes_on_in_mixed_precision():
     x = torch.randn(3, 2, 7, 7)
     backend = NystromGGN(model, "classification")
     assert backend.support(x).features == "forward"
-    assert list(backend.engine.facts(x).rewritten.rewrites.folds) == [0]
+    assert list(backend.engine.facts(x).rewritten.model.rewrites.folds) == [0]
 
 
 def test_the_recording_sees_types_and_draws():
