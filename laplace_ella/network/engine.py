@@ -3,6 +3,7 @@ r"""One model and how it is differentiated: the way, the chunks, and what is rem
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from copy import copy
@@ -91,6 +92,7 @@ class Engine:
         self._facts: dict[Any, InputFacts] = {}
         self._smaller: dict[Any, Chunks] = {}
         self._free: dict[torch.device, int] = {}
+        self._said: set[str] = set()
         # Of the first of some directions: what ways make of them.
         self._prepared: Any = WeakTensorKeyDictionary()
 
@@ -321,6 +323,7 @@ class Engine:
             f = self.function.outputs(self.function.weights(), x).flatten(0, -2)
             return f.new_zeros(*f.shape, rank), f
         mode = self.mode(x, rank)
+        self._say(mode, x)
         kind = setting_of(self.module), mode, rank, signature(x)
         chunks = self._smaller.get(kind) or self.chunks(mode, x, rank)
         result, used = with_smaller_chunks(
@@ -364,6 +367,26 @@ class Engine:
             lambda c: self.feature_bytes(mode, c, x),
         )
         return pulled
+
+    def _say(self, mode: str, x: Input) -> None:
+        """Warn once of what a contraction cannot do."""
+        contracted, wanted = self.facts(x).contracted, self.support(x).features
+        if FEATURES[wanted].contracts and not FEATURES[mode].contracts:
+            text = (
+                f"autodiff={self.autodiff!r} records no graph back to the inputs, so that features with "
+                "enable_backprop=True are computed by plain backward passes. Name no mode, or 'forward', for cheaper ones."
+            )
+        elif FEATURES[mode].contracts and contracted is not None and contracted.uncovered:
+            text = (
+                f"{len(contracted.uncovered)} weights ({', '.join(sorted(contracted.uncovered)[:3])} ...) are used in a "
+                "way that contraction layer by layer has no rule for. Their gradients are computed by reverse mode, for "
+                "about 1 + 2 C forward passes of an input more."
+            )
+        else:
+            return
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=2)
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
         way = FEATURES[mode]
