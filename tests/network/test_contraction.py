@@ -235,13 +235,14 @@ def test_weights_that_no_rule_knows_have_their_gradients_by_reverse_mode():
         assert_close(a, b, rtol=1e-10)
     engine = NystromGGN(model, "classification", autodiff="contraction").engine
     with pytest.warns(UserWarning, match=r"1 weights \(.*0\.weight .*no rule for.*reverse mode") as said:
-        for _ in range(2):
-            assert_close(engine.push(x, V)[0], expected[0], rtol=1e-10)
+        found = [engine.push(x, V)[0] for _ in range(2)]
+    for phi in found:
+        assert_close(phi, expected[0], rtol=1e-10)
     assert len(said) == 1
 
 
 def test_with_a_graph_back_to_the_inputs_another_way_is_taken_and_said():
-    model, function, x, V = problem("linear", torch.float64)
+    model, _, x, V = problem("linear", torch.float64)
     engine = NystromGGN(model, "classification", autodiff="contraction").engine
     with pytest.warns(UserWarning, match="records no graph back to the inputs"):
         phi, _ = engine.push(x.requires_grad_(), V, enable_backprop=True)
