@@ -137,14 +137,8 @@ def transposed_convolution(
         return context.batch_first(parts).reshape(len(g), size, t, groups, j)
 
     def matrix(v: Tensor) -> Tensor:
-        # (K, groups, I, O, *kernel) -> (K, groups, (*kernel, O), I)
-        return (
-            v.unflatten(1, (groups, i))
-            .movedim(3, -1)
-            .reshape(len(v), groups, i, j)
-            .transpose(-1, -2)
-            .contiguous()
-        )
+        rows = v.unflatten(1, (groups, i)).movedim(3, -1)  # (K, groups, I, *kernel, O)
+        return rows.reshape(len(v), groups, i, j).transpose(-1, -2).contiguous()
 
     def back(g: Tensor) -> Tensor:
         leading = g.shape[:-3]
