@@ -159,6 +159,11 @@ class ContractedModel(DerivedModel):
         """The uncovered weights, and what is derived from them, whose contributions come from elsewhere."""
         return frozenset(k for k, sources in self.record.sources.items() if sources & self.uncovered)
 
+    @property
+    def reached(self) -> frozenset[str]:
+        """The weights of which some use is known, or whose gradients come from elsewhere."""
+        return self.uncovered.union(*(self.record.sources[use.slot] for use in self.uses))
+
     def visit(
         self,
         weights: Weights,

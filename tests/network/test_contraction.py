@@ -278,6 +278,19 @@ def test_where_inputs_meet_each_other_it_is_refused():
     assert "disagree" in facts.why_not
 
 
+def test_weights_that_enter_unseen_are_found_out():
+    def forward(net, x):
+        padded = torch.zeros(2, 6, dtype=x.dtype)
+        padded[:1] = net[1].weight[:1] * 1e-9  # too little to change a product of random directions
+        return net[0](x) + padded.sum()
+
+    model = Applied(forward, nn.ModuleList([nn.Linear(6, C), nn.Linear(6, 1)])).double()
+    pair = torch.cat([vectors().double()[:1]] * 2)
+    facts = safely(model, lambda: find_facts(FunctionalModel(model), pair, torch.float64, True, False))
+    assert facts.contracted is None
+    assert "no call was seen" in facts.why_not
+
+
 def test_what_is_derived_is_computed_anew_when_a_weight_changes():
     model, function, x, V = problem("folded batch norm", torch.float64)
     made = safely(model, lambda: contracted_model(rewritten(function, x[:2], torch.float64), x))
