@@ -270,7 +270,7 @@ class Engine:
         first = allowed[0]
         if torch.is_grad_enabled() and FEATURES[first].contracts:  # its gradients do not reach the inputs
             return "reverse" if self.support(x).gradients == "vmap" else "reverse loop"
-        if len(allowed) == 1 or FEATURES[first].directions == "all":
+        if len(allowed) == 1 or not (FEATURES[first].reference or FEATURES[first].directions != "all"):
             return first
         contraction = next((k for k in allowed if FEATURES[k].contracts), None)
         if contraction is not None and self._contracts(contraction, x, rank):
@@ -297,7 +297,7 @@ class Engine:
             n = facts.n_coordinates
             products = facts.contracted.products(n, rank)
             if facts.contracted.uncovered:
-                products += (1 + 2 * n) * counts.forward
+                products += (1 + 4 * n) * counts.forward
             return of_contraction(counts, n, rank, products, chunks.inputs, self._cached_bytes())
         if way.forward:
             return of_forward_mode(counts, rank, chunks, self._cached_bytes())
