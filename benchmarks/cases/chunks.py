@@ -1,0 +1,107 @@
+"""Features in the chunks that the package chooses, beside the best of a grid of them: ``run.py --only chunks``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+import laplace_ella
+from benchmarks import inside
+from benchmarks.cases.setting import TITLES, Part, Rows, repeats
+from benchmarks.measure import interleaved, once, ratios, result
+from benchmarks.problems import PROBLEMS, network, noise
+
+Cut = tuple[int, int]  # inputs and directions of a call
+
+NETWORKS = ("resnet20", "resnet18", "resnet18-64", "resnet50-64", "vit", "vit_b_16-64", "large-mlp")
+BATCHES = (1, 8, 64)
+# With --quick, these alone.
+QUICK = {("resnet20", 8), ("resnet20", 64), ("resnet18", 1), ("resnet18", 8), ("large-mlp", 64)}
+WAYS = ("forward", "contraction")
+RANK = 20
+# Seconds for trying out a grid once; what is left of it then is not tried, and the row says so.
+WITHIN = {True: 40, False: 400}
+# How many of a grid are compared with what is chosen, round after round.
+CONTENDERS = 3
+
+
+def chosen_chunks(args: argparse.Namespace, name: str, batch: int) -> Rows:
+    """Try chunks once, those like the chosen ones first; then compare the best of them with these."""
+    if args.quick and (name, batch) not in QUICK:
+        return []
+    model = network(name, args.data, args.device)
+    x = noise(batch, PROBLEMS[name].shape, seed=0)[0].to(args.device)
+    return [row for way in WAYS for row in of_way(args, name, model, x, way)]
+
+
+def of_way(args: argparse.Namespace, name: str, model: Any, x: torch.Tensor, way: str) -> Rows:
+    backend = laplace_ella.NystromGGN(model, "classification", autodiff=way)
+    basis = inside.random_basis(backend, RANK)
+    chosen = inside.chunks(backend, way, x, RANK)
+    call = partial(inside.features_in_chunks, backend, way, x, basis)
+    room = max(inside.chunk_bytes(backend, way, x, *chosen), backend.engine.budget())
+    cuts = [c for c in grid(len(x), way) if inside.chunk_bytes(backend, way, x, *c) <= room]
+    call(*chosen)  # a warm-up, which prepares what is kept for the directions
+    seconds = {chosen: once(partial(call, *chosen), args.device)[0]}
+    deadline = time.perf_counter() + WITHIN[args.quick]
+    for cut in sorted(cuts, key=partial(distance, chosen)):
+        if cut not in seconds and time.perf_counter() + seconds[chosen] < deadline:
+            seconds[cut] = once(partial(call, *cut), args.device)[0]
+    names = {c: f"{c[0]} x {c[1]}" for c in contenders(seconds, chosen)}
+    functions = {names[c]: partial(call, *c) for c in names}
+    calls = interleaved(functions, repeats(args, 3, 9), args.device, within=WITHIN[args.quick])
+    best = min(calls, key=lambda key: calls[key].median())
+    quotients = ratios(calls, names[chosen], best)
+    return [
+        result(
+            f"chosen chunks over the best of a grid, {way}, {TITLES[name]}, B = {len(x)}",
+            "times the best",
+            quotients["median"],
+            1.2,
+            spread=quotients,
+            problem=name,
+            way=way,
+            batch=len(x),
+            K=RANK,
+            C=PROBLEMS[name].n_outputs,
+            chosen=names[chosen],
+            best=best,
+            tried=f"{len(seconds)} of {len({chosen, *cuts})}",
+            seconds={key: of.median() for key, of in calls.items()},
+            seconds_of_one_call={f"{a} x {b}": s for (a, b), s in seconds.items()},
+        )
+    ]
+
+
+def grid(batch: int, way: str) -> list[Cut]:
+    """Return how a batch and K directions may be cut: by powers of two, and into equal parts."""
+    inputs = sorted({batch, *(2**i for i in range(batch.bit_length()) if 2**i < batch)})
+    if way == "contraction":
+        return [(b, RANK) for b in inputs]
+    directions = sorted({math.ceil(RANK / parts) for parts in (1, 2, 3, 4, 5, 7, 10, 20)})
+    return [(b, d) for b in inputs for d in directions]
+
+
+def distance(chosen: Cut, other: Cut) -> float:
+    """Say how unlike two ways to cut are, in doublings."""
+    return sum(abs(math.log2(a / b)) for a, b in zip(chosen, other))
+
+
+def contenders(seconds: dict[Cut, float], chosen: Cut) -> list[Cut]:
+    """Return what is worth a comparison: what is chosen, and the fastest of the others."""
+    others = sorted((cut for cut in seconds if cut != chosen), key=lambda cut: seconds[cut])
+    return [chosen, *others[:CONTENDERS]]
+
+
+CHUNK_CASES: dict[str, dict[str, Part]] = {
+    "chunks": {
+        f"{name}-{batch}": partial(chosen_chunks, name=name, batch=batch)
+        for name in NETWORKS
+        for batch in BATCHES
+    }
+}
