@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.cases import features, fits, host, searches, setting
-from benchmarks.cases.chunks import CHUNK_CASES
+from benchmarks.cases.chunks import CHUNK_CASES, QUICK_CHUNKS
 from benchmarks.cases.latency import LATENCY_CASES
 from benchmarks.cases.method_costs import COST_CASES
 from benchmarks.cases.plans import PLAN_CASES
@@ -50,6 +50,9 @@ TUNING_CASES: dict[str, dict[str, Part]] = {
     },
 }
 CUDA_CASES: dict[str, dict[str, Part]] = {
+    "cuda-features": {
+        f"{name}-{c}": partial(features.cuda, name=name, n_outputs=c) for name, c in features.CUDA
+    },
     "cuda-resnet20": {"resnet20": partial(fits.cuda, name="resnet20", n=50_000, batch=500)},
     "cuda-resnet50": {"resnet50": partial(fits.cuda, name="resnet50", n=2_000, batch=50)},
     "cuda-vit-b-16": {"vit_b_16": partial(fits.cuda, name="vit_b_16", n=2_000, batch=50)},
@@ -65,3 +68,5 @@ ALL_CASES = {
     **CHUNK_CASES,
     **LATENCY_CASES,
 }
+# With --quick, of cases that take hours.
+QUICK_CASES = {**ALL_CASES, **QUICK_CHUNKS}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
-
-import torch
+from itertools import product
 
 import laplace_ella
 from benchmarks import inside
@@ -21,7 +20,7 @@ Cut = tuple[int, int]  # inputs and directions of a call
 NETWORKS = ("resnet20", "resnet18", "resnet18-64", "resnet50-64", "vit", "vit_b_16-64", "large-mlp")
 BATCHES = (1, 8, 64)
 # With --quick, these alone.
-QUICK = {("resnet20", 8), ("resnet20", 64), ("resnet18", 1), ("resnet18", 8), ("large-mlp", 64)}
+QUICK = (("resnet20", 8), ("resnet20", 64), ("resnet18", 1), ("resnet18", 8), ("large-mlp", 64))
 WAYS = ("forward", "contraction")
 RANK = 20
 # Seconds for trying out a grid once; what is left of it then is not tried, and the row says so.
@@ -30,16 +29,10 @@ WITHIN = {True: 40, False: 400}
 CONTENDERS = 3
 
 
-def chosen_chunks(args: argparse.Namespace, name: str, batch: int) -> Rows:
+def chosen_chunks(args: argparse.Namespace, name: str, batch: int, way: str) -> Rows:
     """Try chunks once, those like the chosen ones first; then compare the best of them with these."""
-    if args.quick and (name, batch) not in QUICK:
-        return []
     model = network(name, args.data, args.device)
     x = noise(batch, PROBLEMS[name].shape, seed=0)[0].to(args.device)
-    return [row for way in WAYS for row in of_way(args, name, model, x, way)]
-
-
-def of_way(args: argparse.Namespace, name: str, model: Any, x: torch.Tensor, way: str) -> Rows:
     backend = laplace_ella.NystromGGN(model, "classification", autodiff=way)
     basis = inside.random_basis(backend, RANK)
     chosen = inside.chunks(backend, way, x, RANK)
@@ -98,10 +91,13 @@ def contenders(seconds: dict[Cut, float], chosen: Cut) -> list[Cut]:
     return [chosen, *others[:CONTENDERS]]
 
 
-CHUNK_CASES: dict[str, dict[str, Part]] = {
-    "chunks": {
-        f"{name}-{batch}": partial(chosen_chunks, name=name, batch=batch)
-        for name in NETWORKS
-        for batch in BATCHES
+def parts(sizes: Iterable[tuple[str, int]]) -> dict[str, Part]:
+    return {
+        f"{name}-{batch}-{way}": partial(chosen_chunks, name=name, batch=batch, way=way)
+        for name, batch in sizes
+        for way in WAYS
     }
-}
+
+
+CHUNK_CASES = {"chunks": parts(product(NETWORKS, BATCHES))}
+QUICK_CHUNKS = {"chunks": parts(QUICK)}

@@ -15,8 +15,8 @@ import laplace_ella
 from benchmarks import inside
 from benchmarks.cases.setting import BATCHES, TITLES, Rows, on_device, repeats
 from benchmarks.inside import ENGINES, random_basis, rows_by
-from benchmarks.measure import Calls, failure, interleaved, plain, ratios, result
-from benchmarks.problems import network
+from benchmarks.measure import GIGABYTE, Calls, PeakMemory, failure, interleaved, plain, ratios, result
+from benchmarks.problems import PROBLEMS, network, noise
 
 # As their users name them, and what has to be done by each at least, in forwards an input: C outputs, K directions.
 WAYS: dict[str, Callable[[int, int], int]] = {
@@ -184,4 +184,52 @@ def crossover(args: argparse.Namespace, name: str) -> Rows:
             )
             for way in functions
         ]
+    return rows
+
+
+# Network, C -> the batch, and the ways. Where outputs are many, each of them would have a backward pass in the other ways.
+CUDA: dict[tuple[str, int], tuple[int, tuple[str, ...]]] = {
+    ("resnet20", 10): (500, ("forward", "contraction", "reverse")),
+    ("resnet50", 10): (50, ("forward", "contraction", "reverse")),
+    ("resnet50", 1000): (50, ("forward",)),
+    ("vit_b_16", 10): (50, ("forward", "contraction", "reverse")),
+    ("vit_b_16", 1000): (50, ("forward",)),
+}
+
+
+def cuda(args: argparse.Namespace, name: str, n_outputs: int, rank: int = 20) -> Rows:
+    """Each way on a GPU, with products in float32 and in TF32; the unit is a plain pass with the same ones."""
+    batch, chosen = CUDA[name, n_outputs]
+    model = network(name, None, args.device, n_outputs)
+    x = noise(batch, PROBLEMS[name].shape, seed=0)[0].to(args.device)
+    rows = []
+    for tf32 in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        backend, functions = ways(model, x, n_outputs, rank, chosen=False)
+        functions = {way: functions[way] for way in chosen}
+        calls = interleaved(
+            {"forward pass": plain(model, x), **functions}, repeats(args, 2, 7), args.device, within=10
+        )
+        for way, compute in functions.items():
+            with PeakMemory(args.device) as peak:
+                compute()
+            rows.append(
+                result(
+                    f"features by {way}, {'TF32' if tf32 else 'float32'}, {name}",
+                    "forwards a sample",
+                    ratios(calls, way, "forward pass")["median"],
+                    spread=ratios(calls, way, "forward pass"),
+                    images_per_second=batch / calls[way].median(),
+                    forward_images_per_second=batch / calls["forward pass"].median(),
+                    peak_gb=peak.extra / GIGABYTE,
+                    problem=name,
+                    C=n_outputs,
+                    K=rank,
+                    batch=batch,
+                    way=way,
+                    tf32=tf32,
+                    chosen=inside.mode(backend, x, rank),
+                    predicted=inside.predicted(backend, x, rank, way),
+                )
+            )
     return rows
