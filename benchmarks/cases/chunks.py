@@ -24,7 +24,7 @@ QUICK = (("resnet20", 8), ("resnet20", 64), ("resnet18", 1), ("resnet18", 8), ("
 WAYS = ("forward", "contraction")
 RANK = 20
 # Seconds for trying out a grid once; what is left of it then is not tried, and the row says so.
-WITHIN = {True: 40, False: 400}
+WITHIN = {True: 30, False: 400}
 # How many of a grid are compared with what is chosen, round after round.
 CONTENDERS = 3
 
