@@ -22,7 +22,8 @@ BATCHES = (1, 8, 64)
 # With --quick, these alone.
 QUICK = (("resnet20", 8), ("resnet20", 64), ("resnet18", 1), ("resnet18", 8), ("large-mlp", 64))
 WAYS = ("forward", "contraction")
-RANK = 20
+# K is 20, but for a network of which 20 directions and what is prepared of them take 14 GB.
+RANKS = {"vit_b_16-64": 5}
 # Seconds for trying out a grid once; what is left of it then is not tried, and the row says so.
 WITHIN = {True: 30, False: 400}
 # How many of a grid are compared with what is chosen, round after round.
@@ -34,11 +35,12 @@ def chosen_chunks(args: argparse.Namespace, name: str, batch: int, way: str) -> 
     model = network(name, args.data, args.device)
     x = noise(batch, PROBLEMS[name].shape, seed=0)[0].to(args.device)
     backend = laplace_ella.NystromGGN(model, "classification", autodiff=way)
-    basis = inside.random_basis(backend, RANK)
-    chosen = inside.chunks(backend, way, x, RANK)
+    rank = RANKS.get(name, 20)
+    basis = inside.random_basis(backend, rank)
+    chosen = inside.chunks(backend, way, x, rank)
     call = partial(inside.features_in_chunks, backend, way, x, basis)
     room = max(inside.chunk_bytes(backend, way, x, *chosen), backend.engine.budget())
-    cuts = [c for c in grid(len(x), way) if inside.chunk_bytes(backend, way, x, *c) <= room]
+    cuts = [c for c in grid(len(x), rank, way) if inside.chunk_bytes(backend, way, x, *c) <= room]
     call(*chosen)  # a warm-up, which prepares what is kept for the directions
     seconds = {chosen: once(partial(call, *chosen), args.device)[0]}
     deadline = time.perf_counter() + WITHIN[args.quick]
@@ -60,7 +62,7 @@ def chosen_chunks(args: argparse.Namespace, name: str, batch: int, way: str) -> 
             problem=name,
             way=way,
             batch=len(x),
-            K=RANK,
+            K=rank,
             C=PROBLEMS[name].n_outputs,
             chosen=names[chosen],
             best=best,
@@ -71,12 +73,12 @@ def chosen_chunks(args: argparse.Namespace, name: str, batch: int, way: str) -> 
     ]
 
 
-def grid(batch: int, way: str) -> list[Cut]:
+def grid(batch: int, rank: int, way: str) -> list[Cut]:
     """Return how a batch and K directions may be cut: by powers of two, and into equal parts."""
     inputs = sorted({batch, *(2**i for i in range(batch.bit_length()) if 2**i < batch)})
     if way == "contraction":
-        return [(b, RANK) for b in inputs]
-    directions = sorted({math.ceil(RANK / parts) for parts in (1, 2, 3, 4, 5, 7, 10, 20)})
+        return [(b, rank) for b in inputs]
+    directions = sorted({math.ceil(rank / parts) for parts in (1, 2, 3, 4, 5, 7, 10, 20)})
     return [(b, d) for b in inputs for d in directions]
 
 

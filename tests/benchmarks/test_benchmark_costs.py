@@ -13,13 +13,13 @@ from laplace_ella import NystromGGN
 
 
 def test_grid_has_what_is_cut_evenly():
-    assert chunks.grid(6, "contraction") == [(1, 20), (2, 20), (4, 20), (6, 20)]
-    assert {b for b, _ in chunks.grid(8, "forward")} == {1, 2, 4, 8}
-    assert {d for _, d in chunks.grid(8, "forward")} == {1, 2, 3, 4, 5, 7, 10, 20}
+    assert chunks.grid(6, 20, "contraction") == [(1, 20), (2, 20), (4, 20), (6, 20)]
+    assert {b for b, _ in chunks.grid(8, 20, "forward")} == {1, 2, 4, 8}
+    assert {d for _, d in chunks.grid(8, 20, "forward")} == {1, 2, 3, 4, 5, 7, 10, 20}
 
 
 def test_chunks_like_the_chosen_ones_are_tried_first():
-    cuts = sorted(chunks.grid(8, "forward"), key=lambda cut: chunks.distance((4, 10), cut))
+    cuts = sorted(chunks.grid(8, 20, "forward"), key=lambda cut: chunks.distance((4, 10), cut))
     assert cuts[:2] == [(4, 10), (4, 7)]
     assert cuts[-1] == (1, 1)
 
