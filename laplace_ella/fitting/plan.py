@@ -229,6 +229,7 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
     engine, x, held, mode = rehearsal.engine, rehearsal.x, rehearsal.held, rehearsal.mode
     m, rank, n, sampled = len(held.source), rehearsal.rank, rehearsal.n_curvature, rehearsal.sampled
     facts, size, directions = engine.facts(x), batch_size(x), rank * engine.row_size()
+    features = directions + engine.prepared_bytes(mode, x, rank) + 8 * size * facts.n_coordinates * rank
     chunks = engine.chunks(mode, x, rank)
     chunks = Chunks(min(chunks.inputs, size), chunks.directions)
     cost = 2 + 3 * sampled if sampled else FEATURES[mode].forwards(facts.n_coordinates, rank)
@@ -258,10 +259,7 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
             "curvature",
             f"{n or 'all'} inputs",
             n * cost,
-            directions
-            + engine.prepared_bytes(mode, x, rank)
-            + 8 * size * facts.n_coordinates * rank
-            + engine.feature_bytes(mode, chunks, x),
+            features + engine.feature_bytes(mode, chunks, x),
             n * rehearsal.per_curvature(),
         ),
     ]

@@ -23,12 +23,15 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import vmap
 
 from ..data.batches import Input, batch_size, detached
+from .context import Context, UnknownUseError
 from .derived import Call, DerivedModel, DivergedError, Record, record, repeated
 from .functional import FunctionalModel, Weights
+from .layouts import Layout, layout_of
 from .memory import Chunks
 from .pulling import in_blocks, pulled
 from .rewriting import RewrittenModel
-from .uses import RULES, Context, Elementwise, Layout, Product, UnknownUseError, Use, layout_of, used
+from .rules import RULES, used
+from .uses import Elementwise, Product, Use
 
 Action = Callable[[Use, Tensor], None]
 
@@ -155,6 +158,11 @@ class ContractedModel(DerivedModel):
     def uncovered_slots(self) -> frozenset[str]:
         """The uncovered weights, and what is derived from them, whose contributions come from elsewhere."""
         return frozenset(k for k, sources in self.record.sources.items() if sources & self.uncovered)
+
+    @property
+    def reached(self) -> frozenset[str]:
+        """The weights of which some use is known, or whose gradients come from elsewhere."""
+        return self.uncovered.union(*(self.record.sources[use.slot] for use in self.uses))
 
     def visit(
         self,

@@ -14,7 +14,7 @@ from ..data.batches import Input, doubled, each_cut, inputs_between
 from ..data.hashing import normal_like
 from .contraction import ContractedModel, contracted_cotangents, contracted_model
 from .features import forward_pass
-from .functional import FunctionalModel
+from .functional import FunctionalModel, Pull, Weights, backward_passes
 from .memory import Chunks, attempt
 from .pulling import pulled
 from .rewriting import agree, rewritten
@@ -105,10 +105,13 @@ def _contracted(
     tangents = normal_like(weights, 2, seed=0)
     all_tangents = {**tangents, **made.prepared(tangents)}
     f = made(ready, x)
-    u = torch.stack([(torch.arange(f.numel(), device=f.device).view_as(f) + s).cos() for s in (0, 1)], 1).to(
-        f
-    )
+    u = torch.stack(
+        [(torch.arange(f.numel(), dtype=f.dtype, device=f.device).view_as(f) + s).cos() for s in (0, 1)], 1
+    ).to(f)
     found = contracted_cotangents(made, ready, all_tangents, x, u, Chunks(2, 1))
+    missed = _moving(model, x) - made.reached
+    if missed:
+        raise ValueError(f"no call was seen that {', '.join(sorted(missed)[:3])} enter")
     expected = pulled(model, None, tangents, x, 1, u)[0]
     if not agree(found, expected, precision):
         raise ValueError("contraction layer by layer and backward passes disagree")
@@ -117,6 +120,16 @@ def _contracted(
     pushed, _ = attempt(lambda: forward_pass(made, ready, all_tangents, x))
     plain = forward_pass(model, weights, tangents, x)
     return made, pushed is not None and all(agree(a, b, precision) for a, b in zip(pushed, plain))
+
+
+def _moving(model: FunctionalModel, x: Input) -> set[str]:
+    """Return the weights that the outputs depend on."""
+
+    def action(f: Tensor, leaves: Weights, pull: Pull) -> set[str]:
+        return {k for k, g in pull(f.cos().sum(), leaves).items() if g.any()}
+
+    found: set[str] = backward_passes(model, x, action)
+    return found
 
 
 def _distinct(pair: Input) -> Input:

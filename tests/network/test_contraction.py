@@ -233,6 +233,21 @@ def test_weights_that_no_rule_knows_have_their_gradients_by_reverse_mode():
     expected = safely(model, lambda: looped_reverse_features(function, None, V, x, Chunks(1, 1)))
     for a, b in zip(found, expected):
         assert_close(a, b, rtol=1e-10)
+    engine = NystromGGN(model, "classification", autodiff="contraction").engine
+    with pytest.warns(UserWarning, match=r"1 weights \(.*0\.weight .*no rule for.*reverse mode") as said:
+        found = [engine.push(x, V)[0] for _ in range(2)]
+    for phi in found:
+        assert_close(phi, expected[0], rtol=1e-10)
+    assert len(said) == 1
+
+
+def test_with_a_graph_back_to_the_inputs_another_way_is_taken_and_said():
+    model, _, x, V = problem("linear", torch.float64)
+    engine = NystromGGN(model, "classification", autodiff="contraction").engine
+    with pytest.warns(UserWarning, match="records no graph back to the inputs"):
+        phi, _ = engine.push(x.requires_grad_(), V, enable_backprop=True)
+    assert phi.requires_grad
+    assert_close(phi.detach(), engine.push(x.detach(), V)[0])
 
 
 @pytest.mark.filterwarnings("ignore:This model cannot be differentiated for several inputs at once")
@@ -261,6 +276,19 @@ def test_where_inputs_meet_each_other_it_is_refused():
     facts = safely(model, lambda: find_facts(function, pair, torch.float64, True, False))
     assert facts.contracted is None
     assert "disagree" in facts.why_not
+
+
+def test_weights_that_enter_unseen_are_found_out():
+    def forward(net, x):
+        padded = torch.zeros(2, 6, dtype=x.dtype)
+        padded[:1] = net[1].weight[:1] * 1e-9  # too little to change a product of random directions
+        return net[0](x) + padded.sum()
+
+    model = Applied(forward, nn.ModuleList([nn.Linear(6, C), nn.Linear(6, 1)])).double()
+    pair = torch.cat([vectors().double()[:1]] * 2)
+    facts = safely(model, lambda: find_facts(FunctionalModel(model), pair, torch.float64, True, False))
+    assert facts.contracted is None
+    assert "no call was seen" in facts.why_not
 
 
 def test_what_is_derived_is_computed_anew_when_a_weight_changes():
