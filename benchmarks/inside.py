@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +14,9 @@ from laplace_ella.fitting.curvature import Curvature, Part
 from laplace_ella.fitting.curvature import curvature as curvature_of_features
 from laplace_ella.network.functional import FunctionalModel
 from laplace_ella.network.gradients import asdl_rows, backpack_rows, gradient_rows
+from laplace_ella.network.memory import Chunks
 from laplace_ella.network.safety import safely
+from laplace_ella.nystrom.basis import NystromBasis
 from laplace_ella.nystrom.jacobian import row_source
 from laplace_ella.nystrom.rows import inner_products
 from laplace_ella.posterior.likelihoods import LIKELIHOODS
@@ -21,12 +24,18 @@ from laplace_ella.posterior.links import quasi_normal
 
 __all__ = [
     "ENGINES",
+    "chunk_bytes",
+    "chunks",
     "curvature",
+    "features_in_chunks",
     "fit_curvature",
     "forget_points",
     "inner_products",
     "landmark_rows",
     "mode",
+    "predicted",
+    "predicted_crossover",
+    "random_basis",
     "rows_by",
     "scan",
 ]
@@ -59,9 +68,64 @@ def scan(backend: Any, x: Tensor) -> Tensor:
     return backend.engine.forward(x)
 
 
+@torch.no_grad()
 def mode(backend: Any, x: Tensor, rank: int) -> str:
-    """Return "forward" or "reverse": how features of a batch are computed."""
+    """Return how features of a batch are computed: "forward", "contraction", "reverse", or a substitute of one."""
     return backend.engine.mode(x, rank)
+
+
+def random_basis(backend: Any, rank: int) -> NystromBasis:
+    """Return K random directions, nearly orthonormal, which cost what those of a fit do."""
+    weights = backend.engine.function.weights()
+    n_weights = sum(w.numel() for w in weights.values())
+    generator = torch.Generator().manual_seed(0)
+    directions = {}
+    for name, w in weights.items():
+        block = torch.empty(rank, *w.shape, dtype=w.dtype).normal_(0, n_weights**-0.5, generator=generator)
+        directions[name] = block.to(w.device)
+    return NystromBasis(directions, torch.ones(rank).double(), float(rank), torch.ones(rank).double())
+
+
+@torch.no_grad()
+def predicted(backend: Any, x: Tensor, rank: int, way: str) -> float:
+    """Return what the package counts that features of a batch cost by a way, in forwards an input."""
+    return backend.engine.cost(way, x, rank) / backend.engine.counts(x).forward
+
+
+def predicted_crossover(backend: Any, x: Tensor, most: int = 1000) -> int | None:
+    """Return the K from which the package counts contraction as cheaper than forward mode; None beyond the most."""
+
+    def cheaper(rank: int) -> bool:
+        return predicted(backend, x, rank, "contraction") <= predicted(backend, x, rank, "forward")
+
+    found = 1 + bisect.bisect_left(range(1, most + 1), True, key=cheaper)
+    return found if found <= most else None
+
+
+@torch.no_grad()
+def chunks(backend: Any, way: str, x: Tensor, rank: int) -> tuple[int, int]:
+    """Return how many inputs and directions one call takes; of a way without chunks of directions, all of them."""
+    found = backend.engine.chunks(way, x, rank)
+    return found.inputs, rank if way == "contraction" else found.directions
+
+
+@torch.no_grad()
+def chunk_bytes(backend: Any, way: str, x: Tensor, inputs: int, directions: int) -> int:
+    """Return what the package estimates that a call of so many inputs and directions holds."""
+    used = Chunks(inputs, 1 if way == "contraction" else directions)
+    return backend.engine.feature_bytes(way, used, x)
+
+
+def features_in_chunks(
+    backend: Any, way: str, x: Tensor, basis: NystromBasis, inputs: int, directions: int
+) -> Any:
+    """Compute features by the way that the backend's user named, in other chunks than it chooses."""
+    engine = backend.engine
+    engine.chunks = lambda *_: Chunks(inputs, 1 if way == "contraction" else directions)
+    try:
+        return backend.features(x, basis)
+    finally:
+        del engine.chunks
 
 
 def curvature(backend: Any, phi: Tensor, f: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import resource
 import statistics
 import sys
@@ -38,10 +39,17 @@ def interleaved(
     repeats: int,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
+    within: float = math.inf,
 ) -> dict[str, Calls]:
-    """Call functions in turn, round after round after a warm-up, so that drift hits all alike."""
+    """Call functions in turn, round after round after a warm-up, so that drift hits all alike.
+
+    After ``within`` seconds no more rounds begin, if there were two.
+    """
     calls = {name: Calls() for name in functions}
+    start = time.perf_counter()
     for round_ in range(repeats + 1):
+        if round_ > 2 and time.perf_counter() - start > within:
+            break
         for name, function in functions.items():
             seconds, faults = once(function, device, clock)
             if round_:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+WORDS = 8000  # that texts are made of
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
@@ -112,24 +113,63 @@ def tiny(n_outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, n_outputs))
 
 
-def of_torchvision(name: str) -> Callable[[int], nn.Module]:
+def large_mlp(n_outputs: int) -> nn.Module:
+    """Ten million weights, and hardly an activation."""
+    return nn.Sequential(
+        nn.Linear(784, 2800), nn.ReLU(), nn.Linear(2800, 2800), nn.ReLU(), nn.Linear(2800, n_outputs)
+    )
+
+
+class Encoder(nn.Module):
+    """A transformer over word pieces, as BERT is one: classifies a text by its first token, or every token of it."""
+
+    def __init__(
+        self,
+        n_outputs: int,
+        words: int = WORDS,
+        width: int = 256,
+        depth: int = 4,
+        heads: int = 4,
+        length: int = 64,
+        tags: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tags = tags
+        self.words = nn.Embedding(words, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, length, width))
+        options = {"dropout": 0.0, "activation": "gelu", "batch_first": True}
+        self.layers = nn.Sequential(
+            *(nn.TransformerEncoderLayer(width, heads, 4 * width, **options) for _ in range(depth))
+        )
+        self.fc = nn.Linear(width, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layers(self.words(x) + self.positions)
+        return self.fc(hidden if self.tags else hidden[:, 0])
+
+
+Tagger = partial(Encoder, words=WORDS, width=64, depth=2, length=16, tags=True)
+
+
+def of_torchvision(name: str, **options: Any) -> Callable[[int], nn.Module]:
     """Return what builds one of torchvision's networks; torchvision is imported then, and not before."""
 
     def build(n_outputs: int) -> nn.Module:
         import torchvision
 
-        return getattr(torchvision.models, name)(num_classes=n_outputs)
+        return getattr(torchvision.models, name)(num_classes=n_outputs, **options)
 
     return build
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A network (as a function of its number of outputs), and the shape of its inputs."""
+    """A network (as a function of its number of outputs), and the shape of its inputs: of words, if it takes any."""
 
     build: Callable[[int], nn.Module]
     shape: tuple[int, ...]
     n_outputs: int = 10
+    words: int = 0
 
 
 PROBLEMS = {
@@ -138,7 +178,13 @@ PROBLEMS = {
     "vit": Problem(ViT, (3, 32, 32)),
     "mlp": Problem(mlp, (784,)),
     "tiny": Problem(tiny, (64,)),
+    "large-mlp": Problem(large_mlp, (784,)),
+    "bert": Problem(Encoder, (64,), words=WORDS),
+    "tagger": Problem(Tagger, (16,), words=WORDS),
     "resnet18": Problem(of_torchvision("resnet18"), (3, 32, 32)),
+    "resnet18-64": Problem(of_torchvision("resnet18"), (3, 64, 64)),
+    "resnet50-64": Problem(of_torchvision("resnet50"), (3, 64, 64)),
+    "vit_b_16-64": Problem(of_torchvision("vit_b_16", image_size=64), (3, 64, 64)),
     "resnet50": Problem(of_torchvision("resnet50"), (3, 224, 224), 1000),
     "vit_b_16": Problem(of_torchvision("vit_b_16"), (3, 224, 224), 1000),
 }
@@ -159,10 +205,13 @@ def network(name: str, data: Path | None, device: torch.device, n_outputs: int |
 
 def samples(name: str, n: int, data: Path | None, n_outputs: int = 10) -> tuple[Tensor, Tensor]:
     """Return n inputs with targets: classes, or one number (n, 1) if there is one output only."""
-    if PROBLEMS[name].shape == (3, 32, 32):
+    problem = PROBLEMS[name]
+    if problem.shape == (3, 32, 32):
         x, y = images(n, data)
     else:
-        x, y = noise(n, PROBLEMS[name].shape, seed=0)
+        x, y = noise(n, problem.shape, seed=0)
+    if problem.words:
+        x = torch.randint(problem.words, x.shape, generator=torch.Generator().manual_seed(0))
     return x, torch.zeros(n, 1) if n_outputs == 1 else y % n_outputs
 
 

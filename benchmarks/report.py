@@ -2,12 +2,13 @@
 
     python -m benchmarks.report [FOLDER]
 
-FOLDER (default: results/ here) holds quick.json, and quick_malloc.json and cuda.json if they were measured.
+FOLDER (default: results/ here) holds quick.json, and those of the other files that were measured.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,12 @@ START = "<!-- costs: written by benchmarks/report.py -->\n"
 END = "<!-- end of costs -->"
 
 Row = dict[str, Any]
-Runs = dict[str, dict[str, Any]]  # the JSON of "quick", "quick_malloc", "cuda"; what was not run is missing
+Runs = dict[
+    str, dict[str, Any]
+]  # the JSON of "quick", "quick_malloc", "cuda" and so on; what was not run is missing
 ALLOCATORS = {"quick": "stock allocator", "quick_malloc": "raised thresholds"}
 COLORS = {"quick": "#4c72b0", "quick_malloc": "#55a868", "floor": "black"}
+WAYS = ("forward", "contraction", "reverse")
 NOTHING = "Not measured yet.\n"
 
 
@@ -149,24 +153,99 @@ def plain(entry: Any) -> str:
 
 
 def crossover(runs: Runs) -> str:
-    """Write forward and reverse mode beside each other, the cheaper one in bold."""
+    """Write the ways beside each other, the cheapest one in bold, with what the package counts for each."""
     lines = []
-    for (problem, c, k), modes in by_mode(runs.get("quick")).items():
-        cheaper = min(modes, key=lambda mode: modes[mode]["value"])
+    for (problem, c, k), ways in by_way(runs.get("quick")).items():
+        cheapest = min(ways, key=lambda way: ways[way]["value"])
         cells = [
-            ("**{}**" if m == cheaper else "{}").format(measured(modes[m])) for m in ("forward", "reverse")
+            ("**{}**" if way == cheapest else "{}").format(measured(ways.get(way)))
+            + (f"; {ways[way]['predicted']:.3g}" if "predicted" in ways.get(way, {}) else "")
+            for way in WAYS
         ]
-        lines.append([problem, str(c), str(k), *cells])
-    head = ["network", "C", "K", "forward mode, forwards a sample", "reverse mode, forwards a sample"]
+        lines.append([problem, str(c), str(k), *cells, ways[cheapest].get("chosen", "")])
+    head = ["network", "C", "K", *(f"{way}; counted" for way in WAYS), "chosen"]
     return table(head, lines) if lines else NOTHING
 
 
-def by_mode(run: dict[str, Any] | None) -> dict[tuple[str, int, int], dict[str, Row]]:
+def by_way(run: dict[str, Any] | None) -> dict[tuple[str, int, int], dict[str, Row]]:
     found: dict[tuple[str, int, int], dict[str, Row]] = {}
     for row in of_group(run, "crossover").values():
         if row["value"] is not None:
             found.setdefault((row["problem"], row["C"], row["K"]), {})[row["mode"]] = row
-    return {key: modes for key, modes in found.items() if len(modes) == 2}
+    return {key: ways for key, ways in found.items() if len(ways) > 1}
+
+
+def crossings(runs: Runs) -> str:
+    """Write from which K on contraction is cheaper than forward mode, as counted and as measured."""
+    costs: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
+    counted: dict[tuple[str, int], Any] = {}
+    for (problem, c, k), ways in by_way(runs.get("quick")).items():
+        if "contraction" in ways:
+            counted[problem, c] = ways["contraction"].get("predicted_crossover")
+            for way, row in ways.items():
+                costs.setdefault((problem, c), {}).setdefault(way, {})[k] = row["value"]
+    lines = []
+    for (problem, c), by in costs.items():
+        seen = crossing(by.get("forward", {}), by["contraction"])
+        lines.append([problem, str(c), str(counted[problem, c] or "never"), seen])
+    head = ["network", "C", "counted K", "measured K"]
+    return table(head, lines) if lines else NOTHING
+
+
+def crossing(forward: dict[int, float], contraction: dict[int, float]) -> str:
+    """Say from which K contraction is cheaper, between the ranks that were measured."""
+    ranks = sorted(forward.keys() & contraction.keys())
+    if not ranks:
+        return "not measured"
+    ahead = [forward[k] - contraction[k] for k in ranks]
+    if ahead[0] >= 0:
+        return f"below {ranks[0]}"
+    for a, b, lead_a, lead_b in zip(ranks, ranks[1:], ahead, ahead[1:]):
+        if lead_b >= 0:
+            return f"{a + (b - a) * lead_a / (lead_a - lead_b):.0f}"
+    return f"above {ranks[-1]}"
+
+
+def chunks(runs: Runs) -> str:
+    """Write what the chosen chunks cost beside the best of a grid."""
+    lines = [
+        [row["case"], measured(row), *(str(row.get(key, "")) for key in ("chosen", "best", "tried"))]
+        for row in of_group(runs.get("quick_chunks"), "chunks").values()
+    ]
+    head = ["what", "times the best", "chosen: inputs x directions", "best", "of the grid, tried"]
+    return table(head, lines) if lines else NOTHING
+
+
+def plans(runs: Runs) -> str:
+    """Write how far plans are from what then was measured."""
+    rows = of_group(runs.get("plan"), "plan").values()
+    lines = [
+        [row["case"], measured(row), *(_seconds(row, key) for key in ("planned_s", "measured_s"))]
+        for row in rows
+    ]
+    return table(["what", "times apart", "planned, s", "measured, s"], lines) if lines else NOTHING
+
+
+def _seconds(row: Row, key: str) -> str:
+    return f"{statistics.median(row[key]):.3g}" if row.get(key) else ""
+
+
+def latency(runs: Runs) -> str:
+    """Write what a call takes, one line a network and batch, one column a method."""
+    found: dict[tuple[str, int], dict[str, Row]] = {}
+    failed = []
+    for row in of_group(runs.get("quick_latency"), "latency").values():
+        if row["value"] is None:
+            failed.append([row["case"], "", row["failure"]])
+        else:
+            found.setdefault((row["problem"], row["batch"]), {})[row["method"]] = row
+    methods = list(dict.fromkeys(method for by in found.values() for method in by))
+    lines = [
+        [problem, str(batch), *(measured(by.get(method)) for method in methods)]
+        for (problem, batch), by in found.items()
+    ]
+    lines += [cells + [""] * (len(methods) - 1) for cells in failed]
+    return table(["network", "B", *(f"{m}, ms" for m in methods)], lines) if found else NOTHING
 
 
 def methods(runs: Runs) -> str:
@@ -234,6 +313,7 @@ def sampled(runs: Runs) -> str:
 
 
 FEATURE_COLUMNS = {
+    "counted": ("predicted", ".3g"),
     "times_the_floor": ("over_floor", ".2f"),
     "page_faults_a_call": ("page_faults_a_call", ".0f"),
     "share_of_products": ("share_of_products", ".0%"),
@@ -241,8 +321,12 @@ FEATURE_COLUMNS = {
 TABLES: dict[str, Callable[[Runs], str]] = {
     "where": where,
     "gradients": side_by_side("gradients", times_the_floor=("over_floor", ".2f")),
-    "features": side_by_side("features", "reverse", **FEATURE_COLUMNS),
+    "features": side_by_side("features", **FEATURE_COLUMNS),
     "crossover": crossover,
+    "crossings": crossings,
+    "chunks": chunks,
+    "latency": latency,
+    "plan": plans,
     "host": side_by_side("host", "composed"),
     "memory": side_by_side("memory"),
     "tuning": tuning,
@@ -273,8 +357,8 @@ def plot_features(runs: Runs, path: Path) -> None:
     """Draw what features cost with either allocator, and their arithmetic floor."""
     import matplotlib.pyplot as plt
 
-    found = {run: of_group(runs.get(run), "features", "reverse") for run in ALLOCATORS}
-    rows = [row for row in found["quick"].values() if row["value"] is not None]
+    found = {run: of_group(runs.get(run), "features") for run in ALLOCATORS}
+    rows = [row for row in found["quick"].values() if row["value"] is not None and row.get("target")]
     fig, ax = plt.subplots(figsize=(9, 0.9 + 0.55 * len(rows)), layout="constrained")
     for place, row in enumerate(rows):
         for offset, run in ((-0.18, "quick"), (0.18, "quick_malloc")):
@@ -294,18 +378,20 @@ def plot_features(runs: Runs, path: Path) -> None:
 
 
 def plot_crossover(runs: Runs, path: Path) -> None:
-    """Draw forward against reverse mode for every network, C and K."""
+    """Draw the ways for every network, C and K, with what the package counts for them."""
     import matplotlib.pyplot as plt
 
-    found = by_mode(runs.get("quick"))
+    found = by_way(runs.get("quick"))
     problems = list(dict.fromkeys(problem for problem, _, _ in found))
     fig, axes = plt.subplots(
         1, len(problems), figsize=(3.4 * len(problems), 3.4), squeeze=False, layout="constrained"
     )
     for ax, problem in zip(axes[0], problems):
-        chosen = {(c, k): modes for (name, c, k), modes in found.items() if name == problem}
-        for mode, style in (("forward", "o"), ("reverse", "s")):
-            ax.plot([modes[mode]["value"] for modes in chosen.values()], style, label=f"{mode} mode")
+        chosen = {(c, k): ways for (name, c, k), ways in found.items() if name == problem}
+        for way, style, color in zip(WAYS, "oDs", ("C0", "C2", "C1")):
+            rows = [ways.get(way, {}) for ways in chosen.values()]
+            ax.plot([row.get("value") for row in rows], style, color=color, label=way)
+            ax.plot([row.get("predicted") for row in rows], "_", color=color, ms=12, label=f"{way}, counted")
         ax.set(title=problem, yscale="log", xticks=range(len(chosen)))
         ax.set_xticklabels([f"C={c}\nK={k}" for c, k in chosen], fontsize="small")
         ax.margins(x=0.15)
@@ -323,13 +409,14 @@ def _legend(ax: Any) -> None:
 
 # The file of each plot, what draws it, and the cases without which there is nothing to draw.
 PLOTS = {
-    "performance_features.png": (plot_features, ("features", "reverse")),
+    "performance_features.png": (plot_features, ("features",)),
     "performance_crossover.png": (plot_crossover, ("crossover",)),
 }
 
 
 def read(folder: Path) -> Runs:
-    paths = {name: folder / f"{name}.json" for name in (*ALLOCATORS, "quick_tuning", "quick_sampled", "cuda")}
+    more = ("quick_tuning", "quick_sampled", "quick_chunks", "quick_latency", "plan", "cuda")
+    paths = {name: folder / f"{name}.json" for name in (*ALLOCATORS, *more)}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from functools import partial
 
 from benchmarks.cases import features, fits, host, searches, setting
+from benchmarks.cases.chunks import CHUNK_CASES, QUICK_CHUNKS
+from benchmarks.cases.latency import LATENCY_CASES
 from benchmarks.cases.method_costs import COST_CASES
 from benchmarks.cases.plans import PLAN_CASES
 from benchmarks.cases.setting import Part, Rows
@@ -16,8 +18,10 @@ from benchmarks.methods import METHODS
 
 CASES: dict[str, dict[str, Part]] = {
     "gradients": {name: partial(features.gradients, name=name) for name in setting.BATCHES},
-    "features": {name: partial(features.features, name=name) for name in ("resnet20", "vit")},
-    "reverse": {"resnet20": features.reverse},
+    "features": {
+        f"{name}-{c}-{k}": partial(features.features, name=name, n_outputs=c, rank=k)
+        for name, c, k in features.FEATURES
+    },
     "crossover": {name: partial(features.crossover, name=name) for name in features.CROSSOVER_BATCHES},
     "host": {"resnet20": host.against_host},
     "composed": {"resnet20": host.composed},
@@ -34,7 +38,7 @@ CASES: dict[str, dict[str, Part]] = {
         "tiny, full": partial(fits.method, name="tiny", chosen="all weights, full"),
     },
 }
-# Minutes of searches, in a file of their own.
+# Minutes each, in files of their own, as are plans, chunks and latencies.
 TUNING_CASES: dict[str, dict[str, Part]] = {
     "tuning": {
         **{kind: partial(searches.tuning, kind=kind) for kind in ("grid", "probit", "mc")},
@@ -46,10 +50,23 @@ TUNING_CASES: dict[str, dict[str, Part]] = {
     },
 }
 CUDA_CASES: dict[str, dict[str, Part]] = {
+    "cuda-features": {
+        f"{name}-{c}": partial(features.cuda, name=name, n_outputs=c) for name, c in features.CUDA
+    },
     "cuda-resnet20": {"resnet20": partial(fits.cuda, name="resnet20", n=50_000, batch=500)},
     "cuda-resnet50": {"resnet50": partial(fits.cuda, name="resnet50", n=2_000, batch=50)},
     "cuda-vit-b-16": {"vit_b_16": partial(fits.cuda, name="vit_b_16", n=2_000, batch=50)},
 }
 # What is computed from the rows of all parts of a case.
 COMBINE: dict[str, Callable[[Rows], Rows]] = {"memory": host.compared_memory}
-ALL_CASES = {**CASES, **TUNING_CASES, **COST_CASES, **CUDA_CASES, **PLAN_CASES}
+ALL_CASES = {
+    **CASES,
+    **TUNING_CASES,
+    **COST_CASES,
+    **CUDA_CASES,
+    **PLAN_CASES,
+    **CHUNK_CASES,
+    **LATENCY_CASES,
+}
+# With --quick, of cases that take hours.
+QUICK_CASES = {**ALL_CASES, **QUICK_CHUNKS}

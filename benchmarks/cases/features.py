@@ -1,4 +1,4 @@
-"""Gradients of landmarks, and features by forward and reverse mode."""
+"""Gradients of landmarks, and features by every way to compute them."""
 
 from __future__ import annotations
 
@@ -9,38 +9,54 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import laplace_ella
+from benchmarks import inside
 from benchmarks.cases.setting import BATCHES, TITLES, Rows, on_device, repeats
-from benchmarks.inside import ENGINES, rows_by, scan
-from benchmarks.measure import Calls, failure, interleaved, loader, plain, ratios, result
-from benchmarks.methods import ours
-from benchmarks.problems import network
+from benchmarks.inside import ENGINES, random_basis, rows_by
+from benchmarks.measure import GIGABYTE, Calls, PeakMemory, failure, interleaved, plain, ratios, result
+from benchmarks.problems import PROBLEMS, network, noise
 
-CROSSOVER_BATCHES = {"resnet20": 8, "vit": 2, "mlp": 50}
-CROSSOVER = [(1, 5), (1, 20), (2, 20), (10, 20), (10, 100)]
+# As their users name them, and what has to be done by each at least, in forwards an input: C outputs, K directions.
+WAYS: dict[str, Callable[[int, int], int]] = {
+    "forward": lambda n_outputs, rank: 1 + 2 * rank,
+    "contraction": lambda n_outputs, rank: 1 + n_outputs,
+    "reverse": lambda n_outputs, rank: 1 + 2 * n_outputs,
+}
+# Network, C, K -> what features may cost by the way that is chosen, in forwards an input.
+FEATURES: dict[tuple[str, int, int], float | None] = {
+    ("resnet20", 10, 20): 25,
+    ("resnet20", 10, 100): 30,
+    ("resnet20", 1, 20): 4.5,
+    ("vit", 10, 20): 30,
+    ("vit", 10, 100): 42,
+    ("vit", 1, 20): 4.5,
+    ("mlp", 10, 20): None,
+    ("mlp", 1, 20): None,
+}
+CROSSOVER_BATCHES = {"resnet20": 8, "vit": 2, "mlp": 50, "tagger": 8}
+CROSSOVER = [(1, 5), (1, 20), (10, 5), (10, 20), (10, 100)]
+CHOSEN = "the way that is chosen"
+# Of a round of calls, in seconds.
+WITHIN = 100
 
 
 def likelihood(n_outputs: int) -> str:
     return "regression" if n_outputs == 1 else "classification"
 
 
-def fitted(
-    model: nn.Module, name: str, n_outputs: int, rank: int, args: argparse.Namespace, **options: Any
-) -> Any:
-    """Return an estimator with K directions, from a fit as short as they allow."""
-    n = max(50, rank + 10)
-    la = ours(
-        model,
-        likelihood(n_outputs),
-        subsample_size=min(rank + 10, n * n_outputs),
-        n_eigenvalues=rank,
-        curvature_size=1,
-        **options,
-    )
-    la.fit(loader(*on_device(name, n, args, n_outputs), 10))
-    return la
+def ways(
+    model: nn.Module, x: Tensor, n_outputs: int, rank: int, chosen: bool = True
+) -> tuple[Any, dict[str, Callable[[], Any]]]:
+    """Return a backend that chooses, and what computes features as it does and by each way, along the same directions."""
+    backend = laplace_ella.NystromGGN(model, likelihood(n_outputs))
+    basis = random_basis(backend, rank)
+    functions = {CHOSEN: partial(backend.features, x, basis)} if chosen else {}
+    for way in WAYS:
+        named = laplace_ella.NystromGGN(model, likelihood(n_outputs), autodiff=way)
+        functions[way] = partial(named.features, x, basis)
+    return backend, functions
 
 
 def gradients(args: argparse.Namespace, name: str) -> Rows:
@@ -79,32 +95,36 @@ def gradients(args: argparse.Namespace, name: str) -> Rows:
     ] + rows
 
 
-def features(args: argparse.Namespace, name: str) -> Rows:
-    """Features at K = 20, C = 10, with the automatic chunks."""
-    model = network(name, args.data, args.device)
-    la = fitted(model, name, 10, 20, args)
+def features(args: argparse.Namespace, name: str, n_outputs: int, rank: int) -> Rows:
+    """Features by the way that is chosen and by each, in the chunks that are chosen."""
+    batch = BATCHES[name]
+    model = network(name, args.data, args.device, n_outputs)
+    x = on_device(name, batch, args, n_outputs)[0]
+    backend, functions = ways(model, x, n_outputs, rank)
+    calls = interleaved(
+        {"forward pass": plain(model, x), **functions}, repeats(args, 5, 21), args.device, within=WITHIN
+    )
+    mode = inside.mode(backend, x, rank)
     rows = []
-    for batch in {"resnet20": (50, 8), "vit": (16,)}[name]:
-        x = on_device(name, batch, args)[0]
-        functions = {
-            "forward": plain(model, x),
-            "unfused": lambda x=x: scan(la.backend, x),
-            "features": lambda x=x: la.backend.features(x, la.basis),
-        }
-        calls = interleaved(functions, repeats(args, 7 if name == "resnet20" else 3, 21), args.device)
-        usual = batch == BATCHES[name]
+    for way in functions:
+        target = FEATURES[name, n_outputs, rank] if way == CHOSEN else None
+        autodiff = mode.split()[0] if way == CHOSEN else way
+        more = {"share_of_products": share_of_products(functions[way])} if way == CHOSEN else {}
         rows.append(
             result(
-                f"features, {TITLES[name]}, K = 20, C = 10" + ("" if usual else f", batches of {batch}"),
+                f"features by {way}, {TITLES[name]}, K = {rank}, C = {n_outputs}",
                 "forwards a sample",
-                ratios(calls, "features", "forward")["median"],
-                44 if usual else None,
-                headline=usual,
-                **about_features(calls, 1 + 2 * la.basis.rank, batch),
+                ratios(calls, way, "forward pass")["median"],
+                target,
+                headline=target is not None,
+                **about_features(calls, way, WAYS[autodiff](n_outputs, rank), batch),
                 problem=name,
-                # Without fused kernels, as forward mode needs it.
-                over_unfused_forward=ratios(calls, "features", "unfused")["median"],
-                share_of_products=share_of_products(functions["features"]),
+                C=n_outputs,
+                K=rank,
+                way=way,
+                mode=mode if way == CHOSEN else way,
+                predicted=inside.predicted(backend, x, rank, autodiff),
+                **more,
             )
         )
     return rows
@@ -125,72 +145,91 @@ def share_of_products(function: Callable[[], Any]) -> float:
     return products / sum(times.values())
 
 
-def about_features(calls: dict[str, Calls], floor: int, batch: int) -> dict[str, Any]:
+def about_features(calls: dict[str, Calls], way: str, floor: int, batch: int) -> dict[str, Any]:
     """What rows on features say besides the value."""
-    quotients = ratios(calls, "features", "forward")
+    quotients = ratios(calls, way, "forward pass")
     return {
         "batch": batch,
         "spread": quotients,
         "floor": floor,
         "over_floor": quotients["median"] / floor,
-        "forward_ms_an_image": 1e3 * calls["forward"].median() / batch,
-        "page_faults_a_call": statistics.median(calls["features"].faults),
-        "page_faults_a_forward": statistics.median(calls["forward"].faults),
+        "forward_ms_an_image": 1e3 * calls["forward pass"].median() / batch,
+        "page_faults_a_call": statistics.median(calls[way].faults),
+        "page_faults_a_forward": statistics.median(calls["forward pass"].faults),
     }
 
 
-def reverse(args: argparse.Namespace) -> Rows:
-    """Features by reverse mode, where C is small against K."""
-    rows, name, batch = [], "resnet20", 50
-    for n_outputs, rank, target in ((1, 20, 12), (10, 100, 90)):
+def crossover(args: argparse.Namespace, name: str) -> Rows:
+    """Each way for several C and K, along the same directions, beside what the package counts for it."""
+    rows, batch = [], CROSSOVER_BATCHES[name]
+    x = on_device(name, batch, args)[0]
+    for n_outputs, rank in CROSSOVER:
         model = network(name, args.data, args.device, n_outputs)
-        la = fitted(model, name, n_outputs, rank, args, backend=laplace_ella.ReverseNystromGGN)
-        x = on_device(name, batch, args)[0]
-        functions = {
-            "forward": plain(model, x),
-            "features": lambda x=x, la=la: la.backend.features(x, la.basis),
-        }
-        calls = interleaved(functions, repeats(args, 5, 21), args.device)
-        rows.append(
-            result(
-                f"features by reverse mode, {TITLES[name]}, K = {la.basis.rank}, C = {n_outputs}",
-                "forwards a sample",
-                ratios(calls, "features", "forward")["median"],
-                target,
-                headline=True,
-                problem=name,
-                **about_features(calls, 1 + 2 * n_outputs, batch),
-            )
+        backend, functions = ways(model, x, n_outputs, rank, chosen=False)
+        calls = interleaved(
+            {"forward pass": plain(model, x), **functions}, repeats(args, 2, 7), args.device, within=WITHIN
         )
+        about = {"problem": name, "C": n_outputs, "K": rank, "batch": batch}
+        about["chosen"] = inside.mode(backend, x, rank)
+        about["predicted_crossover"] = inside.predicted_crossover(backend, x)
+        rows += [
+            result(
+                f"features by {way}, {TITLES[name]}, K = {rank}, C = {n_outputs}",
+                "forwards a sample",
+                ratios(calls, way, "forward pass")["median"],
+                mode=way,
+                predicted=inside.predicted(backend, x, rank, way),
+                spread=ratios(calls, way, "forward pass"),
+                **about,
+            )
+            for way in functions
+        ]
     return rows
 
 
-def crossover(args: argparse.Namespace, name: str) -> Rows:
-    """Forward against reverse mode for several C and K, on the same directions."""
-    rows, batch = [], CROSSOVER_BATCHES[name]
-    x = on_device(name, batch, args)[0]
-    modes = ("forward", "reverse")
-    for n_outputs, rank in CROSSOVER:
-        model = network(name, args.data, args.device, n_outputs)
-        basis = fitted(model, name, n_outputs, rank, args).basis
-        functions: dict[str, Callable[[], Any]] = {"plain": plain(model, x)}
-        for mode in modes:
-            backend = laplace_ella.NystromGGN(model, likelihood(n_outputs), autodiff=mode)
-            functions[mode] = partial(backend.features, x, basis)
-        calls = interleaved(functions, repeats(args, 2, 7), args.device)
-        rows += [
-            result(
-                f"features by {mode} mode, {TITLES[name]}, K = {basis.rank}, C = {n_outputs}",
-                "forwards a sample",
-                ratios(calls, mode, "plain")["median"],
-                problem=name,
-                mode=mode,
-                C=n_outputs,
-                K=basis.rank,
-                batch=batch,
-                spread=ratios(calls, mode, "plain"),
+# Network, C -> the batch, and the ways. Where outputs are many, each of them would have a backward pass in the other ways.
+CUDA: dict[tuple[str, int], tuple[int, tuple[str, ...]]] = {
+    ("resnet20", 10): (500, ("forward", "contraction", "reverse")),
+    ("resnet50", 10): (50, ("forward", "contraction", "reverse")),
+    ("resnet50", 1000): (50, ("forward",)),
+    ("vit_b_16", 10): (50, ("forward", "contraction", "reverse")),
+    ("vit_b_16", 1000): (50, ("forward",)),
+}
+
+
+def cuda(args: argparse.Namespace, name: str, n_outputs: int, rank: int = 20) -> Rows:
+    """Each way on a GPU, with products in float32 and in TF32; the unit is a plain pass with the same ones."""
+    batch, chosen = CUDA[name, n_outputs]
+    model = network(name, None, args.device, n_outputs)
+    x = noise(batch, PROBLEMS[name].shape, seed=0)[0].to(args.device)
+    rows = []
+    for tf32 in (False, True):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        backend, functions = ways(model, x, n_outputs, rank, chosen=False)
+        functions = {way: functions[way] for way in chosen}
+        calls = interleaved(
+            {"forward pass": plain(model, x), **functions}, repeats(args, 2, 7), args.device, within=10
+        )
+        for way, compute in functions.items():
+            with PeakMemory(args.device) as peak:
+                compute()
+            rows.append(
+                result(
+                    f"features by {way}, {'TF32' if tf32 else 'float32'}, {name}",
+                    "forwards a sample",
+                    ratios(calls, way, "forward pass")["median"],
+                    spread=ratios(calls, way, "forward pass"),
+                    images_per_second=batch / calls[way].median(),
+                    forward_images_per_second=batch / calls["forward pass"].median(),
+                    peak_gb=peak.extra / GIGABYTE,
+                    problem=name,
+                    C=n_outputs,
+                    K=rank,
+                    batch=batch,
+                    way=way,
+                    tf32=tf32,
+                    chosen=inside.mode(backend, x, rank),
+                    predicted=inside.predicted(backend, x, rank, way),
+                )
             )
-            for mode in modes
-        ]
-        del basis, functions
     return rows

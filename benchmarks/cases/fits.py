@@ -142,6 +142,7 @@ def cuda(args: argparse.Namespace, name: str, n: int, batch: int) -> Rows:
             f"prediction, {name}",
             "forwards a sample",
             ratios(calls, "predict", "forward")["median"],
+            6,
             spread=ratios(calls, "predict", "forward"),
             images_per_second=images / calls["predict"].median(),
             forward_images_per_second=images / calls["forward"].median(),

@@ -17,7 +17,21 @@ from benchmarks.problems import network, samples
 Rows = list[dict[str, Any]]
 Part = Callable[[argparse.Namespace], Rows]
 
-TITLES = {"resnet20": "ResNet-20", "vit": "ViT", "mlp": "MLP", "tiny": "tiny MLP"}
+TITLES = {
+    "resnet20": "ResNet-20",
+    "vit": "ViT",
+    "mlp": "MLP",
+    "tiny": "tiny MLP",
+    "large-mlp": "MLP of 10 M weights",
+    "bert": "text encoder",
+    "tagger": "tagger",
+    "resnet18": "ResNet-18",
+    "resnet18-64": "ResNet-18 at 64",
+    "resnet50": "ResNet-50",
+    "resnet50-64": "ResNet-50 at 64",
+    "vit_b_16": "ViT-B/16",
+    "vit_b_16-64": "ViT-B/16 at 64",
+}
 # Small enough that a fit or a few rounds take seconds.
 BATCHES = {"resnet20": 50, "vit": 16, "mlp": 50}
 

@@ -1,0 +1,52 @@
+"""What one call of a prediction takes, in milliseconds: ``run.py --only latency``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.cases.setting import TITLES, Part, Rows, on_device, repeats
+from benchmarks.measure import interleaved, loader, plain, result, spread
+from benchmarks.methods import LAST, flavour, ours
+from benchmarks.problems import network
+
+NETWORKS = ("resnet20", "resnet18", "vit", "bert")
+BATCHES = (1, 8, 64)
+# Seconds of rounds for one batch size.
+WITHIN = {True: 25, False: 300}
+
+
+def latency(args: argparse.Namespace, name: str) -> Rows:
+    """ELLA (K = 20), the network alone, and laplace-torch's last-layer Laplace, of the same inputs."""
+    model = network(name, args.data, args.device)
+    x, y = on_device(name, max(BATCHES), args)
+    few = loader(x[:48], y[:48], 8)
+    ella = ours(model, subsample_size=40, n_eigenvalues=20, curvature_size=8, temperature=1.0)
+    last = flavour(LAST, "kron")(model)
+    for la in (ella, last):
+        la.fit(few)
+    rows: Rows = []
+    for batch in BATCHES:
+        part = x[:batch]
+        functions: dict[str, Callable[[], Any]] = {
+            "MAP": plain(model, part),
+            "ELLA": partial(ella, part),
+            "last layer, kron": partial(torch.no_grad()(last), part),
+        }
+        n = repeats(args, 20 if batch == 1 else 5, 100)
+        calls = interleaved(functions, n, args.device, within=WITHIN[args.quick])
+        for method, of in calls.items():
+            times = spread([1e3 * s for s in of.seconds])
+            about = {"problem": name, "batch": batch, "method": method, "spread": times, "K": ella.basis.rank}
+            title = f"prediction, {method}, {TITLES[name]}, B = {batch}"
+            rows.append(result(title, "ms", times["median"], **about))
+    return rows
+
+
+LATENCY_CASES: dict[str, dict[str, Part]] = {
+    "latency": {name: partial(latency, name=name) for name in NETWORKS}
+}
