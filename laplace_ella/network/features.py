@@ -118,8 +118,11 @@ def forward_features(
         # out_dims=None for the outputs would be natural, but fails under chunking.
         push = vmap(_pushing(model, weights, block), out_dims=(0, -1))
         parts = []
-        for start in range(0, _rank(directions), chunks.directions):
-            f, phi = push({k: v[start : start + chunks.directions] for k, v in directions.items()})
+        rank = _rank(directions)
+        for start in range(0, rank, chunks.directions):
+            some = {k: v[start : start + chunks.directions] for k, v in directions.items()}
+            # Forward mode takes tangents as they are only if they fill their memory.
+            f, phi = push(some if chunks.directions >= rank else {k: v.clone() for k, v in some.items()})
             parts.append(phi)
         return torch.cat(parts, -1), f[0]
 
