@@ -15,7 +15,7 @@ Values agree to rounding; what a pattern does not fit is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,12 +30,15 @@ from ..data.batches import Input
 from .functional import FunctionalModel, Weights
 from .lookups import Lookups
 from .memory import attempt
+from .places import named
 from .recording import tolerance
 
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
-_PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_CONVOLUTIONS = frozenset([torch.conv1d, torch.conv2d, torch.conv3d])
+_PRODUCTS = frozenset([F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__])
 # Questions about a tensor that do not read its values.
-_QUESTIONS = (Tensor.dim, Tensor.size, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__)  # type: ignore[attr-defined]
+_QUESTIONS = frozenset(
+    [Tensor.dim, Tensor.size, *(getattr(Tensor, k).__get__ for k in ("shape", "ndim", "dtype"))]
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class RewrittenModel(FunctionalModel):
         """Return the outputs (B, ..., C) of the module, in whose places ``placed`` stands now."""
         if self.rewrites.channels_last and isinstance(x, Tensor):
             x = x.to(memory_format=torch.channels_last)
-        mode = _Following({**dict(self.module.named_parameters()), **placed}, self.rewrites.folds)
+        mode = _Following(placed, self.rewrites.folds)
         try:
             with mode, Lookups():
                 return self.outputs_of(module, x, **model_kwargs)
@@ -110,8 +113,8 @@ class _Following(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = _tensors(args, kwargs) if self.outputs and func not in _QUESTIONS else ()
-        for call, out in [self.outputs[id(t)] for t in found if id(t) in self.outputs]:
+        asked = not self.outputs or func in _QUESTIONS
+        for call, out in () if asked else named(self.outputs, (*args, *kwargs.values())):
             norm = _normalisation(self.names, *args[1:], **kwargs) if func is F.batch_norm else None
             self.uses[call].append(norm)
             if self.folds is not None:
@@ -190,7 +193,7 @@ def _folds(uses: list[list[Normalisation | None]]) -> dict[int, Normalisation]:
 
 
 def _uses(model: FunctionalModel, x: Input) -> list[list[Normalisation | None]]:
-    tensors = {**dict(model.module.named_parameters()), **model.buffers(), **model.weights()}
+    tensors = model.placed(model.weights())
 
     def run(module: nn.Module) -> list[list[Normalisation | None]]:
         with _Following(tensors) as mode:
@@ -234,10 +237,3 @@ def _contiguous(values: Any) -> list[Any]:
     # Query, key and value may be one tensor, which the function looks at.
     made = {id(v): v.contiguous() if isinstance(v, Tensor) else v for v in values}
     return [made[id(v)] for v in values]
-
-
-def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, Tensor):
-                yield item
