@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from ..data.batches import Input
 from .functional import FunctionalModel, Weights
@@ -138,20 +138,26 @@ class _Following(TorchFunctionMode):
         if norm is not None:
             if len(weight) != len(self.tensors[norm.running_var]):  # it stands where another one was
                 raise _DivergedError
-            scale, bias = self._affine(norm, bias)
-            weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+            names = norm.running_mean, norm.running_var, norm.weight, norm.bias
+            weight, bias = folded(weight, bias, *(k and self.tensors[k] for k in names), norm.eps)
         out = func(x, weight, bias, *args, **kwargs)
         if self.folds is None or norm is not None:
             self.outputs[id(out)] = call, out
         return out
 
-    def _affine(self, norm: Normalisation, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return scale and bias (C,) of a convolution with this bias and a normalisation after it."""
-        mean, scale = self.tensors[norm.running_mean], (self.tensors[norm.running_var] + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * self.tensors[norm.weight]
-        shift = (-mean if bias is None else bias - mean) * scale
-        return scale, shift if norm.bias is None else shift + self.tensors[norm.bias]
+
+def folded(
+    weight: Tensor, bias: Any, mean: Any, variance: Any, factor: Any, offset: Any, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a convolution with a normalisation after it; other modes see one call."""
+    taken = weight, bias, mean, variance, factor, offset
+    if has_torch_function(taken):
+        return handle_torch_function(folded, taken, *taken, eps)
+    scale = (variance + eps).rsqrt()
+    scale = scale if factor is None else scale * factor
+    shift = (-mean if bias is None else bias - mean) * scale
+    weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    return weight, shift if offset is None else shift + offset
 
 
 def _normalisation(
