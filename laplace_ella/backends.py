@@ -68,9 +68,9 @@ class NystromGGN(GGNInterface):
     memory_budget : int or float, optional
         Bytes (int), or share of the device's free memory (float), that gradient rows
         and activations may take. Default: a quarter of the free memory.
-    autodiff : {"auto", "forward", "double", "reverse"}
-        How features are computed. "auto": reverse mode if 8 C <= K in a network that shares
-        weights between positions (not in an MLP), else forward mode; where an operator of
+    autodiff : {"auto", "forward", "double", "contraction", "reverse"}
+        How features are computed. "auto": forward mode (1 + 2K forward passes) or contraction layer by layer (about
+        1 + C, and the cheaper of two products for each layer), whichever counts say is cheaper; where an operator of
         the model does not support it, the next that works.
     compile : bool
         Run forward mode through :func:`torch.compile`.

@@ -160,7 +160,7 @@ class ELLALaplace(ParametricLaplace):
     memory_budget : int or float, optional
         Bytes (int), or share of the device's free memory (float), that gradient rows and
         activations may take; default a quarter of the free memory.
-    autodiff : {"auto", "forward", "double", "reverse"}, optional
+    autodiff : {"auto", "forward", "double", "contraction", "reverse"}, optional
         How features are computed; default "auto", which see in :class:`NystromGGN`.
     compile : bool
         Run forward mode through :func:`torch.compile`: minutes of compiling for each

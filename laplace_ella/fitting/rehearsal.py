@@ -113,7 +113,8 @@ class Rehearsal:
         source, (values, ratio) = self.held.source, self._columns()
         coefficients = torch.ones(len(source), self.rank, dtype=torch.float64, device=source.device)
         combinations = ratio * seconds_of(lambda: source.combination(coefficients, values))
-        return combinations + self._n_parts * self.tangents[1]
+        n_parts = self._n_parts(self.x)
+        return combinations + n_parts * self.tangents(n_parts)[1]
 
     def per_curvature(self) -> float:
         """Return the seconds of one input's part of G, in a batch like the one at hand."""
@@ -126,11 +127,14 @@ class Rehearsal:
         # As Engine.bounded cuts features off that would take too much.
         width = 8 * self.rank * self.engine.facts(self.x).n_coordinates
         at_once = min(at_once, self.engine.budget() // 4 // width)
-        return self._n_parts * self._per_input(self._features, at_once)
+        n_parts = self._n_parts(self.x)
+        return n_parts * self._per_input(lambda x: self._features(x, n_parts), at_once)
 
     def of_single_prediction(self) -> float:
         """Return the seconds of the features of an input alone."""
-        return self._n_parts * seconds_of(lambda: self._features(inputs_between(self.x, 0, 1)))
+        x = inputs_between(self.x, 0, 1)
+        n_parts = self._n_parts(x)
+        return n_parts * seconds_of(lambda: self._features(x, n_parts))
 
     def _columns(self) -> tuple[Tensor, float]:
         """Return some columns of M rows, and how many times as many there are in all."""
@@ -140,24 +144,25 @@ class Rehearsal:
         values = torch.ones(size, width, dtype=self.held.dtype, device=self.held.device)
         return values, n_weights / width
 
-    @property
-    def _n_parts(self) -> int:
-        """How many parts of the directions cost as much as the one that is timed."""
+    def _n_parts(self, x: Input) -> int:
+        """Return how many parts of the directions cost as much as the one that is timed on such a batch."""
         entering = FEATURES[self.mode].directions
         if self.sampled or entering == "all":
             return 1  # all that there are enter every call
-        chunks = self.engine.chunks(self.mode, self.x, self.rank)
+        chunks = self.engine.chunks(self.mode, x, self.rank)
         return math.ceil(self.rank / (chunks.directions if entering == "several" else LOOPED_DIRECTIONS))
 
-    @cached_property
-    def tangents(self) -> tuple[Weights, float]:
-        """Tangents of length one (d, *shape), stored as a basis stores its directions, and the seconds that took."""
-        weights, n_weights = self.engine.function.weights(), self.engine.row_count()
-        start = perf_counter()
-        entry = next(iter(weights.values())).new_full((1, 1), n_weights**-0.5)
-        found = stored_directions(weights, entry.expand(math.ceil(self.rank / self._n_parts), n_weights))
-        next(iter(found.values())).flatten()[:1].cpu()  # waits for the device
-        return found, perf_counter() - start
+    def tangents(self, n_parts: int) -> tuple[Weights, float]:
+        """Return one of so many parts of K tangents of length one, stored as a basis stores its directions, and the seconds that took."""
+        made = vars(self).setdefault("_tangents", {})
+        if n_parts not in made:
+            weights, n_weights = self.engine.function.weights(), self.engine.row_count()
+            start = perf_counter()
+            entry = next(iter(weights.values())).new_full((1, 1), n_weights**-0.5)
+            found = stored_directions(weights, entry.expand(math.ceil(self.rank / n_parts), n_weights))
+            next(iter(found.values())).flatten()[:1].cpu()  # waits for the device
+            made[n_parts] = found, perf_counter() - start
+        return made[n_parts]
 
     def _per_input(self, compute: Callable[[Input], Tensor], at_once: int) -> float:
         """Return the seconds per input of a batch that is cut into calls of at most so many."""
@@ -167,12 +172,12 @@ class Rehearsal:
             n_calls * seconds_of(lambda: compute(inputs_between(self.x, 0, math.ceil(size / n_calls)))) / size
         )
 
-    def _features(self, x: Input) -> Tensor:
-        return curvature(self.likelihood, *self.engine.features(x, self.tangents[0]))
+    def _features(self, x: Input, n_parts: int) -> Tensor:
+        return curvature(self.likelihood, *self.engine.features(x, self.tangents(n_parts)[0]))
 
     def _per_sampled(self) -> float:
         ones = torch.ones(self.rank, dtype=torch.float64, device=self.engine.device)
-        basis = NystromBasis(self.tangents[0], ones, float(self.rank), ones)
+        basis = NystromBasis(self.tangents(1)[0], ones, float(self.rank), ones)
         of = Curvature(self.engine, self.likelihood, basis, self.sampled)
 
         def compute(x: Input) -> Tensor:

@@ -3,6 +3,7 @@ r"""One model and how it is differentiated: the way, the chunks, and what is rem
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from copy import copy
@@ -49,6 +50,9 @@ from .safety import safely
 
 __all__ = ["AUTODIFF", "Engine"]
 
+# Ways to compute features are compared for batches of so many inputs.
+USUAL_SIZE = 16
+
 
 class Engine:
     """Computes features of one model, having found out what it supports and how large it is.
@@ -89,6 +93,7 @@ class Engine:
         self._smaller: dict[Any, Chunks] = {}
         self._free: dict[torch.device, int] = {}
         self._sizes: dict[Any, tuple[int, int]] = {}
+        self._said: set[str] = set()
         # Of the first of some directions: what ways make of them.
         self._prepared: Any = WeakTensorKeyDictionary()
 
@@ -251,8 +256,9 @@ class Engine:
             derivable = not self.compiled and any(
                 FEATURES[k].forward or FEATURES[k].contracts for k in self._allowed(x)
             )
+            find = torch.no_grad()(find_facts)
             self._facts[kind] = safely(
-                self.module, lambda: find_facts(self.function, _pair(x), precision, derivable, one_by_one)
+                self.module, lambda: find(self.function, _pair(x), precision, derivable, one_by_one)
             )
         return self._facts[kind]
 
@@ -272,7 +278,7 @@ class Engine:
         first = allowed[0]
         if torch.is_grad_enabled() and FEATURES[first].contracts:  # its gradients do not reach the inputs
             return "reverse" if self.support(x).gradients == "vmap" else "reverse loop"
-        if len(allowed) == 1:
+        if len(allowed) == 1 or FEATURES[first].directions == "all":
             return first
         contraction = next((k for k in allowed if FEATURES[k].contracts), None)
         if contraction is not None and self._contracts(contraction, x, rank):
@@ -289,11 +295,12 @@ class Engine:
         return rank * contracted.prepared_bytes() <= self.budget() // 2
 
     def cost(self, mode: str, x: Input, rank: int) -> float:
-        """Return what the features of an input cost, counted in multiplications."""
-        return self._cost(mode, x, rank, self.chunks(mode, x, rank))
+        """Return what the features of an input in a batch of usual size cost, counted in multiplications.
 
-    def _cost(self, mode: str, x: Input, rank: int, chunks: Chunks) -> float:
+        Inputs of one shape are treated alike, however many come at a time.
+        """
         facts, way, counts = self.facts(x), FEATURES[mode], self.counts(x)
+        chunks = self.chunks(mode, x, rank, USUAL_SIZE)
         if way.contracts and facts.contracted is not None:
             n = facts.n_coordinates
             products = facts.contracted.products(n, rank)
@@ -324,6 +331,7 @@ class Engine:
             f = self.function.outputs(self.function.weights(), x).flatten(0, -2)
             return f.new_zeros(*f.shape, rank), f
         mode = self.mode(x, rank)
+        self._say(mode, x)
         kind = setting_of(self.module), mode, rank, signature(x)
         chunks = self._smaller.get(kind) or self.chunks(mode, x, rank)
         result, used = with_smaller_chunks(
@@ -357,9 +365,9 @@ class Engine:
     def _pull_contracted(self, mode: str, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         model = self.facts(x).contracted
         assert model is not None
-        ready = model.ready()
+        ready, rank, n = model.ready(), len(next(iter(directions.values()))), cotangents.shape[1]
         found = self._with_prepared(FEATURES[mode], model, ready, directions)
-        chunks = self._contraction_chunks(mode, x, len(next(iter(directions.values()))), cotangents.shape[1])
+        chunks = self._contraction_chunks(mode, x, rank, n, batch_size(x))
         pulled, _ = with_smaller_chunks(
             lambda c: contracted_cotangents(model, ready, found, x, cotangents, c),
             chunks,
@@ -367,6 +375,26 @@ class Engine:
             lambda c: self.feature_bytes(mode, c, x),
         )
         return pulled
+
+    def _say(self, mode: str, x: Input) -> None:
+        """Warn once of what a contraction cannot do."""
+        contracted, wanted = self.facts(x).contracted, self.support(x).features
+        if FEATURES[wanted].contracts and not FEATURES[mode].contracts:
+            text = (
+                f"autodiff={self.autodiff!r} records no graph back to the inputs, so that features with "
+                "enable_backprop=True are computed by plain backward passes. Name no mode, or 'forward', for cheaper ones."
+            )
+        elif FEATURES[mode].contracts and contracted is not None and contracted.uncovered:
+            text = (
+                f"{len(contracted.uncovered)} weights ({', '.join(sorted(contracted.uncovered)[:3])} ...) are used in a "
+                "way that contraction layer by layer has no rule for. Their gradients are computed by reverse mode, for "
+                "about 1 + 2 C forward passes of an input more."
+            )
+        else:
+            return
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, stacklevel=2)
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
         way = FEATURES[mode]
@@ -424,13 +452,13 @@ class Engine:
     def _bytes_per_gradient(self, x: Input) -> int:
         return 2 * self.row_size() + self.facts(x).graph_bytes
 
-    def chunks(self, mode: str, x: Input, rank: int) -> Chunks:
+    def chunks(self, mode: str, x: Input, rank: int, size: int | None = None) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within budget, at the least cost."""
-        way = FEATURES[mode]
+        way, size = FEATURES[mode], batch_size(x) if size is None else size
         if way.gradients == "loop":
             return Chunks(1, 1)
         if way.contracts:
-            return self._contraction_chunks(mode, x, rank, self.facts(x).n_coordinates)
+            return self._contraction_chunks(mode, x, rank, self.facts(x).n_coordinates, size)
         if way.directions == "all":
             return Chunks(self._inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
         counts, within = self.counts(x), max(1, self.budget() // LIVE_TENSORS)
@@ -439,20 +467,17 @@ class Engine:
         if self.chunk_size:
             directions = {wanted}
         allowed = [
-            Chunks(b, d)
-            for b in sizes(batch_size(x))
-            for d in sorted(directions)
-            if b * d * counts.largest <= within
+            Chunks(b, d) for b in sizes(size) for d in sorted(directions) if b * d * counts.largest <= within
         ]
         fallback = Chunks(1, wanted if self.chunk_size else 1)
         return min(
             allowed, key=lambda c: of_forward_mode(counts, rank, c, self._cached_bytes()), default=fallback
         )
 
-    def _contraction_chunks(self, mode: str, x: Input, rank: int, n: int) -> Chunks:
+    def _contraction_chunks(self, mode: str, x: Input, rank: int, n: int, size: int) -> Chunks:
         counts, facts, way = self.counts(x), self.facts(x), FEATURES[mode]
         each = way.held[1] * facts.graph_bytes + way.per_output * n * facts.input_bytes
-        allowed = [b for b in sizes(batch_size(x)) if b * each <= self.budget() // 2]
+        allowed = [b for b in sizes(size) if b * each <= self.budget() // 2]
         cost = partial(of_contraction, counts, n, rank, 0.0, working_set=self._cached_bytes())
         return Chunks(min(allowed, key=lambda b: cost(inputs=b), default=1), 1)
 

@@ -105,9 +105,9 @@ def _contracted(
     tangents = normal_like(weights, 2, seed=0)
     all_tangents = {**tangents, **made.prepared(tangents)}
     f = made(ready, x)
-    u = torch.stack([(torch.arange(f.numel(), device=f.device).view_as(f) + s).cos() for s in (0, 1)], 1).to(
-        f
-    )
+    u = torch.stack(
+        [(torch.arange(f.numel(), dtype=f.dtype, device=f.device).view_as(f) + s).cos() for s in (0, 1)], 1
+    ).to(f)
     found = contracted_cotangents(made, ready, all_tangents, x, u, Chunks(2, 1))
     expected = pulled(model, None, tangents, x, 1, u)[0]
     if not agree(found, expected, precision):

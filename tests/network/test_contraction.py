@@ -233,6 +233,20 @@ def test_weights_that_no_rule_knows_have_their_gradients_by_reverse_mode():
     expected = safely(model, lambda: looped_reverse_features(function, None, V, x, Chunks(1, 1)))
     for a, b in zip(found, expected):
         assert_close(a, b, rtol=1e-10)
+    engine = NystromGGN(model, "classification", autodiff="contraction").engine
+    with pytest.warns(UserWarning, match=r"1 weights \(.*0\.weight .*no rule for.*reverse mode") as said:
+        for _ in range(2):
+            assert_close(engine.push(x, V)[0], expected[0], rtol=1e-10)
+    assert len(said) == 1
+
+
+def test_with_a_graph_back_to_the_inputs_another_way_is_taken_and_said():
+    model, function, x, V = problem("linear", torch.float64)
+    engine = NystromGGN(model, "classification", autodiff="contraction").engine
+    with pytest.warns(UserWarning, match="records no graph back to the inputs"):
+        phi, _ = engine.push(x.requires_grad_(), V, enable_backprop=True)
+    assert phi.requires_grad
+    assert_close(phi.detach(), engine.push(x.detach(), V)[0])
 
 
 @pytest.mark.filterwarnings("ignore:This model cannot be differentiated for several inputs at once")

@@ -36,7 +36,7 @@ def contracted(model, weights, prepared, x, chunks):
 
 
 CONTRACTED = Way(
-    autodiff="contraction",
+    autodiff="layers",
     compute=contracted,
     forwards=lambda n_outputs, rank: 3.0 + n_outputs,
     held=(0, 2, 0),
@@ -49,7 +49,7 @@ CONTRACTED = Way(
 @pytest.fixture(autouse=True)
 def _row():
     before = dict(FEATURES)
-    FEATURES["contraction"] = CONTRACTED
+    FEATURES["layers"] = CONTRACTED
     PREPARED.clear()
     yield
     FEATURES.clear()
@@ -57,17 +57,17 @@ def _row():
 
 
 def test_a_row_of_the_table_is_all_that_a_new_way_takes():
-    la, expected = fitted(autodiff="contraction"), fitted()
-    assert la.backend.support(X).features == la.backend.engine.mode(X, 5) == "contraction"
+    la, expected = fitted(autodiff="layers"), fitted()
+    assert la.backend.support(X).features == la.backend.engine.mode(X, 5) == "layers"
     for found, other in zip(la.features(X), expected.features(X)):
         assert_close(found, other)
     assert_close(la.H, expected.H)
-    backend = NystromGGN(mlp(), "classification", autodiff="contraction")
+    backend = NystromGGN(mlp(), "classification", autodiff="layers")
     assert_close(backend.features(X, la.basis)[0], expected.features(X)[0])
 
 
 def test_directions_are_prepared_once_for_as_long_as_they_live():
-    la = fitted(autodiff="contraction")
+    la = fitted(autodiff="layers")
     la.features(X)
     n_prepared = len(PREPARED)
     la.features(X[:2])
@@ -86,11 +86,11 @@ def test_directions_are_prepared_once_for_as_long_as_they_live():
 
 @pytest.mark.filterwarnings("ignore:This model has no contraction of layers, so features are computed by")
 def test_first_in_the_table_it_is_tried_first(monkeypatch):
-    for name in [k for k in FEATURES if k != "contraction"]:
+    for name in [k for k in FEATURES if k != "layers"]:
         FEATURES[name] = FEATURES.pop(name)
     la = fitted()
     monkeypatch.setattr(features, "SHARED_WEIGHTS", 0)
-    assert la.backend.support(X).features == la.backend.engine.mode(X, 10**6) == "contraction"
+    assert la.backend.support(X).features == la.backend.engine.mode(X, 10**6) == "layers"
     other = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, C, bias=False)).double()
     assert fitted(model=other).backend.support(X).features == "forward"
 
@@ -99,13 +99,13 @@ def test_a_wrong_one_is_found_out():
     model = mlp()
     model[1] = nn.Sigmoid()
     with pytest.raises(ValueError, match="Forward and reverse mode disagree"):
-        fitted(model=model, autodiff="contraction")
-    allowed = r"\['auto', 'forward', 'double', 'reverse', 'contraction'\]"
-    with pytest.raises(ValueError, match=f"autodiff must be one of {allowed}; got 'layers'"):
-        build(autodiff="layers")
+        fitted(model=model, autodiff="layers")
+    allowed = r"\['auto', 'forward', 'double', 'contraction', 'reverse', 'layers'\]"
+    with pytest.raises(ValueError, match=f"autodiff must be one of {allowed}; got 'by layers'"):
+        build(autodiff="by layers")
 
 
 def test_a_plan_knows_what_it_costs():
-    plan = build(autodiff="contraction").plan(train_loader(), verbose=False)
-    assert plan.mode == "contraction"
+    plan = build(autodiff="layers").plan(train_loader(), verbose=False)
+    assert plan.mode == "layers"
     assert {s.name: s.forwards for s in plan.stages}["curvature"] == N * (3 + C)

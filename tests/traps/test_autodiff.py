@@ -94,7 +94,7 @@ def test_features_keep_no_graph_of_the_weights():
         lambda m, a, out: seen.append((out.requires_grad, torch.is_grad_enabled()))
     )
     with torch.enable_grad():
-        la = fitted(model=model)
+        la = fitted(model=model, autodiff="forward")
         seen.clear()
         phi, f = la.features(X.clone().requires_grad_())
     assert not phi.requires_grad

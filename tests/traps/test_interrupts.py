@@ -106,7 +106,7 @@ def check(la: Any, name: str, lost: list[Any], most: int, lines: tuple[str, ...]
         # Closing a generator that nobody needs any more starts at no function: the tool sees one, signals do not.
         assert raised or any(isinstance(one, GeneratorType) for one in lost), interrupting.where
         lost.clear()
-    expected = new(Storing())
+    expected = new(Storing(), enable_backprop=la.enable_backprop)
     assert torch.equal(la(X), expected(X)), "predictions go on"
     la.fit(DATA)
     assert torch.equal(la.H, expected.H), "and fits"
