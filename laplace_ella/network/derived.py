@@ -309,7 +309,11 @@ class Follower(TorchFunctionMode):
                 return body(*args, **kwargs)
         calls = self.record.calls
         call = calls[self.position] if self.position < len(calls) else None
-        if call is None or (call.function is not func and call.function != func) or call.slots != tuple(slots):
+        if (
+            call is None
+            or (call.function is not func and call.function != func)
+            or call.slots != tuple(slots)
+        ):
             raise DivergedError
         self.position += 1
         if call.kind == "derive":

@@ -314,7 +314,7 @@ class Engine:
     def counts(self, x: Input) -> Counts:
         """Count what there is to compute for an input of the shape of ``x``."""
         facts = self.facts(x)
-        item = first_weight(self.module).element_size()
+        item = self.row_size() / self.row_count()
         multiplications = 0 if facts.contracted is None else facts.contracted.multiplications
         return Counts(multiplications, facts.graph_bytes / item, facts.input_bytes, self.row_count())
 
@@ -402,7 +402,9 @@ class Engine:
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
         weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
         try:
-            return compute(function, weights, self._with_prepared(way, function, weights, directions), x, chunks)
+            return compute(
+                function, weights, self._with_prepared(way, function, weights, directions), x, chunks
+            )
         except DivergedError:  # a branch that depends on the data
             way = FEATURES["reverse" if self.support(x).gradients == "vmap" else "reverse loop"]
             return way.compute(self.function, self.function.weights(), directions, x, chunks)

@@ -132,7 +132,9 @@ class FunctionalModel:
         with LOCK:
             places = places_of(self.module)
             others = {
-                k: p.detach() if p.requires_grad else p for k, p in places.parameters.items() if k not in weights
+                k: p.detach() if p.requires_grad else p
+                for k, p in places.parameters.items()
+                if k not in weights
             }
             return {**others, **_copies(places.buffers), **weights}
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..data.batches import Input
 from .functional import FunctionalModel, Weights
@@ -85,14 +85,16 @@ class RewrittenModel(FunctionalModel):
             x = x.to(memory_format=torch.channels_last)
         mode = _Following(placed, self.rewrites.folds)
         try:
-            with mode, Lookups():
+            with mode:
                 return self.outputs_of(module, x, **model_kwargs)
         except _DivergedError:  # a branch that depends on the data
             return super().called(module, placed, x, **model_kwargs)
 
 
-class _Following(TorchFunctionMode):
+class _Following(Lookups):
     """Follow the outputs of convolutions to where they are used, and make left sides of products contiguous.
+
+    One mode with lookups, as each takes its time at every call.
 
     Parameters
     ----------
@@ -128,7 +130,7 @@ class _Following(TorchFunctionMode):
             args = (args[0].contiguous(), *args[1:])
         if func is F.multi_head_attention_forward:
             args = (*_contiguous(args[:3]), *args[3:])
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _convolve(
         self, func: Any, x: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any
