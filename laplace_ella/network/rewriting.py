@@ -140,8 +140,9 @@ class _Following(Lookups):
         if norm is not None:
             if len(weight) != len(self.tensors[norm.running_var]):  # it stands where another one was
                 raise _DivergedError
-            names = norm.running_mean, norm.running_var, norm.weight, norm.bias
-            weight, bias = folded(weight, bias, *(k and self.tensors[k] for k in names), norm.eps)
+            mean, variance = self.tensors[norm.running_mean], self.tensors[norm.running_var]
+            factor, offset = (None if k is None else self.tensors[k] for k in (norm.weight, norm.bias))
+            weight, bias = folded(weight, bias, mean, variance, factor, offset, norm.eps)
         out = func(x, weight, bias, *args, **kwargs)
         if self.folds is None or norm is not None:
             self.outputs[id(out)] = call, out
