@@ -15,7 +15,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
 from types import FunctionType
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from ..data.batches import Input, batch_size, each_cut, tensors
 from .functional import FunctionalModel, Weights
 from .memory import attempt
+from .places import named, places_of
 from .safety import LOCK
 
 # Questions about a tensor that do not read its values.
@@ -262,7 +262,7 @@ def record(model: FunctionalModel, x: Input) -> Record:
         Whatever the model raises.
     """
     weights = model.weights()
-    placed = {**dict(model.module.named_parameters()), **model.constants(), **weights}
+    placed = model.placed(weights)
     x = repeated(model, x)
 
     def run(module: nn.Module) -> Record:
@@ -300,7 +300,7 @@ class Follower(TorchFunctionMode):
         if func in QUESTIONS:
             return func(*args, **kwargs)
         names = self.names
-        slots = tuple([names[id(t)] for t in leaves_of((args, kwargs)) if id(t) in names])
+        slots = named(names, (*args, *kwargs.values()) if kwargs else args)
         if not slots:
             return func(*args, **kwargs)
         body = opened(func)
@@ -309,7 +309,11 @@ class Follower(TorchFunctionMode):
                 return body(*args, **kwargs)
         calls = self.record.calls
         call = calls[self.position] if self.position < len(calls) else None
-        if call is None or (call.function is not func and call.function != func) or call.slots != slots:
+        if (
+            call is None
+            or (call.function is not func and call.function != func)
+            or call.slots != tuple(slots)
+        ):
             raise DivergedError
         self.position += 1
         if call.kind == "derive":
@@ -370,10 +374,6 @@ class DerivedModel(FunctionalModel):
         self.model, self.record, self.in_pairs = model, record, model.in_pairs
         self._ready: tuple[Any, Weights] | None = None
 
-    def placed(self, weights: Weights) -> Weights:
-        """Return the tensors in the model's places, with these weights among them."""
-        return {**dict(self.module.named_parameters()), **self.model.constants(), **weights}
-
     def parts(self, weights: Weights) -> tuple[Weights, Weights]:
         """Tell the model's own weights from those that are derived."""
         own = {k: w for k, w in weights.items() if k in self.names}
@@ -382,8 +382,9 @@ class DerivedModel(FunctionalModel):
     def ready(self) -> Weights:
         """Return the model's weights, and all that is derived from them: computed once for as long as nothing is written."""
         with LOCK:
-            own = list(chain(self.module.parameters(), self.module.buffers()))
-        stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in own]
+            own = places_of(self.module)
+        tensors = (*own.parameters.values(), *own.buffers.values())
+        stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if self._ready is None or self._ready[0] != stamp:
             weights = self.weights()
             self._ready = stamp, self.laid_out({**weights, **derive(self.record, self.placed(weights))})

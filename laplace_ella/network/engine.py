@@ -92,6 +92,7 @@ class Engine:
         self._facts: dict[Any, InputFacts] = {}
         self._smaller: dict[Any, Chunks] = {}
         self._free: dict[torch.device, int] = {}
+        self._sizes: dict[Any, tuple[int, int]] = {}
         self._said: set[str] = set()
         # Of the first of some directions: what ways make of them.
         self._prepared: Any = WeakTensorKeyDictionary()
@@ -124,7 +125,7 @@ class Engine:
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
-        for found in (self._support, self._facts, self._smaller, self._free, self._prepared):
+        for found in (self._support, self._facts, self._smaller, self._free, self._sizes, self._prepared):
             found.clear()
         self.cutting.forget()
 
@@ -221,11 +222,18 @@ class Engine:
 
     def row_count(self) -> int:
         """Return P."""
-        return sum(w.numel() for w in self.function.weights().values())
+        return self._row_sizes()[0]
 
     def row_size(self) -> int:
         """Return the bytes of one gradient row."""
-        return sum(w.numel() * w.element_size() for w in self.function.weights().values())
+        return self._row_sizes()[1]
+
+    def _row_sizes(self) -> tuple[int, int]:
+        setting = setting_of(self.module)
+        if setting not in self._sizes:
+            own = self.function.own_weights().values()
+            self._sizes[setting] = sum(w.numel() for w in own), sum(w.numel() * w.element_size() for w in own)
+        return self._sizes[setting]
 
     def support_for(self, x: Raw | Input) -> Support:
         """Say what the model supports, given an input as it comes, which is only looked at if that is not known yet."""
@@ -306,7 +314,7 @@ class Engine:
     def counts(self, x: Input) -> Counts:
         """Count what there is to compute for an input of the shape of ``x``."""
         facts = self.facts(x)
-        item = next(iter(self.function.weights().values())).element_size()
+        item = self.row_size() / self.row_count()
         multiplications = 0 if facts.contracted is None else facts.contracted.multiplications
         return Counts(multiplications, facts.graph_bytes / item, facts.input_bytes, self.row_count())
 
@@ -357,8 +365,8 @@ class Engine:
     def _pull_contracted(self, mode: str, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         model = self.facts(x).contracted
         assert model is not None
-        ready, found = model.ready(), self._with_prepared(FEATURES[mode], model, directions)
-        rank, n = len(next(iter(directions.values()))), cotangents.shape[1]
+        ready, rank, n = model.ready(), len(next(iter(directions.values()))), cotangents.shape[1]
+        found = self._with_prepared(FEATURES[mode], model, ready, directions)
         chunks = self._contraction_chunks(mode, x, rank, n, batch_size(x))
         pulled, _ = with_smaller_chunks(
             lambda c: contracted_cotangents(model, ready, found, x, cotangents, c),
@@ -394,18 +402,22 @@ class Engine:
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
         weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
         try:
-            return compute(function, weights, self._with_prepared(way, function, directions), x, chunks)
+            return compute(
+                function, weights, self._with_prepared(way, function, weights, directions), x, chunks
+            )
         except DivergedError:  # a branch that depends on the data
             way = FEATURES["reverse" if self.support(x).gradients == "vmap" else "reverse loop"]
             return way.compute(self.function, self.function.weights(), directions, x, chunks)
 
-    def _with_prepared(self, way: Way, function: FunctionalModel, directions: Weights) -> Weights:
+    def _with_prepared(
+        self, way: Way, function: FunctionalModel, weights: Weights, directions: Weights
+    ) -> Weights:
         """Return the directions with what a way prepares of them, once for as long as their first tensor lives."""
         if way.prepare is None:
             return directions
         kept = self._prepared.setdefault(next(iter(directions.values())), {})
         key = function.record.key if isinstance(function, DerivedModel) else way
-        stamp = function.ready() if isinstance(function, DerivedModel) else None
+        stamp = weights if isinstance(function, DerivedModel) else None
         if key not in kept or kept[key][0] is not stamp:
             kept[key] = stamp, way.prepare(function, directions)
         return {**directions, **kept[key][1]}

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..data.batches import Input, Nested, batch_size, detached, doubled
 from .interrupts import raise_held_back
 from .lookups import Lookups
 from .memory import attempt
+from .places import places_of
 from .safety import LOCK
 
 Weights = dict[str, Tensor]
@@ -28,7 +27,7 @@ def flat(values: Tensor) -> Tensor:
 
 def is_dense(tensor: Tensor) -> bool:
     """Say whether a tensor's elements fill a piece of memory, each once, in any order of its axes."""
-    if not tensor.numel():
+    if tensor.is_contiguous():
         return True
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
@@ -77,17 +76,6 @@ def with_batch_statistics(module: nn.Module) -> list[str]:
     return [k for k, m in module.named_modules() if isinstance(m, norms) and m.running_mean is None]
 
 
-class _Within(nn.Module):
-    """Hands its module to an action, so that weights stay exchanged while more than a forward pass runs."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, action: Callable[[nn.Module], Any]) -> Any:
-        return action(self.module)
-
-
 class FunctionalModel:
     r"""A module seen as :math:`\theta \mapsto f(x; \theta)` over its trainable weights.
 
@@ -107,9 +95,9 @@ class FunctionalModel:
 
     def __init__(self, module: nn.Module, names: Collection[str] | None = None) -> None:
         self.module = module
-        self._within = _Within(module)
         with LOCK:  # while another thread has them exchanged, none requires grad
-            found = {k for k, p in module.named_parameters() if p.requires_grad} if names is None else names
+            trainable = {k for k, p in places_of(module).parameters.items() if p.requires_grad}
+        found = trainable if names is None else names
         self.names = frozenset(found)
         self.in_pairs = False  # whether single rows are doubled, for a model that squeezes
         self.knows_backward_only = False  # a re-entrant checkpoint does; found out at the first gradient
@@ -121,7 +109,7 @@ class FunctionalModel:
         no tangents for tensors that overlap in memory.
         """
         with LOCK:
-            found = {k: p.detach() for k, p in self.module.named_parameters() if k in self.names}
+            found = {k: p.detach() for k, p in places_of(self.module).parameters.items() if k in self.names}
         return {k: w if is_dense(w) else w.contiguous() for k, w in found.items()}
 
     def flat_weights(self) -> Tensor:
@@ -132,36 +120,40 @@ class FunctionalModel:
     def own_weights(self) -> dict[str, nn.Parameter]:
         """Return the module's own parameters that are the weights: not what stands in their places."""
         with LOCK:
-            return {k: p for k, p in self.module.named_parameters() if k in self.names}
+            return {k: p for k, p in places_of(self.module).parameters.items() if k in self.names}
 
     def buffers(self) -> Weights:
         """Return copies of the buffers."""
         with LOCK:
-            return {k: b.detach().clone() for k, b in self.module.named_buffers()}
+            return _copies(places_of(self.module).buffers)
 
-    def constants(self) -> Weights:
-        """Return what calls see besides the weights: copies of the buffers, and parameters that were unfrozen later."""
+    def placed(self, weights: Weights) -> Weights:
+        """Return all that calls see: these weights, copies of the buffers, and the other parameters, without gradients."""
         with LOCK:
-            named = self.module.named_parameters()
-            late = {k: p.detach() for k, p in named if p.requires_grad and k not in self.names}
-            return {**late, **self.buffers()}
+            places = places_of(self.module)
+            others = {
+                k: p.detach() if p.requires_grad else p
+                for k, p in places.parameters.items()
+                if k not in weights
+            }
+            return {**others, **_copies(places.buffers), **weights}
 
     def within(self, tensors: Weights, action: Callable[[nn.Module], Any]) -> Any:
         """Run ``action(module)`` while ``tensors`` take the places of weights and buffers.
 
-        Every place is exchanged once, whatever its names: functional_call would restore
+        Every place is exchanged once, whatever its names: torch.func.functional_call would restore
         the wrong tensor where one submodule is registered twice.
         """
         raise_held_back()
-        named = chain(self.module.named_parameters(), self.module.named_buffers())
-        new = {id(t): tensors[k] for k, t in named if k in tensors}
-        places = {
-            f"module.{prefix}.{k}" if prefix else f"module.{k}": new[id(t)]
-            for prefix, m in self.module.named_modules()
-            for k, t in chain(m._parameters.items(), m._buffers.items())
-            if id(t) in new
-        }
-        return functional_call(self._within, places, (action,), tie_weights=False)
+        found = [place for place in places_of(self.module).holders if place[2] in tensors]
+        before = [holder[key] for holder, key, _ in found]
+        try:
+            for holder, key, name in found:
+                holder[key] = tensors[name]
+            return action(self.module)
+        finally:
+            for (holder, key, _), tensor in zip(found, before):
+                holder[key] = tensor
 
     def __call__(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, L C) at ``weights``; see :meth:`outputs`."""
@@ -175,7 +167,7 @@ class FunctionalModel:
         ValueError
             If the outputs are not a tensor of two axes or more.
         """
-        placed = {**self.constants(), **weights}
+        placed = self.placed(weights)
         return self.within(placed, lambda module: self.called(module, placed, x, **model_kwargs))
 
     def called(self, module: nn.Module, placed: Weights, x: Input, **model_kwargs: Any) -> Tensor:
@@ -195,7 +187,7 @@ class FunctionalModel:
             with Lookups(held):
                 return self.outputs_of(module, x, **model_kwargs)
 
-        return self.within({**self.constants(), **moved}, run)
+        return self.within(self.placed(moved), run)
 
     def own_outputs(self, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at the module's own weights: a plain forward pass.
@@ -282,7 +274,7 @@ def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, 
                 f = model.outputs_of(module, x if record else detached(x)).flatten(1)
             return action(f, leaves, pull)
 
-    return model.within({**model.constants(), **leaves}, run)
+    return model.within(model.placed(leaves), run)
 
 
 def _gradients(
@@ -300,6 +292,10 @@ def _gradients(
     scalar.backward(retain_graph=True)
     model.knows_backward_only = True
     return {k: leaf.grad for k, leaf in leaves.items()}
+
+
+def _copies(tensors: Weights) -> Weights:
+    return {k: t.detach().clone() for k, t in tensors.items()}
 
 
 def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from .caches import MAPPINGS, MISSING, OF_TORCH, holds_tensors
 
 _LISTS = (list, deque)
-_CONTAINERS = (*MAPPINGS, *_LISTS)
+_CONTAINERS = frozenset([*MAPPINGS, *_LISTS])
 
 
 class ModuleState:
@@ -54,7 +54,7 @@ def _holders(m: nn.Module) -> Iterator[Any]:
     attributes = vars(m)
     yield from (m._parameters, m._buffers, attributes)
     # Parameters and buffers are noted by themselves; submodules and hooks are left alone.
-    yield from (v for k, v in attributes.items() if type(v) in _CONTAINERS and k not in OF_TORCH)
+    yield from (v for k, v in attributes.items() if k not in OF_TORCH and type(v) in _CONTAINERS)
 
 
 def _set_training(m: nn.Module, training: bool) -> None:

@@ -15,7 +15,7 @@ Values agree to rounding; what a pattern does not fit is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,18 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..data.batches import Input
 from .functional import FunctionalModel, Weights
 from .lookups import Lookups
 from .memory import attempt
+from .places import named
 from .recording import tolerance
 
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
-_PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_CONVOLUTIONS = frozenset([torch.conv1d, torch.conv2d, torch.conv3d])
+_PRODUCTS = frozenset([F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__])
 # Questions about a tensor that do not read its values.
-_QUESTIONS = (Tensor.dim, Tensor.size, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.dtype.__get__)  # type: ignore[attr-defined]
+_QUESTIONS = frozenset(
+    [Tensor.dim, Tensor.size, *(getattr(Tensor, k).__get__ for k in ("shape", "ndim", "dtype"))]
+)
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,18 @@ class RewrittenModel(FunctionalModel):
         """Return the outputs (B, ..., C) of the module, in whose places ``placed`` stands now."""
         if self.rewrites.channels_last and isinstance(x, Tensor):
             x = x.to(memory_format=torch.channels_last)
-        mode = _Following({**dict(self.module.named_parameters()), **placed}, self.rewrites.folds)
+        mode = _Following(placed, self.rewrites.folds)
         try:
-            with mode, Lookups():
+            with mode:
                 return self.outputs_of(module, x, **model_kwargs)
         except _DivergedError:  # a branch that depends on the data
             return super().called(module, placed, x, **model_kwargs)
 
 
-class _Following(TorchFunctionMode):
+class _Following(Lookups):
     """Follow the outputs of convolutions to where they are used, and make left sides of products contiguous.
+
+    One mode with lookups, as each takes its time at every call.
 
     Parameters
     ----------
@@ -110,8 +115,8 @@ class _Following(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = _tensors(args, kwargs) if self.outputs and func not in _QUESTIONS else ()
-        for call, out in [self.outputs[id(t)] for t in found if id(t) in self.outputs]:
+        asked = not self.outputs or func in _QUESTIONS
+        for call, out in () if asked else named(self.outputs, (*args, *kwargs.values())):
             norm = _normalisation(self.names, *args[1:], **kwargs) if func is F.batch_norm else None
             self.uses[call].append(norm)
             if self.folds is not None:
@@ -125,7 +130,7 @@ class _Following(TorchFunctionMode):
             args = (args[0].contiguous(), *args[1:])
         if func is F.multi_head_attention_forward:
             args = (*_contiguous(args[:3]), *args[3:])
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _convolve(
         self, func: Any, x: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any
@@ -135,20 +140,27 @@ class _Following(TorchFunctionMode):
         if norm is not None:
             if len(weight) != len(self.tensors[norm.running_var]):  # it stands where another one was
                 raise _DivergedError
-            scale, bias = self._affine(norm, bias)
-            weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+            mean, variance = self.tensors[norm.running_mean], self.tensors[norm.running_var]
+            factor, offset = (None if k is None else self.tensors[k] for k in (norm.weight, norm.bias))
+            weight, bias = folded(weight, bias, mean, variance, factor, offset, norm.eps)
         out = func(x, weight, bias, *args, **kwargs)
         if self.folds is None or norm is not None:
             self.outputs[id(out)] = call, out
         return out
 
-    def _affine(self, norm: Normalisation, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return scale and bias (C,) of a convolution with this bias and a normalisation after it."""
-        mean, scale = self.tensors[norm.running_mean], (self.tensors[norm.running_var] + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * self.tensors[norm.weight]
-        shift = (-mean if bias is None else bias - mean) * scale
-        return scale, shift if norm.bias is None else shift + self.tensors[norm.bias]
+
+def folded(
+    weight: Tensor, bias: Any, mean: Any, variance: Any, factor: Any, offset: Any, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a convolution with a normalisation after it; other modes see one call."""
+    taken = weight, bias, mean, variance, factor, offset
+    if has_torch_function(taken):
+        return handle_torch_function(folded, taken, *taken, eps)
+    scale = (variance + eps).rsqrt()
+    scale = scale if factor is None else scale * factor
+    shift = (-mean if bias is None else bias - mean) * scale
+    weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    return weight, shift if offset is None else shift + offset
 
 
 def _normalisation(
@@ -190,7 +202,7 @@ def _folds(uses: list[list[Normalisation | None]]) -> dict[int, Normalisation]:
 
 
 def _uses(model: FunctionalModel, x: Input) -> list[list[Normalisation | None]]:
-    tensors = {**dict(model.module.named_parameters()), **model.buffers(), **model.weights()}
+    tensors = model.placed(model.weights())
 
     def run(module: nn.Module) -> list[list[Normalisation | None]]:
         with _Following(tensors) as mode:
@@ -234,10 +246,3 @@ def _contiguous(values: Any) -> list[Any]:
     # Query, key and value may be one tensor, which the function looks at.
     made = {id(v): v.contiguous() if isinstance(v, Tensor) else v for v in values}
     return [made[id(v)] for v in values]
-
-
-def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(item, Tensor):
-                yield item

@@ -1,0 +1,91 @@
+"""Where the tensors of a module are."""
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from laplace_ella.network.functional import FunctionalModel
+from laplace_ella.network.places import named, places_of
+from laplace_ella.network.rewriting import folded
+
+
+class Shared(nn.Module):
+    """A layer under two names, a tied weight, a missing one, and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.again, self.last = self.first, nn.Linear(3, 3, bias=False)
+        self.last.weight = self.first.weight
+        self.scale = nn.Parameter(torch.ones(3))
+        self.norm.running_var = None
+
+    def forward(self, x):
+        return self.last(self.again(self.norm.running_mean + self.first(x))) * self.scale
+
+
+def test_names_and_order_are_those_of_torch():
+    model = Shared()
+    places = places_of(model)
+    assert [(k, id(p)) for k, p in places.parameters.items()] == [
+        (k, id(p)) for k, p in model.named_parameters()
+    ]
+    assert [(k, id(b)) for k, b in places.buffers.items()] == [(k, id(b)) for k, b in model.named_buffers()]
+    of_weight = [(holder, key) for holder, key, name in places.holders if name == "first.weight"]
+    assert of_weight == [(model.first._parameters, "weight"), (model.last._parameters, "weight")]
+
+
+def test_every_place_is_exchanged_and_restored_after_errors():
+    model = Shared()
+    function, before = FunctionalModel(model), [id(t) for t in (*model.parameters(), *model.buffers())]
+    new = {k: torch.zeros_like(w) for k, w in function.weights().items()}
+
+    def action(module):
+        assert module.first.weight is module.last.weight is new["first.weight"]
+        assert module.scale is new["scale"]
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        function.within(new, action)
+    assert [id(t) for t in (*model.parameters(), *model.buffers())] == before
+
+
+def test_what_a_pass_writes_to_buffers_does_not_stay():
+    model = Shared()
+    function = FunctionalModel(model)
+    function.within(function.placed(function.weights()), lambda m: m.norm.running_mean.add_(1))
+    assert not model.norm.running_mean.any()
+
+
+def test_parameters_that_are_no_weights_stand_in_their_places_without_gradients():
+    model = Shared()
+    function = FunctionalModel(model, ["first.weight"])
+    placed = function.placed(function.weights())
+    assert placed.keys() == {k for k, _ in (*model.named_parameters(), *model.named_buffers())}
+    assert not any(t.requires_grad for t in placed.values())
+
+
+def test_named_values_are_found_in_their_order():
+    a, b, other = torch.ones(1), torch.ones(2), torch.ones(3)
+    names = {id(a): "a", id(b): "b"}
+    assert named(names, (other, [b, (a, 3)], {"x": a}, torch.Size([1]), None)) == ["b", "a", "a"]
+
+
+def test_a_folded_normalisation_is_one_call_of_other_modes():
+    seen = []
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    conv, norm = nn.Conv2d(2, 3, 2).double(), nn.BatchNorm2d(3).double().eval()
+    for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(t, 0.5, 2)
+    x = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    of_norm = norm.running_mean, norm.running_var, norm.weight, norm.bias
+    with Seeing():
+        weight, bias = folded(conv.weight, conv.bias, *of_norm, norm.eps)
+    assert seen == [folded]
+    torch.testing.assert_close(torch.conv2d(x, weight, bias), norm(conv(x)))
