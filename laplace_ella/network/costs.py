@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from .memory import Chunks
 from .uses import MOVED
 
+# Besides products, contraction unfolds inputs, sums gradients and goes through smaller products than forward mode.
+CONTRACTION = 1.3
 # Tensors that do not fit the cache are as slow as this.
 UNCACHED = 1.6
 
@@ -57,7 +59,7 @@ def of_contraction(
     """Return the cost of an input's features by contraction, whose products cost as much."""
     fits = inputs * n_outputs * counts.largest <= working_set
     passes = (1 + n_outputs) * counts.forward * (1 if fits else UNCACHED)
-    return passes + products + MOVED * rank * counts.directions / inputs
+    return CONTRACTION * (passes + products) + MOVED * rank * counts.directions / inputs
 
 
 def sizes(size: int) -> list[int]:

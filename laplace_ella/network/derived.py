@@ -374,6 +374,12 @@ class DerivedModel(FunctionalModel):
         self.model, self.record, self.in_pairs = model, record, model.in_pairs
         self._ready: tuple[Any, Weights] | None = None
 
+    @property
+    def met(self) -> frozenset[str]:
+        """The weights, and what is derived from them, that inputs meet."""
+        slots = {s for call in self.record.calls if call.kind != "derive" for s in call.slots}
+        return frozenset(s for s in slots if self.record.sources[s])
+
     def parts(self, weights: Weights) -> tuple[Weights, Weights]:
         """Tell the model's own weights from those that are derived."""
         own = {k: w for k, w in weights.items() if k in self.names}
@@ -427,14 +433,17 @@ class DerivedModel(FunctionalModel):
         return sum(ready[k].numel() * ready[k].element_size() for k in self.record.derived)
 
     def outputs(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
-        """Return the outputs (B, ..., C) at ``weights``, of which some may be derived."""
+        """Return the outputs (B, ..., C) at ``weights``, of which some may be derived.
+
+        Raises
+        ------
+        DivergedError
+            If all are, and the pass does not follow the record.
+        """
         own, derived = self.parts(weights)
         if len(derived) < sum(len(c.made) for c in self.record.calls):
             return self.model.outputs(own, x, **model_kwargs)
-        try:
-            return self.followed(own, derived, x, None, **model_kwargs)
-        except DivergedError:
-            return self.model.outputs(own, x, **model_kwargs)
+        return self.followed(own, derived, x, None, **model_kwargs)
 
     def followed(
         self, own: Weights, derived: Weights, x: Input, use: Callable[..., Any] | None, **model_kwargs: Any

@@ -406,8 +406,16 @@ class Engine:
                 function, weights, self._with_prepared(way, function, weights, directions), x, chunks
             )
         except DivergedError:  # a branch that depends on the data
-            way = FEATURES["reverse" if self.support(x).gradients == "vmap" else "reverse loop"]
-            return way.compute(self.function, self.function.weights(), directions, x, chunks)
+            return self._as_it_is(x, directions)
+
+    def _as_it_is(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
+        """Compute features of the model as it is, in no way that follows a record."""
+        support = self.support(x)
+        mode = support.features
+        if FEATURES[mode].contracts:
+            mode = "reverse" if support.gradients == "vmap" else "reverse loop"
+        chunks = self.chunks(mode, x, len(next(iter(directions.values()))))
+        return FEATURES[mode].compute(self.function, self.function.weights(), directions, x, chunks)
 
     def _with_prepared(
         self, way: Way, function: FunctionalModel, weights: Weights, directions: Weights
@@ -420,7 +428,8 @@ class Engine:
         stamp = weights if isinstance(function, DerivedModel) else None
         if key not in kept or kept[key][0] is not stamp:
             kept[key] = stamp, way.prepare(function, directions)
-        return {**directions, **kept[key][1]}
+        found = {**directions, **kept[key][1]}
+        return {k: found[k] for k in function.met} if isinstance(function, DerivedModel) else found
 
     def feature_bytes(self, mode: str, chunks: Chunks, x: Input) -> int:
         """Estimate what one call of the features holds."""

@@ -125,7 +125,9 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
     weights = model.weights()
     gradients, why_one_by_one = _probe_gradients(model, weights, x)
     # Contraction is chosen by costs, where it works, or by name.
-    allowed = {k: w for k, w in FEATURES.items() if mode == w.autodiff or (mode == "auto" and not w.contracts)}
+    allowed = {
+        k: w for k, w in FEATURES.items() if mode == w.autodiff or (mode == "auto" and not w.contracts)
+    }
     ladder = [k for k, w in allowed.items() if w.gradients in (None, gradients)]
     tangents = normal_like(weights, 2, seed=0)
     name, phi, why = _probe_features(model, weights, x, tangents, ladder)

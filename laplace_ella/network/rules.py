@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 from inspect import signature
 from types import FunctionType
 from typing import Any
@@ -245,6 +246,9 @@ def _of(function: Any, rule: Rule) -> Rule:
 RULES.update({function: _of(function, rule) for functions, rule in _FAMILIES for function in functions})
 
 
+_signature = cache(signature)
+
+
 def used(function: Any, context: Context, args: Any, kwargs: Any) -> tuple[Tensor, list[Use]]:
     """Compute a call by its rule, and return the output and the uses of weights.
 
@@ -254,7 +258,7 @@ def used(function: Any, context: Context, args: Any, kwargs: Any) -> tuple[Tenso
         If the rule does not know such a call.
     """
     if isinstance(function, FunctionType):
-        bound = signature(function).bind(*args, **kwargs)
+        bound = _signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         args, kwargs = bound.args, bound.kwargs
     elif "input" in kwargs:
