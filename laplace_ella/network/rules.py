@@ -25,9 +25,8 @@ def _matrix(context: Context, slot: str, x: Tensor, weight: Tensor, transposed: 
     positions = math.prod(a.shape[1:-1])
 
     def matrix(v: Tensor) -> Tensor:
-        return (v.reshape(-1, j, o).transpose(1, 2).contiguous() if transposed else v.reshape(-1, o, j))[
-            :, None
-        ]
+        found = v.reshape(-1, j, o).transpose(1, 2).contiguous() if transposed else v.reshape(-1, o, j)
+        return found[:, None]
 
     def back(g: Tensor) -> Tensor:
         g = g.squeeze(-3)
@@ -56,14 +55,7 @@ def _matmul(context: Context, x: Tensor, other: Tensor) -> tuple[Tensor, list[Us
         raise UnknownUseError
     slot = context.slot(other)
     assert slot is not None
-    if other.ndim == 1:
-        y = torch.matmul(x, other)
-        return y, [_matrix(context, slot, x, other, transposed=True)]
     return torch.matmul(x, other), [_matrix(context, slot, x, other, transposed=True)]
-
-
-def _rmatmul(context: Context, other: Tensor, x: Tensor) -> tuple[Tensor, list[Use]]:
-    return _matmul(context, x, other)
 
 
 def _addmm(

@@ -106,6 +106,19 @@ class Folded(nn.Module):
         return self.outer(h.tanh().mean(1))
 
 
+class Products(nn.Module):
+    """Matrices and vectors as torch's functions take them: addmm as GPT-2 has it, from the left, and from the right."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.bias = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(5))
+        self.left, self.vector = nn.Parameter(torch.randn(C, 3)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x):
+        h = torch.addmm(self.bias, x.reshape(-1, 6), self.wide).view(len(x), 3, 5).tanh()
+        return torch.matmul(h + 1.0, self.vector) @ self.left.T - 2.0 * (h @ self.vector).square()
+
+
 def encoder(batch_first):
     layer = nn.TransformerEncoderLayer(6, 2, 7, 0.0, batch_first=batch_first)
     head = nn.Linear(6, C)
@@ -155,6 +168,7 @@ MODELS = {
     "layer norm": (lambda: convolution(nn.LayerNorm([8, 6])), images),
     "prelu": (lambda: convolution(nn.PReLU(4)), images),
     "bare": (Parts, tokens),
+    "products": (Products, sequences),
     "low rank": (LowRank, vectors),
     "outer": (lambda: Folded("outer"), sequences),
     "inner": (lambda: Folded("inner"), sequences),
