@@ -50,8 +50,8 @@ def _of_all_passes(g: Tensor, n: int) -> Tensor:
 class _Pass:
     """A forward pass whose layers keep what they take, and where cotangents of their outputs arrive."""
 
-    def __init__(self, model: ContractedModel, layouts: dict[int, Layout]) -> None:
-        self.model, self.layouts = model, layouts
+    def __init__(self, model: ContractedModel, layouts: dict[int, Layout], size: int) -> None:
+        self.model, self.layouts, self.size = model, layouts, size
         self.reached: list[tuple[list[Use], Any]] = []  # uses, and where cotangents of their output arrive
         self.first: list[tuple[list[Use], Any]] = []  # of layers that no other weight comes before
         self.read: list[tuple[Tensor, int]] = []  # what layers took, and the count of its writes
@@ -69,6 +69,8 @@ class _Pass:
         self.read += [(t, t._version) for t in args if isinstance(t, Tensor) and id(t) not in names]
         context = Context(slot, self.layouts[number])
         y, uses = used(call.function, context, args, kwargs)
+        if context.layout.size(y) != self.size:  # of some of the inputs
+            raise DivergedError
         if y._is_view():  # written in place later, it has another history than that of its cotangents
             if number in self.model.written:
                 y = y.clone()
@@ -193,7 +195,7 @@ class ContractedModel(DerivedModel):
             If the pass does not follow the record.
         """
         own, derived = self.parts(weights)
-        run = _Pass(self, self.layouts)
+        run = _Pass(self, self.layouts, batch_size(x))
         with torch.enable_grad():
             f = self.followed(own, derived, detached(x), run.use).flatten(1)
             run.check()

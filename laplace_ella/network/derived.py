@@ -12,7 +12,7 @@ later pass is compared with the record.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -55,6 +55,8 @@ LOOKUPS = (F.embedding, torch.embedding)
 WHOLE = frozenset(
     [F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.embedding, getattr(F, "rms_norm", None)]
 )
+# Entries of each tensor that are compared before what was derived is used again.
+SAMPLED = 8
 # Directions that are derived at a time.
 AT_ONCE = 4
 # Numbers of inputs to record with, of which one is taken that no tensor has as a length.
@@ -198,11 +200,13 @@ class _Recorder(TorchFunctionMode):
         repeats = func in REPEATING and any(self._per_input(t) for t in made)
         if repeats:
             self._enter(made)
+        if self._of_weights(slots) and (len(fresh) < len(made) or func is Tensor.__setitem__):
+            raise ValueError("a weight is written into another tensor")
         if repeats or len(fresh) < len(made) or not made:
             kind = "use" if self._of_weights(slots) and (repeats or made) else "other"
             self.calls.append(Call(func, slots, kind))
             return out
-        arguments = mapped((args, kwargs), lambda v: Slot(self.names[id(v)]) if id(v) in self.names else v)
+        arguments = mapped((args, kwargs), self._kept_as)
         number = len(self.calls)
         new = tuple(f"{number}.{i}" for i in range(len(made)))
         for name, t in zip(new, made):
@@ -211,6 +215,12 @@ class _Recorder(TorchFunctionMode):
             self.kept.append(t)
         self.calls.append(Call(func, slots, "derive", arguments, new))
         return out
+
+    def _kept_as(self, value: Any) -> Any:
+        """Return a slot for a tensor of the model, and a copy of another, which may be written to."""
+        if id(value) in self.names:
+            return Slot(self.names[id(value)])
+        return value.detach().clone() if isinstance(value, Tensor) else value
 
     def _enter(self, found: list[Tensor]) -> None:
         self.entered.update((id(t), t) for t in found)
@@ -317,6 +327,8 @@ class Follower(TorchFunctionMode):
             raise DivergedError
         self.position += 1
         if call.kind == "derive":
+            if not _same(call.arguments, (args, kwargs)):
+                raise DivergedError
             return self._made(call)
         if call.kind == "use" and self.use is not None:
             return self.use(self.position - 1, call, names, args, kwargs)
@@ -325,6 +337,19 @@ class Follower(TorchFunctionMode):
     def _made(self, call: Call) -> Any:
         made = [self.derived[k] for k in call.made]
         return made[0] if len(made) == 1 else tuple(made)
+
+
+def _same(recorded: Any, found: Any) -> bool:
+    """Tell whether a call that derives has the arguments that were recorded, besides tensors of the model."""
+    if isinstance(recorded, Slot):
+        return True  # their names are compared
+    if isinstance(recorded, dict):
+        return recorded.keys() == found.keys() and all(_same(v, found[k]) for k, v in recorded.items())
+    if isinstance(recorded, (list, tuple)):
+        return len(recorded) == len(found) and all(map(_same, recorded, found))
+    if isinstance(recorded, Tensor):
+        return isinstance(found, Tensor) and torch.equal(recorded, found)
+    return recorded is found or bool(recorded == found)
 
 
 def derive(record: Record, placed: Weights) -> Weights:
@@ -336,6 +361,36 @@ def derive(record: Record, placed: Weights) -> Weights:
             out = call.function(*args, **kwargs)
             found.update(zip(call.made, out if isinstance(out, (list, tuple)) else [out]))
     return {k: t for k, t in found.items() if k not in placed}
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What tells tensors from others, and from what they are once they are written to.
+
+    Attributes
+    ----------
+    places : tuple
+        Addresses, and counts of writes.
+    sample : Tensor
+        Some entries of each: writes through ``.data``, as optimisers and moving averages do them, are counted by nobody.
+    """
+
+    places: tuple[Any, ...]
+    sample: Tensor
+
+    def same(self, other: Stamp) -> bool:
+        """Tell whether the tensors are the same, with the same values as far as can be seen."""
+        return self.places == other.places and torch.equal(self.sample, other.sample)
+
+
+def stamp_of(tensors: Iterable[Tensor]) -> Stamp:
+    """Return the stamp of tensors on one or several devices."""
+    found = list(tensors)
+    places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in found)
+    samples = [
+        t.detach().reshape(-1)[:: max(1, t.numel() // SAMPLED)][:SAMPLED].double().cpu() for t in found
+    ]
+    return Stamp(places, torch.cat([s.nan_to_num(0.5) for s in samples]))
 
 
 def along(function: Callable[[Weights], Weights], weights: Weights, directions: Weights) -> Weights:
@@ -372,7 +427,7 @@ class DerivedModel(FunctionalModel):
     def __init__(self, model: FunctionalModel, record: Record) -> None:
         super().__init__(model.module, model.names)
         self.model, self.record, self.in_pairs = model, record, model.in_pairs
-        self._ready: tuple[Any, Weights] | None = None
+        self._ready: tuple[Stamp, Weights] | None = None
 
     @property
     def met(self) -> frozenset[str]:
@@ -387,14 +442,22 @@ class DerivedModel(FunctionalModel):
 
     def ready(self) -> Weights:
         """Return the model's weights, and all that is derived from them: computed once for as long as nothing is written."""
-        with LOCK:
-            own = places_of(self.module)
-        tensors = (*own.parameters.values(), *own.buffers.values())
-        stamp = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        if self._ready is None or self._ready[0] != stamp:
+        stamp = self._stamp()
+        if self._ready is None or not stamp.same(self._ready[0]):
             weights = self.weights()
             self._ready = stamp, self.laid_out({**weights, **derive(self.record, self.placed(weights))})
         return self._ready[1]
+
+    def _stamp(self) -> Stamp:
+        with LOCK:
+            own = places_of(self.module)
+        return stamp_of([*own.parameters.values(), *own.buffers.values()])
+
+    @property
+    def stamp(self) -> Stamp:
+        """What the tensors were that :meth:`ready` was made of."""
+        assert self._ready is not None
+        return self._ready[0]
 
     def laid_out(self, ready: Weights) -> Weights:
         """Return weights in the order in which calls want them."""

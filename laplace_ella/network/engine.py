@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
 from copy import copy
 from functools import cache, partial
 from typing import Any
@@ -39,6 +38,7 @@ from .memory import (
     CPU_WORKING_SET,
     LIVE_TENSORS,
     Chunks,
+    attempt,
     budget_bytes,
     free_memory,
     let_malloc_adapt,
@@ -276,7 +276,7 @@ class Engine:
         """Choose a way to compute features: the cheapest that the model supports, by counts; see ``costs``."""
         allowed, facts = self._allowed(x), self.facts(x)
         first = allowed[0]
-        if torch.is_grad_enabled() and FEATURES[first].contracts:  # its gradients do not reach the inputs
+        if FEATURES[first].contracts and (torch.is_grad_enabled() or facts.contracted is None):
             return "reverse" if self.support(x).gradients == "vmap" else "reverse loop"
         if len(allowed) == 1 or not (FEATURES[first].reference or FEATURES[first].directions != "all"):
             return first
@@ -351,22 +351,23 @@ class Engine:
         rank = len(next(iter(directions.values())))
         contraction = next((k for k in self._allowed(x) if FEATURES[k].contracts), None)
         if contraction is not None and self._contracts(contraction, x, rank):
-            with suppress(DivergedError):  # a branch that depends on the data
-                return self._pull_contracted(contraction, x, directions, cotangents)
+            found, _ = attempt(lambda: self._pull_contracted(contraction, x, directions, cotangents))
+            if found is not None:
+                return found
         function, looped = self.function, self.support(x).gradients != "vmap"
-        found, _ = with_smaller_chunks(
+        pulled, _ = with_smaller_chunks(
             lambda c: pulled_cotangents(function, function.weights(), directions, x, cotangents, c, looped),
             Chunks(self.gradients_per_call(x), 1),
             self.device,
             lambda c: self.gradient_bytes(x, c.inputs),
         )
-        return found
+        return pulled
 
     def _pull_contracted(self, mode: str, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         model = self.facts(x).contracted
         assert model is not None
         ready, rank, n = model.ready(), len(next(iter(directions.values()))), cotangents.shape[1]
-        found = self._with_prepared(FEATURES[mode], model, ready, directions)
+        found = self._with_prepared(FEATURES[mode], model, directions)
         chunks = self._contraction_chunks(mode, x, rank, n, batch_size(x))
         pulled, _ = with_smaller_chunks(
             lambda c: contracted_cotangents(model, ready, found, x, cotangents, c),
@@ -379,7 +380,12 @@ class Engine:
     def _say(self, mode: str, x: Input) -> None:
         """Warn once of what a contraction cannot do."""
         contracted, wanted = self.facts(x).contracted, self.support(x).features
-        if FEATURES[wanted].contracts and not FEATURES[mode].contracts:
+        if FEATURES[wanted].contracts and contracted is None:
+            text = (
+                f"autodiff={self.autodiff!r} does not work for this model ({self.facts(x).why_not}), so that its "
+                "features are computed by plain backward passes. Name no mode, or 'forward', for cheaper ones."
+            )
+        elif FEATURES[wanted].contracts and not FEATURES[mode].contracts:
             text = (
                 f"autodiff={self.autodiff!r} records no graph back to the inputs, so that features with "
                 "enable_backprop=True are computed by plain backward passes. Name no mode, or 'forward', for cheaper ones."
@@ -401,12 +407,15 @@ class Engine:
         function = self._function(mode, x, len(next(iter(directions.values()))))
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
         weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
-        try:
-            return compute(
-                function, weights, self._with_prepared(way, function, weights, directions), x, chunks
-            )
-        except DivergedError:  # a branch that depends on the data
+        prepared = self._with_prepared(way, function, directions)
+        found, error = attempt(lambda: compute(function, weights, prepared, x, chunks))
+        if found is not None:
+            return found
+        # A branch or a shape that depends on the data, mostly.
+        if way.contracts or isinstance(error, DivergedError):
             return self._as_it_is(x, directions)
+        assert error is not None
+        raise error
 
     def _as_it_is(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         """Compute features of the model as it is, in no way that follows a record."""
@@ -417,18 +426,20 @@ class Engine:
         chunks = self.chunks(mode, x, len(next(iter(directions.values()))))
         return FEATURES[mode].compute(self.function, self.function.weights(), directions, x, chunks)
 
-    def _with_prepared(
-        self, way: Way, function: FunctionalModel, weights: Weights, directions: Weights
-    ) -> Weights:
+    def _with_prepared(self, way: Way, function: FunctionalModel, directions: Weights) -> Weights:
         """Return the directions with what a way prepares of them, once for as long as their first tensor lives."""
         if way.prepare is None:
             return directions
         kept = self._prepared.setdefault(next(iter(directions.values())), {})
+        derived = isinstance(function, DerivedModel)
         key = function.record.key if isinstance(function, DerivedModel) else way
-        stamp = weights if isinstance(function, DerivedModel) else None
-        if key not in kept or kept[key][0] is not stamp:
-            kept[key] = stamp, way.prepare(function, directions)
-        found = {**directions, **kept[key][1]}
+        stamp = [(v.data_ptr(), 0 if v.is_inference() else v._version) for v in directions.values()]
+        before, of_weights, made = kept.get(key, (None, None, None))
+        now = function.stamp if isinstance(function, DerivedModel) else None
+        if before != stamp or (derived and (of_weights is None or not of_weights.same(now))):
+            made = way.prepare(function, directions)
+            kept[key] = stamp, now, made
+        found = {**directions, **made}
         return {k: found[k] for k in function.met} if isinstance(function, DerivedModel) else found
 
     def feature_bytes(self, mode: str, chunks: Chunks, x: Input) -> int:

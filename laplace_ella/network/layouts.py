@@ -23,8 +23,11 @@ class Layout:
     length: int = 1
 
     def size(self, t: Tensor) -> int:
-        """Return B."""
-        return t.shape[1] if self.kind == "second" else t.shape[0] // self.length
+        """Return B; -1 if there is none in such a tensor."""
+        axis = 1 if self.kind == "second" else 0
+        if t.ndim <= axis or t.shape[axis] % self.length:
+            return -1
+        return t.shape[axis] // self.length
 
     def batch_first(self, t: Tensor, axis: int = 0) -> Tensor:
         """Bring the batch axis to the front, ``axis`` axes before it left alone."""
