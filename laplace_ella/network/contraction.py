@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -27,13 +27,26 @@ from .context import Context, UnknownUseError
 from .derived import Call, DerivedModel, DivergedError, Record, record, repeated
 from .functional import FunctionalModel, Weights
 from .layouts import Layout, layout_of
-from .memory import Chunks
+from .memory import Chunks, Result, attempt
 from .pulling import in_blocks, pulled
 from .rewriting import RewrittenModel
 from .rules import RULES, used
 from .uses import Elementwise, Product, Use
 
 Action = Callable[[Use, Tensor], None]
+
+
+def _or_diverged(compute: Callable[[], Result]) -> Result:
+    """Compute what a recorded pass would; what fails, but for lack of memory, is a pass of another kind.
+
+    Raises
+    ------
+    DivergedError
+    """
+    found, error = attempt(compute)
+    if found is None:
+        raise DivergedError from error
+    return found
 
 
 def _of_all_passes(g: Tensor, n: int) -> Tensor:
@@ -68,7 +81,7 @@ class _Pass:
 
         self.read += [(t, t._version) for t in args if isinstance(t, Tensor) and id(t) not in names]
         context = Context(slot, self.layouts[number])
-        y, uses = used(call.function, context, args, kwargs)
+        y, uses = _or_diverged(lambda: used(call.function, context, args, kwargs))
         if context.layout.size(y) != self.size:  # of some of the inputs
             raise DivergedError
         if y._is_view():  # written in place later, it has another history than that of its cotangents
@@ -89,10 +102,10 @@ class _Pass:
         if any(t._version != version for t, version in self.read if not t.is_inference()):
             raise DivergedError
 
-    def backward(self, f: Tensor, cotangents: Tensor, action: Action) -> None:
-        """Hand the cotangents (n, B, ...) of every layer's output to an action."""
+    def backward(self, f: Tensor, cotangents: Tensor, action: Action) -> bool:
+        """Hand the cotangents (n, B, ...) of every layer's output to an action; say whether there were any."""
         if not f.requires_grad:
-            return
+            return False
 
         def act(uses: list[Use], g: Tensor) -> None:
             for use in uses:
@@ -123,6 +136,7 @@ class _Pass:
         finally:
             for handle in handles:
                 handle.remove()
+        return True
 
 
 class ContractedModel(DerivedModel):
@@ -205,7 +219,7 @@ class ContractedModel(DerivedModel):
                 cotangents = units[:, None].expand(n, size, n)
             else:
                 cotangents = cotangents.transpose(0, 1)
-            run.backward(f, cotangents, action)
+            _or_diverged(partial(run.backward, f, cotangents, action))
         return f.detach()
 
     def prepared(self, directions: Weights) -> Weights:

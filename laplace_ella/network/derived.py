@@ -186,6 +186,8 @@ class _Recorder(TorchFunctionMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
+        if self._reorders(func, args):
+            raise ValueError("inputs are put in an order that depends on them")
         out = func(*args, **kwargs)
         made = [t for t in leaves_of(out) if isinstance(t, Tensor)]
         fresh = [t for t in made if not any(t is s for s in taken)]
@@ -215,6 +217,16 @@ class _Recorder(TorchFunctionMode):
             self.kept.append(t)
         self.calls.append(Call(func, slots, "derive", arguments, new))
         return out
+
+    def _reorders(self, func: Any, args: Any) -> bool:
+        """Tell whether a call takes inputs of the batch in an order that depends on them."""
+        if func is not Tensor.__getitem__ and func not in (torch.index_select, Tensor.index_select):
+            return False
+        if not self._per_input(args[0]) or id(args[0]) not in self.entered:
+            return False
+        index = args[1] if func is Tensor.__getitem__ else args[-1]
+        first = index[0] if isinstance(index, tuple) and index else index
+        return isinstance(first, Tensor) and not first.is_floating_point() and id(first) in self.entered
 
     def _kept_as(self, value: Any) -> Any:
         """Return a slot for a tensor of the model, and a copy of another, which may be written to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from functools import cache, partial
 from typing import Any
@@ -38,7 +39,6 @@ from .memory import (
     CPU_WORKING_SET,
     LIVE_TENSORS,
     Chunks,
-    attempt,
     budget_bytes,
     free_memory,
     let_malloc_adapt,
@@ -351,9 +351,8 @@ class Engine:
         rank = len(next(iter(directions.values())))
         contraction = next((k for k in self._allowed(x) if FEATURES[k].contracts), None)
         if contraction is not None and self._contracts(contraction, x, rank):
-            found, _ = attempt(lambda: self._pull_contracted(contraction, x, directions, cotangents))
-            if found is not None:
-                return found
+            with suppress(DivergedError):  # a branch or a shape that depends on the data
+                return self._pull_contracted(contraction, x, directions, cotangents)
         function, looped = self.function, self.support(x).gradients != "vmap"
         pulled, _ = with_smaller_chunks(
             lambda c: pulled_cotangents(function, function.weights(), directions, x, cotangents, c, looped),
@@ -408,14 +407,10 @@ class Engine:
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
         weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
         prepared = self._with_prepared(way, function, directions)
-        found, error = attempt(lambda: compute(function, weights, prepared, x, chunks))
-        if found is not None:
-            return found
-        # A branch or a shape that depends on the data, mostly.
-        if way.contracts or isinstance(error, DivergedError):
+        try:
+            return compute(function, weights, prepared, x, chunks)
+        except DivergedError:  # a branch or a shape that depends on the data
             return self._as_it_is(x, directions)
-        assert error is not None
-        raise error
 
     def _as_it_is(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         """Compute features of the model as it is, in no way that follows a record."""
