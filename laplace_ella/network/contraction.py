@@ -23,8 +23,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.func import vmap
 
 from ..data.batches import Input, batch_size, detached
+from .calls import Call, DivergedError, Record, record, repeated
 from .context import Context, UnknownUseError
-from .derived import Call, DerivedModel, DivergedError, Record, record, repeated
+from .derived import DerivedModel
 from .functional import FunctionalModel, Weights
 from .layouts import Layout, layout_of
 from .memory import Chunks, Result, attempt

@@ -26,10 +26,11 @@ from ..data.batches import (
     signature,
 )
 from ..data.packing import unpacked
+from .calls import DivergedError
 from .contraction import contracted_cotangents
 from .costs import Counts, of_contraction, of_forward_mode, sizes
 from .cutting import Cutting
-from .derived import DerivedModel, DivergedError
+from .derived import DerivedModel
 from .facts import InputFacts, find_facts
 from .features import AUTODIFF, FEATURES, Features, Way, reverse_is_cheaper
 from .functional import FunctionalModel, Weights, first_weight, last_layer_norms, setting_of

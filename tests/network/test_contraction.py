@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from laplace_ella import NystromGGN
 from laplace_ella.data.hashing import normal_like
 from laplace_ella.network import uses
+from laplace_ella.network.calls import DivergedError
 from laplace_ella.network.contraction import contracted_cotangents, contracted_features, contracted_model
-from laplace_ella.network.derived import DivergedError
 from laplace_ella.network.facts import find_facts
 from laplace_ella.network.functional import FunctionalModel
 from laplace_ella.network.memory import Chunks
