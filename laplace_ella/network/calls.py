@@ -174,6 +174,7 @@ class _Recorder(TorchFunctionMode):
             with self:
                 return body(*args, **kwargs)
         self._require_order(func, args)
+        before = [t._version for t in taken]
         out = func(*args, **kwargs)
         made = [t for t in leaves_of(out) if isinstance(t, Tensor)]
         fresh = [t for t in made if not any(t is s for s in taken)]
@@ -188,11 +189,10 @@ class _Recorder(TorchFunctionMode):
         repeats = func in REPEATING and any(self._per_input(t) for t in made)
         if repeats:
             self._enter(made)
-        if self._of_weights(slots) and (len(fresh) < len(made) or func is Tensor.__setitem__):
-            raise ValueError("a weight is written into another tensor")
+        if self._of_weights(slots) and any(t._version != n for t, n in zip(taken, before)):
+            raise ValueError("a tensor is written to, of weights or with them")
         if repeats or len(fresh) < len(made) or not made:
-            kind = "use" if self._of_weights(slots) and (repeats or made) else "other"
-            self.calls.append(Call(func, slots, kind))
+            self.calls.append(Call(func, slots, "use" if repeats and self._of_weights(slots) else "other"))
             return out
         arguments = mapped((args, kwargs), self._kept_as)
         number = len(self.calls)
