@@ -41,7 +41,6 @@ QUESTIONS = frozenset(
 REPEATING = frozenset(
     [Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to]
 )
-LOOKUPS = (F.embedding, torch.embedding)
 # Functions of torch.nn.functional that are calls of their own; what others call is looked at instead.
 WHOLE = frozenset(
     [F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.embedding, getattr(F, "rms_norm", None)]
@@ -101,6 +100,11 @@ class Record:
     calls: tuple[Call, ...]
     sources: Mapping[str, frozenset[str]]
     key: str
+
+    def slot(self, names: Mapping[int, str], value: Any) -> str | None:
+        """Return the name of a tensor that directions exist for, by its id; None for any other value."""
+        name = names.get(id(value))
+        return name if name is not None and self.sources[name] else None
 
     @property
     def derived(self) -> list[str]:

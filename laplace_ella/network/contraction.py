@@ -74,14 +74,8 @@ class _Pass:
         """Compute the output of a call in which an input meets weights."""
         if number not in self.layouts:  # gradients of these weights are computed otherwise
             return call.function(*args, **kwargs)
-        sources = self.model.record.sources
-
-        def slot(t: Any) -> str | None:
-            name = names.get(id(t))
-            return name if name is not None and sources[name] else None
-
         self.read += [(t, t._version) for t in args if isinstance(t, Tensor) and id(t) not in names]
-        context = Context(slot, self.layouts[number])
+        context = Context(partial(self.model.record.slot, names), self.layouts[number])
         y, uses = _or_diverged(lambda: used(call.function, context, args, kwargs))
         if context.layout.size(y) != self.size:  # of some of the inputs
             raise DivergedError
@@ -272,13 +266,9 @@ def contracted_model(model: FunctionalModel, x: Input, one_by_one: bool = False)
         layout = layout_of(y, size) if isinstance(y, Tensor) else None
         uses = None
         if layout is not None and call.function in RULES:
-
-            def slot(t: Any) -> str | None:
-                name = names.get(id(t))
-                return name if name is not None and sources[name] else None
-
+            context = Context(partial(made.record.slot, names), layout)
             with suppress(UnknownUseError):
-                uses = used(call.function, Context(slot, layout), args, kwargs)[1]
+                uses = used(call.function, context, args, kwargs)[1]
         if uses is None:
             uncovered.update(*(sources[s] for s in call.slots))
         else:

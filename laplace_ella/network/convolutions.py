@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .context import Context, UnknownUseError, bias_of
 from .uses import Product, Use
+
+CONVOLUTIONS = frozenset([torch.conv1d, torch.conv2d, torch.conv3d])
 
 
 def _tuple(value: Any, n: int) -> tuple[int, ...]:

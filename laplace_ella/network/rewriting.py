@@ -27,13 +27,13 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..data.batches import Input
+from .convolutions import CONVOLUTIONS
 from .functional import FunctionalModel, Weights
 from .lookups import Lookups
 from .memory import attempt
 from .places import named
 from .recording import tolerance
 
-_CONVOLUTIONS = frozenset([torch.conv1d, torch.conv2d, torch.conv3d])
 _PRODUCTS = frozenset([F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__])
 # Questions about a tensor that do not read its values.
 _QUESTIONS = frozenset(
@@ -124,7 +124,7 @@ class _Following(Lookups):
                     raise _DivergedError
                 del self.outputs[id(out)]
                 return out
-        if func in _CONVOLUTIONS:
+        if func in CONVOLUTIONS:
             return self._convolve(func, *args, **kwargs)
         if func in _PRODUCTS and args and isinstance(args[0], Tensor) and args[0].ndim > 2:
             args = (args[0].contiguous(), *args[1:])

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .calls import REPEATING
 from .context import Context, Rule, UnknownUseError, bias_of
-from .convolutions import convolution, transposed_convolution
+from .convolutions import CONVOLUTIONS, convolution, transposed_convolution
 from .uses import Elementwise, Lookup, Product, Use
 
 
@@ -219,15 +220,13 @@ RULES: dict[Any, Rule] = {
     F.embedding: _embedding,
     **({F.rms_norm: _rms_norm} if hasattr(F, "rms_norm") else {}),
 }
-_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-_REPEATING = (Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to)
 # Rules that are told which of several functions was called.
 _FAMILIES: tuple[tuple[Iterable[Any], Rule], ...] = (
-    (_CONVOLUTIONS, convolution),
+    (CONVOLUTIONS, convolution),
     (_TRANSPOSED, transposed_convolution),
     (_PRODUCTS | _DIFFERENCES | _SUMS, _elementwise),
-    (_REPEATING, _repeated),
+    (REPEATING, _repeated),
 )
 
 
