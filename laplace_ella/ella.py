@@ -128,8 +128,7 @@ class ELLALaplace(ParametricLaplace):
         Scalar, or one per weight.
     temperature : float, optional
         T; a number stays fixed. None means 1 until ``optimize_prior_precision(
-        method="gridsearch")`` tunes it together with the prior: at T = 1 ELLA's
-        predictions are close to MAP's whatever the prior.
+        method="gridsearch")`` or ``optimize_hyperparameters`` tunes it on validation data.
     enable_backprop : bool
         Let gradients reach the inputs through predictions (not the weights).
     dict_key_x : str
@@ -175,6 +174,9 @@ class ELLALaplace(ParametricLaplace):
         How many labels are sampled for each curvature input.
     logit_scale : float
         s: the mean of the logits is multiplied by it, their covariance is not.
+    class_scales, class_biases : sequence of float, optional
+        w and b, one number for each class (or label): the mean of the logits is w s f + b, and their covariance what it is
+        without. None: 1 and 0.
     residual : {"none", "isotropic", "exact"}
         What outputs get for the directions outside the span, which ELLA leaves out:
         nothing, the same variance for all outputs of an input, or what exact linearised
@@ -192,6 +194,8 @@ class ELLALaplace(ParametricLaplace):
         device. All ranks then have to call predictions too, each with inputs of its own.
     temperature_fixed : bool, optional
         Whether tuning leaves T alone. Default: if ``temperature`` is a number.
+    link_approx : {"probit", "mc", "bridge", "bridge_norm"}, optional
+        The link of calls that name none. None: the one that tuning was for, and "probit" before.
 
     Attributes
     ----------
@@ -260,6 +264,9 @@ class ELLALaplace(ParametricLaplace):
         process_group: Any = "default",
         shard_directions: bool = False,
         temperature_fixed: bool | None = None,
+        class_scales: Sequence[float] | Tensor | None = None,
+        class_biases: Sequence[float] | Tensor | None = None,
+        link_approx: str | None = None,
     ) -> None:
         with LOCK:  # while another thread has the model's weights exchanged, none requires grad
             check_model(model)
@@ -297,6 +304,8 @@ class ELLALaplace(ParametricLaplace):
             )
             self.likelihood = likelihood
             self.logit_scale, self.residual_scale = logit_scale, residual_scale
+            self.class_scales, self.class_biases = class_scales, class_biases
+            self.link_approx = link_approx
             if temperature_fixed is not None:
                 become(self, temperature_fixed=check_flag("temperature_fixed", temperature_fixed))
             self._build_backend()
@@ -360,7 +369,7 @@ class ELLALaplace(ParametricLaplace):
     def temperature(self) -> Any:
         """T, which divides the curvature; assigning it fixes it, None frees it at 1."""
 
-    @of_setting
+    @attributes.of_prior_precision
     def prior_precision(self) -> Any:
         """Delta: (1,), one per weight tensor (L,), or one per weight (P,)."""
 
@@ -371,6 +380,18 @@ class ELLALaplace(ParametricLaplace):
     @of_setting
     def logit_scale(self) -> Any:
         """s, by which the mean of the logits is multiplied, and not their covariance."""
+
+    @of_setting
+    def class_scales(self) -> Any:
+        """w, by which the mean of each logit is multiplied, beside s: a tuple of C numbers, or None for 1."""
+
+    @of_setting
+    def class_biases(self) -> Any:
+        """b, which is added to the mean of each logit: a tuple of C numbers, or None for 0."""
+
+    @attributes.of_link
+    def link_approx(self) -> Any:
+        """The link of calls that name none: the one that tuning was for, or that was assigned; None: "probit"."""
 
     @of_setting
     def residual_scale(self) -> Any:
@@ -777,7 +798,7 @@ class ELLALaplace(ParametricLaplace):
         x: Input,
         pred_type: str = "glm",
         joint: bool = False,
-        link_approx: str = "probit",
+        link_approx: str | None = None,
         n_samples: int = 100,
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
@@ -787,6 +808,8 @@ class ELLALaplace(ParametricLaplace):
         """Predict; see :meth:`laplace.ParametricLaplace.__call__`, from which it differs in this.
 
         - ``pred_type="gp"`` means "glm".
+        - Without ``link_approx`` the link is the one that the setting was tuned for (``la.link_approx``), and "probit"
+          where none was; with ``pred_type="nn"`` it is "mc".
         - ``link_approx="mc"`` draws quasi-random noise from the estimator's seed, or
           from ``generator``, one vector for all inputs: the same call gives the same
           result.
@@ -806,6 +829,7 @@ class ELLALaplace(ParametricLaplace):
         ValueError
             If ``pred_type`` or ``link_approx`` is unknown, or inputs are not finite.
         """
+        link_approx = self._posterior.link_for(link_approx, pred_type)
         pred_type = checks.check_prediction(pred_type, link_approx, n_samples, generator, self._device)
         checks.check_link(self._posterior.likelihood, link_approx)
         flags = {"joint": joint, "diagonal_output": diagonal_output, "fitting": fitting}
@@ -823,7 +847,7 @@ class ELLALaplace(ParametricLaplace):
         return prediction.probabilities(now, engine, x, likelihood, link_approx, noise, self.enable_backprop)
 
     def predictive(
-        self, x: Input, pred_type: str = "glm", link_approx: str = "probit", n_samples: int = 100
+        self, x: Input, pred_type: str = "glm", link_approx: str | None = None, n_samples: int = 100
     ) -> Prediction:
         """Predict; the host's shorthand for a call."""
         return self(x, pred_type=pred_type, link_approx=link_approx, n_samples=n_samples)
@@ -1138,7 +1162,7 @@ class ELLALaplace(ParametricLaplace):
             else:
                 stream = self._stream(val_loader, progress_bar)  # type: ignore[arg-type]
                 new, remarks = prior.tuned_prior(now, self._engine, stream, ranks, search)
-        become(self, setting=new)
+        become(self, **new)
         for remark in remarks:
             warn_user(remark)
         if verbose:
@@ -1150,7 +1174,7 @@ class ELLALaplace(ParametricLaplace):
         # The host's optimiser keeps its steps on the default device.
         with prior.quiet_host(), torch.enable_grad(), self._device:
             super(ELLALaplace, twin).optimize_prior_precision("glm", "marglik", *steps, **more)
-        return {"prior_precision": twin.prior_precision}, prior.remarks_on_evidence(twin._posterior)
+        return prior.replaced(self._posterior, twin._posterior), prior.remarks_on_evidence(twin._posterior)
 
     def optimize_hyperparameters(
         self,
@@ -1172,12 +1196,13 @@ class ELLALaplace(ParametricLaplace):
         search : sequence of str, or mapping, optional
             Any of "temperature" T, "logit_scale" s, "residual_scale" rho, "prior_precision",
             "n_eigenvalues" (leading K' <= K directions), "curvature_size" (n, from the snapshots of
-            the fit) and "sigma_noise". A mapping gives the values of the grid, None the
+            the fit), "sigma_noise", "class_scales" w and "class_biases" b. The last two are found by gradients of the NLL,
+            jointly with all others, with a ridge whose weight is chosen by cross-validation. A mapping gives the values of the grid, None the
             default. Default: ("temperature", "logit_scale"); for regression ("temperature",
             "sigma_noise"); with a residual, "residual_scale" too. A temperature fixed by the user is
             left out. A parameter on which the loss does not depend keeps its value.
         link_approx : str
-            The link of the predictions that the setting is for.
+            The link of the predictions that the setting is for, which becomes the one of calls that name none.
         n_samples : int
             How many samples "mc" takes.
         loss : torchmetrics.Metric or callable, optional
@@ -1217,11 +1242,11 @@ class ELLALaplace(ParametricLaplace):
                 check_flag("apply", apply)
                 stream = self._stream(val_loader, check_flag("progress_bar", progress_bar))
                 wanted = joint.JointSearch(
-                    joint.grids_of(now, search), name_of(link_approx), int(n_samples), loss, apply
+                    *joint.grids_of(now, search), name_of(link_approx), int(n_samples), loss, apply
                 )
             result, remarks = joint.tuned(now, self._engine, stream, ranks, wanted)
             if apply:
-                become(self, now.fit, **joint.applied(now, result.best, result.searched))
+                become(self, now.fit, **joint.applied(now, result.best, wanted.link))
         for remark in remarks:
             warn_user(remark)
         return result

@@ -136,7 +136,7 @@ def prepare(estimator: Any, request: Request) -> tuple[Job, Recipe, Fit | None]:
         recipe = Recipe(sizes, estimator.shard_directions, named, landmarks, *of_user)
     ranks.require_equal({**arguments, "checkpoint": request.checkpoint is not None}, "fit()")
     of_labels = request.every, now.seed, sizes.labels
-    job = Job(ranks, stream, files, stream.progress, engine, now.likelihood, *of_labels)
+    job = Job(ranks, stream, files, stream.progress, engine, now.likelihood, now.setting, *of_labels)
     return job, recipe, None if fresh else now.fit
 
 

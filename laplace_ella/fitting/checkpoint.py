@@ -19,10 +19,10 @@ from ..nystrom.basis import NystromBasis
 from ..nystrom.compact import pack_directions, unpack_directions
 from ..nystrom.jacobian import directions_of
 from ..parallel.ranks import ALONE, Ranks
-from .state_checks import ENTRIES, check_basis, check_entries, check_orthonormal
+from .state_checks import ENTRIES, SINCE_FORMAT_5, check_basis, check_entries, check_orthonormal
 
-# States of format 3, which laplace_ella 0.1.0 wrote, hold no digest.
-FORMAT, READABLE = 4, (3, 4)
+# States of format 3, which laplace_ella 0.1.0 wrote, hold no digest; those before 5 no link, and no scales of classes.
+FORMAT, READABLE = 5, (3, 4, 5)
 # The entries that are attributes of the estimator itself, and not of its posterior.
 OF_ESTIMATOR = (
     *("enable_backprop", "subsample_size", "n_eigenvalues"),
@@ -189,7 +189,7 @@ def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module, we
         raise ValueError(objection)
     check_basis(state["basis"])
     check_shapes(state["basis"], weights, "The checkpoint")
-    check_entries(state, weights)
+    check_entries({**SINCE_FORMAT_5, **state}, weights)
     if "digest" in state and state["digest"] != digest_of_state(state):
         raise ValueError(
             "The checkpoint is damaged: what was read is not what was saved. Copy the file again, or save it again."
@@ -206,7 +206,8 @@ def _objections(state: Any, cls_name: str, likelihood: str, model: nn.Module) ->
         )
     if type(state.get("format")) is not int or state["format"] not in READABLE:
         yield f"The checkpoint has format {state.get('format')}, this version reads {READABLE}; fit again."
-    keys = STATE_KEYS | ({"digest"} if state["format"] > 3 else set())
+    keys = STATE_KEYS - ({*SINCE_FORMAT_5} if state["format"] < 5 else set())
+    keys |= {"digest"} if state["format"] > 3 else set()
     if keys - state.keys():
         yield f"The checkpoint is incomplete: it lacks {sorted(keys - state.keys())}. Save it again."
     if state.keys() - keys:

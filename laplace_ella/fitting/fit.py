@@ -16,6 +16,7 @@ from ..data.notices import warn_user
 from ..data.pooling import dealt
 from ..nystrom.basis import NystromBasis
 from ..parallel.ranks import ALONE, Ranks
+from ..posterior.checks import check_classes
 from ..posterior.fit import Fit, sums_over_data
 from .checkpoint import fingerprint
 from .curvature import RunningSum
@@ -152,6 +153,7 @@ def _scan(job: Job, recipe: Recipe, draws: bool) -> Scan:
 
     def forward(x: Input) -> Tensor:
         f = engine.forward(x)
+        check_classes(job.setting, f.shape[-1])
         while unchecked:  # at the first batch, before any long work
             inputs, outputs = unchecked.pop()
             of_landmark = engine.forward(inputs_between(inputs, 0, 1)) if f.ndim > 2 else f

@@ -21,6 +21,7 @@ from ..nystrom.jacobian import basis_of
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.sharding import work_through
 from ..posterior.likelihoods import Likelihood
+from ..posterior.setting import Setting
 from .checkpoint import pack_basis, unpack_basis
 from .curvature import NOTHING, Curvature, Part, RunningSum, cut, parts_of_sample, parts_of_stream
 from .resume import FitFiles, Pass
@@ -42,6 +43,8 @@ class Job:
     progress : callable
     engine : Engine
     likelihood : Likelihood
+    setting : Setting
+        What there has to be a number of for each output.
     every : int or None
         Curvature batches between snapshots; None: at 1, 2, 4, 8 ...
     seed : int
@@ -55,6 +58,7 @@ class Job:
     progress: Progress
     engine: Engine
     likelihood: Likelihood
+    setting: Setting
     every: int | None
     seed: int
     labels: int

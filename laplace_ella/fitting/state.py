@@ -10,14 +10,18 @@ from ..posterior import attributes, checks
 from ..posterior.fit import Fit
 from ..posterior.posterior import Posterior
 from ..posterior.residual import RESIDUALS
+from ..posterior.setting import PER_CLASS
 from .checkpoint import copied
 
 _OF_FIT = (
     *("H", "loss", "snapshots", "n_data", "n_predictions", "n_outputs", "n_curvature"),
     *("labels_sampled", "largest_sums", "fingerprint"),
 )
-_OF_SETTING = ("temperature", "prior_precision", "sigma_noise", "logit_scale", "residual_scale")
-_OF_POSTERIOR = ("prior_mean", "temperature_fixed", "seed", "residual_samples")
+_OF_SETTING = (
+    *("temperature", "prior_precision", "sigma_noise", "logit_scale", "residual_scale"),
+    *PER_CLASS,
+)
+_OF_POSTERIOR = ("prior_mean", "temperature_fixed", "seed", "residual_samples", "link", "prior_before")
 
 
 def state_of(posterior: Posterior) -> dict[str, Any]:

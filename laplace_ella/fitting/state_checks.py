@@ -16,6 +16,7 @@ from torch import Tensor
 from ..network.functional import Weights
 from ..nystrom.basis import NystromBasis
 from ..nystrom.compact import LAYOUTS, overlaps
+from ..posterior.links import LINKS
 from ..posterior.residual import RESIDUALS
 from .curvature import CURVATURES
 
@@ -26,7 +27,7 @@ F32, F64, I64 = torch.float32, torch.float64, torch.int64
 
 # ---------------------------------------------------------------------- kinds of values
 
-# What letters in shapes stand for: K directions, M landmarks, L weight tensors of P numbers together.
+# What letters in shapes stand for: K directions, M landmarks, L weight tensors of P numbers together; C outputs.
 Sizes = dict[str, int]
 Holds = Callable[[Any, Sizes], bool]
 
@@ -55,6 +56,11 @@ def either(*kinds: Holds) -> Holds:
 def listed(kind: Holds) -> Holds:
     """Return a check that a value is a list or tuple of values of a kind."""
     return lambda v, s: type(v) in (list, tuple) and all(kind(e, s) for e in v)
+
+
+def per_output(kind: Holds) -> Holds:
+    """Return a check that a value is a list or tuple of C values of a kind."""
+    return lambda v, s: listed(kind)(v, s) and len(v) == s["C"]
 
 
 def pair(first: Holds, second: Holds) -> Holds:
@@ -177,6 +183,10 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
         "a list of 2 numbers of at least 0",
         lambda v, s: pair(number(), number())(v, s) and min(v) >= 0,
     ),
+    "class_scales": ("C positive numbers, or None", either(NONE, per_output(POSITIVE))),
+    "class_biases": ("C numbers, or None", either(NONE, per_output(number()))),
+    "link": (f"one of {tuple(LINKS)}, or None", either(NONE, one_of(tuple(LINKS)))),
+    "prior_before": ("a positive number, or None", either(NONE, POSITIVE)),
     "novelty_reference": (
         "a float64 tensor (n, 2), ascending, or None",
         either(NONE, tensor("?2", also=lambda v: bool((v.diff(dim=0) >= 0).all()))),
@@ -189,6 +199,15 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
         "two lists of numbers, processed_examples and val_nll",
         lambda v, s: mapped(listed(of_type(float)))(v, s) and v.keys() == {"processed_examples", "val_nll"},
     ),
+}
+
+
+# What states before format 5 did not hold, and what they stand for.
+SINCE_FORMAT_5: dict[str, Any] = {
+    "class_scales": None,
+    "class_biases": None,
+    "link": None,
+    "prior_before": None,
 }
 
 
@@ -226,7 +245,12 @@ def check_entries(state: dict[str, Any], weights: Weights) -> None:
         Naming the entry.
     """
     n_params = sum(w.numel() for w in weights.values())
-    sizes = {"K": len(state["basis"]["eigenvalues"]), "L": len(weights), "P": n_params}
+    sizes = {
+        "K": len(state["basis"]["eigenvalues"]),
+        "L": len(weights),
+        "P": n_params,
+        "C": state["n_outputs"],
+    }
     for name, (what, holds) in ENTRIES.items():
         if not holds(state[name], sizes):
             raise ValueError(_wrong(name, what, state[name]))

@@ -18,8 +18,10 @@ from ..data.checks import check_choice, positive_number
 from ..nystrom.caching import outside_inference, without_inference
 from . import checks
 from .fit import Fit
+from .likelihoods import name_of
 from .posterior import Posterior
 from .residual import RESIDUALS
+from .setting import PER_CLASS
 
 REPLACED = (
     "Another thread has fitted, loaded or tuned this estimator meanwhile, and what was computed here belongs to the "
@@ -106,6 +108,11 @@ def checked(estimator: Any, name: str, value: Any, posterior: Posterior | None =
             return checks.checked_prior_mean(value, estimator.n_params, like)
     if name == "logit_scale":
         return checks.checked_logit_scale(value, posterior.likelihood)
+    if name in PER_CLASS:
+        numbers = checks.checked_classes(name, value, posterior.likelihood, positive=name == "class_scales")
+        if posterior.current is not None:
+            checks.check_classes(posterior.setting.at(**{name: numbers}), posterior.fit.n_outputs)
+        return numbers
     return positive_number(name, value)
 
 
@@ -148,6 +155,27 @@ def of_choice(stub: Callable[..., Any]) -> Any:
     """Make a property of what the posterior is made with, which is used, and checked, by the next call."""
     name = stub.__name__
     return _property(stub, lambda p: getattr(p, name), lambda e, v: {name: v})
+
+
+def of_prior_precision(stub: Callable[..., Any]) -> Any:
+    """Make the property of the prior precision, which is the user's own once it is assigned."""
+
+    def changes(estimator: Any, value: Any) -> dict[str, Any]:
+        new = checked(estimator, "prior_precision", value)
+        return {"setting": {"prior_precision": new}, "prior_before": None}
+
+    return _property(stub, lambda p: p.setting.prior_precision, changes)
+
+
+def of_link(stub: Callable[..., Any]) -> Any:
+    """Make the property of the link that calls use which name none."""
+
+    def changes(estimator: Any, value: Any) -> dict[str, Any]:
+        if value is not None:
+            checks.check_link(estimator._posterior.likelihood, value)
+        return {"link": None if value is None else name_of(value)}
+
+    return _property(stub, lambda p: p.link, changes)
 
 
 def of_prior_mean(stub: Callable[..., Any]) -> Any:
@@ -218,6 +246,8 @@ def description(estimator: Any, sizes: str) -> str:
         "residual_scale": s.residual_scale if p.residual.adds else 1.0,
     }
     more = [f", {k}={v:.4g}" for k, v in values.items() if v != 1]
+    more += [f", {k}: {len(v)} values" for k in PER_CLASS if (v := getattr(s, k)) is not None]
+    more += [f", link_approx={p.link!r}"] if p.link is not None else []
     more += [f", residual={p.residual.name!r}"] if p.residual.adds else []
     more += [f", curvature={estimator.curvature!r}"] if estimator.curvature != "exact" else []
     fixed = "" if p.temperature_fixed else " (free)"

@@ -15,12 +15,14 @@ from ..data.checks import (
     check_numbers,
     check_positive,
     check_size,
+    number,
     positive_number,
     shown,
 )
 from .likelihoods import LIKELIHOODS, Likelihood
 from .links import LINKS
 from .residual import RESIDUALS, Residual
+from .setting import PER_CLASS, Setting
 
 NO_DENSITY = (
     "ELLA's posterior lives on the K directions around the weights and has no density over all P weights. "
@@ -101,6 +103,42 @@ def checked_logit_scale(value: Any, likelihood: Likelihood) -> float:
             f"logit_scale is for classification and bernoulli and must be 1 for {likelihood.name!r}; got {value}."
         )
     return number
+
+
+def checked_classes(
+    name: str, value: Any, likelihood: Likelihood, positive: bool
+) -> tuple[float, ...] | None:
+    """Return scales or biases of the logits, one for each class or label, or None."""
+    if value is None:
+        return None
+    kind = "positive finite" if positive else "finite"
+    values = value.detach() if isinstance(value, Tensor) else value
+    is_sequence = isinstance(values, (list, tuple)) or getattr(values, "ndim", 0) == 1
+    if not is_sequence or len(values) == 0:
+        raise ValueError(
+            f"{name} must be a sequence of {kind} numbers, one for each output, or None; got {shown(value)}."
+        )
+    numbers = tuple(number(f"An entry of {name}", v, f"a {kind} number", positive) for v in _listed(values))
+    if not likelihood.has_logits:
+        raise ValueError(
+            f"{name} is for classification and bernoulli and must be None for {likelihood.name!r}; got {shown(value)}."
+        )
+    return numbers
+
+
+def _listed(values: Any) -> Any:
+    return values.tolist() if isinstance(values, (Tensor, np.ndarray)) else values
+
+
+def check_classes(setting: Setting, n_outputs: int) -> None:
+    """Require as many scales and biases of the logits as there are outputs."""
+    for name in PER_CLASS:
+        values = getattr(setting, name)
+        if values is not None and len(values) != n_outputs:
+            raise ValueError(
+                f"{name} must hold one number for each of the model's {n_outputs} outputs; got {len(values)}. "
+                f"Set la.{name} = None to do without."
+            )
 
 
 def checked_prior_precision(

@@ -249,15 +249,20 @@ class Linearised:
         return positive_root(self.kernel - phi @ phi.mT)
 
     @without_autocast
-    def outputs(self, scale: Tensor, logit_scale: Any = 1.0, residual_variance: Any = 0.0) -> Outputs:
+    def outputs(
+        self,
+        scale: Tensor,
+        scaled: Callable[[Tensor], Tensor] = lambda f: f,
+        residual_variance: Any = 0.0,
+    ) -> Outputs:
         r"""Return the Gaussian that a posterior makes of the outputs.
 
         Parameters
         ----------
         scale : Tensor (K', K')
             S with :math:`S S^T = A^{-1}`, for the leading K' directions.
-        logit_scale : float or Tensor ()
-            s, by which the mean is multiplied.
+        scaled : callable
+            Outputs of the network -> mean of the outputs, which the covariance does not follow.
         residual_variance : float or Tensor ()
             :math:`\rho / \delta`.
         """
@@ -269,7 +274,7 @@ class Linearised:
             isotropic = finite((self.residual_vectors(rank) * residual_variance**0.5).to(dtype))
         if self.kernel is not None:
             block = finite((self.residual_root(rank) * residual_variance**0.5).to(dtype))
-        return Outputs(finite(self.f.to(dtype) * logit_scale), psi, isotropic, block)
+        return Outputs(finite(scaled(self.f.to(dtype))), psi, isotropic, block)
 
 
 @without_autocast

@@ -2,7 +2,7 @@ r"""How far inputs lie outside what the basis knows, and how far the basis is fr
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from .likelihoods import Likelihood
 from .links import Noise
 from .posterior import Posterior
 from .prediction import attend, linearise, numbers_per_output, predict
+from .setting import PER_CLASS, SETTING_NAMES
 
 # Exact linearised Laplace is made of P x P matrices.
 LARGEST_EXACT = 5000
@@ -112,7 +113,9 @@ def _setting(posterior: Posterior) -> list[Any]:
     # The plain setting says nothing about priors of several values.
     more = [digest(prior)] if prior.numel() > 1 else []
     of_residual = posterior.residual.name, posterior.residual_samples, posterior.seed
-    return [*astuple(posterior.plain), *of_residual, *more]
+    plain = posterior.plain
+    more += [digest(torch.tensor(v)) for k in PER_CLASS if (v := getattr(plain, k)) is not None]
+    return [*(getattr(plain, k) for k in SETTING_NAMES if k not in PER_CLASS), *of_residual, *more]
 
 
 def _entropy_and_share(posterior: Posterior, seen: Linearised) -> Tensor:

@@ -44,6 +44,10 @@ class Posterior:
         Whether tuning leaves T alone.
     current : Fit or None
         None before a fit.
+    link : str or None
+        The link that the setting was tuned for, by which calls predict that name none.
+    prior_before : float or None
+        The scalar prior precision in place of which tuning found the present one; None if that is the user's.
     """
 
     likelihood: Likelihood
@@ -54,6 +58,8 @@ class Posterior:
     seed: int = 0
     temperature_fixed: bool = False
     current: Fit | None = None
+    link: str | None = None
+    prior_before: float | None = None
     # Tangents, which all posteriors of one estimator share; and what was made of this one.
     tangents: Memory = field(default_factory=Memory, repr=False)
     _kept: Memory = field(default_factory=Memory, init=False, repr=False)
@@ -74,6 +80,17 @@ class Posterior:
     def rank(self) -> int:
         """K', how many directions are used."""
         return self.setting.n_eigenvalues or self.fit.basis.rank
+
+    def prior_replaced_by(self, new: float | None) -> float | None:
+        """Return the scalar prior precision before tuning, once it finds a new one; None if that is the new one."""
+        before = self.plain.prior_precision if self.prior_before is None else self.prior_before
+        return None if before == new else before
+
+    def link_for(self, given: Any, pred_type: Any = "glm") -> Any:
+        """Return the link that a call names, or else the one of sampled weights, or that the setting was tuned for."""
+        if given is not None:
+            return given
+        return "mc" if pred_type == "nn" else self.link or "probit"
 
     @property
     def plain(self) -> Setting:
@@ -163,13 +180,13 @@ class Posterior:
 
     def outputs(self, seen: Linearised) -> Outputs:
         """Return the Gaussian over the outputs of a linearised model; without a graph of the setting."""
-        return seen.outputs(self.scale, self.setting.logit_scale, self.residual_variance)
+        return seen.outputs(self.scale, self.setting.scaled, self.residual_variance)
 
     def differentiable(self) -> Callable[[Linearised], Outputs]:
         """Return what :meth:`outputs` does, with graphs of the parameters of the setting."""
         s, scale = self.setting, posterior_scale(self.precision)
         variance: Any = self.residual.variance(s.residual_scale, s.prior_precision)
-        return lambda seen: seen.outputs(scale, s.logit_scale, variance)
+        return lambda seen: seen.outputs(scale, s.scaled, variance)
 
     # ------------------------------------------------------------------ evidence
 

@@ -31,6 +31,8 @@ class Setting:
         n, from how many inputs G is estimated; None: as in the fit.
     sigma_noise : float or Tensor
         :math:`\sigma`.
+    class_scales, class_biases : tuple of float, or None
+        w and b (C,): the mean of the logits is w s f + b. None: 1 and 0.
     """
 
     temperature: Any
@@ -40,10 +42,21 @@ class Setting:
     n_eigenvalues: int | None
     curvature_size: int | None
     sigma_noise: Any
+    class_scales: Any = None
+    class_biases: Any = None
 
     def at(self, **values: Any) -> Setting:
         """Return the setting with other values of some parameters."""
         return replace(self, **values)
+
+    def scaled(self, f: Tensor) -> Tensor:
+        """Return w s f + b, the mean of the logits (..., C) that a network's outputs f stand for."""
+        f = f * self.logit_scale
+        if self.class_scales is not None:
+            f = f * torch.as_tensor(self.class_scales, dtype=f.dtype, device=f.device)
+        if self.class_biases is not None:
+            f = f + torch.as_tensor(self.class_biases, dtype=f.dtype, device=f.device)
+        return f
 
     @property
     def curvature_factor(self) -> Tensor:
@@ -80,3 +93,5 @@ class Setting:
 
 
 SETTING_NAMES = tuple(f.name for f in fields(Setting))
+# Of each output one number, signed ones among them: tuned by gradients, without grids.
+PER_CLASS = ("class_scales", "class_biases")

@@ -22,7 +22,7 @@ from ..posterior.links import Noise
 from ..posterior.posterior import Posterior
 from ..posterior.prediction import attend, linearise, numbers_per_output, predict
 from ..posterior.setting import Setting
-from .baselines import Predictor, Scorer
+from .scorer import Predictor, Scorer
 from .scoring import Block, Loss, ValidationData
 from .store import Store
 
@@ -82,7 +82,8 @@ def scorer_of(
         norms = engine.last_layer_norms(part.x) if last_layer else None
         seen, positions = linearise(posterior, engine, part.x).detached(), engine.positions(part.x)
         targets = checked_targets(likelihood, part.y, seen.f, positions, f"validation {part.name}")
-        data.append(len(part.y), Block(seen, targets, norms))
+        of_rows = part.positions.to(targets.device).repeat_interleave(len(targets) // len(part.y))
+        data.append(len(part.y), Block(seen, targets, norms, of_rows))
 
     parts = stream.parts("Validation data", partial(engine.bounded, width=width))
     work_through(parts, keep, ranks, posterior.fit.basis.ranks, "the validation data")

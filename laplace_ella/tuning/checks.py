@@ -11,6 +11,7 @@ from torch import nn
 from ..data.checks import check_choice, number, positive_number, shown
 from ..data.notices import warn_user
 from ..posterior.posterior import Posterior
+from ..posterior.setting import PER_CLASS
 
 # The largest logarithm of a prior precision that single precision holds, with room for products.
 LARGEST_LOGARITHM = 87.0
@@ -74,6 +75,9 @@ def check_search(given: Mapping[str, Any], allowed: Iterable[str], posterior: Po
         "temperature": posterior.temperature_fixed
         and f"the temperature was fixed at {temperature:.4g}; set la.temperature = None to free it",
         "logit_scale": not likelihood.has_logits and f"likelihood={likelihood.name!r} has no logits to scale",
+        **dict.fromkeys(
+            PER_CLASS, not likelihood.has_logits and f"likelihood={likelihood.name!r} has no logits to scale"
+        ),
         "sigma_noise": not likelihood.has_noise
         and f"likelihood={likelihood.name!r} has no observation noise",
         "residual_scale": not posterior.residual.adds and "residual='none' has no residual variance",
@@ -81,6 +85,14 @@ def check_search(given: Mapping[str, Any], allowed: Iterable[str], posterior: Po
     for name, reason in reasons.items():
         if name in given and reason:
             raise ValueError(f"{name} cannot be searched: {reason}. Leave it out of search.")
+
+
+def check_no_values(name: str, values: Any) -> None:
+    """Require no values of a parameter that has none to choose among."""
+    if values is not None:
+        raise ValueError(
+            f"{name} are found by gradients, not among values; they must be None in search, got {shown(values)}."
+        )
 
 
 def check_values(name: str, values: Any, allowed: list[int] | None) -> list[Any]:

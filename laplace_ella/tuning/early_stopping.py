@@ -49,4 +49,5 @@ def stopped_early(
     history = {"processed_examples": [float(n) for n in scores], "val_nll": list(scores.values())}
     names = ("prior_precision", "temperature", "residual_scale") if free else ()
     values = {name: getattr(best.setting, name) for name in names}
-    return {"current": replace(best.fit, history=history), "setting": values}
+    changes = {"link": name_of(link)} if free and posterior.likelihood.has_probabilities else {}
+    return {"current": replace(best.fit, history=history), "setting": values, **changes}

@@ -14,13 +14,17 @@ from ..network.engine import Engine
 from ..parallel.ranks import Ranks
 from ..posterior.likelihoods import Prediction
 from ..posterior.posterior import Posterior
-from ..posterior.setting import SETTING_NAMES, Setting
-from .baselines import Predictor, Scorer, baselines
+from ..posterior.setting import PER_CLASS, SETTING_NAMES, Setting
+from .baselines import baseline, simpler_methods
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
-from .checks import by_name, check_search, check_values
-from .result import TuningResult, remarks
+from .checks import by_name, check_no_values, check_search, check_values
+from .comparison import judged, remarks
+from .methods import Method, Scores, Tuned
+from .methods import tuned as tune
+from .result import TuningResult
+from .scorer import Predictor, Scorer
 from .scoring import Loss
-from .search import DISCRETE, LOGIT_SCALES, Search, decades, noises
+from .search import DISCRETE, LOGIT_SCALES, decades, noises
 
 Grids = Mapping[str, Sequence[Any]]
 
@@ -33,6 +37,8 @@ class JointSearch:
     ----------
     grids : mapping
         Name of a parameter -> its values, from small to large variance.
+    per_class : tuple of str
+        Which of "class_scales" and "class_biases" are tuned, by gradients.
     link : str
     n_samples : int
     loss : torchmetrics.Metric or callable, optional
@@ -41,6 +47,7 @@ class JointSearch:
     """
 
     grids: Grids
+    per_class: tuple[str, ...]
     link: str
     n_samples: int
     loss: Loss | None = None
@@ -59,35 +66,47 @@ def tuned(
     """
     grids, start, progress = search.grids, posterior.plain, stream.progress
     values = {k: [float(v) for v in grid] for k, grid in grids.items()}
-    options = {"link_approx": search.link, "n_samples": search.n_samples}
+    options = {"link_approx": search.link, "n_samples": search.n_samples, "per_class": search.per_class}
     require_same_search(posterior, ranks, "optimize_hyperparameters()", search=values, **options)
     scorer = scorer_of(posterior, engine, stream, ranks, search.loss, last_layer=True)
     predict_from = link_of(posterior, search.link, search.n_samples, search.loss)
-    predictor = predictor_of(posterior, predict_from)
-    found = scorer.search(predictor, start, grids, progress)
-    skipped = found.conclude()
-    best, ignored = found.without_ignored(start, grids)
-    each, lowest = scorer.each(predictor, best), found.table[best]
-    methods = baselines(scorer, predict_from, start, grids, posterior.fit.n_outputs, lowest, each)
-    simpler = dict(progress(methods, "Simpler methods"))
-    of_values = _remarks_on_values(found, best, ignored, grids)
-    is_map = _equals_map(scorer, predictor, start, best)
+    n_outputs = posterior.fit.n_outputs
+    scores = Scores(scorer, predictor_of(posterior, predict_from))
+    ours = tune(
+        Method("ELLA", scores, starts_of(posterior, grids), grids, search.per_class, n_outputs), progress
+    )
+    skipped = ours.search.conclude()
+    simpler = simpler_methods(scorer, predict_from, start, grids, n_outputs)
+    others = {m.name: tune(m) for m in progress(list(filter(None, simpler.values())), "Simpler methods")}
+    each = scorer.each(scores.predictor, ours.best)
+    held_out = judged({"ELLA": ours, **others}, "ELLA")
+    of_values = _remarks_on_values(ours, grids)
+    is_map = _equals_map(scorer, scores.predictor, start, ours.best)
     result = TuningResult(
-        best=best,
-        score=lowest,
-        searched=tuple(grids),
-        table=tuple(found.table.items()),
-        baselines=simpler,
+        best=ours.best,
+        score=ours.score,
+        searched=(*grids, *search.per_class),
+        table=tuple(ours.search.table.items()),
+        baselines={k: baseline(others[k], ours.score, each) if k in others else None for k in simpler},
         n_inputs=scorer.n_inputs,
         loss=scorer.name,
         applied=search.apply,
-        notes=remarks(simpler, lowest, scorer.n_inputs, is_map, of_values),
+        notes=remarks(held_out, scorer.n_inputs, is_map, of_values),
+        held_out=held_out,
     )
     return result, list(filter(None, [skipped, " ".join(result.notes)]))
 
 
-def grids_of(posterior: Posterior, search: Any) -> dict[str, Sequence[Any]]:
-    """Return the values of each parameter to search, from small to large variance.
+def starts_of(posterior: Posterior, grids: Grids) -> tuple[Setting, ...]:
+    """Return the settings to start from: the present one, and that with the prior precision that tuning replaced."""
+    now, before = posterior.plain, posterior.prior_before
+    if "prior_precision" in grids or before is None or now.prior_precision in (None, before):
+        return (now,)
+    return now, now.at(prior_precision=before)
+
+
+def grids_of(posterior: Posterior, search: Any) -> tuple[dict[str, Sequence[Any]], tuple[str, ...]]:
+    """Return the values of each parameter to search, from small to large variance; and those that have no grid.
 
     Parameters
     ----------
@@ -117,25 +136,33 @@ def grids_of(posterior: Posterior, search: Any) -> dict[str, Sequence[Any]]:
         "curvature_size": sizes[::-1],
         "sigma_noise": noises(float(posterior.setting.sigma_noise)),
     }
+    per_class = tuple(k for k in PER_CLASS if k in given)
+    for k in per_class:
+        check_no_values(k, given.pop(k))
     return {
         k: defaults[k] if values is None else check_values(k, values, limits.get(k))
         for k, values in given.items()
-    }
+    }, per_class
 
 
-def applied(posterior: Posterior, best: Setting, names: Sequence[str]) -> dict[str, Any]:
-    """Return the values of some parameters of a setting, and a fit if these ask for another one.
+def applied(posterior: Posterior, best: Setting, link: str) -> dict[str, Any]:
+    """Return the values of a setting that differ from a posterior's, the link, and a fit if these ask for another one.
 
     Directions beyond K' are dropped.
     """
-    fit, n, rank = posterior.fit, best.curvature_size, best.n_eigenvalues
-    if "curvature_size" in names and n is not None:
-        fit = fit.first(n)
-    if "n_eigenvalues" in names and rank is not None and rank < fit.basis.rank:
-        fit = fit.leading(rank)
+    fit, now = posterior.fit, posterior.plain
+    differ = [k for k in SETTING_NAMES if getattr(best, k) != getattr(now, k)]
+    if "curvature_size" in differ and best.curvature_size is not None:
+        fit = fit.first(best.curvature_size)
+    if "n_eigenvalues" in differ and best.n_eigenvalues is not None:
+        fit = fit.leading(best.n_eigenvalues)
     new = best.rounded(posterior.setting)
-    values = {k: getattr(new, k) for k in names if k not in DISCRETE}
-    return {"setting": values, **({} if fit is posterior.fit else {"current": fit})}
+    found: dict[str, Any] = {"setting": {k: getattr(new, k) for k in differ if k not in DISCRETE}}
+    if posterior.likelihood.has_probabilities:
+        found["link"] = link
+    if "prior_precision" in differ:
+        found["prior_before"] = posterior.prior_replaced_by(best.prior_precision)
+    return {**found, **({} if fit is posterior.fit else {"current": fit})}
 
 
 @torch.no_grad()
@@ -148,20 +175,24 @@ def _equals_map(scorer: Scorer, predictor: Predictor, start: Setting, best: Sett
     return not scorer.ranks.any(differs, "the comparison with MAP")
 
 
-def _remarks_on_values(
-    found: Search, best: Setting, ignored: Sequence[str], grids: Mapping[str, Sequence[Any]]
-) -> list[str]:
-    """Say where the best values lie on edges, and which parameters the loss ignores."""
-    values = {k: sorted(v) for k, v in grids.items() if k not in (*DISCRETE, *ignored)}
+def _remarks_on_values(ours: Tuned, grids: Mapping[str, Sequence[Any]]) -> list[str]:
+    """Say where the best values lie on edges, which parameters the loss ignores, and whether the prior is another one."""
+    best, start = ours.best, ours.method.starts[0]
+    values = {k: sorted(v) for k, v in grids.items() if k not in (*DISCRETE, *ours.ignored)}
     temperatures = values.get("temperature", [])
     if len(temperatures) > 1 and best.temperature <= 1.01 * temperatures[0]:
         notes = [
             "The best temperature is the smallest: the variance in the span of the basis does not help on these data."
         ]
     else:
-        notes = [found.edge(k, v) for k, v in values.items()]
+        notes = [ours.search.edge(k, v, best) for k, v in values.items()]
+    if "prior_precision" not in grids and best.prior_precision != start.prior_precision:
+        notes.append(
+            f"The prior precision that an earlier search found, {start.prior_precision:.4g}, is given up for the one "
+            f"before it, {best.prior_precision:.4g}, with which the loss is lower."
+        )
     return notes + [
-        f"The loss does not depend on {k}, which is left at {getattr(best, k):.4g}." for k in ignored
+        f"The loss does not depend on {k}, which is left at {getattr(best, k):.4g}." for k in ours.ignored
     ]
 
 

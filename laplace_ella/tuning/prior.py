@@ -3,7 +3,7 @@ r"""Tuning of the prior precision, and of the temperature with it, by grid searc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +33,8 @@ _FLAT_LOSS = (
     "The loss is the same for every setting on the grid, so the setting is left as it was. "
     "A loss of the mean alone does not depend on prior and temperature."
 )
-# What a search needs: the score of a setting, and that of the network itself.
-Scores = tuple[Callable[[Setting], float], Callable[[], float]]
+# What a search needs: the score of a setting, that of the network itself, and the root mean square of its errors.
+Scores = tuple[Callable[[Setting], float], Callable[[], float], Callable[[], float]]
 
 
 @dataclass(frozen=True)
@@ -124,22 +124,43 @@ def tuned_prior(
     options |= {"n_samples": search.n_samples, "temperature_fixed": posterior.temperature_fixed}
     require_same_search(posterior, ranks, "optimize_prior_precision()", **options)
     scores = _nn_scores if search.pred_type == "nn" else _glm_scores
-    evaluate, score_of_map = scores(posterior, engine, stream, ranks, search)
+    evaluate, score_of_map, rms_error = scores(posterior, engine, stream, ranks, search)
     found = Search(evaluate)
     grid_search(found, posterior.plain, search.priors, not posterior.temperature_fixed, stream.progress)
     skipped = found.conclude()
     if found.is_flat():
         return {}, [*filter(None, [skipped]), _FLAT_LOSS]
-    best, remarks = _chosen(found, posterior, search.priors, score_of_map)
+    best, remarks = _chosen(found, posterior, search.priors, score_of_map, rms_error)
     new = best.rounded(posterior.setting)
     values = {"temperature": new.temperature, "prior_precision": new.prior_precision}
-    return values, list(filter(None, [skipped, *remarks]))
+    changes: dict[str, Any] = {
+        "setting": values,
+        "prior_before": posterior.prior_replaced_by(best.prior_precision),
+    }
+    if search.pred_type == "glm" and posterior.likelihood.has_probabilities:
+        changes["link"] = search.link
+    return changes, list(filter(None, [skipped, *remarks]))
+
+
+def replaced(before: Posterior, after: Posterior) -> dict[str, Any]:
+    """Return what changes when the evidence has chosen another prior precision."""
+    new = after.setting.prior_precision
+    found = float(new) if new.numel() == 1 else None
+    return {"setting": {"prior_precision": new}, "prior_before": before.prior_replaced_by(found)}
 
 
 def _chosen(
-    found: Search, posterior: Posterior, priors: Sequence[float], score_of_map: Callable[[], float]
+    found: Search,
+    posterior: Posterior,
+    priors: Sequence[float],
+    score_of_map: Callable[[], float],
+    rms_error: Callable[[], float],
 ) -> tuple[Setting, list[str]]:
-    """Return the setting to use, and what is to be said of it."""
+    """Return the setting to use, and what is to be said of it.
+
+    Where no setting is better than the network itself, that of the smallest variance is used, unless the present one is as
+    good.
+    """
     best, lowest = found.best, found.table[found.best]
     edge = found.edge("prior_precision", sorted(priors))
     if edge:
@@ -149,13 +170,37 @@ def _chosen(
     map_score = score_of_map()
     if lowest < map_score - FLAT * abs(map_score):
         return best, [edge, found.edge("temperature", TEMPERATURES)]
-    s = posterior.setting.logit_scale
-    scaled = f", its logits scaled by {s:.4g}" if s != 1 else ""
+    now = posterior.plain
+    as_good = now.prior_precision is not None and found(now) - lowest <= FLAT * abs(lowest)
+    used = now if as_good else best.at(temperature=TEMPERATURES[0], prior_precision=max(priors))
+    scaled = f", its logits scaled by {now.logit_scale:.4g}" if now.logit_scale != 1 else ""
     remark = (
         f"No setting predicts better than the network itself{scaled} (MAP: {map_score:.5g}, the best setting: "
-        f"{lowest:.5g}); the setting of the smallest variance is used."
+        f"{lowest:.5g}); {'nothing is changed' if as_good else 'the setting of the smallest variance is used'}."
     )
-    return best.at(temperature=TEMPERATURES[0], prior_precision=max(priors)), [remark]
+    return used, [remark, _remark_on_noise(posterior, rms_error)]
+
+
+def _remark_on_noise(posterior: Posterior, rms_error: Callable[[], float]) -> str:
+    """Name a noise that leaves no room for more variance."""
+    sigma = float(posterior.setting.sigma_noise)
+    if not posterior.likelihood.has_noise or (error := rms_error()) >= sigma:
+        return ""
+    return (
+        f"sigma_noise = {sigma:.4g} alone is more than the network's errors on these data, whose root mean square is "
+        f"{error:.4g}, so that no variance helps. Assign la.sigma_noise, or tune it with the temperature: "
+        'optimize_hyperparameters(val_loader, ["temperature", "sigma_noise"]).'
+    )
+
+
+def _rms_error(pairs: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> float:
+    """Return the root mean square of the differences of outputs and targets of all ranks."""
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
+    for f, y in pairs:
+        error = (f.double() - y.double()).square()
+        sums += torch.tensor([float(error.sum()), error.numel()], dtype=torch.float64, device="cpu")
+    total, n = ranks.total(sums).tolist()
+    return (total / n) ** 0.5
 
 
 def _glm_scores(
@@ -163,7 +208,9 @@ def _glm_scores(
 ) -> Scores:
     scorer = scorer_of(posterior, engine, stream, ranks, search.loss)
     predictor = predictor_of(posterior, link_of(posterior, search.link, search.n_samples, search.loss))
-    return partial(scorer, predictor), partial(scorer, scorer.of_map, posterior.plain)
+    outputs = ((block.linearised.f, block.targets) for block in scorer.data)
+    error = partial(_rms_error, outputs, ranks)
+    return partial(scorer, predictor), partial(scorer, scorer.of_map, posterior.plain), error
 
 
 def _nn_scores(
@@ -196,7 +243,10 @@ def _nn_scores(
 
         return scored(predictions)
 
-    return evaluate, lambda: scored(lambda: ((likelihood.certain(f), y) for _, f, y in kept))
+    def score_of_map() -> float:
+        return scored(lambda: ((likelihood.certain(f), y) for _, f, y in kept))
+
+    return evaluate, score_of_map, lambda: _rms_error(((f, y) for _, f, y in kept), ranks)
 
 
 @contextmanager
@@ -211,14 +261,8 @@ def remarks_on_evidence(posterior: Posterior) -> list[str]:
     """Return what is to be said after the evidence was maximised."""
     if posterior.temperature_fixed:
         return []
-    if posterior.likelihood.has_noise:
-        means = ". Assign temperature=1.0 for the posterior that the evidence is of, "
-    else:
-        means = (
-            "; at 1, ELLA's predictions are close to MAP's whatever the prior. Pass temperature=1.0 if that is "
-            "what you want, "
-        )
-    stays = f"the temperature stays {posterior.setting.temperature:.4g}{means}"
+    stays = f"the temperature stays {posterior.setting.temperature:.4g}"
+    both = "use method='gridsearch' with a val_loader to tune both"
     return [
-        f"The evidence tunes the prior only: {stays}or use method='gridsearch' with a val_loader to tune both."
+        f"The evidence tunes the prior only: {stays}. Assign temperature=1.0 for the posterior it is of, or {both}."
     ]

@@ -2,16 +2,14 @@ r"""What a search over hyperparameters found: all scores, the best setting, and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..posterior.setting import SETTING_NAMES, Setting
+from ..posterior.setting import PER_CLASS, SETTING_NAMES, Setting
 from .baselines import Baseline
-
-# Fewer validation inputs leave the optimum to chance (docs/tuning.md).
-ENOUGH_INPUTS = 200
+from .comparison import HeldOutScore
+from .plots import draw
 
 
 @dataclass(frozen=True)
@@ -21,7 +19,7 @@ class TuningResult:
     Attributes
     ----------
     best : Setting
-        The setting with the smallest loss.
+        The setting that was chosen: the one with the smallest loss, or the present one where none is better.
     score : float
         Its loss on the validation data; by default the mean NLL of an input (or position).
     searched : tuple of str
@@ -38,6 +36,9 @@ class TuningResult:
         Whether the estimator now has the best setting.
     notes : tuple of str
         What to know before using the setting.
+    held_out : dict of HeldOutScore
+        What each method reaches by cross-validation, on data that it was not tuned on, "ELLA" among them; empty where there
+        are fewer than 50 inputs.
     """
 
     best: Setting
@@ -49,30 +50,61 @@ class TuningResult:
     loss: str
     applied: bool
     notes: tuple[str, ...]
+    held_out: dict[str, HeldOutScore] = field(default_factory=dict, repr=False)
+
+    @property
+    def reference(self) -> str:
+        """The method that ``held_out`` compares others with."""
+        return "ELLA"
+
+    @property
+    def chosen(self) -> str:
+        """The method that the best setting is of."""
+        return "ELLA"
 
     def summary(self) -> str:
-        """Return the comparison as a table in plain text."""
-        found = ", ".join(f"{k} = {_format(getattr(self.best, k))}" for k in self.searched)
-        others = [k for k in SETTING_NAMES if k not in self.searched]
-        held = ", ".join(f"{k} = {_format(getattr(self.best, k))}" for k in others)
-        data = f"{self.n_inputs} validation inputs, on which everything here was tuned"
+        """Return the comparison as tables in plain text: scores, and metrics of predictions on data held out."""
+        found = ", ".join(f"{k} = {shown(getattr(self.best, k))}" for k in self.searched)
+        others = [k for k in SETTING_NAMES if k not in (*self.searched, *PER_CLASS)]
+        held = ", ".join(f"{k} = {shown(getattr(self.best, k))}" for k in others)
+        data = f"{self.n_inputs} validation inputs"
+        if self.held_out:
+            data += ", by cross-validation: each fifth is predicted with what was tuned on the others"
+        header = f"{'':22}{'held out':>9}{'minus ELLA':>22}" if self.held_out else f"{'':22}"
         lines = [
             f"{self.loss} on {data} ({len(self.table)} settings)",
-            f"{'':22}{'score':>9}{'minus ELLA':>22}  tuned",
-            f"{'ELLA':22}{self.score:9.4f}{'':22}  {found}",
+            f"{header}{'in sample':>11}  tuned",
+            self._line("ELLA", self.score, found),
         ]
         for name, baseline in self.baselines.items():
             if baseline is None:
-                lines.append(f"{name:22}{'':9}{'not available':>22}")
+                lines.append(f"{name:22}{'not available':>{42 if self.held_out else 14}}")
                 continue
-            error = "" if baseline.standard_error is None else f" +- {baseline.standard_error:.4f}"
-            parameters = ", ".join(f"{k} = {_format(v)}" for k, v in baseline.parameters.items())
-            difference = f"{baseline.difference:+.4f}{error}"
-            lines.append(f"{name:22}{baseline.score:9.4f}{difference:>22}  {parameters}".rstrip())
-        return "\n".join([*lines, f"held fixed: {held}", *self.notes])
+            parameters = ", ".join(f"{k} = {shown(v)}" for k, v in baseline.parameters.items())
+            lines.append(self._line(name, baseline.score, parameters))
+        return "\n".join([*lines, f"held fixed: {held}", *self._metrics(), *self.notes])
+
+    def _line(self, name: str, score: float, parameters: str) -> str:
+        found = self.held_out.get(name)
+        columns = ""
+        if found is not None:
+            difference = f"{found.difference:+.4f} +- {found.standard_error:.4f}"
+            columns = f"{found.score:9.4f}{difference if name != 'ELLA' else '':>22}"
+        return f"{name:22}{columns}{score:11.4f}  {parameters}".rstrip()
+
+    def _metrics(self) -> list[str]:
+        """Return a table of metrics, a line for each method."""
+        if not self.held_out:
+            return []
+        names = list(next(iter(self.held_out.values())).metrics)
+        rows = {
+            k: "".join(f"{v:>14.4f}" for v in found.metrics.values()) for k, found in self.held_out.items()
+        }
+        header = "".join(f"{name:>14}" for name in names)
+        return [f"{'held out':22}{header}", *(f"{name:22}{row}" for name, row in rows.items())]
 
     def plot(self) -> Any:
-        """Draw the score against each parameter searched, with the simpler methods as lines.
+        """Draw the score against each parameter searched, the methods with their standard errors, and how reliable they are.
 
         Returns
         -------
@@ -83,76 +115,11 @@ class TuningResult:
         ImportError
             Without matplotlib, which the extra ``plot`` installs.
         """
-        import matplotlib.pyplot as plt
-
-        n = len(self.searched)
-        figure, axes = plt.subplots(
-            1, n, figsize=(3.6 * n + 1.8, 3.6), sharey=True, squeeze=False, layout="constrained"
-        )
-        reached = [self.score, *(b.score for b in self.baselines.values() if b is not None)]
-        low, high = min(reached), max(reached)
-        margin = 0.1 * (high - low) or 0.01
-        for ax, name in zip(axes[0], self.searched):
-            values = [getattr(setting, name) for setting, _ in self.table]
-            ax.plot(values, [s for _, s in self.table], ".", color="0.6", ms=4)
-            ax.plot(*_lower_envelope(values, [s for _, s in self.table]), color="C3", lw=1)
-            ax.plot([getattr(self.best, name)], [self.score], "*", color="C3", ms=12, label="ELLA, best")
-            for i, (method, baseline) in enumerate(self.baselines.items()):
-                if baseline is not None:
-                    ax.axhline(baseline.score, color=f"C{i + 4}", ls="--", lw=1, label=method)
-            ax.set_xscale("log", base=10 if max(values) > 100 * min(values) else 2)
-            ax.set(xlabel=name, ylim=(low - margin, high + 5 * margin))
-        axes[0][0].set_ylabel(self.loss)
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-        return figure
+        return draw(self)
 
 
-def _format(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value of a parameter in a few characters."""
+    if isinstance(value, Sequence):
+        return f"{min(value):.3g} to {max(value):.3g}"
     return "as it is" if value is None else f"{value:.4g}"
-
-
-def _lower_envelope(values: Sequence[float], scores: Sequence[float]) -> tuple[list[float], list[float]]:
-    best: dict[float, float] = {}
-    for v, s in zip(values, scores):
-        best[v] = min(s, best.get(v, math.inf))
-    xs = sorted(best)
-    return xs, [best[x] for x in xs]
-
-
-def remarks(
-    baselines: dict[str, Baseline | None],
-    score: float,
-    n_inputs: int,
-    equals_map: bool,
-    of_values: Sequence[str],
-) -> tuple[str, ...]:
-    """Say what a user should know before relying on the best setting."""
-    notes = [note for note in of_values if note]
-    if n_inputs < ENOUGH_INPUTS:
-        notes.append(
-            f"Only {n_inputs} validation inputs: with fewer than {ENOUGH_INPUTS} the tuned values are to a large "
-            "part chance. Use more."
-        )
-    if equals_map:
-        notes.append(
-            "The predictions are those of MAP to 3 digits: nothing is gained over the network itself on these data."
-        )
-    better, as_good, rounding = [], [], 1e-6 * abs(score)
-    for name, baseline in baselines.items():
-        if baseline is None:
-            continue
-        difference, error = baseline.difference, baseline.standard_error or 0.0
-        if difference < -2 * error - rounding:
-            better.append(f"{name} (by {-difference:.4f})")
-        elif difference <= error + rounding:
-            as_good.append(name)
-    if better:
-        notes.append(
-            f"Simpler methods are better: {', '.join(better)}. Use one of them, or search more parameters."
-        )
-    if as_good:
-        notes.append(
-            f"Simpler methods are as good within the standard error: {', '.join(as_good)}. If calibration is all "
-            "you need, use one of them."
-        )
-    return tuple(notes)

@@ -17,6 +17,8 @@ from ..posterior.gaussian import Linearised, NotPositiveDefiniteError
 from ..posterior.likelihoods import Likelihood, Prediction
 from .store import Store
 
+# Cross-validation cuts the validation data into so many parts.
+N_FOLDS = 5
 Loss: TypeAlias = torchmetrics.Metric | Callable[..., Any]
 # Errors of a setting, not of the data: it is skipped.
 SKIPPED = (NotPositiveDefiniteError, NonFiniteSamplesError)
@@ -33,11 +35,27 @@ class Block:
         Class indices (B,) or probabilities (B, C); or targets (B, C).
     last_layer : Tensor (B,), optional
         Squared norms of what the last layer takes.
+    positions : LongTensor (B,)
+        The positions of the inputs in the data of all ranks; the same for all outputs of a sequence.
     """
 
     linearised: Linearised
     targets: Tensor
     last_layer: Tensor | None
+    positions: Tensor
+
+    @property
+    def folds(self) -> Tensor:
+        """The folds (B,) of cross-validation, which are a function of positions."""
+        return self.positions % N_FOLDS
+
+    def rows(self, which: Tensor) -> Block:
+        """Return some of the rows, given by a mask (B,)."""
+        cut: dict[str, Any] = {
+            k: v if v is None or k == "overlap" else v[which] for k, v in vars(self.linearised).items()
+        }
+        norms = None if self.last_layer is None else self.last_layer[which]
+        return Block(Linearised(**cut), self.targets[which], norms, self.positions[which])
 
 
 class ValidationData:
@@ -62,15 +80,16 @@ class ValidationData:
         # They may share their memory with buffers that the loader fills again, so that copies are kept.
         f, targets = seen.f.clone(), block.targets.clone()
         self.overlap = seen.overlap
-        self.store.append(f, seen.phi, seen.pushed, seen.kernel, targets, block.last_layer)
+        self.store.append(f, seen.phi, seen.pushed, seen.kernel, targets, block.last_layer, block.positions)
 
     def __iter__(self) -> Iterator[Block]:
         """Yield the data block by block."""
-        for f, phi, pushed, kernel, targets, norms in self.store:
+        for f, phi, pushed, kernel, targets, norms, positions in self.store:
             assert f is not None
             assert phi is not None
             assert targets is not None
-            yield Block(Linearised(f, phi, pushed, kernel, self.overlap), targets, norms)
+            assert positions is not None
+            yield Block(Linearised(f, phi, pushed, kernel, self.overlap), targets, norms, positions)
 
 
 def score(

@@ -114,15 +114,18 @@ class Search:
         self(best)
         return best, ignored
 
-    def edge(self, name: str, values: Sequence[float]) -> str:
+    def edge(self, name: str, values: Sequence[float], best: Setting | None = None) -> str:
         """Return what is to be said of a best value on an edge of its grid, where the loss still falls.
 
         Parameters
         ----------
         values : sequence of float
             The values of the grid in ascending order.
+        best : Setting, optional
+            The one that is chosen; by default that of the smallest loss.
         """
-        best, lowest = self.best, self.table[self.best]
+        best = best or self.best
+        lowest = self.table[best]
         value = getattr(best, name)
         for outer, inner, word in ((0, 1, "below"), (-1, -2, "above")):
             if len(values) > 1 and math.isclose(value, values[outer], rel_tol=1e-6):
@@ -227,7 +230,13 @@ def _closest(values: Sequence[Any], value: Any) -> Any:
 Gradient = Callable[[Setting, Sequence[str]], tuple[float, Sequence[float]]]
 
 
-def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradient | None) -> None:
+def refine(
+    search: Search,
+    grids: Mapping[str, Sequence[Any]],
+    gradient: Gradient | None,
+    max_steps: int = 50,
+    tolerance: float = 1e-10,
+) -> None:
     """Improve the best setting within the ranges of the grids.
 
     This is done by L-BFGS over the logarithms if the loss has a gradient; else by golden-section
@@ -237,6 +246,8 @@ def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradien
     ----------
     gradient : callable, optional
         (setting, names) -> (loss, its derivatives in the log10 of the parameters named).
+    max_steps, tolerance : int, float
+        When L-BFGS ends: after so many steps, or one that lowers the loss by less than this share.
     """
     names = [k for k, values in grids.items() if k not in DISCRETE and len(values) > 1]
     if not names or math.isinf(search.table[search.best]):
@@ -266,7 +277,7 @@ def refine(search: Search, grids: Mapping[str, Sequence[Any]], gradient: Gradien
         jac=True,
         method="L-BFGS-B",
         bounds=[(math.log10(min(grids[k])), math.log10(max(grids[k]))) for k in names],
-        options={"maxiter": 50, "ftol": 1e-10},
+        options={"maxiter": max_steps, "ftol": tolerance},
     )
     if np.isfinite(found.x).all():
         search(at(found.x))

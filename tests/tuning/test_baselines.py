@@ -31,22 +31,28 @@ def scores(likelihood, methods, **options):
     with torch.no_grad():
         z = p.model[:-1](whole(val)[0])
     found = {k: b.score for k, b in result.baselines.items()}
-    return found, *outputs_and_targets(p, val), z.square().sum(-1, keepdim=True) + 1
+    return found, *outputs_and_targets(p, val), z.square().sum(-1, keepdim=True) + 1, result.baselines
 
 
 def test_baselines_of_a_classifier_are_direct_minimisations():
-    found, f, y, _ = scores("classification", CLASSIFICATION)
+    found, f, y, _, tuned = scores("classification", CLASSIFICATION)
     assert found["MAP"] == pytest.approx(F.cross_entropy(f, y).item(), abs=1e-9)
     scaled = lambda t: F.cross_entropy(f / math.exp(t), y).item()  # noqa: E731
     best = minimize_scalar(scaled, bounds=(-5, 5), method="bounded", options={"xatol": 1e-9})
     assert found["temperature scaling"] == pytest.approx(best.fun, abs=1e-6)
 
-    def vector(w):
-        return F.cross_entropy(f * torch.as_tensor(w[:C]) + torch.as_tensor(w[C:]), y).item()
+    ridge = tuned["vector scaling"].parameters["ridge"]
 
-    best = minimize(vector, np.r_[np.full(C, 0.4), np.zeros(C)], method="L-BFGS-B")
+    def vector(w):  # w f + b
+        return F.cross_entropy(f * torch.as_tensor(w[:C]).exp() + torch.as_tensor(w[C:]), y).item()
+
+    def regularised(w):
+        v = w[:C] - w[:C].mean()
+        return vector(w) + ridge / N_VAL * ((v**2).sum() + (w[C:] ** 2).sum())
+
+    best = minimize(regularised, np.r_[np.full(C, -1.0), np.zeros(C)], method="L-BFGS-B")
     assert found["vector scaling"] <= found["temperature scaling"] + 1e-9
-    assert found["vector scaling"] == pytest.approx(best.fun, abs=1e-4)
+    assert found["vector scaling"] == pytest.approx(vector(best.x), abs=1e-4)
     noise = quasi_normal(128, C, 0)
 
     def constant(log_v):  # E softmax(f + v eps), eps ~ N(0, I_C), by the quasi-random points of the link
@@ -60,7 +66,7 @@ def test_baselines_of_a_classifier_are_direct_minimisations():
 
 
 def test_variances_through_the_probit_link_are_direct_minimisations():
-    found, f, y, shape = scores("classification", CLASSIFICATION, link_approx="probit")
+    found, f, y, shape, _ = scores("classification", CLASSIFICATION, link_approx="probit")
     assert found["constant variance"] == pytest.approx(found["temperature scaling"], abs=1e-5)
 
     def last_layer(log_v):  # variance v (|z|^2 + 1) of every logit, z the input of the last layer
@@ -70,7 +76,7 @@ def test_variances_through_the_probit_link_are_direct_minimisations():
 
 
 def test_baselines_of_a_regression_are_direct_minimisations():
-    found, f, y, shape = scores("regression", REGRESSION)
+    found, f, y, shape, _ = scores("regression", REGRESSION)
 
     def nll(variance):
         return -Normal(f, variance.sqrt().expand_as(f)).log_prob(y).sum().item() / len(f)
