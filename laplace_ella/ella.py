@@ -48,7 +48,7 @@ from .posterior.novelty import ApproximationError
 from .posterior.posterior import Posterior
 from .posterior.residual import RESIDUALS
 from .posterior.sampling import Draws
-from .tuning import early_stopping, joint, prior
+from .tuning import choosing, early_stopping, joint, prior
 from .tuning.checks import check_loss
 from .tuning.result import TuningResult
 from .tuning.scoring import Loss
@@ -194,6 +194,10 @@ class ELLALaplace(ParametricLaplace):
         device. All ranks then have to call predictions too, each with inputs of its own.
     temperature_fixed : bool, optional
         Whether tuning leaves T alone. Default: if ``temperature`` is a number.
+    variance : {"ella", "none", "constant", "last_layer"}
+        Where the variance of predicted outputs comes from. "none" predicts as the network does, up to scales and biases; with
+        "constant" it is T, and with "last_layer" T (1 + \|z\|^2), z what the last layer takes. Only "ella" needs features:
+        with the others a prediction costs a forward pass (or two).
     link_approx : {"probit", "mc", "bridge", "bridge_norm"}, optional
         The link of calls that name none. None: the one that tuning was for, and "probit" before.
 
@@ -266,6 +270,7 @@ class ELLALaplace(ParametricLaplace):
         temperature_fixed: bool | None = None,
         class_scales: Sequence[float] | Tensor | None = None,
         class_biases: Sequence[float] | Tensor | None = None,
+        variance: str = "ella",
         link_approx: str | None = None,
     ) -> None:
         with LOCK:  # while another thread has the model's weights exchanged, none requires grad
@@ -305,7 +310,7 @@ class ELLALaplace(ParametricLaplace):
             self.likelihood = likelihood
             self.logit_scale, self.residual_scale = logit_scale, residual_scale
             self.class_scales, self.class_biases = class_scales, class_biases
-            self.link_approx = link_approx
+            self.variance, self.link_approx = variance, link_approx
             if temperature_fixed is not None:
                 become(self, temperature_fixed=check_flag("temperature_fixed", temperature_fixed))
             self._build_backend()
@@ -388,6 +393,10 @@ class ELLALaplace(ParametricLaplace):
     @of_setting
     def class_biases(self) -> Any:
         """b, which is added to the mean of each logit: a tuple of C numbers, or None for 0."""
+
+    @attributes.of_variance
+    def variance(self) -> Any:
+        """Where the variance of predicted outputs comes from: "ella", "none", "constant" or "last_layer"."""
 
     @attributes.of_link
     def link_approx(self) -> Any:
@@ -1179,8 +1188,9 @@ class ELLALaplace(ParametricLaplace):
     def optimize_hyperparameters(
         self,
         val_loader: Iterable[Any],
-        search: Sequence[str] | Mapping[str, Sequence[float] | None] | None = None,
+        search: str | Sequence[str] | Mapping[str, Sequence[float] | None] | None = None,
         *,
+        method: str | None = None,
         link_approx: str = "mc",
         n_samples: int = 128,
         loss: Loss | None = None,
@@ -1193,14 +1203,22 @@ class ELLALaplace(ParametricLaplace):
         ----------
         val_loader : iterable
             Batches of data that the model was not fitted to; read once.
-        search : sequence of str, or mapping, optional
-            Any of "temperature" T, "logit_scale" s, "residual_scale" rho, "prior_precision",
+        search : "auto", sequence of str, or mapping, optional
+            "auto" chooses a method: MAP, temperature scaling, vector scaling, a constant variance, one from the last layer's
+            inputs, and ELLA with T, with T and s, and with T, class scales and biases (for regression with T, and with T and
+            sigma) are compared by 5-fold cross-validation, and the simplest within one standard error of the best is taken.
+            The estimator then predicts with it, by a forward pass alone if it needs no features.
+            Else what of ELLA is tuned: any of "temperature" T, "logit_scale" s, "residual_scale" rho, "prior_precision",
             "n_eigenvalues" (leading K' <= K directions), "curvature_size" (n, from the snapshots of
             the fit), "sigma_noise", "class_scales" w and "class_biases" b. The last two are found by gradients of the NLL,
             jointly with all others, with a ridge whose weight is chosen by cross-validation. A mapping gives the values of the grid, None the
             default. Default: ("temperature", "logit_scale"); for regression ("temperature",
             "sigma_noise"); with a residual, "residual_scale" too. A temperature fixed by the user is
-            left out. A parameter on which the loss does not depend keeps its value.
+            left out. A parameter on which the loss does not depend keeps its value, and where nothing is better than the
+            present setting, nothing changes. Where an earlier search has changed the prior precision and this one does not
+            search it, the value before is tried too.
+        method : str, optional
+            With "auto", the method to take whatever the comparison says, by the name that ``result.summary()`` shows.
         link_approx : str
             The link of the predictions that the setting is for, which becomes the one of calls that name none.
         n_samples : int
@@ -1241,12 +1259,16 @@ class ELLALaplace(ParametricLaplace):
                 check_loader("val_loader", val_loader)
                 check_flag("apply", apply)
                 stream = self._stream(val_loader, check_flag("progress_bar", progress_bar))
-                wanted = joint.JointSearch(
-                    *joint.grids_of(now, search), name_of(link_approx), int(n_samples), loss, apply
-                )
-            result, remarks = joint.tuned(now, self._engine, stream, ranks, wanted)
+                options = {
+                    "link": name_of(link_approx),
+                    "n_samples": int(n_samples),
+                    "loss": loss,
+                    "apply": apply,
+                }
+                wanted = choosing.asked_for(now, search, method, **options)
+            result, remarks = choosing.searched(now, self._engine, stream, ranks, wanted)
             if apply:
-                become(self, now.fit, **joint.applied(now, result.best, wanted.link))
+                become(self, now.fit, **joint.applied(now, result, wanted.link))
         for remark in remarks:
             warn_user(remark)
         return result

@@ -21,7 +21,15 @@ _OF_SETTING = (
     *("temperature", "prior_precision", "sigma_noise", "logit_scale", "residual_scale"),
     *PER_CLASS,
 )
-_OF_POSTERIOR = ("prior_mean", "temperature_fixed", "seed", "residual_samples", "link", "prior_before")
+_OF_POSTERIOR = (
+    "prior_mean",
+    "temperature_fixed",
+    "seed",
+    "residual_samples",
+    "link",
+    "prior_before",
+    "variance",
+)
 
 
 def state_of(posterior: Posterior) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..nystrom.basis import NystromBasis
 from ..nystrom.compact import LAYOUTS, overlaps
 from ..posterior.links import LINKS
 from ..posterior.residual import RESIDUALS
+from ..posterior.variances import VARIANCES
 from .curvature import CURVATURES
 
 # Rounding of sums over data, relative to the largest entry or eigenvalue.
@@ -186,6 +187,7 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
     "class_scales": ("C positive numbers, or None", either(NONE, per_output(POSITIVE))),
     "class_biases": ("C numbers, or None", either(NONE, per_output(number()))),
     "link": (f"one of {tuple(LINKS)}, or None", either(NONE, one_of(tuple(LINKS)))),
+    "variance": (f"one of {tuple(VARIANCES)}", one_of(tuple(VARIANCES))),
     "prior_before": ("a positive number, or None", either(NONE, POSITIVE)),
     "novelty_reference": (
         "a float64 tensor (n, 2), ascending, or None",
@@ -208,6 +210,7 @@ SINCE_FORMAT_5: dict[str, Any] = {
     "class_biases": None,
     "link": None,
     "prior_before": None,
+    "variance": "ella",
 }
 
 

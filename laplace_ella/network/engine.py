@@ -184,9 +184,9 @@ class Engine:
         """Return the axes of the outputs for ``x`` between batch and C."""
         return self.facts(self.to_model(x)).positions
 
-    def last_layer_norms(self, x: Raw | Input) -> Tensor | None:
+    def last_layer_norms(self, x: Raw | Input, enable_backprop: bool = False) -> Tensor | None:
         """Return the squared norms (B,) of what the last layer takes; None without such a layer."""
-        return safely(self.module, lambda: last_layer_norms(self.function, self.to_model(x)))
+        return safely(self.module, lambda: last_layer_norms(self.function, self.to_model(x)), enable_backprop)
 
     def bounded(self, x: Raw | Input, width: int) -> Iterator[Input]:
         """Cut a batch into parts with ``width`` float64 numbers for each output in a quarter of the memory budget."""

@@ -22,6 +22,7 @@ from .likelihoods import name_of
 from .posterior import Posterior
 from .residual import RESIDUALS
 from .setting import PER_CLASS
+from .variances import VARIANCES
 
 REPLACED = (
     "Another thread has fitted, loaded or tuned this estimator meanwhile, and what was computed here belongs to the "
@@ -178,6 +179,16 @@ def of_link(stub: Callable[..., Any]) -> Any:
     return _property(stub, lambda p: p.link, changes)
 
 
+def of_variance(stub: Callable[..., Any]) -> Any:
+    """Make the property of where the variance of predictions comes from."""
+
+    def changes(estimator: Any, value: Any) -> dict[str, Any]:
+        check_choice("variance", value, VARIANCES)
+        return {"variance": value}
+
+    return _property(stub, lambda p: p.variance, changes)
+
+
 def of_prior_mean(stub: Callable[..., Any]) -> Any:
     """Make the property of the prior mean."""
     return _property(stub, lambda p: p.prior_mean, lambda e, v: {"prior_mean": checked(e, "prior_mean", v)})
@@ -247,6 +258,7 @@ def description(estimator: Any, sizes: str) -> str:
     }
     more = [f", {k}={v:.4g}" for k, v in values.items() if v != 1]
     more += [f", {k}: {len(v)} values" for k in PER_CLASS if (v := getattr(s, k)) is not None]
+    more += [f", variance={p.variance!r} (predicts without features)"] if p.variance != "ella" else []
     more += [f", link_approx={p.link!r}"] if p.link is not None else []
     more += [f", residual={p.residual.name!r}"] if p.residual.adds else []
     more += [f", curvature={estimator.curvature!r}"] if estimator.curvature != "exact" else []

@@ -193,6 +193,8 @@ class Linearised:
         :math:`J J^T`, whose part outside the span is the exact residual.
     overlap : Tensor (K, S), optional
         :math:`V^T g_s` of these tangents.
+    norms : Tensor (B,), optional
+        Squared norms of what the last layer takes.
     """
 
     f: Tensor
@@ -200,6 +202,7 @@ class Linearised:
     pushed: Tensor | None = None
     kernel: Tensor | None = None
     overlap: Tensor | None = None
+    norms: Tensor | None = None
 
     @property
     def device(self) -> torch.device:

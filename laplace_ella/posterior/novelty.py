@@ -115,13 +115,14 @@ def _setting(posterior: Posterior) -> list[Any]:
     of_residual = posterior.residual.name, posterior.residual_samples, posterior.seed
     plain = posterior.plain
     more += [digest(torch.tensor(v)) for k in PER_CLASS if (v := getattr(plain, k)) is not None]
+    more += [] if posterior.variance == "ella" else [posterior.variance]
     return [*(getattr(plain, k) for k in SETTING_NAMES if k not in PER_CLASS), *of_residual, *more]
 
 
 def _entropy_and_share(posterior: Posterior, seen: Linearised) -> Tensor:
     """Return predictive entropy and residual share (B, 2), float64."""
     likelihood = posterior.likelihood
-    parts = seen if posterior.residual.adds else Linearised(seen.f, seen.phi)
+    parts = seen if posterior.residual.adds else Linearised(seen.f, seen.phi, norms=seen.norms)
     p = predict(posterior.outputs(parts), likelihood, "mc", Noise(ENTROPY_SAMPLES, posterior.seed))
     assert isinstance(p, Tensor)
     return torch.stack([likelihood.entropy(p.double()), seen.residual_share], 1)

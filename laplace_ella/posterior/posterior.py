@@ -23,6 +23,7 @@ from .kept import Memory
 from .likelihoods import Likelihood
 from .residual import RESIDUALS, Residual
 from .setting import Setting
+from .variances import VARIANCES, simple_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,8 @@ class Posterior:
         None before a fit.
     link : str or None
         The link that the setting was tuned for, by which calls predict that name none.
+    variance : str
+        Where the variance of predictions comes from, one of :data:`laplace_ella.posterior.variances.VARIANCES`.
     prior_before : float or None
         The scalar prior precision in place of which tuning found the present one; None if that is the user's.
     """
@@ -59,6 +62,7 @@ class Posterior:
     temperature_fixed: bool = False
     current: Fit | None = None
     link: str | None = None
+    variance: str = "ella"
     prior_before: float | None = None
     # Tangents, which all posteriors of one estimator share; and what was made of this one.
     tangents: Memory = field(default_factory=Memory, repr=False)
@@ -75,6 +79,11 @@ class Posterior:
         """What the fit left."""
         assert self.current is not None
         return self.current
+
+    @property
+    def in_weights(self) -> bool:
+        """Whether functions are drawn outside the span too, by weights."""
+        return self.residual.in_weights and self.variance == "ella"
 
     @property
     def rank(self) -> int:
@@ -180,6 +189,8 @@ class Posterior:
 
     def outputs(self, seen: Linearised) -> Outputs:
         """Return the Gaussian over the outputs of a linearised model; without a graph of the setting."""
+        if (simple := VARIANCES[self.variance]) is not None:
+            return simple_outputs(seen, self.setting, simple)
         return seen.outputs(self.scale, self.setting.scaled, self.residual_variance)
 
     def differentiable(self) -> Callable[[Linearised], Outputs]:

@@ -2,6 +2,7 @@ r"""From inputs to predictions: features, the Gaussian over outputs, a link."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,31 @@ def linearise(
     residual: Residual | None = None,
 ) -> Linearised:
     """Compute what a prediction needs: features, and what the residual is made of."""
-    residual = residual or posterior.residual
+    if residual is None and posterior.variance != "ella":
+        return _without_features(posterior, engine, x, enable_backprop)
+    seen = _with_features(posterior, engine, x, enable_backprop, residual or posterior.residual)
+    if posterior.variance == "last_layer":
+        return replace(seen, norms=engine.last_layer_norms(x))
+    return seen
+
+
+def _without_features(
+    posterior: Posterior, engine: Engine, x: Raw | Input, enable_backprop: bool
+) -> Linearised:
+    """Run the model alone, and see what its last layer takes where the variance depends on that."""
+    check_finite_input(x)
+    with NamingShape(x):
+        phi, f = engine.push(
+            x, {k: v[:0] for k, v in posterior.fit.basis.directions.items()}, enable_backprop
+        )
+        norms = engine.last_layer_norms(x, enable_backprop) if posterior.variance == "last_layer" else None
+    check_finite_features(phi, f, "the inputs given")
+    return Linearised(f, phi, norms=norms)
+
+
+def _with_features(
+    posterior: Posterior, engine: Engine, x: Raw | Input, enable_backprop: bool, residual: Residual
+) -> Linearised:
     residual.check(None, enable_backprop)
     prepared = _prepared(posterior, engine, residual)
     phi, f = checked_features(posterior, engine, x, enable_backprop)
@@ -98,7 +123,7 @@ def joint_moments(
     posterior: Posterior, engine: Engine, x: Raw | Input, enable_backprop: bool
 ) -> tuple[Tensor, Tensor, torch.dtype]:
     """Return mean (BC,) and covariance (BC, BC) of all inputs together, and the dtype of the model's outputs."""
-    in_weights = posterior.residual.in_weights
+    in_weights = posterior.in_weights
     seen = linearise(posterior, engine, x, enable_backprop, RESIDUALS["none"] if in_weights else None)
     outputs = posterior.outputs(seen)
     covariance = outputs.joint_covariance()

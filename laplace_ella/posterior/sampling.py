@@ -90,7 +90,7 @@ def sampled_functions(
     samples, dtype
         And the dtype of the model's outputs.
     """
-    in_weights = posterior.residual.in_weights and not diagonal_output
+    in_weights = posterior.in_weights and not diagonal_output
     seen = linearise(posterior, engine, x, backprop, RESIDUALS["none"] if in_weights else None)
     outputs, dtype = posterior.outputs(seen), seen.f.dtype
     if diagonal_output:

@@ -11,15 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..posterior.gaussian import Outputs
 from ..posterior.likelihoods import Prediction
 from ..posterior.setting import PER_CLASS, Setting
+from ..posterior.variances import VARIANCES, simple_outputs
 from .methods import Method, Scores, Tuned
 from .scorer import Predictor, Scorer
-from .scoring import Block
 from .search import LOGIT_SCALES, decades, noises
 
 
@@ -43,14 +42,6 @@ class Baseline:
     difference: float
     standard_error: float | None
     parameters: dict[str, float]
-
-
-def with_variance(block: Block, setting: Setting, variance: Tensor) -> Outputs:
-    """Return a Gaussian over the outputs with variance T v of all of an input's, v (B,)."""
-    f = block.linearised.f
-    dtype = torch.promote_types(f.dtype, torch.float32)
-    deviation = (setting.temperature * variance.to(f.device, dtype)[:, None]) ** 0.5
-    return Outputs(setting.scaled(f.to(dtype)), f.new_zeros(*f.shape, 0, dtype=dtype), deviation)
 
 
 def simpler_methods(
@@ -83,17 +74,16 @@ def simpler_methods(
     of_variance = ["temperature", *(k for k in ("logit_scale", "sigma_noise") if k in searched)]
     likelihood = scorer.likelihood
 
-    def with_variance_of(variance: Callable[[Block], Tensor]) -> Predictor:
-        return lambda setting: lambda block: predict_outputs(with_variance(block, setting, variance(block)))
-
-    def last_layer(block: Block) -> Tensor:
-        assert block.last_layer is not None
-        return block.last_layer + 1
+    def with_variance(kind: str) -> Predictor:
+        variance = VARIANCES[kind]
+        assert variance is not None
+        return lambda setting: (
+            lambda block: predict_outputs(simple_outputs(block.linearised, setting, variance))
+        )
 
     def method(name: str, predictor: Predictor, names: Sequence[str], **more: Any) -> Method:
         return Method(name, Scores(scorer, predictor), (start,), {k: grids[k] for k in names}, **more)
 
-    constant = with_variance_of(lambda block: block.linearised.f.new_ones(len(block.targets)))
     per_class = {"per_class": PER_CLASS, "n_outputs": n_outputs}
     found: list[Method] = [method("MAP", scorer.of_map, [], variance="none")]
     if likelihood.has_probabilities:
@@ -104,13 +94,13 @@ def simpler_methods(
     if likelihood.has_noise:
         found.append(method("constant variance", scorer.of_map, ["sigma_noise"], variance="none"))
     else:
-        found.append(method("constant variance", constant, of_variance, variance="constant"))
+        found.append(method("constant variance", with_variance("constant"), of_variance, variance="constant"))
     methods: dict[str, Method | None] = {m.name: m for m in found}
     name, available = (
         "last-layer variance",
         not scorer.ranks.any(scorer.data.lacks_last_layer, "the last layer"),
     )
-    last = method(name, with_variance_of(last_layer), of_variance, variance="last_layer")
+    last = method(name, with_variance("last_layer"), of_variance, variance="last_layer")
     return {**methods, name: last if available else None}
 
 

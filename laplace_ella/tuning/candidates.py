@@ -7,7 +7,7 @@ validation data, and every candidate is scored from what was kept of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..posterior.likelihoods import Prediction, checked_targets
 from ..posterior.links import Noise
 from ..posterior.posterior import Posterior
 from ..posterior.prediction import attend, linearise, numbers_per_output, predict
-from ..posterior.setting import Setting
+from ..posterior.setting import PER_CLASS, SETTING_NAMES, Setting
 from .scorer import Predictor, Scorer
 from .scoring import Block, Loss, ValidationData
 from .store import Store
@@ -29,7 +29,14 @@ from .store import Store
 
 def require_same_search(posterior: Posterior, ranks: Ranks, what: str, **arguments: Any) -> None:
     """Require that all ranks search the same, from the same posterior."""
-    setting = [None if v is None else float(v) for v in astuple(posterior.plain)]
+    plain = posterior.plain
+    setting = [
+        None if v is None else float(v)
+        for k in SETTING_NAMES
+        if k not in PER_CLASS
+        for v in [getattr(plain, k)]
+    ]
+    setting += [v for k in PER_CLASS for v in getattr(plain, k) or ()]
     fitted = digest(posterior.fit.H, posterior.setting.prior_precision)
     of_posterior = {"setting": setting, "residual": posterior.residual.name, "seed": posterior.seed}
     ranks.require_equal({**arguments, **of_posterior, "fit": fitted}, what)
@@ -83,7 +90,7 @@ def scorer_of(
         seen, positions = linearise(posterior, engine, part.x).detached(), engine.positions(part.x)
         targets = checked_targets(likelihood, part.y, seen.f, positions, f"validation {part.name}")
         of_rows = part.positions.to(targets.device).repeat_interleave(len(targets) // len(part.y))
-        data.append(len(part.y), Block(seen, targets, norms, of_rows))
+        data.append(len(part.y), Block(replace(seen, norms=norms), targets, of_rows))
 
     parts = stream.parts("Validation data", partial(engine.bounded, width=width))
     work_through(parts, keep, ranks, posterior.fit.basis.ranks, "the validation data")

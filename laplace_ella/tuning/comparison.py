@@ -52,16 +52,19 @@ def judged(methods: Mapping[str, Tuned], reference: str) -> dict[str, HeldOutSco
     return found
 
 
+def few_inputs(n_inputs: int) -> tuple[str, ...]:
+    """Say that validation data are few, if they are."""
+    if n_inputs >= ENOUGH_INPUTS:
+        return ()
+    few = f"with fewer than {ENOUGH_INPUTS} the tuned values are to a large part chance"
+    return (f"Only {n_inputs} validation inputs: {few}. Use more.",)
+
+
 def remarks(
     held_out: Mapping[str, HeldOutScore], n_inputs: int, equals_map: bool, of_values: Sequence[str]
 ) -> tuple[str, ...]:
     """Say what a user should know before relying on the best setting of ELLA."""
-    notes = [note for note in of_values if note]
-    if n_inputs < ENOUGH_INPUTS:
-        notes.append(
-            f"Only {n_inputs} validation inputs: with fewer than {ENOUGH_INPUTS} the tuned values are to a large "
-            "part chance. Use more."
-        )
+    notes = [*filter(None, of_values), *few_inputs(n_inputs)]
     if n_inputs < FEWEST:
         notes.append(
             f"Whether simpler methods are as good is not said, as that takes {FEWEST} validation inputs or more: scores on "

@@ -2,7 +2,7 @@ r"""Tuning of all that predictions depend on, from one pass over the validation 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.stream import Stream
 from ..network.engine import Engine
 from ..parallel.ranks import Ranks
+from ..posterior.gaussian import Outputs
 from ..posterior.likelihoods import Prediction
 from ..posterior.posterior import Posterior
 from ..posterior.setting import PER_CLASS, SETTING_NAMES, Setting
@@ -44,6 +45,10 @@ class JointSearch:
     loss : torchmetrics.Metric or callable, optional
     apply : bool
         Whether the estimator is given the best setting.
+    auto : bool
+        Whether a method is chosen instead.
+    method : str or None
+        The method that the user has chosen.
     """
 
     grids: Grids
@@ -52,6 +57,8 @@ class JointSearch:
     n_samples: int
     loss: Loss | None = None
     apply: bool = True
+    auto: bool = False
+    method: str | None = None
 
 
 def tuned(
@@ -65,13 +72,8 @@ def tuned(
         If no setting has a finite loss.
     """
     grids, start, progress = search.grids, posterior.plain, stream.progress
-    values = {k: [float(v) for v in grid] for k, grid in grids.items()}
-    options = {"link_approx": search.link, "n_samples": search.n_samples, "per_class": search.per_class}
-    require_same_search(posterior, ranks, "optimize_hyperparameters()", search=values, **options)
-    scorer = scorer_of(posterior, engine, stream, ranks, search.loss, last_layer=True)
-    predict_from = link_of(posterior, search.link, search.n_samples, search.loss)
-    n_outputs = posterior.fit.n_outputs
-    scores = Scores(scorer, predictor_of(posterior, predict_from))
+    scores, predict_from = scores_of(posterior, engine, stream, ranks, search)
+    scorer, n_outputs = scores.scorer, posterior.fit.n_outputs
     ours = tune(
         Method("ELLA", scores, starts_of(posterior, grids), grids, search.per_class, n_outputs), progress
     )
@@ -95,6 +97,19 @@ def tuned(
         held_out=held_out,
     )
     return result, list(filter(None, [skipped, " ".join(result.notes)]))
+
+
+def scores_of(
+    posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks, search: JointSearch
+) -> tuple[Scores, Callable[[Outputs], Prediction]]:
+    """Run the model over validation data; return the scores of ELLA's settings, and what predicts from outputs."""
+    values = {k: [float(v) for v in grid] for k, grid in search.grids.items()}
+    options = {"link_approx": search.link, "n_samples": search.n_samples, "per_class": search.per_class}
+    options |= {"auto": search.auto, "method": search.method}
+    require_same_search(posterior, ranks, "optimize_hyperparameters()", search=values, **options)
+    scorer = scorer_of(posterior, engine, stream, ranks, search.loss, last_layer=True)
+    predict_from = link_of(posterior, search.link, search.n_samples, search.loss)
+    return Scores(scorer, predictor_of(posterior, predict_from)), predict_from
 
 
 def starts_of(posterior: Posterior, grids: Grids) -> tuple[Setting, ...]:
@@ -124,9 +139,24 @@ def grids_of(posterior: Posterior, search: Any) -> tuple[dict[str, Sequence[Any]
         search = [*free, *likelihood.tuned, *(["residual_scale"] if residual.adds else [])]
     given = by_name("search", search)
     check_search(given, SETTING_NAMES, posterior)
-    sizes, rank = [n for n, _ in fit.snapshots], fit.basis.rank
-    limits = {"n_eigenvalues": list(range(1, rank + 1)), "curvature_size": sizes}
-    defaults: dict[str, Sequence[Any]] = {
+    limits = {
+        "n_eigenvalues": list(range(1, fit.basis.rank + 1)),
+        "curvature_size": [n for n, _ in fit.snapshots],
+    }
+    per_class = tuple(k for k in PER_CLASS if k in given)
+    for k in per_class:
+        check_no_values(k, given.pop(k))
+    usual = usual_grids(posterior)
+    return {
+        k: usual[k] if values is None else check_values(k, values, limits.get(k))
+        for k, values in given.items()
+    }, per_class
+
+
+def usual_grids(posterior: Posterior) -> dict[str, Sequence[Any]]:
+    """Return the values of each parameter that are searched unless the user names others."""
+    sizes, rank = [n for n, _ in posterior.fit.snapshots], posterior.fit.basis.rank
+    return {
         "temperature": decades(-3, 6),
         "prior_precision": decades(-4, 6)[::-1],
         "logit_scale": LOGIT_SCALES,
@@ -136,21 +166,14 @@ def grids_of(posterior: Posterior, search: Any) -> tuple[dict[str, Sequence[Any]
         "curvature_size": sizes[::-1],
         "sigma_noise": noises(float(posterior.setting.sigma_noise)),
     }
-    per_class = tuple(k for k in PER_CLASS if k in given)
-    for k in per_class:
-        check_no_values(k, given.pop(k))
-    return {
-        k: defaults[k] if values is None else check_values(k, values, limits.get(k))
-        for k, values in given.items()
-    }, per_class
 
 
-def applied(posterior: Posterior, best: Setting, link: str) -> dict[str, Any]:
-    """Return the values of a setting that differ from a posterior's, the link, and a fit if these ask for another one.
+def applied(posterior: Posterior, result: TuningResult, link: str) -> dict[str, Any]:
+    """Return what changes of a posterior: the values of a setting, the variance, the link, and the fit if these ask for it.
 
     Directions beyond K' are dropped.
     """
-    fit, now = posterior.fit, posterior.plain
+    fit, now, best = posterior.fit, posterior.plain, result.best
     differ = [k for k in SETTING_NAMES if getattr(best, k) != getattr(now, k)]
     if "curvature_size" in differ and best.curvature_size is not None:
         fit = fit.first(best.curvature_size)
@@ -158,6 +181,7 @@ def applied(posterior: Posterior, best: Setting, link: str) -> dict[str, Any]:
         fit = fit.leading(best.n_eigenvalues)
     new = best.rounded(posterior.setting)
     found: dict[str, Any] = {"setting": {k: getattr(new, k) for k in differ if k not in DISCRETE}}
+    found["variance"] = result.variance
     if posterior.likelihood.has_probabilities:
         found["link"] = link
     if "prior_precision" in differ:

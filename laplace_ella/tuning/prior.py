@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -116,6 +116,7 @@ def tuned_prior(
     ValueError
         If no candidate has a finite loss.
     """
+    posterior = replace(posterior, variance="ella")
     options: dict[str, Any] = {
         "grid": search.priors,
         "pred_type": search.pred_type,
@@ -135,6 +136,7 @@ def tuned_prior(
     values = {"temperature": new.temperature, "prior_precision": new.prior_precision}
     changes: dict[str, Any] = {
         "setting": values,
+        "variance": "ella",
         "prior_before": posterior.prior_replaced_by(best.prior_precision),
     }
     if search.pred_type == "glm" and posterior.likelihood.has_probabilities:

@@ -39,6 +39,14 @@ class TuningResult:
     held_out : dict of HeldOutScore
         What each method reaches by cross-validation, on data that it was not tuned on, "ELLA" among them; empty where there
         are fewer than 50 inputs.
+    chosen : str
+        The method that ``best`` is of; with ``"auto"``, one of ``baselines``, which then has all methods.
+    reference : str
+        The method with which ``held_out`` and the summary compare others; with ``"auto"``, the one of the smallest loss.
+    reason : str
+        With ``"auto"``, why this method was chosen.
+    variance : str
+        Where the variance of the chosen method comes from, as :attr:`laplace_ella.ELLALaplace.variance` has it.
     """
 
     best: Setting
@@ -51,57 +59,60 @@ class TuningResult:
     applied: bool
     notes: tuple[str, ...]
     held_out: dict[str, HeldOutScore] = field(default_factory=dict, repr=False)
-
-    @property
-    def reference(self) -> str:
-        """The method that ``held_out`` compares others with."""
-        return "ELLA"
-
-    @property
-    def chosen(self) -> str:
-        """The method that the best setting is of."""
-        return "ELLA"
+    chosen: str = "ELLA"
+    reference: str = "ELLA"
+    reason: str = ""
+    variance: str = "ella"
 
     def summary(self) -> str:
         """Return the comparison as tables in plain text: scores, and metrics of predictions on data held out."""
-        found = ", ".join(f"{k} = {shown(getattr(self.best, k))}" for k in self.searched)
-        others = [k for k in SETTING_NAMES if k not in (*self.searched, *PER_CLASS)]
-        held = ", ".join(f"{k} = {shown(getattr(self.best, k))}" for k in others)
         data = f"{self.n_inputs} validation inputs"
         if self.held_out:
             data += ", by cross-validation: each fifth is predicted with what was tuned on the others"
-        header = f"{'':22}{'held out':>9}{'minus ELLA':>22}" if self.held_out else f"{'':22}"
+        others = [k for k in SETTING_NAMES if k not in (*self.searched, *PER_CLASS)]
+        held = ", ".join(f"{k} = {shown(getattr(self.best, k))}" for k in others)
         lines = [
             f"{self.loss} on {data} ({len(self.table)} settings)",
-            f"{header}{'in sample':>11}  tuned",
-            self._line("ELLA", self.score, found),
+            self._columns("", ("held out", f"minus {self.reference}"), "in sample", "tuned"),
         ]
+        if self.chosen not in self.baselines:
+            found = ", ".join(f"{k} = {shown(getattr(self.best, k))}" for k in self.searched)
+            lines.append(self._line(self.chosen, self.score, found))
         for name, baseline in self.baselines.items():
             if baseline is None:
-                lines.append(f"{name:22}{'not available':>{42 if self.held_out else 14}}")
+                lines.append(self._columns(name, ("", "not available"), "", "not available"))
                 continue
             parameters = ", ".join(f"{k} = {shown(v)}" for k, v in baseline.parameters.items())
             lines.append(self._line(name, baseline.score, parameters))
-        return "\n".join([*lines, f"held fixed: {held}", *self._metrics(), *self.notes])
+        reason = [f"Chosen: {self.chosen}. {self.reason}"] if self.reason else []
+        return "\n".join([*lines, f"held fixed: {held}", *self._metrics(), *reason, *self.notes])
 
     def _line(self, name: str, score: float, parameters: str) -> str:
         found = self.held_out.get(name)
-        columns = ""
+        columns = ("", "")
         if found is not None:
             difference = f"{found.difference:+.4f} +- {found.standard_error:.4f}"
-            columns = f"{found.score:9.4f}{difference if name != 'ELLA' else '':>22}"
-        return f"{name:22}{columns}{score:11.4f}  {parameters}".rstrip()
+            columns = f"{found.score:.4f}", difference if name != self.reference else ""
+        return self._columns(name, columns, f"{score:.4f}", parameters)
+
+    def _columns(self, name: str, held_out: tuple[str, str], score: str, parameters: str) -> str:
+        own = f"{held_out[0]:>9}{held_out[1]:>{self._width + 8}}" if self.held_out else ""
+        return f"{name:{self._width}}{own}{score:>11}  {parameters}".rstrip()
+
+    @property
+    def _width(self) -> int:
+        return max(22, *(len(name) + 2 for name in self.baselines))
 
     def _metrics(self) -> list[str]:
         """Return a table of metrics, a line for each method."""
         if not self.held_out:
             return []
-        names = list(next(iter(self.held_out.values())).metrics)
+        names = next(iter(self.held_out.values())).metrics
         rows = {
             k: "".join(f"{v:>14.4f}" for v in found.metrics.values()) for k, found in self.held_out.items()
         }
-        header = "".join(f"{name:>14}" for name in names)
-        return [f"{'held out':22}{header}", *(f"{name:22}{row}" for name, row in rows.items())]
+        header = f"{'held out':{self._width}}" + "".join(f"{name:>14}" for name in names)
+        return [header, *(f"{name:{self._width}}{row}" for name, row in rows.items())]
 
     def plot(self) -> Any:
         """Draw the score against each parameter searched, the methods with their standard errors, and how reliable they are.

@@ -33,15 +33,12 @@ class Block:
     linearised : Linearised
     targets : Tensor
         Class indices (B,) or probabilities (B, C); or targets (B, C).
-    last_layer : Tensor (B,), optional
-        Squared norms of what the last layer takes.
     positions : LongTensor (B,)
         The positions of the inputs in the data of all ranks; the same for all outputs of a sequence.
     """
 
     linearised: Linearised
     targets: Tensor
-    last_layer: Tensor | None
     positions: Tensor
 
     @property
@@ -54,8 +51,7 @@ class Block:
         cut: dict[str, Any] = {
             k: v if v is None or k == "overlap" else v[which] for k, v in vars(self.linearised).items()
         }
-        norms = None if self.last_layer is None else self.last_layer[which]
-        return Block(Linearised(**cut), self.targets[which], norms, self.positions[which])
+        return Block(Linearised(**cut), self.targets[which], self.positions[which])
 
 
 class ValidationData:
@@ -75,12 +71,12 @@ class ValidationData:
     def append(self, n_inputs: int, block: Block) -> None:
         """Add what is known of so many inputs."""
         self.n_inputs += n_inputs
-        self.lacks_last_layer |= block.last_layer is None
         seen = block.linearised
+        self.lacks_last_layer |= seen.norms is None
         # They may share their memory with buffers that the loader fills again, so that copies are kept.
         f, targets = seen.f.clone(), block.targets.clone()
         self.overlap = seen.overlap
-        self.store.append(f, seen.phi, seen.pushed, seen.kernel, targets, block.last_layer, block.positions)
+        self.store.append(f, seen.phi, seen.pushed, seen.kernel, targets, seen.norms, block.positions)
 
     def __iter__(self) -> Iterator[Block]:
         """Yield the data block by block."""
@@ -89,7 +85,7 @@ class ValidationData:
             assert phi is not None
             assert targets is not None
             assert positions is not None
-            yield Block(Linearised(f, phi, pushed, kernel, self.overlap), targets, norms, positions)
+            yield Block(Linearised(f, phi, pushed, kernel, self.overlap, norms), targets, positions)
 
 
 def score(
