@@ -291,3 +291,52 @@ def test_a_prior_of_several_values_is_refused_with_a_residual(kind, structure):
         with pytest.raises(ValueError, match="scalar"):
             action()
     assert la.prior_precision.item() == 1.0
+
+
+FLAT_GRID = {"log_prior_prec_min": -4, "log_prior_prec_max": 6, "grid_size": 11}
+
+
+def certain(la, n=60):
+    """Labels of which the network is sure, so that no variance helps."""
+    x = inputs(n, seed=3)
+    return loader(x, la.model(x).argmax(-1), 20)
+
+
+@quiet
+def test_a_prior_that_a_search_has_collapsed_does_not_survive_a_later_search_on_other_data():
+    p = over_confident("classification")
+    la, fresh = fit(p), fit(p)
+    x = whole(validation(p))[0]
+    la.optimize_prior_precision(method="gridsearch", val_loader=[(x, p.model(x).argmax(-1))], **FLAT_GRID)
+    assert la.prior_precision > 100
+    search = ["temperature", "logit_scale"]
+    ends = [
+        each.optimize_hyperparameters(validation(p), search, link_approx="probit") for each in (la, fresh)
+    ]
+    assert ends[0].score <= ends[1].score + 1e-6
+
+
+@quiet
+def test_a_prior_of_the_users_own_is_kept_by_searches_of_other_parameters():
+    p = over_confident("classification")
+    la = fit(p)
+    la.prior_precision = 50.0
+    la.optimize_hyperparameters(validation(p), ["temperature"], link_approx="probit")
+    assert la.prior_precision == 50.0
+
+
+def test_where_nothing_helps_nothing_changes():
+    la = fitted(temperature=None, prior_precision=1e9)
+    before = state(la)
+    with pytest.warns(UserWarning, match="nothing is changed"):
+        grid_search(la, certain(la), **FLAT_GRID)
+    after = state(la)
+    assert {k for k in after if after[k] != before[k]} <= {"link", "digest"}
+
+
+def test_a_noise_that_is_too_large_is_named():
+    x = inputs(60, seed=3)
+    la = fitted("regression", temperature=None)
+    y = la.model(x).detach() + 0.3 * torch.randn(60, C, dtype=F64, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"sigma_noise = 1 alone .* 0\.3"):
+        grid_search(la, loader(x, y, 20), **FLAT_GRID)
