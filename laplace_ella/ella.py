@@ -197,7 +197,8 @@ class ELLALaplace(ParametricLaplace):
     variance : {"ella", "none", "constant", "last_layer"}
         Where the variance of predicted outputs comes from. "none" predicts as the network does, up to scales and biases; with
         "constant" it is T, and with "last_layer" T (1 + \|z\|^2), z what the last layer takes. Only "ella" needs features:
-        with the others a prediction costs a forward pass (or two).
+        with the others a prediction costs a forward pass (or two). Weights are drawn
+        from ELLA's posterior with any of them.
     link_approx : {"probit", "mc", "bridge", "bridge_norm"}, optional
         The link of calls that name none. None: the one that tuning was for, and "probit" before.
 
@@ -372,7 +373,7 @@ class ELLALaplace(ParametricLaplace):
 
     @attributes.of_temperature
     def temperature(self) -> Any:
-        """T, which divides the curvature; assigning it fixes it, None frees it at 1."""
+        """T, which divides the curvature, or with another ``variance`` multiplies that; assigning it fixes it, None frees it at 1."""
 
     @attributes.of_prior_precision
     def prior_precision(self) -> Any:
@@ -1137,6 +1138,9 @@ class ELLALaplace(ParametricLaplace):
           than MAP's are each warned of.
         - A loss is minimised; it gets probabilities, or means and covariances. A metric that is
           better when higher is refused.
+        - Calls that name no link use ``link_approx`` from then on (glm).
+        - Where no setting is better than the network itself, the present one stays if it is as good. For regression a
+          warning then names a noise that is larger than the errors.
         - If tuning fails, the estimator is as it was.
 
         Raises

@@ -12,6 +12,7 @@ from ..posterior.posterior import Posterior
 from ..posterior.residual import RESIDUALS
 from ..posterior.setting import PER_CLASS
 from .checkpoint import copied
+from .state_checks import SINCE_FORMAT_5
 
 _OF_FIT = (
     *("H", "loss", "snapshots", "n_data", "n_predictions", "n_outputs", "n_curvature"),
@@ -64,6 +65,7 @@ def assigned(estimator: Any, now: Posterior, state: dict[str, Any]) -> Posterior
     ValueError
         For the reasons, and with the messages, that assignments have.
     """
+    state = {**SINCE_FORMAT_5, **state}
     state = copied(
         {name: state[name] for name in (*_OF_SETTING, *_OF_POSTERIOR, "residual", "enable_backprop")}
     )

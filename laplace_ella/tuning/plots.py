@@ -23,7 +23,9 @@ def draw(result: Any) -> Any:
     axes[0][0].set_ylabel(f"{result.loss}, in sample" if varied else "")
     _methods(axes[0][len(varied)], result)
     if result.held_out:
-        _reliability(axes[0][-1], result.held_out)
+        # Of methods that agree, one line lies on the other: only those that matter are drawn.
+        names = dict.fromkeys(k for k in ("MAP", result.reference, result.chosen) if k in result.held_out)
+        _reliability(axes[0][-1], {name: result.held_out[name] for name in names})
     return figure
 
 

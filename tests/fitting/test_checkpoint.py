@@ -25,6 +25,7 @@ from torch import nn
 
 from laplace_ella import ELLALaplace
 from laplace_ella.fitting.checkpoint import STATE_KEYS, digest_of_state, fingerprint
+from laplace_ella.fitting.state_checks import SINCE_FORMAT_5
 
 # Networks of a few weights on random labels often have their optimum on an edge of the grid.
 pytestmark = pytest.mark.filterwarnings(
@@ -307,7 +308,7 @@ def victim():
 
 def old(state):
     """Return the state as version 0.1.0 would have saved it."""
-    for path in ("digest", "basis.model", "basis.stored"):
+    for path in ("digest", "basis.model", "basis.stored", *SINCE_FORMAT_5):
         state = with_entry(state, path, left_out=True)
     return {**state, "format": 3}
 
@@ -477,7 +478,7 @@ def test_a_state_of_the_first_release_loads_and_is_saved_as_today(tmp_path):
     assert_same(other(X), la(X))
     assert other.basis.of_model is None
     state = other.state_dict()
-    assert state["format"] == 4
+    assert state["format"] == 5
     build("regression").load_state_dict(through_a_file(state, tmp_path))
 
 

@@ -66,7 +66,11 @@ def each(names: str, values: list[Any]) -> dict[str, list[Any]]:
 # Of an argument of this name, whatever the method.
 WRONG: dict[str, list[Any]] = {
     "model": MODULE,
-    **each("likelihood residual curvature pred_type link_approx method", CHOICE),
+    **each("likelihood residual curvature variance pred_type", CHOICE),
+    **each("link_approx method", [v for v in CHOICE if v is not None]),  # None is the usual one
+    **each(
+        "class_scales class_biases", [3, "abc", [], [[1.0]], [NAN], ["a"], [True], torch.ones(3, 3), THING]
+    ),
     **each("subset_of_weights hessian_structure prior_structure", CHOICE),
     "sigma_noise": NOISE,
     "prior_precision": PRIOR,
@@ -154,7 +158,7 @@ GRID = {"method": "gridsearch", "val_loader": val_loader(), "grid_size": 3}
 JOINT = "optimize_hyperparameters"
 BACKEND = "model likelihood chunk_size memory_budget autodiff compile spill spill_dtype"
 OF_INPUTS = "features residual_share novelty approximation_error"
-SETTERS = "sigma_noise prior_precision prior_mean temperature logit_scale residual residual_scale"
+SETTERS = "sigma_noise prior_precision prior_mean temperature logit_scale residual residual_scale variance link_approx"
 
 # Name: what calls, with one argument after the other, and their names.
 METHODS: dict[str, tuple[Callable[..., Any], list[str]]] = {

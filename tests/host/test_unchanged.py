@@ -39,7 +39,7 @@ from laplace_ella import ELLALaplace, NystromGGN
 
 FOLDER = Path(__file__).parent / "unchanged"
 STORED = ("full", "half", "landmarks")
-STATES = ("format_3_full", *(f"format_4_{stored}" for stored in STORED))
+STATES = ("format_3_full", *(f"format_4_{stored}" for stored in STORED), "format_5_full")
 TOLERANCE = 1e-12
 # Where float32 normals are rounded otherwise (by processors without AVX2), the random tangents of the isotropic
 # residual and of residual_share() are others by 1e-7; the largest difference found was 5e-7.

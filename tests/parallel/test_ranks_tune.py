@@ -88,14 +88,18 @@ def test_joint_search(two, name):
     check(two(run_joint, case, arguments), run_joint(case, arguments))
 
 
+def numbers(setting):
+    return [float(v) for v in astuple(setting) if v is not None]
+
+
 def run_joint(case, arguments):
     la = case.fitted()
     result = la.optimize_hyperparameters(loader(*case.validation(), 3), link_approx="probit", **arguments)
     return {
         **report(la, case.problem.x_test),
-        "best": list(map(float, astuple(result.best))),
+        "best": numbers(result.best),
         "score": result.score,
-        "table": [[*map(float, astuple(setting)), score] for setting, score in result.table],
+        "table": [[*numbers(setting), score] for setting, score in result.table],
         "methods": {k: None if b is None else b.score for k, b in result.baselines.items()},
         "n_inputs": result.n_inputs,
     }

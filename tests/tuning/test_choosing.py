@@ -1,6 +1,7 @@
 """Choosing a method by cross-validation, and predicting with it."""
 
 import copy
+import dataclasses
 
 import matplotlib as mpl
 import numpy as np
@@ -67,7 +68,7 @@ def test_scores_held_out_are_those_of_folds_tuned_by_hand(chosen):
         s = grid[int(np.argmin(nll))]
         values[folds == fold] = F.cross_entropy(s * f[folds == fold], y[folds == fold], reduction="none")
     found = result.held_out["temperature scaling"]
-    assert found.score == pytest.approx(values.mean().item(), abs=1e-5)
+    assert found.score == pytest.approx(values.mean().item(), abs=1e-4)
     difference = F.cross_entropy(f, y, reduction="none") - values
     error = difference.std().item() / len(y) ** 0.5
     assert result.held_out["MAP"].difference == pytest.approx(difference.mean().item(), abs=1e-4)
@@ -144,14 +145,12 @@ def test_other_losses_are_compared_fold_by_fold(chosen):
 
 def test_one_pass_over_the_model_serves_all_folds_and_methods(chosen):
     p, val, _, _ = chosen
-    calls = []
+    la, calls = fit(dataclasses.replace(p, model=Counting(p.model))), []
     for search in (["temperature"], "auto"):
-        la = fit(p)
-        la.model.register_forward_hook(lambda *_: calls.append(1))
-        before = len(calls)
-        la.optimize_hyperparameters(iter(val), search, apply=False, **FAST)
-        calls.append(len(calls) - before)
-    assert calls[-1] <= 2 * max(1, calls[-2])
+        la.model.calls = 0
+        la.optimize_hyperparameters(iter(val), search, apply=False, **FAST)  # an iterator: read once
+        calls.append(la.model.calls)
+    assert calls[0] == calls[1] > 0
 
 
 def test_too_few_data_and_unknown_methods_are_refused_and_change_nothing():
