@@ -27,7 +27,7 @@ def test_of_classes():
     confidence, right = P.max(1).values, P.argmax(1) == Y
     assert found["NLL"] == pytest.approx(-P[torch.arange(97), Y].log().mean().item())
     assert found["Brier"] == pytest.approx(
-        sum((P[i, c] - (c == Y[i])) ** 2 for i in range(97) for c in range(3)) / 97
+        sum((float(P[i, c]) - float(c == Y[i])) ** 2 for i in range(97) for c in range(3)) / 97
     )
     edges = [i / 15 for i in range(16)]
     bins = [(confidence > a) & (confidence <= b) for a, b in pairwise(edges)]
