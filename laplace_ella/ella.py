@@ -308,10 +308,9 @@ class ELLALaplace(ParametricLaplace):
                 backend_options(backend, vars(self), self.backend_kwargs),
                 self.asdl_fisher_kwargs,
             )
-            self.likelihood = likelihood
+            self.likelihood, self.link_approx = likelihood, link_approx
             self.logit_scale, self.residual_scale = logit_scale, residual_scale
-            self.class_scales, self.class_biases = class_scales, class_biases
-            self.variance, self.link_approx = variance, link_approx
+            self.variance, self.class_scales, self.class_biases = variance, class_scales, class_biases
             if temperature_fixed is not None:
                 become(self, temperature_fixed=check_flag("temperature_fixed", temperature_fixed))
             self._build_backend()
