@@ -143,8 +143,10 @@ def tuned(method: Method, progress: Progress = no_progress) -> Tuned:
         best, ignored = search.without_ignored(start, grids)
     if method.per_class:
         return _by_class(method, search, best, tuple(ignored), by_folds)
-    if method.variance == "ella" and search(start) - search.table[best] <= FLAT * abs(search.table[best]):
-        best = start  # where nothing helps, nothing changes
+    # A single value was asked for as it is.
+    present = start.at(**{k: values[0] for k, values in grids.items() if len(values) == 1})
+    if method.variance == "ella" and search(present) - search.table[best] <= FLAT * abs(search.table[best]):
+        best = present  # where nothing helps, nothing changes
     folds = [_without(method, search, fold) for fold in range(N_FOLDS)] if by_folds else []
     return Tuned(method, search, best, _held_out(method, folds), ignored=tuple(ignored))
 

@@ -111,7 +111,7 @@ class Problem:
             leaf = torch.tensor(numbers, dtype=torch.float64, device="cpu", requires_grad=True)
             with torch.enable_grad():
                 ridge = self.penalty(leaf) * (weight / n)
-            value, slope = value + float(ridge), slope + torch.autograd.grad(ridge, leaf)[0]
+            value, slope = value + float(ridge.detach()), slope + torch.autograd.grad(ridge, leaf)[0]
             return (value, slope.numpy()) if np.isfinite([value, *slope]).all() else (1e30, 0 * numbers)
 
         ends = [(math.log10(min(v)), math.log10(max(v))) for v in self.grids.values()]
