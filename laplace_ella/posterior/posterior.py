@@ -99,7 +99,7 @@ class Posterior:
         """Return the link that a call names, or else the one of sampled weights, or that the setting was tuned for."""
         if given is not None:
             return given
-        return "mc" if pred_type == "nn" else self.link or "probit"
+        return "mc" if isinstance(pred_type, str) and pred_type == "nn" else self.link or "probit"
 
     @property
     def plain(self) -> Setting:

@@ -67,7 +67,7 @@ def test_simpler_methods_as_good_or_better_are_named_and_an_optimum_on_an_edge_i
     notes = searched(la, val, search={"temperature": [1e-3]})[0].notes
     assert any("are better" in note and "MAP" in note for note in notes)
     assert not any("as good" in note and "MAP" in note for note in notes)
-    notes = searched(free(), val_loader(), search={"logit_scale": [5.0, 10.0]})[0].notes
+    notes = searched(free(logit_scale=5.0), val_loader(), search={"logit_scale": [5.0, 10.0]})[0].notes
     assert any("edge" in note and "below" in note for note in notes)
 
 
