@@ -41,6 +41,10 @@ def second(likelihood):
 free = partial(fitted, temperature=None)
 
 
+def numbers(setting):
+    return [v for v in dataclasses.astuple(setting) if v is not None]
+
+
 def values_of(result, name):
     return {getattr(setting, name) for setting, _ in result.table}
 
@@ -262,7 +266,7 @@ def test_little_memory_gives_the_same_table(confident, link):
     small, large = (la.optimize_hyperparameters(val, grids, **options) for la in fits)
     # Sums of blocks are rounded in another order, which refinement may see.
     for (ours, our_score), (theirs, their_score) in zip(small.table, large.table, strict=True):
-        assert dataclasses.astuple(ours) == pytest.approx(dataclasses.astuple(theirs), rel=1e-6)
+        assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-6)
         assert our_score == pytest.approx(their_score, abs=1e-9)
     for name, baseline in large.baselines.items():
         assert small.baselines[name].score == pytest.approx(baseline.score, abs=1e-6), name
