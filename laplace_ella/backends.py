@@ -36,7 +36,8 @@ from .nystrom.basis import NystromBasis
 from .nystrom.checks import check_budget, check_spill
 from .nystrom.gram import Spill
 from .nystrom.jacobian import features
-from .posterior.likelihoods import LIKELIHOODS, checked_targets, name_of
+from .posterior.likelihoods import LIKELIHOODS, name_of
+from .posterior.targets import checked_targets
 
 # What a backend takes beside the model, the likelihood and the keys, and what it is without being named.
 OPTIONS: dict[str, Any] = {

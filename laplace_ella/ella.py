@@ -818,7 +818,8 @@ class ELLALaplace(ParametricLaplace):
             samples = sampling.outputs_at(engine, offsets, x, self.enable_backprop, **model_kwargs)
             return sampling.averaged(samples, likelihood)
         if not likelihood.has_probabilities:
-            return prediction.output_moments(now, engine, x, joint, diagonal_output, self.enable_backprop)
+            of_call = joint, diagonal_output, self.enable_backprop
+            return prediction.target_moments(now, engine, x, likelihood, *of_call)
         noise = Noise.seeded(n_samples, generator, now.seed, diagonal_output)
         return prediction.probabilities(now, engine, x, likelihood, link_approx, noise, self.enable_backprop)
 

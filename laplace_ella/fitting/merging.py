@@ -23,8 +23,9 @@ from ..parallel.ranks import Ranks
 from ..parallel.sharding import work_through
 from ..posterior.fit import Fit
 from ..posterior.gaussian import positive_part
-from ..posterior.likelihoods import Likelihood, checked_targets
+from ..posterior.likelihoods import Likelihood
 from ..posterior.posterior import Posterior
+from ..posterior.targets import checked_targets
 from .curvature import curvature
 
 # Features of one input differ by rounding where batches do: eigenvalues of a difference of two G down to
@@ -96,9 +97,11 @@ def without(posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks) 
     with ranks.together("what remains"):
         _check_count(fit, n)
         eps = torch.finfo(next(iter(engine.function.weights().values())).dtype).eps
-        remaining, n_left = _remaining(fit, G, loss, min(ROUNDING * eps, LARGEST_ROUNDING)), fit.n_data - n
+        is_positive = posterior.likelihood.has_positive_loss
+        remaining = _remaining(fit, G, loss, min(ROUNDING * eps, LARGEST_ROUNDING), is_positive)
+    n_left = fit.n_data - n
     snapshots = [(n_left, ranks.of_first(remaining))]
-    rest = (fit.loss - loss).clamp_min(0)
+    rest = (fit.loss - loss).clamp_min(0) if is_positive else fit.loss - loss
     return fit.with_sums(snapshots, rest, n_left, fit.n_predictions - n_predictions)
 
 
@@ -154,12 +157,15 @@ def _check_count(fit: Fit, n: int) -> None:
         )
 
 
-def _remaining(fit: Fit, G: Tensor, loss: Tensor, eps: float) -> Tensor:
-    """Return what remains of G, and require that it is a sum over data: no negative curvature, and no negative loss."""
+def _remaining(fit: Fit, G: Tensor, loss: Tensor, eps: float, is_positive: bool) -> Tensor:
+    """Return what remains of G, and require that it is a sum over data: no negative curvature, and no negative loss.
+
+    The latter only if no target's loss is negative.
+    """
     largest, largest_loss = fit.largest_sums
     remaining = fit.H - G
     lowest = float(torch.linalg.eigvalsh(remaining)[0])
-    if lowest < -eps * largest or fit.loss - loss < -eps * largest_loss:
+    if lowest < -eps * largest or (is_positive and fit.loss - loss < -eps * largest_loss):
         raise ValueError(
             "The data to be forgotten are not among those that the estimator was fitted to: without them, the smallest "
             f"eigenvalue of G would be {lowest:.3g} (the largest was {largest:.3g}), and the loss, a sum of positive "

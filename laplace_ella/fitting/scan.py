@@ -18,7 +18,8 @@ from ..data.packing import packed, unpacked
 from ..data.pooling import pooled
 from ..data.stream import Batch
 from ..parallel.ranks import Ranks
-from ..posterior.likelihoods import Likelihood, checked_targets, warn_of_two_readings
+from ..posterior.likelihoods import Likelihood
+from ..posterior.targets import checked_targets, warn_of_two_readings
 
 
 @dataclass

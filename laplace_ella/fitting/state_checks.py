@@ -16,6 +16,7 @@ from torch import Tensor
 from ..network.functional import Weights
 from ..nystrom.basis import NystromBasis
 from ..nystrom.compact import LAYOUTS, overlaps
+from ..posterior.likelihoods import LIKELIHOODS
 from ..posterior.residual import RESIDUALS
 from .curvature import CURVATURES
 
@@ -155,7 +156,7 @@ COMMON = BASIS.keys() - set().union(*LAYOUTS.values())
 ENTRIES: dict[str, tuple[str, Holds]] = {
     "H": ("a (K, K) matrix in float64, symmetric and positive semi-definite", CURVATURE),
     "snapshots": ("a list of pairs (n, matrix as H), n ascending", are_snapshots),
-    "loss": ("a floating-point tensor () of at least 0", tensor("", None, also=lambda v: bool(v >= 0))),
+    "loss": ("a floating-point tensor (), of at least 0 unless targets have densities", tensor("", None)),
     **dict.fromkeys(COUNTS, ("a positive integer", COUNT)),
     "curvature_size": ("a positive integer or None", either(NONE, COUNT)),
     "n_eigenvalues": (
@@ -230,6 +231,8 @@ def check_entries(state: dict[str, Any], weights: Weights) -> None:
     for name, (what, holds) in ENTRIES.items():
         if not holds(state[name], sizes):
             raise ValueError(_wrong(name, what, state[name]))
+    if LIKELIHOODS[state["likelihood"]].has_positive_loss and state["loss"] < 0:
+        raise ValueError(_wrong("loss", ENTRIES["loss"][0], state["loss"]))
 
 
 def _wrong(name: str, what: str, value: Any) -> str:

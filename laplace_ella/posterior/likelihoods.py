@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.notices import warn_user
+from . import mixtures
+from .gaussian import finite
 
 # Class probabilities (B, C); or mean (B, C) and covariance (B, C, C) or variance (B, C).
 Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
+# Of rates and variances that single precision holds.
+LARGEST_LOGARITHM = 80.0
 
 
 class Likelihood:
@@ -39,6 +42,10 @@ class Likelihood:
         Whether ``sigma_noise`` applies.
     tuned : tuple of str
         What is tuned beside the temperature unless the user says otherwise.
+    scores_marginals : bool
+        Whether ``nll`` needs the variances of outputs only, where predictions are no probabilities.
+    has_positive_loss : bool
+        Whether no target adds a negative number to the loss, as none does that is one of countably many.
     """
 
     name = ""
@@ -48,6 +55,8 @@ class Likelihood:
     has_logits = False
     has_noise = False
     tuned: tuple[str, ...] = ()
+    scores_marginals = True
+    has_positive_loss = True
 
     @property
     def of_calls(self) -> Likelihood:
@@ -78,7 +87,18 @@ class Likelihood:
         raise NotImplementedError
 
     def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
-        """Return the negative log predictive density (B,), float64."""
+        """Return the negative log predictive density (B,), float64.
+
+        Parameters
+        ----------
+        prediction : Tensor (B, C), or pair of Tensor
+            Probabilities; or the mean (B, C) of the *outputs*, and their variance (B, C), or covariance (B, C, C) unless
+            ``scores_marginals``.
+        y : Tensor
+            Targets, as ``targets`` returns them.
+        noise_variance : float or Tensor ()
+            The square of the observation noise.
+        """
         raise NotImplementedError
 
     def inverse_link(self, f: Tensor) -> Tensor:
@@ -94,8 +114,30 @@ class Likelihood:
         return 0.0
 
     def certain(self, f: Tensor) -> Prediction:
-        """Return the prediction of outputs (B, C) without variance."""
+        """Return what ``nll`` takes for outputs (B, C) without variance."""
         return self.inverse_link(f) if self.has_probabilities else (f, torch.zeros_like(f))
+
+    def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and variance (..., D) of the targets of certain outputs (..., C); without ``sigma_noise``."""
+        return f, torch.zeros_like(f)
+
+    def target_moments(self, mean: Tensor, spread: Tensor, n_outputs: int) -> tuple[Tensor, Tensor]:
+        """Return the moments of targets, given those of Gaussian outputs; without ``sigma_noise``.
+
+        Parameters
+        ----------
+        mean : Tensor (..., n C)
+            The C outputs of one input, or of n inputs together.
+        spread : Tensor (..., n C) or (..., n C, n C)
+            Variance or covariance.
+        n_outputs : int
+            C.
+
+        Returns
+        -------
+        mean, spread : Tensor (..., n D), and as ``spread``
+        """
+        return mean, spread
 
 
 class Classification(Likelihood):
@@ -271,9 +313,139 @@ class Regression(Likelihood):
         return torch.log(sigma_noise * math.sqrt(2 * math.pi))
 
 
-LIKELIHOODS: dict[str, Likelihood] = {
-    kind.name: kind() for kind in (Classification, Regression, RewardModeling, Bernoulli)
-}
+class Poisson(Likelihood):
+    """Counts, independent given their rates, whose logarithms are the C outputs."""
+
+    name = "poisson"
+    host_name = "regression"
+    has_probabilities = False
+
+    def targets(self, y: Tensor, f: Tensor) -> Tensor:
+        """Return counts (B, C), float64."""
+        if y.ndim == 1 and f.shape[-1] == 1:
+            y = y[:, None]
+        if y.shape != f.shape or y.is_complex():
+            raise ValueError(
+                f"Poisson targets must have the shape of the outputs, {tuple(f.shape)}, with one count for each; "
+                f"got {tuple(y.shape)} and {y.dtype}."
+            )
+        y = y.double()
+        bad = ~(y.isfinite() & (y >= 0) & (y == y.round()))
+        if bad.any():
+            raise ValueError(
+                f"Poisson targets must be counts, whole numbers of at least 0; got {float(y[bad][0]):.6g}. For rates or "
+                "other positive numbers take the logarithm, and likelihood='regression'."
+            )
+        _check_logarithms(f, "The outputs of a Poisson likelihood are logarithms of rates")
+        return y
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log likelihood, log-factorials included."""
+        return -mixtures.log_poisson(f.double(), y).sum()
+
+    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
+        """Return features times the roots of the rates."""
+        return (f.exp().sqrt()[..., None] * phi).flatten(0, 1)
+
+    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
+        """Return the roots of the rates with random signs, whose second moments are those of rate minus count."""
+        return f.exp().sqrt()[:, None] * (u - 0.5).sign()
+
+    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
+        """Score each count under the Gaussian of its log rate."""
+        mean, variance = prediction
+        return -mixtures.log_poisson_of_gaussian(mean, variance, y).sum(-1)
+
+    def inverse_link(self, f: Tensor) -> Tensor:
+        """Return the rates."""
+        return finite(f.exp())
+
+    def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rates, twice."""
+        rate = self.inverse_link(f)
+        return rate, rate
+
+    def target_moments(self, mean: Tensor, spread: Tensor, n_outputs: int) -> tuple[Tensor, Tensor]:
+        """Return the moments of counts, whose rates are log-normal: the mean rate, and its (co)variance plus the mean."""
+        if spread.ndim == mean.ndim:
+            rate = finite((mean + spread / 2).exp())
+            return rate, finite(rate + finite(rate.square()) * finite(spread.expm1()))
+        rate = finite((mean + spread.diagonal(dim1=-2, dim2=-1) / 2).exp())
+        of_rates = finite(rate[..., None] * rate[..., None, :]) * finite(spread.expm1())
+        return rate, finite(torch.diag_embed(rate) + finite(of_rates))
+
+
+class Heteroscedastic(Likelihood):
+    """Regression with noise that depends on the input: 2 D outputs, D means and then the logarithms of D variances."""
+
+    name = "heteroscedastic"
+    host_name = "regression"
+    has_probabilities = False
+    scores_marginals = False
+    has_positive_loss = False
+
+    def targets(self, y: Tensor, f: Tensor) -> Tensor:
+        """Return targets (B, D), float64."""
+        if f.shape[-1] % 2:
+            raise ValueError(
+                "A heteroscedastic likelihood needs two outputs for each target, all means and then the logarithms of all "
+                f"variances; got outputs of shape {tuple(f.shape)}."
+            )
+        means, logarithms = f.chunk(2, -1)
+        if y.ndim == 1 and means.shape[-1] == 1:
+            y = y[:, None]
+        if y.shape != means.shape or y.is_complex():
+            raise ValueError(
+                f"Heteroscedastic targets must have the shape of the means, {tuple(means.shape)}, half of the outputs; "
+                f"got {tuple(y.shape)} and {y.dtype}."
+            )
+        if not y.isfinite().all():
+            raise ValueError("Heteroscedastic targets must be finite; got NaN or infinity.")
+        what = "The second half of the outputs of a heteroscedastic likelihood are logarithms of variances"
+        _check_logarithms(logarithms, what)
+        return y.double()
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log density, with its constants."""
+        mean, logarithm = f.double().chunk(2, -1)
+        return -mixtures.log_normal(y - mean, logarithm.exp()).sum()
+
+    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
+        """Return the root of the Fisher information: 1 / variance for a mean, 1/2 for the logarithm of a variance."""
+        return (_root_information(f)[..., None] * phi).flatten(0, 1)
+
+    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
+        """Return the roots of the Fisher information with random signs, whose second moments are those of gradients."""
+        return _root_information(f)[:, None] * (u - 0.5).sign()
+
+    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
+        """Score each target under the Gaussian of its mean and of the logarithm of its variance."""
+        mean, spread = prediction
+        return -mixtures.log_normal_of_gaussian(mean, spread, y).sum(-1)
+
+    def inverse_link(self, f: Tensor) -> Tensor:
+        """Return D means, and then D variances."""
+        mean, logarithm = f.chunk(2, -1)
+        return torch.cat([mean, finite(logarithm.exp())], -1)
+
+    def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the means and the variances."""
+        mean, variance = self.inverse_link(f).chunk(2, -1)
+        return mean, variance
+
+    def target_moments(self, mean: Tensor, spread: Tensor, n_outputs: int) -> tuple[Tensor, Tensor]:
+        """Return the moments of targets: to the (co)variance of a mean comes the mean of its log-normal variance."""
+        of_means = torch.arange(mean.shape[-1], device=mean.device) % n_outputs < n_outputs // 2
+        is_matrix = spread.ndim > mean.ndim
+        variance = spread.diagonal(dim1=-2, dim2=-1) if is_matrix else spread
+        noise = finite((mean + variance / 2).exp())[..., ~of_means]
+        if not is_matrix:
+            return mean[..., of_means], finite(spread[..., of_means] + noise)
+        return mean[..., of_means], finite(spread[..., of_means, :][..., of_means] + torch.diag_embed(noise))
+
+
+KINDS = (Classification, Regression, RewardModeling, Bernoulli, Poisson, Heteroscedastic)
+LIKELIHOODS: dict[str, Likelihood] = {kind.name: kind() for kind in KINDS}
 
 
 def name_of(likelihood: Any) -> str:
@@ -296,63 +468,21 @@ def _class_probabilities(y: Tensor, f: Tensor) -> Tensor:
     return y
 
 
+def _check_logarithms(f: Tensor, what: str) -> None:
+    """Require outputs whose exponentials are far from what floating point can hold."""
+    bad = f.isfinite() & (f.abs() > LARGEST_LOGARITHM)
+    if bad.any():
+        raise ValueError(
+            f"{what}, which must lie in -{LARGEST_LOGARITHM:.0f}..{LARGEST_LOGARITHM:.0f}; the model returned "
+            f"{float(f[bad][0]):.6g}. If its outputs are on the scale of the targets, let it return their logarithms."
+        )
+
+
+def _root_information(f: Tensor) -> Tensor:
+    """Return the roots of the Fisher information of D means and D logarithms of variances."""
+    logarithm = f.chunk(2, -1)[1]
+    return torch.cat([(-logarithm / 2).exp(), torch.full_like(logarithm, 0.5**0.5)], -1)
+
+
 def _log(p: Tensor) -> Tensor:
     return p.double().clamp_min(torch.finfo(torch.float64).tiny).log()
-
-
-def warn_of_two_readings(y: Tensor, shape: torch.Size, name: str) -> None:
-    """Warn of class indices that fit outputs (B, ..., C), as here, and (B, C, ...), as in ``nn.CrossEntropyLoss``, too.
-
-    Parameters
-    ----------
-    y : Tensor (B, ...)
-        The targets of the batch.
-    shape : torch.Size
-        The shape of the outputs.
-    name : str
-        The name of the batch, for messages.
-    """
-    if len(shape) > 2 and y.shape == shape[:-1] and y.shape[1:] == shape[2:]:
-        warn_user(
-            f"In {name}: targets of shape {tuple(y.shape)} fit two readings of outputs of shape {tuple(shape)}. Their last axis "
-            "is taken for the classes, and those between for positions. If the classes come second, as nn.CrossEntropyLoss has "
-            "them, let the model return outputs.movedim(1, -1)."
-        )
-
-
-def checked_targets(
-    likelihood: Likelihood, y: Tensor, f: Tensor, positions: tuple[int, ...], name: str
-) -> Tensor:
-    """Return the targets of one batch in the likelihood's shape, on the device of f (B L, C).
-
-    Parameters
-    ----------
-    y : Tensor (B, ...)
-        Its axes after the first that equal ``positions`` are flattened into the batch.
-    positions : tuple of int
-        The axes between batch and C that the outputs had.
-    name : str
-        The name of the batch, for messages.
-
-    Raises
-    ------
-    ValueError
-        If targets do not fit or outputs are not finite; the message names the batch.
-    """
-    n = len(positions)
-    if n and tuple(y.shape[1 : 1 + n]) != tuple(positions):
-        raise ValueError(
-            f"In {name}: the outputs have positions {tuple(positions)} for each input, and targets must have them "
-            f"too, after the batch axis; got targets of shape {tuple(y.shape)}. The last axis of the outputs must be "
-            "the classes: a model that returns (batch, classes, ...) needs .movedim(1, -1)."
-        )
-    try:
-        y = likelihood.targets(y.flatten(0, n).to(f.device), f)
-    except ValueError as error:
-        raise ValueError(f"In {name}: {error}") from None
-    if not f.isfinite().all():
-        raise ValueError(
-            f"The model's outputs for {name} hold NaN or infinite values; they must be finite. "
-            "Check the weights and the inputs of that batch."
-        )
-    return y

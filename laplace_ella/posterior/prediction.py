@@ -82,11 +82,13 @@ def predict(outputs: Outputs, likelihood: Likelihood, link: str, noise: Noise) -
     Returns
     -------
     Tensor (B, C), or pair of Tensor
-        Probabilities; or mean and covariance (B, C, C), with ``noise.diagonal_output`` the variance (B, C).
+        Probabilities; or mean (B, D) and covariance (B, D, D) of the targets, with ``noise.diagonal_output`` the
+        variance (B, D).
     """
     if likelihood.has_probabilities:
         return LINKS[link].predict(outputs, likelihood, noise)
-    return moments(outputs, noise.diagonal_output)
+    mean, spread = moments(outputs, noise.diagonal_output)
+    return likelihood.target_moments(mean, spread, mean.shape[-1])
 
 
 def moments(outputs: Outputs, diagonal_output: bool = False) -> tuple[Tensor, Tensor]:
@@ -118,11 +120,37 @@ def output_moments(
     enable_backprop: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return mean and covariance of the outputs: of each input, or of all together, in the model's dtype."""
+    mean, spread, dtype = _output_moments(posterior, engine, x, joint, diagonal_output, enable_backprop)
+    return mean.to(dtype), spread.to(dtype)
+
+
+def _output_moments(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    joint: bool,
+    diagonal_output: bool,
+    enable_backprop: bool,
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return the moments of the outputs in their own precision, and the dtype of the model's outputs."""
     if joint:
-        mean, spread, dtype = joint_moments(posterior, engine, x, enable_backprop)
-    else:
-        seen = linearise(posterior, engine, x, enable_backprop)
-        (mean, spread), dtype = moments(posterior.outputs(seen), diagonal_output), seen.f.dtype
+        return joint_moments(posterior, engine, x, enable_backprop)
+    seen = linearise(posterior, engine, x, enable_backprop)
+    return *moments(posterior.outputs(seen), diagonal_output), seen.f.dtype
+
+
+def target_moments(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    likelihood: Likelihood,
+    joint: bool = False,
+    diagonal_output: bool = False,
+    enable_backprop: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return mean and covariance of the targets: of each input, or of all together, in the model's dtype."""
+    mean, spread, dtype = _output_moments(posterior, engine, x, joint, diagonal_output, enable_backprop)
+    mean, spread = likelihood.target_moments(mean, spread, posterior.fit.n_outputs)
     return mean.to(dtype), spread.to(dtype)
 
 

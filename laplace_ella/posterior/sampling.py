@@ -135,6 +135,14 @@ def averaged(samples: Tensor, likelihood: Likelihood) -> Prediction:
     """Average what networks with sampled weights predict, given their outputs (S, B, C)."""
     if likelihood.has_probabilities:
         return likelihood.inverse_link(samples).mean(0)
+    mean, variance = likelihood.conditional_moments(samples)
+    return mean.mean(0), mean.var(0) + variance.mean(0)
+
+
+def scored(samples: Tensor, likelihood: Likelihood) -> Prediction:
+    """Return what the likelihood's ``nll`` takes for the outputs (S, B, C) of networks with sampled weights."""
+    if likelihood.has_probabilities:
+        return averaged(samples, likelihood)
     return samples.mean(0), samples.var(0)
 
 

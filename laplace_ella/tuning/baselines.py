@@ -90,16 +90,17 @@ class Scorer:
     def of_map(self, setting: Setting) -> Callable[[Block], Prediction]:
         """Return what predicts as the network itself does, its logits scaled by s.
 
-        The covariance a user's loss expects is 0.
+        The covariance that a user's loss gets is that of targets whose outputs are certain.
         """
 
         def predict(block: Block) -> Prediction:
             f = block.linearised.f
             f = f.to(torch.promote_types(f.dtype, torch.float32))
-            certain = self.likelihood.certain(f * setting.logit_scale)
-            if self.loss is None or isinstance(certain, Tensor):
-                return certain
-            return certain[0], torch.diag_embed(certain[1])
+            f = f * setting.logit_scale
+            if self.loss is None or self.likelihood.has_probabilities:
+                return self.likelihood.certain(f)
+            mean, variance = self.likelihood.conditional_moments(f)
+            return mean, torch.diag_embed(variance)
 
         return predict
 
@@ -232,9 +233,10 @@ def baselines(
         yield "temperature scaling", tuned(scorer.of_map, ["logit_scale"])
         vector_scaling = _vector_scaling(scorer, n_outputs)
         yield "vector scaling", tuned(vector_scaling, [], numbers=2.0 * n_outputs)
-        yield "constant variance", tuned(constant, of_variance)
-    else:
+    if scorer.likelihood.has_noise:
         yield "constant variance", tuned(scorer.of_map, ["sigma_noise"])
+    else:
+        yield "constant variance", tuned(constant, of_variance)
     available = not scorer.ranks.any(scorer.data.lacks_last_layer, "the last layer")
     yield "last-layer variance", tuned(with_variance_of(last_layer), of_variance) if available else None
 

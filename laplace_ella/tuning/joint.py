@@ -166,8 +166,8 @@ def _remarks_on_values(
 
 
 def _difference(left: Prediction, right: Prediction, sigma: float) -> float:
-    """Return by how much probabilities differ from MAP's; or the variance of outputs, relative to the noise."""
+    """Return by how much probabilities differ from MAP's; or the variances of outputs, relative to the noise."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return float((left.double() - right.double()).abs().max())
-    variance = left[1] if left[1].ndim == left[0].ndim else left[1].diagonal(dim1=-2, dim2=-1)
-    return float(variance.max()) / sigma**2
+    mine, of_map = (v if v.ndim == m.ndim else v.diagonal(dim1=-2, dim2=-1) for m, v in (left, right))
+    return float((mine - of_map).max()) / sigma**2

@@ -19,11 +19,12 @@ from ..data.stream import Stream
 from ..network.engine import Engine
 from ..parallel.ranks import Ranks
 from ..posterior.checks import as_prior, check_link, check_prediction, check_prior_precision
-from ..posterior.likelihoods import Likelihood, Prediction, checked_targets, name_of
+from ..posterior.likelihoods import Likelihood, Prediction, name_of
 from ..posterior.links import LINKS
 from ..posterior.posterior import Posterior
-from ..posterior.sampling import Draws, averaged, outputs_at, weight_offsets
+from ..posterior.sampling import Draws, averaged, outputs_at, scored, weight_offsets
 from ..posterior.setting import Setting
+from ..posterior.targets import checked_targets
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
 from .checks import check_interval, check_loss
 from .scoring import Loss, score
@@ -181,7 +182,11 @@ def _nn_scores(
     check_some(ranks.greatest(len(kept), "the validation data"), "validation loader")
     noise_variance = posterior.setting.sigma_noise.double().square()
 
-    def scored(pairs: Callable[[], Iterator[tuple[Prediction, Tensor]]]) -> float:
+    of_samples, of_map = scored, likelihood.certain
+    if search.loss is not None and not likelihood.has_probabilities:
+        of_samples, of_map = averaged, likelihood.conditional_moments
+
+    def scored_all(pairs: Callable[[], Iterator[tuple[Prediction, Tensor]]]) -> float:
         return score(pairs, likelihood, search.loss, noise_variance, ranks, engine.device)
 
     @torch.no_grad()
@@ -192,11 +197,11 @@ def _nn_scores(
             # All candidates get the same noise, so that the best is not the luckiest.
             generator = torch.Generator(engine.device).manual_seed(posterior.seed)
             offsets = weight_offsets(candidate, Draws(search.n_samples, generator))
-            return ((averaged(outputs_at(engine, offsets, x), likelihood), y) for x, _, y in kept)
+            return ((of_samples(outputs_at(engine, offsets, x), likelihood), y) for x, _, y in kept)
 
-        return scored(predictions)
+        return scored_all(predictions)
 
-    return evaluate, lambda: scored(lambda: ((likelihood.certain(f), y) for _, f, y in kept))
+    return evaluate, lambda: scored_all(lambda: ((of_map(f), y) for _, f, y in kept))
 
 
 @contextmanager
