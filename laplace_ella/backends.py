@@ -117,6 +117,7 @@ class NystromGGN(GGNInterface):
         check_choice("autodiff", autodiff, AUTODIFF)
         folder = check_spill(spill, spill_dtype)
         self.basis: NystromBasis | None = None
+        self.observed = known
         self.engine = Engine(
             self.model,
             autodiff,
@@ -187,7 +188,7 @@ class NystromGGN(GGNInterface):
             raise ValueError(f"y must be a tensor of targets; got {shown(y)}.")
         phi, f = self.jacobians(x)
         check_finite_features(phi, f, "the batch given")
-        likelihood = LIKELIHOODS[name_of(self.likelihood)]
+        likelihood = self.observed
         y = checked_targets(likelihood, y, f, self.engine.positions(x), "the batch given")
         return likelihood.loss(f, y), curvature(likelihood, phi, f)
 

@@ -121,7 +121,8 @@ class ELLALaplace(ParametricLaplace):
         "classification", "regression" or "reward_modeling", as in :class:`laplace.ParametricLaplace`;
         or "bernoulli", for binary and multi-label targets.
     sigma_noise : float or Tensor
-        Observation noise, a standard deviation (regression).
+        Observation noise, a standard deviation (regression); a tensor (C,) gives each output its own. Tuning scales
+        them together, and keeps the ratios.
     prior_precision : float or Tensor
         Scalar, one per weight tensor, or one per weight.
     prior_mean : float or Tensor
@@ -284,7 +285,7 @@ class ELLALaplace(ParametricLaplace):
             super().__init__(
                 unwrap(model),
                 self._posterior.likelihood.host_name,
-                sigma_noise,
+                1.0,  # the host's constructor knows no noise of several outputs
                 prior_precision,
                 prior_mean,
                 temperature,
@@ -296,6 +297,7 @@ class ELLALaplace(ParametricLaplace):
                 self.asdl_fisher_kwargs,
             )
             self.likelihood = likelihood
+            self.sigma_noise = sigma_noise
             self.logit_scale, self.residual_scale = logit_scale, residual_scale
             if temperature_fixed is not None:
                 become(self, temperature_fixed=check_flag("temperature_fixed", temperature_fixed))
@@ -364,9 +366,12 @@ class ELLALaplace(ParametricLaplace):
     def prior_precision(self) -> Any:
         """Delta: (1,), one per weight tensor (L,), or one per weight (P,)."""
 
-    @of_setting
+    @attributes.of_noise
     def sigma_noise(self) -> Any:
-        """Observation noise, a standard deviation; 1 unless the likelihood is regression."""
+        """Observation noise, a standard deviation: (), or one per output (C,); 1 unless the likelihood is regression.
+
+        The ratios between outputs enter loss and curvature: once fitted, it can be scaled as a whole only.
+        """
 
     @of_setting
     def logit_scale(self) -> Any:
@@ -478,6 +483,7 @@ class ELLALaplace(ParametricLaplace):
         """The backend, with the basis of the last fit."""
         backend, now = super().backend, self._posterior.current
         backend.basis = None if now is None else now.basis
+        backend.observed = self._posterior.likelihood
         return backend
 
     # ------------------------------------------------------------------ this moment

@@ -70,7 +70,7 @@ def _identity(posterior: Posterior) -> dict[str, Any]:
     """Return what two posteriors must share to be merged, in plain types."""
     setting, basis = posterior.setting, posterior.fit.basis
     values = {
-        "sigma_noise": setting.sigma_noise,
+        "sigma_noise": posterior.sigma_noise,
         "temperature": torch.tensor(setting.temperature, dtype=torch.float32, device="cpu"),
         "prior_precision": setting.prior_precision,
         "prior_mean": posterior.prior_mean,

@@ -27,7 +27,7 @@ F32, F64, I64 = torch.float32, torch.float64, torch.int64
 
 # ---------------------------------------------------------------------- kinds of values
 
-# What letters in shapes stand for: K directions, M landmarks, L weight tensors of P numbers together.
+# What letters in shapes stand for: K directions, M landmarks, L weight tensors of P numbers together, C outputs.
 Sizes = dict[str, int]
 Holds = Callable[[Any, Sizes], bool]
 
@@ -172,7 +172,7 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
     "curvature": (f"one of {CURVATURES}", one_of(CURVATURES)),
     "prior_precision": ("1, L or P positive numbers in a tensor", tensor("|1|L|P", None, above=0)),
     "prior_mean": ("1 or P numbers in a tensor", tensor("|1|P", None)),
-    "sigma_noise": ("1 positive number in a tensor", tensor("|1", None, above=0)),
+    "sigma_noise": ("1 or C positive numbers in a tensor", tensor("|1|C", None, above=0)),
     "named_by_user": (f"a list of some of {NAMED}", listed(one_of(NAMED))),
     "largest_sums": (
         "a list of 2 numbers of at least 0",
@@ -227,7 +227,12 @@ def check_entries(state: dict[str, Any], weights: Weights) -> None:
         Naming the entry.
     """
     n_params = sum(w.numel() for w in weights.values())
-    sizes = {"K": len(state["basis"]["eigenvalues"]), "L": len(weights), "P": n_params}
+    sizes = {
+        "K": len(state["basis"]["eigenvalues"]),
+        "L": len(weights),
+        "P": n_params,
+        "C": state["n_outputs"],
+    }
     for name, (what, holds) in ENTRIES.items():
         if not holds(state[name], sizes):
             raise ValueError(_wrong(name, what, state[name]))

@@ -13,11 +13,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..data.checks import check_choice, positive_number
 from ..nystrom.caching import outside_inference, without_inference
 from . import checks
 from .fit import Fit
+from .likelihoods import Likelihood
 from .posterior import Posterior
 from .residual import RESIDUALS
 
@@ -101,12 +103,21 @@ def checked(estimator: Any, name: str, value: Any, posterior: Posterior | None =
             sizes = estimator.n_layers, estimator.n_params, estimator.shard_directions
             return checks.checked_prior_precision(value, posterior.residual, *sizes, like)
         if name == "sigma_noise":
-            return checks.checked_noise(value, posterior.likelihood, like)
+            return checked_noise(value, posterior, like)[0]
         if name == "prior_mean":
             return checks.checked_prior_mean(value, estimator.n_params, like)
     if name == "logit_scale":
         return checks.checked_logit_scale(value, posterior.likelihood)
     return positive_number(name, value)
+
+
+def checked_noise(value: Any, posterior: Posterior, like: Tensor) -> tuple[Tensor, Likelihood]:
+    """Return the scale of a noise, and the likelihood with its ratios, which a fit does not let change."""
+    scale, likelihood = checks.checked_noise(value, posterior.likelihood, like)
+    if posterior.current is not None:
+        checks.check_ratios(likelihood, posterior.likelihood)
+        likelihood = posterior.likelihood
+    return scale, likelihood
 
 
 def _property(
@@ -132,6 +143,18 @@ def of_setting(stub: Callable[..., Any]) -> Any:
     return _property(
         stub, lambda p: getattr(p.setting, name), lambda e, v: {"setting": {name: checked(e, name, v)}}
     )
+
+
+def of_noise(stub: Callable[..., Any]) -> Any:
+    """Make the property of the observation noise: its scale is one of the setting, its ratios of the likelihood."""
+
+    def changes(estimator: Any, value: Any) -> dict[str, Any]:
+        like = torch.empty((), dtype=estimator._dtype, device=estimator._device)
+        with outside_inference():
+            scale, likelihood = checked_noise(without_inference(value), estimator._posterior, like)
+        return {"setting": {"sigma_noise": scale}, "likelihood": likelihood}
+
+    return _property(stub, lambda p: p.sigma_noise, changes)
 
 
 def of_temperature(stub: Callable[..., Any]) -> Any:
@@ -212,12 +235,14 @@ def description(estimator: Any, sizes: str) -> str:
         if s.prior_precision.numel() == 1
         else f"{s.prior_precision.numel()} values"
     )
+    sigma = p.sigma_noise
     values = {
-        "sigma_noise": float(s.sigma_noise),
+        "sigma_noise": float(sigma) if sigma.numel() == 1 else 1.0,
         "logit_scale": s.logit_scale,
         "residual_scale": s.residual_scale if p.residual.adds else 1.0,
     }
     more = [f", {k}={v:.4g}" for k, v in values.items() if v != 1]
+    more += [f", sigma_noise={sigma.numel()} values"] if sigma.numel() > 1 else []
     more += [f", residual={p.residual.name!r}"] if p.residual.adds else []
     more += [f", curvature={estimator.curvature!r}"] if estimator.curvature != "exact" else []
     fixed = "" if p.temperature_fixed else " (free)"

@@ -63,6 +63,19 @@ class Likelihood:
         """The likelihood that predictions of users' calls are made with."""
         return self
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What tells it apart from others of its name, in plain types."""
+        return {}
+
+    def with_noise(self, sigma_noise: Tensor) -> Likelihood:
+        """Return the likelihood for an observation noise (), (1,) or (C,), as far as its scale does not say it all."""
+        return self
+
+    def noise(self, scale: Tensor) -> Tensor:
+        """Return the observation noise as users know it, () or (C,), of the scale () that is kept in the setting."""
+        return scale
+
     def targets(self, y: Tensor, f: Tensor) -> Tensor:
         """Return y in the shape that the loss wants; raise ValueError on targets that do not fit the outputs f (B, C)."""
         raise NotImplementedError
@@ -269,15 +282,50 @@ class Bernoulli(Likelihood):
 
 
 class Regression(Likelihood):
-    """Outputs with Gaussian noise of standard deviation sigma."""
+    r"""Outputs with Gaussian noise of standard deviation :math:`\sigma r_c`.
+
+    Parameters
+    ----------
+    ratios : Tensor (C,), optional
+        r, of which the product is 1, float64; None: the noise is the same for all outputs. Loss and curvature are in units
+        of r, and sigma is one parameter.
+    """
 
     name = host_name = "regression"
     has_probabilities = False
     has_noise = True
     tuned = ("sigma_noise",)
 
+    def __init__(self, ratios: Tensor | None = None) -> None:
+        self.ratios = ratios
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The ratios of the noise."""
+        return {} if self.ratios is None else {"ratios of sigma_noise": self.ratios.tolist()}
+
+    def with_noise(self, sigma_noise: Tensor) -> Likelihood:
+        """Return regression with the ratios of these noises."""
+        if sigma_noise.numel() == 1:
+            return Regression()
+        sigma = sigma_noise.detach().double()
+        return Regression(sigma / sigma.log().mean().exp())
+
+    def noise(self, scale: Tensor) -> Tensor:
+        """Return the noise of each output."""
+        return scale if self.ratios is None else scale * self.ratios.to(scale)
+
+    def _in_units(self, values: Tensor) -> Tensor:
+        """Divide values (..., C) by the ratios."""
+        return values if self.ratios is None else values / self.ratios.to(values)
+
     def targets(self, y: Tensor, f: Tensor) -> Tensor:
         """Return targets (B, C) in the dtype of the outputs."""
+        if self.ratios is not None and len(self.ratios) != f.shape[-1]:
+            raise ValueError(
+                f"sigma_noise must be one number, or one for each of the model's {f.shape[-1]} outputs; got "
+                f"{len(self.ratios)}."
+            )
         if y.shape != f.shape:
             hint = " Add the output axis with y.unsqueeze(-1)." if y.ndim == 1 else ""
             raise ValueError(
@@ -289,22 +337,23 @@ class Regression(Likelihood):
         return y.to(f.dtype)
 
     def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return half the sum of squared errors."""
-        return 0.5 * (f.double() - y.double()).square().sum()
+        """Return half the sum of squared errors, in units of the noise ratios."""
+        return 0.5 * self._in_units(f.double() - y.double()).square().sum()
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
-        """Return the features: the curvature of the loss is the identity."""
-        return phi.flatten(0, 1)
+        """Return the features: the curvature of the loss is the identity, in units of the noise ratios."""
+        return self._in_units(phi.mT).mT.flatten(0, 1)
 
     def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
         """Return standard normal numbers: gradients are in units of the noise, as the loss is."""
-        return torch.special.ndtri(u)
+        return self._in_units(torch.special.ndtri(u))
 
     def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
         r"""Score the marginals of the outputs, with :math:`\sigma^2` added to their variances."""
         mean, spread = prediction
         var = spread if spread.ndim == mean.ndim else spread.diagonal(dim1=-2, dim2=-1)
-        var = var.double() + noise_variance
+        var = var.double()
+        var = var + (noise_variance if self.ratios is None else noise_variance * self.ratios.square().to(var))
         squared = (y.double() - mean.double()).square()
         return 0.5 * (squared / var + (2 * math.pi * var).log()).sum(-1)
 

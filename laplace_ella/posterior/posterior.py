@@ -71,6 +71,11 @@ class Posterior:
         return self.current
 
     @property
+    def sigma_noise(self) -> Tensor:
+        """The observation noise: (), or (C,) where outputs differ in it."""
+        return self.likelihood.noise(self.setting.sigma_noise)
+
+    @property
     def rank(self) -> int:
         """K', how many directions are used."""
         return self.setting.n_eigenvalues or self.fit.basis.rank

@@ -30,7 +30,7 @@ class Setting:
     curvature_size : int or None
         n, from how many inputs G is estimated; None: as in the fit.
     sigma_noise : float or Tensor
-        :math:`\sigma`.
+        :math:`\sigma`; where outputs differ in it, its geometric mean.
     """
 
     temperature: Any
