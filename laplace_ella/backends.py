@@ -37,7 +37,7 @@ from .nystrom.checks import check_budget, check_spill
 from .nystrom.gram import Spill
 from .nystrom.jacobian import features
 from .posterior.likelihoods import LIKELIHOODS, name_of
-from .posterior.targets import checked_targets
+from .posterior.targets import checked_targets, prediction_weights
 
 # What a backend takes beside the model, the likelihood and the keys, and what it is without being named.
 OPTIONS: dict[str, Any] = {
@@ -189,8 +189,10 @@ class NystromGGN(GGNInterface):
         phi, f = self.jacobians(x)
         check_finite_features(phi, f, "the batch given")
         likelihood = self.observed
-        y = checked_targets(likelihood, y, f, self.engine.positions(x), "the batch given")
-        return likelihood.loss(f, y), curvature(likelihood, phi, f)
+        targets = checked_targets(likelihood, y, f, self.engine.positions(x), "the batch given")
+        return likelihood.loss(f, targets), curvature(
+            likelihood, phi, f, prediction_weights(likelihood, y, None)
+        )
 
 
 class ReverseNystromGGN(NystromGGN):

@@ -6,7 +6,6 @@ subtracted.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,8 @@ from ..posterior.fit import Fit
 from ..posterior.gaussian import positive_part
 from ..posterior.likelihoods import Likelihood
 from ..posterior.posterior import Posterior
-from ..posterior.targets import checked_targets
+from ..posterior.targets import check_weights, checked_targets, prediction_weights
+from ..posterior.targets import loss as loss_of
 from .curvature import curvature
 
 # Features of one input differ by rounding where batches do: eigenvalues of a difference of two G down to
@@ -102,16 +102,17 @@ def without(posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks) 
     n_left = fit.n_data - n
     snapshots = [(n_left, ranks.of_first(remaining))]
     rest = (fit.loss - loss).clamp_min(0) if is_positive else fit.loss - loss
-    return fit.with_sums(snapshots, rest, n_left, fit.n_predictions - n_predictions)
+    left = fit.n_predictions - n_predictions
+    return fit.with_sums(snapshots, rest, n_left, round(left) if isinstance(fit.n_predictions, int) else left)
 
 
 def _sums_over(
     fit: Fit, likelihood: Likelihood, engine: Engine, stream: Stream, ranks: Ranks
-) -> tuple[Tensor, Tensor, list[int]]:
+) -> tuple[Tensor, Tensor, tuple[int, float]]:
     """Return G (K, K) and loss () of the data of all ranks, and how many inputs and predictions they are."""
     basis, what = fit.basis, "the data to forget"
     G, loss = torch.zeros_like(fit.H), torch.zeros_like(fit.loss)
-    counts = torch.zeros(2, dtype=torch.int64, device="cpu")
+    counts = torch.zeros(2, dtype=torch.float64, device="cpu")
 
     def add(batch: Batch | None) -> None:
         if batch is None:
@@ -121,15 +122,18 @@ def _sums_over(
         check_finite_features(phi, f, batch.name)
         positions = engine.positions(batch.x)
         y = checked_targets(likelihood, batch.y, f, positions, batch.name)
-        G.add_(curvature(likelihood, phi, f))
-        loss.add_(likelihood.loss(f, y))
-        n = len(batch.y)
-        counts.add_(torch.tensor([n, n * math.prod(positions)], dtype=torch.int64, device="cpu"))
+        check_weights(batch.weights, torch.Size((len(batch.y), *positions)), batch.name)
+        weights = prediction_weights(likelihood, batch.y, batch.weights)
+        G.add_(curvature(likelihood, phi, f, weights))
+        loss.add_(loss_of(likelihood, f, y, batch.weights))
+        n = float(len(f) if weights is None else weights.sum() * (len(f) / weights.numel()))
+        counts.add_(torch.tensor([len(batch.y), n], dtype=torch.float64, device="cpu"))
         _check_count(fit, int(counts[0]))  # of a stream without end, too
 
     parts = stream.parts("Data to forget", partial(engine.bounded, width=basis.rank))
     work_through(parts, add, ranks, basis.ranks, what)
-    return ranks.total(G), ranks.total(loss), ranks.total(counts).tolist()
+    n, n_predictions = ranks.total(counts).tolist()
+    return ranks.total(G), ranks.total(loss), (int(n), n_predictions)
 
 
 def check_exact(fit: Fit) -> None:

@@ -151,7 +151,7 @@ def first_batch(loader: Any, dict_key_x: str, dict_key_y: str, prepare: Prepare)
             "A plan looks at the first batch, and this loader is an iterator, whose batch would be lost to the fit. "
             "Pass an iterable that can be started again, a list with one batch of it for instance."
         )
-    for _, x, _ in named_batches(loader, dict_key_x, dict_key_y, prepare):
+    for _, x, *_ in named_batches(loader, dict_key_x, dict_key_y, prepare):
         return x
     raise ValueError("The training loader yielded no data; at least one input is needed.")
 

@@ -135,7 +135,7 @@ NONE, FLAG, INTEGER = of_type(type(None)), of_type(bool), number(types=(int,))
 COUNT, POSITIVE, CURVATURE = number(0, (int,)), number(0), tensor("KK", also=semi_definite)
 NAMED = ("subsample_size", "n_eigenvalues")
 COUNTS = (
-    *("n_data", "n_predictions", "n_outputs", "n_curvature"),
+    *("n_data", "n_outputs", "n_curvature"),
     *("subsample_size", "residual_samples", "curvature_samples"),
 )
 BASIS: dict[str, tuple[str, Holds]] = {
@@ -158,6 +158,7 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
     "snapshots": ("a list of pairs (n, matrix as H), n ascending", are_snapshots),
     "loss": ("a floating-point tensor (), of at least 0 unless targets have densities", tensor("", None)),
     **dict.fromkeys(COUNTS, ("a positive integer", COUNT)),
+    "n_predictions": ("a positive number", POSITIVE),
     "curvature_size": ("a positive integer or None", either(NONE, COUNT)),
     "n_eigenvalues": (
         "a positive integer, or a share in (0, 1)",

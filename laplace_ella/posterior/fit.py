@@ -30,8 +30,10 @@ class Fit:
         G, the curvature summed over the data, float64.
     loss : Tensor ()
         Negative log likelihood summed over the data, up to constants.
-    n_data, n_predictions, n_outputs : int
-        N, N times the positions of an input, and C.
+    n_data, n_outputs : int
+        N and C.
+    n_predictions : int or float
+        N times the positions of an input, without those whose targets are ignored; with weights, their sum.
     mean : Tensor (P,)
         The weights at the time of the fit.
     fingerprint : str
@@ -52,7 +54,7 @@ class Fit:
     H: Tensor
     loss: Tensor
     n_data: int
-    n_predictions: int
+    n_predictions: float
     n_outputs: int
     mean: Tensor
     fingerprint: str
@@ -84,7 +86,7 @@ class Fit:
             H=self.H[:rank, :rank].clone(),
         )
 
-    def with_sums(self, snapshots: Snapshots, loss: Tensor, n_data: int, n_predictions: int) -> Fit:
+    def with_sums(self, snapshots: Snapshots, loss: Tensor, n_data: int, n_predictions: float) -> Fit:
         """Return the fit with other sums over data, whose usual novelty is not known."""
         sums = sums_over_data(snapshots, loss, n_data, n_predictions, self.largest_sums)
         return replace(self, **sums, novelty=None)
@@ -116,7 +118,11 @@ class Fit:
 
 
 def sums_over_data(
-    snapshots: Snapshots, loss: Tensor, n_data: int, n_predictions: int, largest: Sequence[float] = (0.0, 0.0)
+    snapshots: Snapshots,
+    loss: Tensor,
+    n_data: int,
+    n_predictions: float,
+    largest: Sequence[float] = (0.0, 0.0),
 ) -> dict[str, Any]:
     """Return the fields of a fit that are sums over data, or follow from them.
 

@@ -211,6 +211,14 @@ class Linearised:
         found: dict[str, Any] = {k: None if v is None else v.detach() for k, v in vars(self).items()}
         return Linearised(**found)
 
+    def of(self, rows: Tensor) -> Linearised:
+        """Return what is known of some of the inputs, which a mask (B,) names."""
+        parts = (None if t is None else t[rows] for t in (self.f, self.phi, self.pushed, self.kernel))
+        f, phi, pushed, kernel = parts
+        assert f is not None
+        assert phi is not None
+        return Linearised(f, phi, pushed, kernel, self.overlap)
+
     def traces(self) -> tuple[Tensor, Tensor]:
         r"""Return the traces (B,) of :math:`J J^T` inside the span and outside of it, float64.
 

@@ -19,6 +19,8 @@ from .gaussian import finite
 
 # Class probabilities (B, C); or mean (B, C) and covariance (B, C, C) or variance (B, C).
 Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
+# The class index that says that there is no target, as in nn.CrossEntropyLoss.
+IGNORED = -100
 # Of rates and variances that single precision holds.
 LARGEST_LOGARITHM = 80.0
 
@@ -80,9 +82,17 @@ class Likelihood:
         """Return y in the shape that the loss wants; raise ValueError on targets that do not fit the outputs f (B, C)."""
         raise NotImplementedError
 
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log likelihood summed over the batch, up to constants and the noise, float64."""
+    def ignored(self, y: Tensor) -> Tensor | None:
+        """Return which of the targets of a batch (B, ...) are left out, (B, ...); None if none can be."""
+        return None
+
+    def losses(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log likelihoods (B,), up to constants and the noise, float64."""
         raise NotImplementedError
+
+    def loss(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log likelihood summed over the batch."""
+        return self.losses(f, y).sum()
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
         r"""Return W (R, K) with :math:`W^T W = \sum_b \Phi_b^T \Lambda_b \Phi_b`."""
@@ -178,17 +188,24 @@ class Classification(Likelihood):
                 f"shape (batch, {n_outputs}); got shape {tuple(y.shape)} and {y.dtype}. "
                 "Convert indices with y.long()."
             )
-        bad = (y < 0) | (y >= n_outputs)
+        bad = ((y < 0) | (y >= n_outputs)) & (y.long() != IGNORED)
         if bad.any():
             raise ValueError(
-                f"Class indices must lie in 0..{n_outputs - 1}, the model's outputs; got {int(y[bad][0])}. "
-                "Check the labels, or the width of the model's last layer; there is no ignore_index."
+                f"Class indices must lie in 0..{n_outputs - 1}, the model's outputs, or be {IGNORED}, which is ignored; got "
+                f"{int(y[bad][0])}. Check the labels, or the width of the model's last layer."
             )
         return y.long()
 
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy."""
-        return F.cross_entropy(f.double(), y, reduction="sum")
+    def ignored(self, y: Tensor) -> Tensor | None:
+        """Return which class indices are -100, as ``nn.CrossEntropyLoss`` ignores them."""
+        if y.is_floating_point() or y.is_complex():
+            return None
+        found = y.long() == IGNORED  # unsigned numbers may equal it as they are
+        return found if found.any() else None
+
+    def losses(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the cross-entropies; 0 where targets are ignored."""
+        return F.cross_entropy(f.double(), y, reduction="none", ignore_index=IGNORED)
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
         """Return the root of p_c-weighted, centred features."""
@@ -253,9 +270,9 @@ class Bernoulli(Likelihood):
             )
         return y
 
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the binary cross-entropy."""
-        return F.binary_cross_entropy_with_logits(f.double(), y, reduction="sum")
+    def losses(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the binary cross-entropies, each summed over the C targets."""
+        return F.binary_cross_entropy_with_logits(f.double(), y, reduction="none").sum(-1)
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
         """Return features times the standard deviations of the targets."""
@@ -336,9 +353,9 @@ class Regression(Likelihood):
             raise ValueError("Regression targets must be finite; got NaN or infinity.")
         return y.to(f.dtype)
 
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return half the sum of squared errors, in units of the noise ratios."""
-        return 0.5 * self._in_units(f.double() - y.double()).square().sum()
+    def losses(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return half the sums of squared errors, in units of the noise ratios."""
+        return 0.5 * self._in_units(f.double() - y.double()).square().sum(-1)
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
         """Return the features: the curvature of the loss is the identity, in units of the noise ratios."""
@@ -388,9 +405,9 @@ class Poisson(Likelihood):
         _check_logarithms(f, "The outputs of a Poisson likelihood are logarithms of rates")
         return y
 
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log likelihood, log-factorials included."""
-        return -mixtures.log_poisson(f.double(), y).sum()
+    def losses(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log likelihoods, log-factorials included."""
+        return -mixtures.log_poisson(f.double(), y).sum(-1)
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
         """Return features times the roots of the rates."""
@@ -454,10 +471,10 @@ class Heteroscedastic(Likelihood):
         _check_logarithms(logarithms, what)
         return y.double()
 
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log density, with its constants."""
+    def losses(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the negative log densities, with their constants."""
         mean, logarithm = f.double().chunk(2, -1)
-        return -mixtures.log_normal(y - mean, logarithm.exp()).sum()
+        return -mixtures.log_normal(y - mean, logarithm.exp()).sum(-1)
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
         """Return the root of the Fisher information: 1 / variance for a mean, 1/2 for the logarithm of a variance."""

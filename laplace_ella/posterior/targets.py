@@ -1,4 +1,4 @@
-"""The targets of a batch, checked against the outputs of the model."""
+"""The targets of a batch, checked against the outputs of the model, and the weights of its predictions."""
 
 from __future__ import annotations
 
@@ -65,3 +65,74 @@ def checked_targets(
             "Check the weights and the inputs of that batch."
         )
     return y
+
+
+def prediction_weights(likelihood: Likelihood, y: Tensor, weights: Tensor | None) -> Tensor | None:
+    """Return the weights of the predictions of a batch, float64: 0 where its target is ignored; None if all are 1.
+
+    Parameters
+    ----------
+    y : Tensor (B, ...)
+        Targets as they come from the loader.
+    weights : Tensor (B,) or (B, ...), optional
+        Those of the user, for each input, or for each of its positions.
+
+    Returns
+    -------
+    Tensor (B, L) or (B, 1), or None
+    """
+    ignored = likelihood.ignored(y)
+    of_user = None if weights is None else weights.detach().double().reshape(len(y), -1).cpu()
+    if ignored is None:
+        return of_user
+    counted = (~ignored).double().reshape(len(y), -1).cpu()
+    return counted if of_user is None else counted * of_user
+
+
+def check_weights(weights: Tensor | None, shape: torch.Size, name: str) -> None:
+    """Require weights for each input of a batch, or for each of its positions.
+
+    Parameters
+    ----------
+    weights : Tensor, optional
+    shape : torch.Size
+        (B, ...), of the outputs without C.
+    name : str
+        The name of the batch, for messages.
+    """
+    if weights is not None and weights.shape not in (shape[:1], shape):
+        allowed = " or ".join(dict.fromkeys([str(tuple(shape[:1])), str(tuple(shape))]))
+        raise ValueError(
+            f"In {name}: weights must be one for each input, or one for each prediction, of shape {allowed}; got "
+            f"{tuple(weights.shape)}."
+        )
+
+
+def check_unweighted(weights: Tensor | None, name: str) -> None:
+    """Require a batch without weights, where predictions are scored."""
+    if weights is not None:
+        raise ValueError(
+            f"In {name}: weights are for data that are fitted, and scores are plain means. Pass pairs (inputs, targets)."
+        )
+
+
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Multiply values (B L, ...) of predictions by the roots of their weights (B, L) or (B, 1)."""
+    if weights is None:
+        return values
+    roots = weights.to(values).sqrt().expand(-1, len(values) // len(weights))
+    return values * roots.reshape(-1, *[1] * (values.ndim - 1))
+
+
+def loss(likelihood: Likelihood, f: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the sum of the losses of a batch, each times the weight that the user gave it, float64."""
+    if weights is None:
+        return likelihood.loss(f, y)
+    each = likelihood.losses(f, y).reshape(len(weights), -1)
+    return (each * weights.to(each).reshape(len(weights), -1)).sum()
+
+
+def scored_rows(likelihood: Likelihood, y: Tensor) -> Tensor | None:
+    """Return which of the predictions (B L,) have targets; None if all have."""
+    ignored = likelihood.ignored(y)
+    return None if ignored is None else ~ignored.flatten()

@@ -22,7 +22,7 @@ from ..posterior.links import Noise
 from ..posterior.posterior import Posterior
 from ..posterior.prediction import attend, linearise, moments, numbers_per_output, predict
 from ..posterior.setting import Setting
-from ..posterior.targets import checked_targets
+from ..posterior.targets import check_unweighted, checked_targets, scored_rows
 from .baselines import Predictor, Scorer
 from .scoring import Block, Loss, ValidationData
 from .store import Store
@@ -83,8 +83,10 @@ def scorer_of(
             return
         norms = engine.last_layer_norms(part.x) if last_layer else None
         seen, positions = linearise(posterior, engine, part.x).detached(), engine.positions(part.x)
+        check_unweighted(part.weights, f"validation {part.name}")
         targets = checked_targets(likelihood, part.y, seen.f, positions, f"validation {part.name}")
-        data.append(len(part.y), Block(seen, targets, norms))
+        block, rows = Block(seen, targets, norms), scored_rows(likelihood, part.y)
+        data.append(len(part.y), block if rows is None else block.of(rows.to(targets.device)))
 
     parts = stream.parts("Validation data", partial(engine.bounded, width=width))
     work_through(parts, keep, ranks, posterior.fit.basis.ranks, "the validation data")

@@ -24,7 +24,7 @@ from ..posterior.links import LINKS
 from ..posterior.posterior import Posterior
 from ..posterior.sampling import Draws, averaged, outputs_at, scored, weight_offsets
 from ..posterior.setting import Setting
-from ..posterior.targets import checked_targets
+from ..posterior.targets import check_unweighted, checked_targets, scored_rows
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
 from .checks import check_interval, check_loss
 from .scoring import Loss, score
@@ -176,9 +176,14 @@ def _nn_scores(
         for batch in stream.batches("Validation data"):
             f = engine.forward(batch.x)
             flat_f, name = f.flatten(0, -2), f"validation {batch.name}"
+            check_unweighted(batch.weights, name)
             y = checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name)
+            rows = scored_rows(likelihood, batch.y)
+            rows = (
+                torch.ones(len(y), dtype=torch.bool, device=y.device) if rows is None else rows.to(y.device)
+            )
             # These are copies, as a loader may fill its buffers again.
-            kept.append((copied(batch.x), flat_f.clone(), y.clone()))
+            kept.append((copied(batch.x), rows, flat_f[rows], y[rows]))
     check_some(ranks.greatest(len(kept), "the validation data"), "validation loader")
     noise_variance = posterior.setting.sigma_noise.double().square()
 
@@ -197,11 +202,13 @@ def _nn_scores(
             # All candidates get the same noise, so that the best is not the luckiest.
             generator = torch.Generator(engine.device).manual_seed(posterior.seed)
             offsets = weight_offsets(candidate, Draws(search.n_samples, generator))
-            return ((of_samples(outputs_at(engine, offsets, x), likelihood), y) for x, _, y in kept)
+            return (
+                (of_samples(outputs_at(engine, offsets, x)[:, rows], likelihood), y) for x, rows, _, y in kept
+            )
 
         return scored_all(predictions)
 
-    return evaluate, lambda: scored_all(lambda: ((of_map(f), y) for _, f, y in kept))
+    return evaluate, lambda: scored_all(lambda: ((of_map(f), y) for _, _, f, y in kept))
 
 
 @contextmanager

@@ -39,6 +39,11 @@ class Block:
     targets: Tensor
     last_layer: Tensor | None
 
+    def of(self, rows: Tensor) -> Block:
+        """Return some of its predictions, which a mask (B,) names."""
+        norms = None if self.last_layer is None else self.last_layer[rows]
+        return Block(self.linearised.of(rows), self.targets[rows], norms)
+
 
 class ValidationData:
     """Validation data reduced to what predictions need, on one rank: the model runs once.
