@@ -73,8 +73,8 @@ def Laplace(
     ----------
     model : torch.nn.Module
         The trained network.
-    likelihood : {"classification", "regression", "reward_modeling", "bernoulli"}
-        The last, for binary and multi-label targets, with "ella" only.
+    likelihood : {"classification", "regression", "reward_modeling", "bernoulli", "poisson", "heteroscedastic"}
+        The last three, for binary and multi-label targets, counts, and noise that depends on the input, with "ella" only.
     subset_of_weights : {"last_layer", "subnetwork", "all"}
         "ella" needs "all".
     hessian_structure : {"kron", "diag", "full", "lowrank", "gp", "ella"}
@@ -119,7 +119,8 @@ class ELLALaplace(ParametricLaplace):
         are taken off.
     likelihood : str
         "classification", "regression" or "reward_modeling", as in :class:`laplace.ParametricLaplace`;
-        or "bernoulli", for binary and multi-label targets.
+        "bernoulli", for binary and multi-label targets; "poisson", for counts, with outputs that are log rates; or
+        "heteroscedastic", for numbers, with all means and then the logarithms of all variances as outputs.
     sigma_noise : float or Tensor
         Observation noise, a standard deviation (regression); a tensor (C,) gives each output its own. Tuning scales
         them together, and keeps the ratios.
@@ -340,7 +341,7 @@ class ELLALaplace(ParametricLaplace):
 
     @of_fit
     def n_predictions(self) -> Any:
-        """N times the positions of an input."""
+        """N times the positions of an input, without those that are ignored; with weights, their sum."""
         return 0
 
     @of_fit
@@ -577,8 +578,9 @@ class ELLALaplace(ParametricLaplace):
         Parameters
         ----------
         train_loader : iterable
-            Any iterable of batches ``(x, y)`` or mappings; read once, twice with
-            ``curvature_size=None``. Inputs are moved to the model's device, and converted to
+            Any iterable of batches ``(x, y)``, ``(x, y, weights)`` or mappings; read once, twice with
+            ``curvature_size=None``. Class indices of -100 are ignored. Weights, floating point, of each
+            input or position multiply loss and curvature. Inputs are moved to the model's device, and converted to
             its dtype only if it does not take them as they are. Tensors of a mapping that are as
             long as the batch, also in containers inside it, are cut into rows.
         override : bool
@@ -802,8 +804,10 @@ class ELLALaplace(ParametricLaplace):
         -------
         Tensor (B, C), or pair of Tensor
             Probabilities; or mean (B, C) and covariance (B, C, C), its diagonal
-            (B, C) with ``diagonal_output``, or (BC,) and (BC, BC) with ``joint``. The
-            observation noise is not included. With outputs (B, ..., C), B counts positions.
+            (B, C) with ``diagonal_output``, or (BC,) and (BC, BC) with ``joint``. These are moments
+            of the outputs in regression, where ``sigma_noise`` is not included; and of the targets with
+            "poisson" and "heteroscedastic" (D = C / 2 of them), whose noise follows from the outputs. With
+            outputs (B, ..., C), B counts positions.
 
         Raises
         ------
@@ -935,7 +939,7 @@ class ELLALaplace(ParametricLaplace):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw :meth:`functional_samples`, turned into probabilities where the likelihood has them: (S, B, C)."""
+        """Draw :meth:`functional_samples`, turned into probabilities, rates, or means and variances (S, B, C)."""
         samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
         # Before they are rounded: fp16 holds no logit above 65504.
         return self._posterior.likelihood.of_calls.inverse_link(samples).to(dtype)
