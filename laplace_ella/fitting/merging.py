@@ -24,7 +24,7 @@ from ..posterior.fit import Fit
 from ..posterior.gaussian import positive_part
 from ..posterior.likelihoods import Likelihood
 from ..posterior.posterior import Posterior
-from ..posterior.targets import check_weights, checked_targets, prediction_weights
+from ..posterior.targets import check_weights, checked_targets, prediction_weights, sum_of_weights
 from ..posterior.targets import loss as loss_of
 from .curvature import curvature
 
@@ -126,8 +126,8 @@ def _sums_over(
         weights = prediction_weights(likelihood, batch.y, batch.weights)
         G.add_(curvature(likelihood, phi, f, weights))
         loss.add_(loss_of(likelihood, f, y, batch.weights))
-        n = float(len(f) if weights is None else weights.sum() * (len(f) / weights.numel()))
-        counts.add_(torch.tensor([len(batch.y), n], dtype=torch.float64, device="cpu"))
+        n = len(batch.y), sum_of_weights(weights, len(f))
+        counts.add_(torch.tensor(n, dtype=torch.float64, device="cpu"))
         _check_count(fit, int(counts[0]))  # of a stream without end, too
 
     parts = stream.parts("Data to forget", partial(engine.bounded, width=basis.rank))

@@ -19,7 +19,14 @@ from ..data.pooling import pooled
 from ..data.stream import Batch
 from ..parallel.ranks import Ranks
 from ..posterior.likelihoods import Likelihood
-from ..posterior.targets import check_weights, checked_targets, loss, prediction_weights, warn_of_two_readings
+from ..posterior.targets import (
+    check_weights,
+    checked_targets,
+    loss,
+    prediction_weights,
+    sum_of_weights,
+    warn_of_two_readings,
+)
 
 
 @dataclass
@@ -145,17 +152,10 @@ def scan(
         found.loss = found.loss.to(f.device) + loss(likelihood, f, y, batch.weights)
         found.n_outputs, found.longest = f.shape[-1], max(found.longest, size)
         found.n_data = found.n_data + size
-        found.n_predictions += _counted(weights, len(f), of_user=batch.weights is not None)
+        count = sum_of_weights(weights, len(f))
+        found.n_predictions += round(count) if batch.weights is None else count
         found.n_batches += 1
         after(batch)
-
-
-def _counted(weights: Tensor | None, n: int, of_user: bool) -> float:
-    """Return how many of n predictions count, or the sum of their weights."""
-    if weights is None:
-        return n
-    total = float(weights.sum()) * n / weights.numel()
-    return total if of_user else round(total)
 
 
 def over_all(found: Scan, ranks: Ranks) -> Scan:

@@ -1,166 +1,36 @@
 r"""The likelihoods, each with its targets, loss, curvature in f, predictive density, links and parameters.
 
 A likelihood is one class. :data:`LIKELIHOODS` has those that are known, by the name that users pass; an entry added
-to it is a likelihood like the others. The curvature enters as a root: :math:`\Phi^T \Lambda \Phi = W^T W` with W
-returned by ``curvature_root``, so that no C x C matrix is formed and the result is positive semi-definite by construction.
+to it is a likelihood like the others.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import mixtures
-from .gaussian import finite
+from .likelihood import Likelihood, Prediction
+from .log_outputs import Heteroscedastic, Poisson
 
-# Class probabilities (B, C); or mean (B, C) and covariance (B, C, C) or variance (B, C).
-Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
+__all__ = [
+    "LIKELIHOODS",
+    "Bernoulli",
+    "Classification",
+    "Heteroscedastic",
+    "Likelihood",
+    "Poisson",
+    "Prediction",
+    "Regression",
+    "RewardModeling",
+    "name_of",
+]
+
 # The class index that says that there is no target, as in nn.CrossEntropyLoss.
 IGNORED = -100
-# Of rates and variances that single precision holds.
-LARGEST_LOGARITHM = 80.0
-
-
-class Likelihood:
-    r"""One observation model, of which subclasses change what is different in theirs.
-
-    Attributes
-    ----------
-    name : str
-        The name that users pass.
-    host_name : str
-        The likelihood of laplace-torch's that comes closest, whose constructor knows no others.
-    has_probabilities : bool
-        Whether predictions are probabilities (B, C); else they are means and covariances of outputs.
-    has_classes : bool
-        Whether each input is of one of C classes: probabilities sum to one, and landmarks can be balanced.
-    has_logits : bool
-        Whether ``logit_scale`` applies.
-    has_noise : bool
-        Whether ``sigma_noise`` applies.
-    tuned : tuple of str
-        What is tuned beside the temperature unless the user says otherwise.
-    scores_marginals : bool
-        Whether ``nll`` needs the variances of outputs only, where predictions are no probabilities.
-    has_positive_loss : bool
-        Whether no target adds a negative number to the loss, as none does that is one of countably many.
-    """
-
-    name = ""
-    host_name = "classification"
-    has_probabilities = True
-    has_classes = False
-    has_logits = False
-    has_noise = False
-    tuned: tuple[str, ...] = ()
-    scores_marginals = True
-    has_positive_loss = True
-
-    @property
-    def of_calls(self) -> Likelihood:
-        """The likelihood that predictions of users' calls are made with."""
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What tells it apart from others of its name, in plain types."""
-        return {}
-
-    def with_noise(self, sigma_noise: Tensor) -> Likelihood:
-        """Return the likelihood for an observation noise (), (1,) or (C,), as far as its scale does not say it all."""
-        return self
-
-    def noise(self, scale: Tensor) -> Tensor:
-        """Return the observation noise as users know it, () or (C,), of the scale () that is kept in the setting."""
-        return scale
-
-    def targets(self, y: Tensor, f: Tensor) -> Tensor:
-        """Return y in the shape that the loss wants; raise ValueError on targets that do not fit the outputs f (B, C)."""
-        raise NotImplementedError
-
-    def ignored(self, y: Tensor) -> Tensor | None:
-        """Return which of the targets of a batch (B, ...) are left out, (B, ...); None if none can be."""
-        return None
-
-    def losses(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log likelihoods (B,), up to constants and the noise, float64."""
-        raise NotImplementedError
-
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log likelihood summed over the batch."""
-        return self.losses(f, y).sum()
-
-    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
-        r"""Return W (R, K) with :math:`W^T W = \sum_b \Phi_b^T \Lambda_b \Phi_b`."""
-        raise NotImplementedError
-
-    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
-        r"""Return gradients (B, n, C) of the loss in f at n targets drawn from the likelihood itself.
-
-        Parameters
-        ----------
-        f : Tensor (B, C)
-        u : Tensor (B, n, C)
-            Uniform in (0, 1). The mean of the outer products of the gradients is :math:`\Lambda`.
-        """
-        raise NotImplementedError
-
-    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
-        """Return the negative log predictive density (B,), float64.
-
-        Parameters
-        ----------
-        prediction : Tensor (B, C), or pair of Tensor
-            Probabilities; or the mean (B, C) of the *outputs*, and their variance (B, C), or covariance (B, C, C) unless
-            ``scores_marginals``.
-        y : Tensor
-            Targets, as ``targets`` returns them.
-        noise_variance : float or Tensor ()
-            The square of the observation noise.
-        """
-        raise NotImplementedError
-
-    def inverse_link(self, f: Tensor) -> Tensor:
-        """Return the predictions of outputs (..., C) that are certain: probabilities, or the outputs themselves."""
-        return f
-
-    def entropy(self, p: Tensor) -> Tensor:
-        """Return the entropy (B,) of probabilities (B, C)."""
-        return -torch.special.xlogy(p, p).sum(-1)
-
-    def log_normaliser(self, sigma_noise: Tensor) -> Tensor | float:
-        """Return the log of what the density of one output is divided by, beside what depends on the loss."""
-        return 0.0
-
-    def certain(self, f: Tensor) -> Prediction:
-        """Return what ``nll`` takes for outputs (B, C) without variance."""
-        return self.inverse_link(f) if self.has_probabilities else (f, torch.zeros_like(f))
-
-    def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and variance (..., D) of the targets of certain outputs (..., C); without ``sigma_noise``."""
-        return f, torch.zeros_like(f)
-
-    def target_moments(self, mean: Tensor, spread: Tensor, n_outputs: int) -> tuple[Tensor, Tensor]:
-        """Return the moments of targets, given those of Gaussian outputs; without ``sigma_noise``.
-
-        Parameters
-        ----------
-        mean : Tensor (..., n C)
-            The C outputs of one input, or of n inputs together.
-        spread : Tensor (..., n C) or (..., n C, n C)
-            Variance or covariance.
-        n_outputs : int
-            C.
-
-        Returns
-        -------
-        mean, spread : Tensor (..., n D), and as ``spread``
-        """
-        return mean, spread
 
 
 class Classification(Likelihood):
@@ -379,137 +249,6 @@ class Regression(Likelihood):
         return torch.log(sigma_noise * math.sqrt(2 * math.pi))
 
 
-class Poisson(Likelihood):
-    """Counts, independent given their rates, whose logarithms are the C outputs."""
-
-    name = "poisson"
-    host_name = "regression"
-    has_probabilities = False
-
-    def targets(self, y: Tensor, f: Tensor) -> Tensor:
-        """Return counts (B, C), float64."""
-        if y.ndim == 1 and f.shape[-1] == 1:
-            y = y[:, None]
-        if y.shape != f.shape or y.is_complex():
-            raise ValueError(
-                f"Poisson targets must have the shape of the outputs, {tuple(f.shape)}, with one count for each; "
-                f"got {tuple(y.shape)} and {y.dtype}."
-            )
-        y = y.double()
-        bad = ~(y.isfinite() & (y >= 0) & (y == y.round()))
-        if bad.any():
-            raise ValueError(
-                f"Poisson targets must be counts, whole numbers of at least 0; got {float(y[bad][0]):.6g}. For rates or "
-                "other positive numbers take the logarithm, and likelihood='regression'."
-            )
-        _check_logarithms(f, "The outputs of a Poisson likelihood are logarithms of rates")
-        return y
-
-    def losses(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log likelihoods, log-factorials included."""
-        return -mixtures.log_poisson(f.double(), y).sum(-1)
-
-    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
-        """Return features times the roots of the rates."""
-        return (f.exp().sqrt()[..., None] * phi).flatten(0, 1)
-
-    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
-        """Return the roots of the rates with random signs, whose second moments are those of rate minus count."""
-        return f.exp().sqrt()[:, None] * (u - 0.5).sign()
-
-    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
-        """Score each count under the Gaussian of its log rate."""
-        mean, variance = prediction
-        return -mixtures.log_poisson_of_gaussian(mean, variance, y).sum(-1)
-
-    def inverse_link(self, f: Tensor) -> Tensor:
-        """Return the rates."""
-        return finite(f.exp())
-
-    def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rates, twice."""
-        rate = self.inverse_link(f)
-        return rate, rate
-
-    def target_moments(self, mean: Tensor, spread: Tensor, n_outputs: int) -> tuple[Tensor, Tensor]:
-        """Return the moments of counts, whose rates are log-normal: the mean rate, and its (co)variance plus the mean."""
-        if spread.ndim == mean.ndim:
-            rate = finite((mean + spread / 2).exp())
-            return rate, finite(rate + finite(rate.square()) * finite(spread.expm1()))
-        rate = finite((mean + spread.diagonal(dim1=-2, dim2=-1) / 2).exp())
-        of_rates = finite(rate[..., None] * rate[..., None, :]) * finite(spread.expm1())
-        return rate, finite(torch.diag_embed(rate) + finite(of_rates))
-
-
-class Heteroscedastic(Likelihood):
-    """Regression with noise that depends on the input: 2 D outputs, D means and then the logarithms of D variances."""
-
-    name = "heteroscedastic"
-    host_name = "regression"
-    has_probabilities = False
-    scores_marginals = False
-    has_positive_loss = False
-
-    def targets(self, y: Tensor, f: Tensor) -> Tensor:
-        """Return targets (B, D), float64."""
-        if f.shape[-1] % 2:
-            raise ValueError(
-                "A heteroscedastic likelihood needs two outputs for each target, all means and then the logarithms of all "
-                f"variances; got outputs of shape {tuple(f.shape)}."
-            )
-        means, logarithms = f.chunk(2, -1)
-        if y.ndim == 1 and means.shape[-1] == 1:
-            y = y[:, None]
-        if y.shape != means.shape or y.is_complex():
-            raise ValueError(
-                f"Heteroscedastic targets must have the shape of the means, {tuple(means.shape)}, half of the outputs; "
-                f"got {tuple(y.shape)} and {y.dtype}."
-            )
-        if not y.isfinite().all():
-            raise ValueError("Heteroscedastic targets must be finite; got NaN or infinity.")
-        what = "The second half of the outputs of a heteroscedastic likelihood are logarithms of variances"
-        _check_logarithms(logarithms, what)
-        return y.double()
-
-    def losses(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log densities, with their constants."""
-        mean, logarithm = f.double().chunk(2, -1)
-        return -mixtures.log_normal(y - mean, logarithm.exp()).sum(-1)
-
-    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
-        """Return the root of the Fisher information: 1 / variance for a mean, 1/2 for the logarithm of a variance."""
-        return (_root_information(f)[..., None] * phi).flatten(0, 1)
-
-    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
-        """Return the roots of the Fisher information with random signs, whose second moments are those of gradients."""
-        return _root_information(f)[:, None] * (u - 0.5).sign()
-
-    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
-        """Score each target under the Gaussian of its mean and of the logarithm of its variance."""
-        mean, spread = prediction
-        return -mixtures.log_normal_of_gaussian(mean, spread, y).sum(-1)
-
-    def inverse_link(self, f: Tensor) -> Tensor:
-        """Return D means, and then D variances."""
-        mean, logarithm = f.chunk(2, -1)
-        return torch.cat([mean, finite(logarithm.exp())], -1)
-
-    def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the means and the variances."""
-        mean, variance = self.inverse_link(f).chunk(2, -1)
-        return mean, variance
-
-    def target_moments(self, mean: Tensor, spread: Tensor, n_outputs: int) -> tuple[Tensor, Tensor]:
-        """Return the moments of targets: to the (co)variance of a mean comes the mean of its log-normal variance."""
-        of_means = torch.arange(mean.shape[-1], device=mean.device) % n_outputs < n_outputs // 2
-        is_matrix = spread.ndim > mean.ndim
-        variance = spread.diagonal(dim1=-2, dim2=-1) if is_matrix else spread
-        noise = finite((mean + variance / 2).exp())[..., ~of_means]
-        if not is_matrix:
-            return mean[..., of_means], finite(spread[..., of_means] + noise)
-        return mean[..., of_means], finite(spread[..., of_means, :][..., of_means] + torch.diag_embed(noise))
-
-
 KINDS = (Classification, Regression, RewardModeling, Bernoulli, Poisson, Heteroscedastic)
 LIKELIHOODS: dict[str, Likelihood] = {kind.name: kind() for kind in KINDS}
 
@@ -532,22 +271,6 @@ def _class_probabilities(y: Tensor, f: Tensor) -> Tensor:
             f"got rows that sum to {float(y.sum(-1).min()):.4g}..{float(y.sum(-1).max()):.4g}."
         )
     return y
-
-
-def _check_logarithms(f: Tensor, what: str) -> None:
-    """Require outputs whose exponentials are far from what floating point can hold."""
-    bad = f.isfinite() & (f.abs() > LARGEST_LOGARITHM)
-    if bad.any():
-        raise ValueError(
-            f"{what}, which must lie in -{LARGEST_LOGARITHM:.0f}..{LARGEST_LOGARITHM:.0f}; the model returned "
-            f"{float(f[bad][0]):.6g}. If its outputs are on the scale of the targets, let it return their logarithms."
-        )
-
-
-def _root_information(f: Tensor) -> Tensor:
-    """Return the roots of the Fisher information of D means and D logarithms of variances."""
-    logarithm = f.chunk(2, -1)[1]
-    return torch.cat([(-logarithm / 2).exp(), torch.full_like(logarithm, 0.5**0.5)], -1)
 
 
 def _log(p: Tensor) -> Tensor:

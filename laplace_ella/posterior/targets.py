@@ -89,6 +89,11 @@ def prediction_weights(likelihood: Likelihood, y: Tensor, weights: Tensor | None
     return counted if of_user is None else counted * of_user
 
 
+def sum_of_weights(weights: Tensor | None, n: int) -> float:
+    """Return the sum of the weights (B, L) or (B, 1) of n predictions."""
+    return n if weights is None else float(weights.sum()) * n / weights.numel()
+
+
 def check_weights(weights: Tensor | None, shape: torch.Size, name: str) -> None:
     """Require weights for each input of a batch, or for each of its positions.
 
