@@ -245,6 +245,19 @@ def run_in_parts(case, name):
     return report(la, case.problem.x_test)
 
 
+@pytest.mark.parametrize("size", [13, 2000, None])
+def test_weights_and_ignored_targets(two, size):
+    case = Case(options={"curvature_size": size}, fit={"landmarks": True})
+    check(two(run_weighted, case), run_weighted(case), same_steps=size is not None)
+
+
+def run_weighted(case):
+    p, weights = case.problem, torch.linspace(0.1, 2, N, dtype=F64)
+    data = TensorDataset(p.x, p.y.index_fill(0, torch.arange(0, N, 4), -100), weights)
+    sampler = DistributedSampler(data, shuffle=False) if dist.is_initialized() else None
+    return report(case.fitted(data=DataLoader(data, 5, sampler=sampler)), p.x_test)
+
+
 def test_data_that_would_leave_nothing_are_not_forgotten(two):
     for outcome, before, after in two(forget_everything):
         assert outcome.error == "ValueError"
