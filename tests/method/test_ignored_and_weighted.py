@@ -78,7 +78,12 @@ def assert_same_sums(la, expected):
     assert la.n_predictions == pytest.approx(expected.n_predictions)
 
 
-SIZES = [{"curvature_size": None}, {"curvature_size": 2000}]
+# The budget is that of few inputs, so that batches are cut.
+SIZES = [
+    {"curvature_size": None},
+    {"curvature_size": 2000},
+    {"curvature_size": 2000, "memory_budget": 60_000},
+]
 
 
 @pytest.mark.parametrize("options", SIZES, ids=str)
