@@ -91,7 +91,8 @@ class Engine:
         let_malloc_adapt()
         self._support: dict[Any, Support] = {}
         self._facts: dict[Any, InputFacts] = {}
-        self._smaller: dict[Any, Chunks] = {}
+        self._choices: dict[Any, tuple[str, Chunks]] = {}
+        self._smaller: dict[Any, Chunks] = {}  # with which a device ran out of memory no more
         self._free: dict[torch.device, int] = {}
         self._sizes: dict[Any, tuple[int, int]] = {}
         self._said: set[str] = set()
@@ -126,8 +127,9 @@ class Engine:
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
-        for found in (self._support, self._facts, self._smaller, self._free, self._sizes, self._prepared):
-            found.clear()
+        found = self._support, self._facts, self._choices, self._smaller, self._free, self._sizes
+        for of_model in (*found, self._prepared):
+            of_model.clear()
         self.cutting.forget()
 
     # ------------------------------------------------------------------ safe from outside, with inputs as they come
@@ -293,7 +295,7 @@ class Engine:
         contracted = self.facts(x).contracted
         if contracted is None or torch.is_grad_enabled():
             return False
-        return rank * contracted.prepared_bytes() <= self.budget() // 2
+        return rank * contracted.direction_bytes <= self.budget() // 2
 
     def cost(self, mode: str, x: Input, rank: int) -> float:
         """Return what the features of an input in a batch of usual size cost, counted in multiplications.
@@ -331,21 +333,28 @@ class Engine:
         if batch_size(x) == 0 or rank == 0:  # of few directions, a rank may have none
             f = self.function.outputs(self.function.weights(), x).flatten(0, -2)
             return f.new_zeros(*f.shape, rank), f
-        mode = self.mode(x, rank)
-        self._say(mode, x)
-        kind = setting_of(self.module), mode, rank, signature(x)
-        chunks = self._smaller.get(kind) or self.chunks(mode, x, rank)
-        result, used = with_smaller_chunks(
+        kind = setting_of(self.module), signature(x), rank
+        mode, chunks = self._chosen(kind, x, rank)
+        chunks = self._smaller.get((kind, mode), chunks)
+        (phi, f), used = with_smaller_chunks(
             lambda c: self._compute(mode, x, directions, c),
             chunks,
             self.device,
             lambda c: self.feature_bytes(mode, c, x),
         )
         if used != chunks:
-            self._smaller[kind] = used
-        phi, f = result
+            self._smaller[kind, mode] = used
         n_outputs = self.facts(x).n_outputs
         return phi.reshape(-1, n_outputs, rank), f.reshape(-1, n_outputs)
+
+    def _chosen(self, kind: Any, x: Input, rank: int) -> tuple[str, Chunks]:
+        """Return the way to compute features, and the chunks; once for inputs of a kind, budget and batch size."""
+        key = kind, batch_size(x), torch.is_grad_enabled(), self.budget()
+        if key not in self._choices:
+            mode = self.mode(x, rank)
+            self._say(mode, x)
+            self._choices[key] = mode, self.chunks(mode, x, rank)
+        return self._choices[key]
 
     def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safely``."""
@@ -449,7 +458,7 @@ class Engine:
     def prepared_bytes(self, mode: str, x: Input, rank: int) -> int:
         """Return the bytes of what is prepared of K directions, once for a basis."""
         function = self._function(mode, x, rank)
-        return rank * function.prepared_bytes() if isinstance(function, DerivedModel) else 0
+        return rank * function.direction_bytes if isinstance(function, DerivedModel) else 0
 
     def _function(self, mode: str, x: Input, rank: int) -> FunctionalModel:
         """Return the model that a way takes, for which there is room for what it prepares."""
@@ -459,7 +468,7 @@ class Engine:
         if not way.forward:
             return self.function
         function = facts.rewritten
-        while isinstance(function, DerivedModel) and rank * function.prepared_bytes() > self.budget() // 2:
+        while isinstance(function, DerivedModel) and rank * function.direction_bytes > self.budget() // 2:
             function = function.model
         return function
 
