@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
 from functools import cache, partial
@@ -412,15 +412,20 @@ class Engine:
             warnings.warn(text, stacklevel=2)
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
+        try:
+            return self.bound(mode, x, directions)(x, chunks)
+        except DivergedError:  # a branch or a shape that depends on the data
+            return self._as_it_is(x, directions)
+
+    def bound(
+        self, mode: str, x: Input, directions: Weights
+    ) -> Callable[[Input, Chunks], tuple[Tensor, Tensor]]:
+        """Return a way to compute features of inputs like ``x``, with all that it takes but the inputs."""
         way = FEATURES[mode]
         function = self._function(mode, x, len(next(iter(directions.values()))))
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
         weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
-        prepared = self._with_prepared(way, function, directions)
-        try:
-            return compute(function, weights, prepared, x, chunks)
-        except DivergedError:  # a branch or a shape that depends on the data
-            return self._as_it_is(x, directions)
+        return partial(compute, function, weights, self._with_prepared(way, function, directions))
 
     def _as_it_is(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         """Compute features of the model as it is, in no way that follows a record."""
