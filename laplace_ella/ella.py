@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .backends import OPTIONS, backend_options, nystrom_backend
 from .data.batches import Input, Raw
-from .data.checks import check_choice, check_flag, check_key, check_options
+from .data.checks import check_choice, check_flag, check_key, check_options, integer
 from .data.landmarks import Scheme
 from .data.loading import check_loader
 from .data.notices import warn_user
@@ -39,7 +39,8 @@ from .nystrom.basis import NystromBasis
 from .nystrom.caching import outside_inference, without_inference
 from .nystrom.compact import STORED
 from .parallel.ranks import ALONE, Ranks, check_process_group, ranks_of
-from .posterior import attributes, checks, copying, novelty, prediction, sampling
+from .posterior import acquisition, attributes, checks, copying, novelty, prediction, sampling, uncertainty
+from .posterior.acquisition import Acquisition
 from .posterior.attributes import become, of_fit, of_posterior, of_setting
 from .posterior.fit import Fit
 from .posterior.likelihoods import LIKELIHOODS, Prediction, name_of
@@ -48,6 +49,7 @@ from .posterior.novelty import ApproximationError
 from .posterior.posterior import Posterior
 from .posterior.residual import RESIDUALS
 from .posterior.sampling import Draws
+from .posterior.uncertainty import Uncertainty
 from .tuning import early_stopping, joint, prior
 from .tuning.checks import check_loss
 from .tuning.result import TuningResult
@@ -945,6 +947,148 @@ class ELLALaplace(ParametricLaplace):
             samples = sampling.outputs_at(engine, sampling.weight_offsets(now, draws), x, backprop)
             return samples, samples.dtype
         return sampling.sampled_functions(now, engine, x, draws, diagonal_output, backprop)
+
+    def uncertainty(
+        self, x: Input, n_samples: int = 128, generator: torch.Generator | None = None
+    ) -> Uncertainty:
+        r"""Say how uncertain the targets of inputs are, and how much of it more training data would take away.
+
+        Classification: the entropy of the mean prediction (total), the expected entropy (aleatoric) and the mutual information of
+        target and weights (epistemic), in nats, all from the same samples of the logits: those of ``link_approx="mc"``. Bernoulli: the same for each
+        of the C targets. Regression: variances, with :math:`\sigma^2` as the aleatoric part; nothing is sampled. Reward models are
+        regressions without noise here, as in a call.
+
+        Parameters
+        ----------
+        x : Tensor or mapping
+            B inputs.
+        n_samples : int
+            S, how many samples of the logits.
+        generator : torch.Generator, optional
+            Gives the seed of the samples. Default: the estimator's seed, so that the same call gives the same result.
+
+        Returns
+        -------
+        Uncertainty
+            ``total``, ``aleatoric`` and ``epistemic``: Tensor (B,) for classification, else (B, C). With outputs (B, ..., C), B counts
+            positions. Differentiable with respect to the inputs with ``enable_backprop``.
+
+        Raises
+        ------
+        AttributeError, ValueError
+            As for a call.
+        NotImplementedError
+            If a likelihood added from outside does not say what its uncertainty is.
+
+        Notes
+        -----
+        Cost: that of a call with ``link_approx="mc"``. With the default temperature both parts are what the posterior says; tune it first
+        (:meth:`optimize_hyperparameters`), as the size of the epistemic part is that of the variance.
+        Source: Depeweg et al. (ICML 2018), arXiv 1710.07283, eq. 4.
+        """
+        checks.check_prediction("glm", "mc", n_samples, generator, self._device)
+        now, engine = self._fitted(), self._engine
+        noise = Noise.seeded(n_samples, generator, now.seed, diagonal_output=False)
+        return uncertainty.uncertainty(now, engine, x, now.likelihood.of_calls, noise, self.enable_backprop)
+
+    def interval(
+        self, x: Input, level: float = 0.95, observation_noise: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        r"""Return intervals in which regression targets lie with a given probability.
+
+        The central intervals of the Gaussian marginals, :math:`\mu \pm z \sqrt{v + \sigma^2}`.
+
+        Parameters
+        ----------
+        x : Tensor or mapping
+            B inputs.
+        level : float
+            The probability, between 0 and 1.
+        observation_noise : bool
+            Whether :math:`\sigma^2` counts: True gives intervals of targets, False of the noiseless function.
+
+        Returns
+        -------
+        lower, upper : Tensor (B, C)
+            Of each output by itself. With outputs (B, ..., C), B counts positions. Differentiable with respect to the
+            inputs with ``enable_backprop``.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If the level is not between 0 and 1, or targets are not numbers.
+
+        Notes
+        -----
+        They cover as often as they say if the model is right: noise and temperature have to be tuned. Reward models have no noise.
+        """
+        level = uncertainty.checked_level(level)
+        with_noise = check_flag("observation_noise", observation_noise)
+        uncertainty.check_numbers_predicted(self._posterior.likelihood)
+        now, engine = self._fitted(), self._engine
+        likelihood = now.likelihood.of_calls
+        return uncertainty.interval(now, engine, x, likelihood, level, with_noise, self.enable_backprop)
+
+    def batch_bald(
+        self,
+        pool_loader: Iterable[Any],
+        batch_size: int,
+        *,
+        n_samples: int = 256,
+        n_labellings: int = 1024,
+        generator: torch.Generator | None = None,
+    ) -> Acquisition:
+        r"""Choose which inputs of a pool to label next: those whose labels together tell most about the function.
+
+        The mutual information of the labels of the batch and the function, maximised greedily (BatchBALD), so that inputs that
+        tell the same are not chosen together, as they are by their own :meth:`uncertainty`. Functions are samples in the K dimensions of the span,
+        shared by the whole pool.
+
+        Parameters
+        ----------
+        pool_loader : iterable
+            Batches of unlabelled inputs, always in the same order: x alone, (x, y) or mappings; read once. No labels are used.
+        batch_size : int
+            b, how many to choose.
+        n_samples : int
+            S, how many functions are sampled. No batch can tell more than log S nats of them.
+        n_labellings : int
+            Up to how many labellings of the inputs chosen so far are gone through one by one, :math:`C^b` of them; beyond, so many are drawn.
+        generator : torch.Generator, optional
+            Gives the seed of the samples. Default: the estimator's seed.
+
+        Returns
+        -------
+        Acquisition
+            ``indices`` (b,), positions in the pool, in the order of choice, and ``scores`` (b,), the mutual information of
+            the first 1 ... b of them, in nats. With outputs (B, ..., C), candidates are positions, input by input; with C binary
+            targets, an input gets all its labels. Of a reward model, pairs are chosen.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If the likelihood has no finite set of labels (regression), an argument is out of range, or the pool is smaller than the batch.
+
+        Notes
+        -----
+        Cost: the features of the pool, once; then about S x C x min(n_labellings, C^b) operations for each candidate and choice. Memory: K x C numbers
+        for each candidate, and some 100 MB. On several ranks each chooses from its own pool; with ``shard_directions=True`` all have to call.
+        Source: Kirsch, van Amersfoort, Gal (NeurIPS 2019), arXiv 1906.08158.
+        """
+        now, engine = self._fitted(), self._engine
+        with now.fit.basis.ranks.together("the arguments of batch_bald()"):
+            size = integer("batch_size", batch_size, "a positive integer", 1)
+            most = integer("n_labellings", n_labellings, "a positive integer", 1)
+            checks.check_prediction("glm", "mc", n_samples, generator, self._device)
+            check_loader("pool_loader", pool_loader)
+            acquisition.check_labels(now, most)
+        noise = Noise.seeded(n_samples, generator, now.seed, diagonal_output=False)
+        inputs = Stream(pool_loader, self.dict_key_x, self.dict_key_y, engine.inputs).inputs("Pool")
+        return acquisition.batch_bald(now, engine, inputs, size, noise, most)
 
     @torch.no_grad()
     def residual_share(self, x: Input) -> Tensor:

@@ -8,6 +8,7 @@ returned by ``curvature_root``, so that no C x C matrix is formed and the result
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.notices import warn_user
+from .gaussian import Outputs
 
 # Class probabilities (B, C); or mean (B, C) and covariance (B, C, C) or variance (B, C).
 Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -89,6 +91,51 @@ class Likelihood:
         """Return the entropy (B,) of probabilities (B, C)."""
         return -torch.special.xlogy(p, p).sum(-1)
 
+    def log_probabilities(self, f: Tensor) -> Tensor:
+        """Return the log probabilities (..., Y) of the Y labels that each target may have, of outputs (..., C).
+
+        Raises
+        ------
+        NotImplementedError
+            If targets have no finite set of labels.
+        """
+        raise NotImplementedError(
+            f"likelihood={self.name!r} names no finite set of labels, whose entropy could be taken. Define "
+            "log_probabilities(), or uncertainty(), in its class."
+        )
+
+    def uncertainty(
+        self, outputs: Outputs, samples: Iterable[Tensor], noise_variance: Any
+    ) -> tuple[Tensor, Tensor]:
+        r"""Split the uncertainty of each target: what remains if the outputs are known, and what their knowledge would take away.
+
+        Here the expected entropy and the mutual information of target and outputs, in nats, whose sum is the entropy of the
+        mean prediction; where targets are numbers, variances.
+
+        Parameters
+        ----------
+        outputs : Outputs
+            The Gaussian over outputs (B, C).
+        samples : iterable of Tensor (s, B, C)
+            Samples of it, some at a time; not drawn unless they are asked for.
+        noise_variance : float or Tensor
+            :math:`\sigma^2`, or 0.
+
+        Returns
+        -------
+        aleatoric, epistemic : Tensor (B, ...)
+            None is negative; one number for each target.
+        """
+        n, known, mean = 0, torch.zeros(()).to(outputs.mean), None
+        for f in samples:
+            # In logarithms, since the derivative of p log p does not exist where p is rounded to 0.
+            log_p = self.log_probabilities(f.double())
+            n, known, block = n + len(f), known + entropy_of(log_p).sum(0), log_p.logsumexp(0)
+            mean = block if mean is None else torch.logaddexp(mean, block)
+        assert mean is not None
+        known = known / n
+        return known, (entropy_of(mean - math.log(n)) - known).clamp_min(0)
+
     def log_normaliser(self, sigma_noise: Tensor) -> Tensor | float:
         """Return the log of what the density of one output is divided by, beside what depends on the loss."""
         return 0.0
@@ -159,6 +206,10 @@ class Classification(Likelihood):
         """Return class probabilities (..., C)."""
         return f.softmax(-1)
 
+    def log_probabilities(self, f: Tensor) -> Tensor:
+        """Return the log probabilities (..., C) of the classes."""
+        return f.log_softmax(-1)
+
 
 class RewardModeling(Classification):
     """Reward models, which laplace-torch fits as classifiers of pairs, and calls as regressions."""
@@ -221,6 +272,10 @@ class Bernoulli(Likelihood):
         """Return the probability of each target to be 1."""
         return f.sigmoid()
 
+    def log_probabilities(self, f: Tensor) -> Tensor:
+        """Return the log probabilities (..., C, 2) of each of the C targets to be 1, and to be 0."""
+        return F.logsigmoid(torch.stack([f, -f], -1))
+
     def entropy(self, p: Tensor) -> Tensor:
         """Return the sum of the entropies of the C targets."""
         return super().entropy(p) + super().entropy(1 - p)
@@ -266,6 +321,13 @@ class Regression(Likelihood):
         squared = (y.double() - mean.double()).square()
         return 0.5 * (squared / var + (2 * math.pi * var).log()).sum(-1)
 
+    def uncertainty(
+        self, outputs: Outputs, samples: Iterable[Tensor], noise_variance: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the variances (B, C) of the noise and of each output; no samples are drawn."""
+        variance = outputs.variance
+        return noise_variance + torch.zeros_like(variance), variance
+
     def log_normaliser(self, sigma_noise: Tensor) -> Tensor:
         """Return log(sigma sqrt(2 pi))."""
         return torch.log(sigma_noise * math.sqrt(2 * math.pi))
@@ -294,6 +356,11 @@ def _class_probabilities(y: Tensor, f: Tensor) -> Tensor:
             f"got rows that sum to {float(y.sum(-1).min()):.4g}..{float(y.sum(-1).max()):.4g}."
         )
     return y
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """Return the entropies (...), in nats, of distributions with log probabilities (..., Y)."""
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 def _log(p: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from ..network.engine import Engine
 from ..network.functional import Weights, flat
 from ..network.lookups import padding_rows
 from .checks import check_finite_samples, check_generator
-from .gaussian import functional_samples
 from .likelihoods import Likelihood, Prediction
 from .posterior import Posterior
 from .prediction import linearise
@@ -95,10 +94,10 @@ def sampled_functions(
     outputs, dtype = posterior.outputs(seen), seen.f.dtype
     if diagonal_output:
         return outputs.independent_samples(draws.normal(posterior, *outputs.mean.shape)), dtype
-    samples = functional_samples(outputs.mean, outputs.psi, draws.normal(posterior, outputs.psi.shape[-1]))
+    noise, rest = draws.normal(posterior, outputs.psi.shape[-1]), None
     if outputs.isotropic is not None:
-        noise = draws.normal(posterior, outputs.isotropic.shape[1], outputs.mean.shape[1])
-        samples = samples + torch.einsum("bd,sdc->sbc", outputs.isotropic, noise.to(outputs.isotropic))
+        rest = draws.normal(posterior, outputs.isotropic.shape[1], outputs.mean.shape[1])
+    samples = outputs.functions(noise, rest)
     if in_weights:
         _add_outside(posterior, engine, samples, x, draws.generator)
     return samples, dtype
