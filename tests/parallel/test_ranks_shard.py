@@ -263,3 +263,24 @@ def test_a_bad_input_of_one_rank_stops_the_prediction_of_all(two):
 def predict_badly():
     la, x = Case().fitted(shard_directions=True), Case().problem.x_test
     return outcome_of(la, x * float("nan") if dist.get_rank() == 1 else x), predictions(la, x)
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_parts_of_an_uncertainty_intervals_and_choices(two, likelihood):
+    """Each rank asks for inputs of its own, and chooses from a pool of its own."""
+    case = Case(likelihood, options={"residual": "isotropic"})
+    la, x = case.fitted(), case.problem.x_test
+    for found, own in zip(two(ask_for_uncertainty, case), x.split(UNEQUAL[2])):
+        for name, answer in answers(la, own).items():
+            assert_agree(found[name], answer, name)
+
+
+def answers(la, x):
+    found = {"uncertainty": tuple(la.uncertainty(x, 32))}
+    if la.likelihood == "regression":
+        return found | {"interval": la.interval(x)}
+    return found | {"choice": tuple(t.double() for t in la.batch_bald(x.split(1), 2, n_samples=32))}
+
+
+def ask_for_uncertainty(case):
+    return answers(case.fitted(shard_directions=True), part(case.problem.x_test))
