@@ -77,6 +77,23 @@ def test_a_likelihood_says_what_is_not_for_it(counts):
         la(X, link_approx="bridge")
 
 
+def test_a_likelihood_says_how_its_uncertainty_splits(counts, monkeypatch):
+    la = build("poisson")
+    la.fit(counts)
+    with pytest.raises(NotImplementedError, match=r"'poisson'.*log_probabilities\(\), or uncertainty\(\)"):
+        la.uncertainty(X)
+    with pytest.raises(ValueError, match=r"'poisson' has no finite set"):
+        la.batch_bald([X], 2)
+
+    def uncertainty(self, outputs, samples, noise_variance):
+        """The variance of a count: the mean of that of a Poisson, and the variance of its mean."""
+        rates = torch.cat(list(samples)).exp()
+        return rates.mean(0), rates.var(0, correction=0)
+
+    monkeypatch.setattr(Poisson, "uncertainty", uncertainty, raising=False)
+    torch.testing.assert_close(la.uncertainty(X, 64).aleatoric, la(X, link_approx="mc", n_samples=64))
+
+
 def test_a_link_is_one_function(monkeypatch):
     def of_the_mean(outputs, likelihood, noise):
         return likelihood.inverse_link(outputs.mean)

@@ -232,7 +232,7 @@ def test_the_residual_adds_to_the_information():
     with_residual, without = (e.batch_bald([POOL], 3, n_samples=512).scores[-1] for e in (la, plain))
     assert with_residual > 1.05 * without
     la.backend.engine.memory_budget = 1000
-    with pytest.raises(ValueError, match="memory budget is 1e\\+03.*Lower n_samples"):
+    with pytest.raises(ValueError, match=r"memory budget is 1e\+03.*Lower n_samples"):
         la.batch_bald([POOL], 3)
 
 
@@ -270,7 +270,7 @@ def test_what_cannot_be_enumerated_or_sampled_is_refused_before_the_pool_is_read
 def test_pools_that_are_none():
     la = fit()
     for pool in (POOL, "pool", {"x": POOL}, None):
-        with pytest.raises(ValueError, match="pool_loader must be an iterable.*into a list"):
+        with pytest.raises(ValueError, match=r"pool_loader must be an iterable.*into a list"):
             la.batch_bald(pool, 2)
     for pool in ([], [POOL[:0]], [POOL[:1]]):
         with pytest.raises(ValueError, match="batch_size must be at most the size of the pool; got 2"):

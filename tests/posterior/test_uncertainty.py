@@ -107,7 +107,7 @@ def test_one_binary_target_is_two_classes():
 @pytest.mark.parametrize("residual", ["none", "isotropic", "exact"])
 def test_regression_has_variances_with_and_without_noise(residual):
     la = fit("regression", sigma_noise=0.7, residual=residual)
-    mean, variance = la(X, diagonal_output=True)
+    _, variance = la(X, diagonal_output=True)
     found = la.uncertainty(X)
     assert_close(found.epistemic, variance, 1e-12)
     assert_close(found.aleatoric, torch.full_like(variance, 0.7**2), 1e-12)
@@ -116,7 +116,7 @@ def test_regression_has_variances_with_and_without_noise(residual):
 
 def test_rewards_are_answered_as_a_regression_without_noise():
     la = fitted("reward_modeling", RewardModel(), reward_batches())
-    mean, variance = la(X, diagonal_output=True)
+    _, variance = la(X, diagonal_output=True)
     found = la.uncertainty(X)
     assert torch.equal(found.aleatoric, torch.zeros_like(variance))
     assert_close(found.total, variance, 1e-12)
@@ -158,19 +158,6 @@ def test_gradients_are_finite_where_probabilities_are_rounded_to_zero(likelihood
     assert found.total.min() < 1e-300
     for part in found:
         assert torch.autograd.grad(part.sum(), x, retain_graph=True)[0].isfinite().all()
-
-
-def test_a_likelihood_from_outside_says_what_it_lacks(monkeypatch):
-    class Outside(type(LIKELIHOODS["bernoulli"])):
-        name = "outside"
-
-        def log_probabilities(self, f):
-            return super(type(LIKELIHOODS["bernoulli"]), self).log_probabilities(f)
-
-    monkeypatch.setitem(LIKELIHOODS, "outside", Outside())
-    la = fitted("outside", data=loader(inputs(), labels("bernoulli")))
-    with pytest.raises(NotImplementedError, match="outside.*log_probabilities"):
-        la.uncertainty(X)
 
 
 def test_what_is_asked_of_an_estimator_that_is_not_fitted_or_with_bad_arguments():
