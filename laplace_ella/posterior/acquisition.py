@@ -8,8 +8,9 @@ are by their separate informations (BALD). Source: Kirsch, van Amersfoort, Gal (
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,9 @@ from .links import Noise, quasi_normal, with_room
 from .posterior import Posterior
 from .prediction import attend, linearise, numbers_per_output
 
-# Numbers of the largest tensors that are made of some candidates at a time, unless one candidate takes more.
-NUMBERS_AT_ONCE = 2**22
+# Numbers of the largest tensors that are made of some candidates at a time, unless one candidate takes more; and of the
+# probabilities of the whole pool, up to which they are kept between choices.
+NUMBERS_AT_ONCE, NUMBERS_KEPT = 2**22, 2**24
 
 
 class Acquisition(NamedTuple):
@@ -66,14 +68,20 @@ class Labellings:
         one = torch.ones(1, dtype=torch.float64, device=device)
         return cls(one, (one / n_samples).expand(n_samples, 1))
 
-    def gains(self, log_p: Tensor) -> Tensor:
-        r"""Return :math:`I(y; f \mid y_{chosen})` (n,) of candidates whose labels have log probabilities (S, n, Y)."""
-        n_samples, _, n_labels = log_p.shape
-        p_given = (self.weights.T @ log_p.exp().reshape(n_samples, -1)).unflatten(1, (-1, n_labels))
-        entropies = -torch.special.xlogy(p_given, p_given).sum(-1)
+    def gains(self, p: Tensor, entropies: Tensor) -> Tensor:
+        r"""Return :math:`I(y; f \mid y_{chosen})` (n,) of candidates.
+
+        Parameters
+        ----------
+        p : Tensor (S, n, Y)
+            Probabilities of their labels under each function.
+        entropies : Tensor (S, n)
+            The entropies of these.
+        """
+        given = (self.weights.T @ p.flatten(1)).unflatten(1, p.shape[1:])
         # Of the same labellings, so that the difference is positive also where they are a sample.
-        known = (self.weights @ self.probabilities) @ entropy_of(log_p)
-        return self.probabilities @ entropies - known
+        known = (self.weights @ self.probabilities) @ entropies
+        return self.probabilities @ -torch.special.xlogy(given, given).sum(-1) - known
 
     def joined_by(self, p: Tensor, most: int, start: Tensor) -> Labellings:
         """Return the labellings with one more input, whose labels have probabilities (S, Y).
@@ -115,6 +123,19 @@ class Pool:
         """Where the tensors are."""
         return self.outputs.device
 
+    def parts(self, numbers_of_one: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, of some candidates at a time, the probabilities (S, n, Y) of their labels under each function, and the entropies (S, n).
+
+        Parameters
+        ----------
+        numbers_of_one : int
+            What one candidate takes while it is worked on.
+        """
+        step = max(1, NUMBERS_AT_ONCE // numbers_of_one)
+        for rows in (slice(a, a + step) for a in range(0, len(self), step)):
+            log_p = self.log_probabilities(rows)
+            yield log_p.exp(), entropy_of(log_p)
+
     def log_probabilities(self, rows: slice) -> Tensor:
         """Return the log probabilities (S, n, Y) of the labels of some candidates, under each function."""
         isotropic = self.outputs.isotropic
@@ -124,15 +145,8 @@ class Pool:
             psi=self.outputs.psi[rows],
             isotropic=None if isotropic is None else isotropic[rows],
         )
-        return of_all_targets(
-            self.likelihood.log_probabilities(some.functions(self.noise, self.rest).double())
-        )
-
-    def gains(self, labellings: Labellings, n_labels: int) -> Tensor:
-        """Return the gains (n,) of all candidates, some at a time."""
-        step = max(1, NUMBERS_AT_ONCE // (n_labels * max(labellings.weights.shape)))
-        starts = range(0, len(self), step)
-        return torch.cat([labellings.gains(self.log_probabilities(slice(a, a + step))) for a in starts])
+        f = some.functions(self.noise, self.rest).double()
+        return of_all_targets(self.likelihood.log_probabilities(f))
 
 
 def of_all_targets(log_p: Tensor) -> Tensor:
@@ -222,11 +236,14 @@ def batch_bald(
 @without_autocast
 def greedy(pool: Pool, n_labels: int, n_labellings: int, starts: Tensor) -> Acquisition:
     """Choose the candidate of the largest gain, one after the other."""
-    labellings = Labellings.of_nothing(len(pool.noise), pool.device)
+    n_samples = len(pool.noise)
+    labellings = Labellings.of_nothing(n_samples, pool.device)
+    read = partial(pool.parts, n_labels * max(n_samples, n_labellings))
+    kept = list(read()) if len(pool) * n_samples * n_labels <= NUMBERS_KEPT else None
     indices: list[int] = []
     gained: list[Tensor] = []
     for start in starts:
-        gains = pool.gains(labellings, n_labels)
+        gains = torch.cat([labellings.gains(*part) for part in kept or read()])
         gains[indices] = -math.inf
         best = int(gains.argmax())
         indices.append(best)
@@ -234,7 +251,7 @@ def greedy(pool: Pool, n_labels: int, n_labellings: int, starts: Tensor) -> Acqu
         if len(indices) < len(starts):
             p = pool.log_probabilities(slice(best, best + 1))[:, 0].exp()
             labellings = labellings.joined_by(p, n_labellings, start)
-    return Acquisition(torch.tensor(indices, device=gains.device), torch.stack(gained).cumsum(0))
+    return Acquisition(torch.tensor(indices, device=pool.device), torch.stack(gained).cumsum(0))
 
 
 def check_labels(posterior: Posterior, n_labellings: int) -> None:
