@@ -161,7 +161,9 @@ def of_all_targets(log_p: Tensor) -> Tensor:
 
 def n_labels_of(likelihood: Likelihood, n_outputs: int) -> int:
     """Return in how many ways an input may be labelled."""
-    *targets, n_labels = likelihood.log_probabilities(torch.zeros(n_outputs, device="cpu")).shape
+    *targets, n_labels = likelihood.log_probabilities(
+        torch.zeros(n_outputs, dtype=torch.float64, device="cpu")
+    ).shape
     return int(n_labels ** math.prod(targets))
 
 
@@ -179,7 +181,7 @@ def read_pool(posterior: Posterior, engine: Engine, inputs: Iterable[Input], noi
     parts = (part for x in inputs for part in engine.bounded(x, width))
     work_through(parts, look_at, ALONE, posterior.fit.basis.ranks, "the pool")
     if not found:
-        empty = torch.zeros(0, posterior.fit.n_outputs, device=engine.device)
+        empty = torch.zeros(0, posterior.fit.n_outputs, dtype=torch.float64, device=engine.device)
         return Pool(Outputs(empty, empty[..., None]), posterior.likelihood, empty)
     isotropic = [o.isotropic for o in found if o.isotropic is not None]
     joined = Outputs(
@@ -187,8 +189,12 @@ def read_pool(posterior: Posterior, engine: Engine, inputs: Iterable[Input], noi
         torch.cat([o.psi for o in found]),
         torch.cat(isotropic) if isotropic else None,
     )
-    points = quasi_normal(noise.n_samples, joined.psi.shape[-1], noise.seed)
+    points = quasi_normal(noise.n_samples, joined.psi.shape[-1], noise.seed).to(joined.psi)
     return Pool(with_room(joined), posterior.likelihood, points, _rest(joined, noise, engine.budget()))
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 def _rest(outputs: Outputs, noise: Noise, budget: int) -> Tensor | None:
@@ -201,9 +207,10 @@ def _rest(outputs: Outputs, noise: Noise, budget: int) -> Tensor | None:
             f"The residual of {noise.n_samples} functions takes noise of shape {shape}, {8 * math.prod(shape):.2g} bytes, and the "
             f"memory budget is {budget:.2g}. Lower n_samples or residual_samples, or choose with residual='none'."
         )
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(noise.seed), dtype=torch.float64, device="cpu"
+    noise_of_tangents = torch.randn(
+        shape, generator=_generator(noise.seed), dtype=torch.float64, device="cpu"
     )
+    return noise_of_tangents.to(outputs.isotropic)
 
 
 @torch.no_grad()
@@ -229,7 +236,7 @@ def batch_bald(
             "A generator that was read before is empty: pass a fresh one."
         )
     n_labels = n_labels_of(posterior.likelihood, posterior.fit.n_outputs)
-    start = torch.rand(batch_size, generator=torch.Generator().manual_seed(noise.seed), dtype=torch.float64)
+    start = torch.rand(batch_size, generator=_generator(noise.seed), dtype=torch.float64, device="cpu")
     return greedy(pool, n_labels, n_labellings, start)
 
 
@@ -251,7 +258,9 @@ def greedy(pool: Pool, n_labels: int, n_labellings: int, starts: Tensor) -> Acqu
         if len(indices) < len(starts):
             p = pool.log_probabilities(slice(best, best + 1))[:, 0].exp()
             labellings = labellings.joined_by(p, n_labellings, start)
-    return Acquisition(torch.tensor(indices, device=pool.device), torch.stack(gained).cumsum(0))
+    return Acquisition(
+        torch.tensor(indices, dtype=torch.int64, device=pool.device), torch.stack(gained).cumsum(0)
+    )
 
 
 def check_labels(posterior: Posterior, n_labellings: int) -> None:

@@ -126,7 +126,7 @@ class Likelihood:
         aleatoric, epistemic : Tensor (B, ...)
             None is negative; one number for each target.
         """
-        n, known, mean = 0, torch.zeros(()).to(outputs.mean), None
+        n, known, mean = 0, outputs.mean.new_zeros(()), None
         for f in samples:
             # In logarithms, since the derivative of p log p does not exist where p is rounded to 0.
             log_p = self.log_probabilities(f.double())

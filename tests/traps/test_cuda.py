@@ -153,6 +153,12 @@ def test_everything_that_is_tuned_is_what_a_cpu_tunes(residual, curvature):
         assert_close(gpu.residual_share(X.cuda()), cpu.residual_share(X), rtol=1e-6)
     assert gpu.novelty(X.cuda()).is_cuda
     assert gpu.functional_samples(X.cuda()).is_cuda
+    for one, other in zip(gpu.uncertainty(X.cuda()), cpu.uncertainty(X)):
+        assert one.is_cuda
+        if gpu.basis.rank == cpu.basis.rank:
+            assert_close(one, other, rtol=1e-6)
+    if residual != "exact":
+        assert gpu.batch_bald([X], 3).indices.is_cuda
 
 
 def test_validation_features_are_spilled_off_the_device():
