@@ -139,10 +139,8 @@ def by_bald(now: Round) -> Tensor:
 def by_batch_bald(now: Round, landmarks_of_pool: bool = True) -> Tensor:
     """Choose those whose labels together would tell most."""
     la, sizes = now.fitted(landmarks_of_pool), now.sizes
-    found = la.batch_bald(
-        now.pool.split(200), N_BATCH, n_samples=sizes.samples, n_labellings=sizes.labellings
-    )
-    return found.indices
+    options = {"n_samples": sizes.samples, "n_labellings": sizes.labellings}
+    return la.batch_bald(now.pool.split(200), N_BATCH, **options).indices
 
 
 STRATEGIES: dict[str, Callable[[Round], Tensor]] = {
@@ -209,9 +207,10 @@ def print_table(found: dict[str, Any]) -> None:
     for name in found["curves"]:
         accuracy = of_seeds(found, name, "accuracy")
         of_curve = accuracy.mean(1)
-        error = float(of_curve.std()) / len(of_curve) ** 0.5 if len(of_curve) > 1 else float("nan")
+        n = len(of_curve)
+        error = f" ± {float(of_curve.std()) / n**0.5:.3f}" if n > 1 else ""
         cells = "".join(f"{float(accuracy[:, i].mean()):7.3f}" for i in shown)
-        print(f"{name:38}{cells}   {float(of_curve.mean()):.3f} ± {error:.3f}")
+        print(f"{name:38}{cells}   {float(of_curve.mean()):.3f}{error}")
 
 
 def plot(found: dict[str, Any]) -> plt.Figure:
