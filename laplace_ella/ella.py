@@ -406,14 +406,32 @@ class ELLALaplace(ParametricLaplace):
 
     @of_posterior
     def basis(now: Posterior) -> NystromBasis:
-        """The K directions and the spectrum they come from.
+        """The K directions that are used, and the spectrum they come from.
 
         Raises
         ------
         AttributeError
             Before a fit.
         """
-        return now.fit.basis
+        return now.basis
+
+    @attributes.of_rank
+    def n_directions(self) -> Any:
+        """K', how many of the directions that the fit found are used: the leading ones; assigning None means all.
+
+        A prediction costs less with fewer: :meth:`predict_plan` says how much. What follows is what a fit with
+        ``n_eigenvalues=K'`` would have found, apart from temperature and scales, which tuning found for another K': tune
+        again. Nothing is dropped, so that it may be raised again, up to as many directions as the fit found. A new fit uses
+        all of its own. Copies of an estimator (``copy.copy``) share the directions in memory, and each may use as many as it
+        likes.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If a value is not an integer, or not from 1 to the number of directions of the fit.
+        """
 
     @of_posterior
     def posterior_precision(now: Posterior) -> Tensor:
@@ -479,7 +497,7 @@ class ELLALaplace(ParametricLaplace):
     def backend(self) -> Any:
         """The backend, with the basis of the last fit."""
         backend, now = super().backend, self._posterior.current
-        backend.basis = None if now is None else now.basis
+        backend.basis = None if now is None else self._posterior.basis
         return backend
 
     # ------------------------------------------------------------------ this moment
@@ -662,7 +680,7 @@ class ELLALaplace(ParametricLaplace):
         """Return what the estimator is to take over after a fit, having chosen among snapshots of G."""
         if request.val_loader is None:
             return {"current": fit}
-        now = replace(self._posterior, current=fit)
+        now = self._posterior.fitted(fit)
         stream = self._stream(request.val_loader, request.progress_bar)
         free = fresh and not now.temperature_fixed
         return early_stopping.stopped_early(now, self._engine, stream, ranks, request.link_approx, free)

@@ -132,6 +132,10 @@ class Engine:
             of_model.clear()
         self.cutting.forget()
 
+    def drop_prepared(self) -> None:
+        """Free what ways have made of directions, which come again where they are used again."""
+        self._prepared.clear()
+
     # ------------------------------------------------------------------ safe from outside, with inputs as they come
 
     def inputs(self, x: Raw | Input, size: int | None = None) -> Input:

@@ -50,7 +50,7 @@ def weight_offsets(posterior: Posterior, draws: Draws, fixed: Mapping[str, int] 
     Except in one row of each of the weights that ``fixed`` names.
     """
     noise = draws.normal(posterior, posterior.rank)
-    offsets = posterior.fit.basis.combine(noise @ posterior.scale.to(noise.dtype).T)
+    offsets = posterior.basis.combine(noise @ posterior.scale.to(noise.dtype).T)
     if not posterior.residual.in_weights:
         return offsets
     outside = _outside_offsets(posterior, draws)
@@ -62,7 +62,7 @@ def weight_offsets(posterior: Posterior, draws: Draws, fixed: Mapping[str, int] 
 
 def _outside_offsets(posterior: Posterior, draws: Draws) -> Weights:
     r"""Draw :math:`\sqrt{\rho / \delta} (I - V V^T) w` (S, *shape)."""
-    basis, deviation = posterior.fit.basis, posterior.residual_variance**0.5
+    basis, deviation = posterior.basis, posterior.residual_variance**0.5
     noise = {k: draws.normal(posterior, *v.shape[1:]) for k, v in basis.directions.items()}
     inside = basis.combine(basis.overlap(noise).T)
     return {k: deviation * (noise[k] - v).to(v.dtype) for k, v in inside.items()}
