@@ -110,11 +110,11 @@ class Plan:
             n, total = "unknown", "and as many as there are inputs"
         lines = [f"{'stage':<22}{'of':<38}{'forwards':>12}{'time':>10}{'memory':>10}"]
         for s in (*self.stages, Stage("total", total, self.forwards, self.peak, self.total_seconds)):
-            numbers = f"{s.forwards:>12.4g}{_duration(s.seconds):>10}{gigabytes(s.n_bytes):>10}"
+            numbers = f"{s.forwards:>12.4g}{duration(s.seconds):>10}{gigabytes(s.n_bytes):>10}"
             lines.append(f"{s.name:<22}{s.what:<38}{numbers}")
         lines.append(
-            f"a prediction takes {_duration(self.prediction)} an input in batches like the first, "
-            f"{_duration(self.single_prediction)} alone"
+            f"a prediction takes {duration(self.prediction)} an input in batches like the first, "
+            f"{duration(self.single_prediction)} alone"
         )
         if self.over_budget:
             names = ", ".join(f"{s.name} ({gigabytes(s.n_bytes)})" for s in self.over_budget)
@@ -130,7 +130,8 @@ class Plan:
         return "\n".join([head, *lines])
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Write seconds for people."""
     if seconds < 1:
         return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
     if seconds < 100:

@@ -141,6 +141,22 @@ def probabilities(
     return found.to(seen.f.dtype)
 
 
+def of_call(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    likelihood: Likelihood,
+    link: str,
+    noise: Noise,
+    joint: bool = False,
+    enable_backprop: bool = False,
+) -> Prediction:
+    """Return what a call of an estimator does: probabilities, or moments where the likelihood has none."""
+    if likelihood.has_probabilities:
+        return probabilities(posterior, engine, x, likelihood, link, noise, enable_backprop)
+    return output_moments(posterior, engine, x, joint, noise.diagonal_output, enable_backprop)
+
+
 def of_features(posterior: Posterior, phi: Tensor) -> Outputs:
     """Return the Gaussian over outputs with given features (B, C, K), without the residual; its mean says nothing.
 

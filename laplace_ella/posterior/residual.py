@@ -68,6 +68,18 @@ class Residual:
         """Return how many numbers of each output :meth:`look` keeps beside the features."""
         return 0
 
+    def work(self, n: int, n_coordinates: int) -> tuple[int, int]:
+        """Return how many tangents :meth:`look` pushes, and how many gradients of an input it computes.
+
+        Parameters
+        ----------
+        n : int
+            How many random tangents the isotropic residual is made from.
+        n_coordinates : int
+            How many outputs an input has at all its positions.
+        """
+        return 0, 0
+
     def variance(self, residual_scale: Any, prior_precision: Tensor) -> Any:
         r"""Return :math:`\rho / \delta`, the variance of each weight outside the span."""
         return residual_scale / prior_precision.double().reshape(()) if self.adds else 0.0
@@ -87,6 +99,10 @@ class Isotropic(Residual):
 
     name = "isotropic"
     adds = True
+
+    def work(self, n: int, n_coordinates: int) -> tuple[int, int]:
+        """Return the n tangents."""
+        return n, 0
 
     def prepare(self, engine: Engine, basis: NystromBasis, memory: Memory, n: int, seed: int) -> Any:
         """Return n tangents (n, *shape), and their overlap (K, n) with the directions; the same at every call."""
@@ -125,6 +141,10 @@ class Exact(Residual):
     def numbers_per_output(self, n_outputs: int) -> int:
         """Return C: a row of the kernel."""
         return n_outputs
+
+    def work(self, n: int, n_coordinates: int) -> tuple[int, int]:
+        """Return a gradient for each output."""
+        return 0, n_coordinates
 
     def look(
         self, engine: Engine, x: Raw | Input, phi: Tensor, f: Tensor, prepared: Any, enable_backprop: bool

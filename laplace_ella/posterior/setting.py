@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Numbers of directions that are tried, and priced, if nobody names others.
+USUAL_RANKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+
 
 @dataclass(frozen=True)
 class Setting:

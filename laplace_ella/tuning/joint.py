@@ -14,7 +14,7 @@ from ..network.engine import Engine
 from ..parallel.ranks import Ranks
 from ..posterior.likelihoods import Prediction
 from ..posterior.posterior import Posterior
-from ..posterior.setting import SETTING_NAMES, Setting
+from ..posterior.setting import SETTING_NAMES, USUAL_RANKS, Setting
 from .baselines import Predictor, Scorer, baselines
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
 from .checks import by_name, check_search, check_values
@@ -115,7 +115,7 @@ def grids_of(posterior: Posterior, search: Any) -> dict[str, Sequence[Any]]:
         "logit_scale": LOGIT_SCALES,
         "residual_scale": decades(-10, 1),
         # These go from large to small, so that directions are not given up for a tie.
-        "n_eigenvalues": [rank, *(k for k in (500, 200, 100, 50, 20, 10, 5, 2, 1) if k < rank)],
+        "n_eigenvalues": [rank, *(k for k in USUAL_RANKS[::-1] if k < rank)],
         "curvature_size": sizes[::-1],
         "sigma_noise": noises(float(posterior.setting.sigma_noise)),
     }
