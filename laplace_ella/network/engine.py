@@ -134,7 +134,8 @@ class Engine:
 
     def drop_prepared(self) -> None:
         """Free what ways have made of directions, which come again where they are used again."""
-        self._prepared.clear()
+        # A new dictionary, as another thread may be using the old one.
+        self._prepared = WeakTensorKeyDictionary()
 
     # ------------------------------------------------------------------ safe from outside, with inputs as they come
 

@@ -205,16 +205,16 @@ def of_rank(stub: Callable[..., Any]) -> Any:
         return int(estimator._fitted().rank)
 
     def write(estimator: Any, value: Any) -> None:
+        estimator._fitted()
         with SWAP:  # no other thread exchanges the fit between the check and the assignment
-            now = estimator._fitted()
-            exchange(estimator, now.using(None if value is None else checked_rank(value, now.fit.basis.rank)))
+            now = estimator._posterior
+            exchange(estimator, now.using(None if value is None else _checked_rank(value, now.fit.basis.rank)))
         estimator._engine.drop_prepared()
 
     return property(read, write, doc=stub.__doc__)
 
 
-def checked_rank(value: Any, most: int) -> int:
-    """Return how many of the fitted directions are to be used."""
+def _checked_rank(value: Any, most: int) -> int:
     what = (
         f"an integer from 1 to {most}, as many directions as the fit found, or None for all of them (n_eigenvalues is how "
         "many the next fit looks for)"
