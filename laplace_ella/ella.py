@@ -152,7 +152,8 @@ class ELLALaplace(ParametricLaplace):
     n_eigenvalues : int or float, optional
         K, how many directions; default 20. A float in (0, 1) is the share of the trace of the
         landmarks' Gram matrix that they have to retain. What is named here and exceeds the data or
-        their numerical rank is reduced with a warning, a default without.
+        their numerical rank is reduced with a warning, a default without. It is for the next fit; of a fit's
+        directions, :attr:`n_directions` says how many are used.
     curvature_size : int or None
         How many inputs G is estimated from, without bias; all of them if there are fewer.
         None takes all of them, in a second pass.
@@ -1388,7 +1389,7 @@ class ELLALaplace(ParametricLaplace):
             Default: the mean NLL of an input (or position), which is refined by L-BFGS; any
             other loss by golden-section search.
         apply : bool
-            Give the estimator the best setting. Directions beyond K' are dropped until the next fit.
+            Give the estimator the best setting; K' becomes ``n_directions``.
         progress_bar : bool
             Show the progress.
 

@@ -208,7 +208,9 @@ def of_rank(stub: Callable[..., Any]) -> Any:
         estimator._fitted()
         with SWAP:  # no other thread exchanges the fit between the check and the assignment
             now = estimator._posterior
-            exchange(estimator, now.using(None if value is None else _checked_rank(value, now.fit.basis.rank)))
+            exchange(
+                estimator, now.using(None if value is None else _checked_rank(value, now.fit.basis.rank))
+            )
         estimator._engine.drop_prepared()
 
     return property(read, write, doc=stub.__doc__)

@@ -78,7 +78,13 @@ def test_it_can_be_raised_again(residual):
     for rank in (2, 4, 5, 1, None):
         la.n_directions = rank
         assert la.n_directions == (rank or 5)
-        assert la.features(X)[0].shape[-1] == la.basis.rank == len(la.H) == len(la.posterior_scale) == (rank or 5)
+        assert (
+            la.features(X)[0].shape[-1]
+            == la.basis.rank
+            == len(la.H)
+            == len(la.posterior_scale)
+            == (rank or 5)
+        )
     assert torch.equal(la(X), before)
     assert torch.equal(la.H, H)
 
