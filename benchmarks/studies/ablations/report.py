@@ -220,7 +220,7 @@ def price(runs: Runs) -> str:
                 f"{of_t['temperature']:.3g}",
                 f"{many['mode']}",
                 f"{many['forwards']:.3g}; {many['counted']:.3g}",
-                *(f"{1e3 * c['seconds']:.3g}; {1e3 * c['taken']:.3g}" for c in (many, one)),
+                *(f"{1e3 * c['seconds']:.0f}; {1e3 * c['taken']:.0f}" for c in (many, one)),
             ]
         )
     for name in SIMPLE:
