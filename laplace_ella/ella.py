@@ -1426,6 +1426,8 @@ class ELLALaplace(ParametricLaplace):
             result, remarks = joint.tuned(now, self._engine, stream, ranks, wanted)
             if apply:
                 become(self, now.fit, **joint.applied(now, result.best, result.searched))
+                if "n_eigenvalues" in result.searched:
+                    self._engine.drop_prepared()  # of directions that may not be used any more
         for remark in remarks:
             warn_user(remark)
         return result
@@ -1437,7 +1439,7 @@ class ELLALaplace(ParametricLaplace):
         """Return the fitted state: tensors and plain types, loadable with ``weights_only=True``.
 
         It holds a hash of the model, not its weights, and a hash of all that it holds, so that damage is found. It
-        shares no memory with the estimator.
+        shares no memory with the estimator. All directions of the fit are in it, also where ``n_directions`` is lower.
 
         Parameters
         ----------
