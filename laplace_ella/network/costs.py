@@ -14,6 +14,8 @@ from .uses import MOVED
 
 # Besides products, contraction unfolds inputs, sums gradients and goes through smaller products than forward mode.
 CONTRACTION = 1.3
+# It reads tensors once or twice only, so that these may be larger: in a set of 16 MB, what malloc still recycles.
+CONTRACTION_SET = 2
 # Tensors that do not fit the cache are as slow as this.
 UNCACHED = 1.6
 
@@ -57,7 +59,7 @@ def of_contraction(
     counts: Counts, n_outputs: int, rank: int, products: float, inputs: int, working_set: int
 ) -> float:
     """Return the cost of an input's features by contraction, whose products cost as much."""
-    fits = inputs * n_outputs * counts.largest <= working_set
+    fits = inputs * n_outputs * counts.largest <= CONTRACTION_SET * working_set
     passes = (1 + n_outputs) * counts.forward * (1 if fits else UNCACHED)
     return CONTRACTION * (passes + products) + MOVED * rank * counts.directions / inputs
 

@@ -10,7 +10,7 @@ call of torch's functions consists of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 # A number that is read or written costs as much as this many multiplications in a matrix product.
 MOVED = 20.0
 # Gradients of weights, or outputs of all directions, of so many bytes are formed at a time.
-BLOCK_BYTES = 2**22
+BLOCK_BYTES = 2**23
 # Products with gradients of fewer rows of a matrix are slower.
 FEWEST_ROWS = 16
 
@@ -103,7 +103,8 @@ class Product(Use):
         """Form gradients with respect to a few rows of the matrix at a time: they stay in the cache, and V is read once."""
         n, size, _, groups, o = g.shape
         row = g.element_size() * n * size * groups * a.shape[-1]
-        rows = max(min(o, FEWEST_ROWS), BLOCK_BYTES // row)
+        rows = max(FEWEST_ROWS, BLOCK_BYTES // row)
+        rows = math.ceil(o / math.ceil(o / rows))  # parts of equal size
         total = g.new_zeros(len(v), size * n)
         for x, w in zip(g.split(rows, -1), v.split(rows, 2)):
             gradients = self._gradients(x, a).reshape(size * n, -1)
