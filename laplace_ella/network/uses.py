@@ -93,11 +93,13 @@ class Product(Use):
     def features(self, g: Tensor, v: Tensor) -> Tensor:
         """Return <g, L(a; V)> (B, n, K)."""
         g, a, v = self.cotangent(g), self.operand(), self.to_matrix(v)
+        t, groups, o, j = self.shape
         if self._gradients_first(len(g), len(v)):
-            return self._by_gradients(g, a, v)
-        t, groups, o, _ = self.shape
-        step = max(1, BLOCK_BYTES // (g.element_size() * len(v) * t * groups * o))
-        return torch.cat([self._by_outputs(x, y, v) for x, y in zip(g.split(step, 1), a.split(step))])
+            form, held = self._by_gradients, len(g) * groups * min(o, FEWEST_ROWS) * j
+        else:
+            form, held = self._by_outputs, len(v) * t * groups * o
+        step = max(1, 2 * BLOCK_BYTES // (g.element_size() * held))  # inputs at a time
+        return torch.cat([form(x, y, v) for x, y in zip(g.split(step, 1), a.split(step))])
 
     def _by_gradients(self, g: Tensor, a: Tensor, v: Tensor) -> Tensor:
         """Form gradients with respect to a few rows of the matrix at a time: they stay in the cache, and V is read once."""
