@@ -54,11 +54,11 @@ def rows_by(engine: str, model: nn.Module, x: Tensor, outputs: Tensor) -> Callab
 
 
 def landmark_rows(backend: Any, inputs: Iterable[Tensor], outputs: Tensor) -> Callable[[], Tensor]:
-    """Return what computes the gradient rows (M, P) of landmarks, as a fit does."""
-    source = row_source(backend.engine, Landmarks(list(inputs), outputs))
+    """Return what computes the gradient rows (M, P) of landmarks, as a fit does that keeps rows."""
+    source = row_source(backend.engine, Landmarks(list(inputs), outputs), by_layer=False)
 
     def compute() -> Tensor:
-        return safely(backend.model, lambda: source(list(range(len(outputs)))))
+        return safely(backend.model, lambda: source(list(range(len(outputs)))).values)
 
     return compute
 

@@ -27,11 +27,11 @@ from ..data.batches import (
 )
 from ..data.packing import unpacked
 from .calls import DivergedError
-from .contraction import contracted_cotangents
+from .contraction import ContractedModel, contracted_cotangents
 from .costs import Counts, of_contraction, of_forward_mode, sizes
 from .cutting import Cutting
 from .derived import DerivedModel
-from .facts import InputFacts, find_facts
+from .facts import InputFacts, find_facts, layers_of
 from .features import AUTODIFF, FEATURES, Features, Way, reverse_is_cheaper
 from .functional import FunctionalModel, Weights, first_weight, last_layer_norms, setting_of
 from .gradients import RowEngine
@@ -91,6 +91,7 @@ class Engine:
         let_malloc_adapt()
         self._support: dict[Any, Support] = {}
         self._facts: dict[Any, InputFacts] = {}
+        self._layers: dict[Any, ContractedModel | None] = {}
         self._smaller: dict[Any, Chunks] = {}
         self._free: dict[torch.device, int] = {}
         self._sizes: dict[Any, tuple[int, int]] = {}
@@ -126,7 +127,15 @@ class Engine:
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
-        for found in (self._support, self._facts, self._smaller, self._free, self._sizes, self._prepared):
+        for found in (
+            self._support,
+            self._facts,
+            self._layers,
+            self._smaller,
+            self._free,
+            self._sizes,
+            self._prepared,
+        ):
             found.clear()
         self.cutting.forget()
 
@@ -263,6 +272,17 @@ class Engine:
             )
         return self._facts[kind]
 
+    def layers(self, x: Input) -> ContractedModel | None:
+        """Return the model for gradients layer by layer of inputs of the shape of ``x``, if that works for them."""
+        kind = setting_of(self.module), signature(x)
+        if kind not in self._layers:
+            facts, support, find = self.facts(x), self.support(x), torch.no_grad()(layers_of)
+            one_by_one = support.gradients == "loop"
+            self._layers[kind] = safely(
+                self.module, lambda: find(self.function, facts, _pair(x), support.precision, one_by_one)
+            )
+        return self._layers[kind]
+
     def _allowed(self, x: Input) -> list[str]:
         """Return the ways that users allow and the model supports, that of its support first."""
         support = self.support(x)
@@ -359,7 +379,7 @@ class Engine:
             lambda c: pulled_cotangents(function, function.weights(), directions, x, cotangents, c, looped),
             Chunks(self.gradients_per_call(x), 1),
             self.device,
-            lambda c: self.gradient_bytes(x, c.inputs),
+            lambda c: self.gradient_bytes(x, c.inputs, self.row_size()),
         )
         return pulled
 
@@ -463,12 +483,13 @@ class Engine:
             function = function.model
         return function
 
-    def gradient_bytes(self, x: Input, n_inputs: int) -> int:
+    def gradient_bytes(self, x: Input, n_inputs: int, row_bytes: int) -> int:
         """Estimate what a call of the landmark gradients holds, for at most so many of them."""
-        return min(n_inputs, self.gradients_per_call(x)) * self._bytes_per_gradient(x)
+        at_once = min(n_inputs, self.gradients_per_call(x, row_bytes))
+        return at_once * self._bytes_per_gradient(x, row_bytes)
 
-    def _bytes_per_gradient(self, x: Input) -> int:
-        return 2 * self.row_size() + self.facts(x).graph_bytes
+    def _bytes_per_gradient(self, x: Input, row_bytes: int) -> int:
+        return 2 * row_bytes + self.facts(x).graph_bytes
 
     def chunks(self, mode: str, x: Input, rank: int, size: int | None = None) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within budget, at the least cost."""
@@ -478,7 +499,7 @@ class Engine:
         if way.contracts:
             return self._contraction_chunks(mode, x, rank, self.facts(x).n_coordinates, size)
         if way.directions == "all":
-            return Chunks(self._inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
+            return Chunks(self.inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
         counts, within = self.counts(x), max(1, self.budget() // LIVE_TENSORS)
         wanted = 1 if way.directions == "one" else min(rank, self.chunk_size or rank)
         directions = {math.ceil(wanted / parts) for parts in range(1, wanted + 1)}
@@ -503,11 +524,13 @@ class Engine:
         """Return the bytes that a tensor may take without being slower for it."""
         return CPU_WORKING_SET if self.device.type == "cpu" else self.budget()
 
-    def gradients_per_call(self, x: Input) -> int:
+    def gradients_per_call(self, x: Input, row_bytes: int | None = None) -> int:
         """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
-        return self._inputs_within_budget(x, self._bytes_per_gradient(x))
+        row_bytes = self.row_size() if row_bytes is None else row_bytes
+        return self.inputs_within_budget(x, self._bytes_per_gradient(x, row_bytes))
 
-    def _inputs_within_budget(self, x: Input, bytes_per_input: int) -> int:
+    def inputs_within_budget(self, x: Input, bytes_per_input: int) -> int:
+        """Return how many inputs of so many bytes a call may take: a quarter of the budget, or less."""
         by_budget = self.budget() // 4 // bytes_per_input
         if self.device.type == "cpu":
             by_budget = min(by_budget, CPU_GRADIENT_SET // self.facts(x).input_bytes)

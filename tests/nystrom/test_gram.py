@@ -22,9 +22,10 @@ ROW = 8 * P  # bytes
 X, OUTPUTS = inputs(M, seed=20), torch.arange(M) % C
 
 
-def source(landmarks_per_call: int = 4) -> RowSource:
+def source(landmarks_per_call: int = 4, by_layer: bool = True) -> RowSource:
     landmarks = Landmarks([X[i : i + 1] for i in range(M)], OUTPUTS)
-    found = row_source(NystromGGN(mlp(), "classification").engine, landmarks)
+    found = row_source(NystromGGN(mlp(), "classification").engine, landmarks, by_layer=by_layer)
+    assert bool(found.matrices) == by_layer  # outer products are fewer numbers
     return replace(found, landmarks_per_call=landmarks_per_call)
 
 
@@ -46,9 +47,10 @@ HELD = {
 }
 
 
+@pytest.mark.parametrize("by_layer", [True, False])
 @pytest.mark.parametrize("name", HELD)
-def test_gram_matrix_and_combinations_are_those_of_the_dense_rows(name):
-    held, rows = HELD[name](source()), dense_rows()
+def test_gram_matrix_and_combinations_are_those_of_the_dense_rows(name, by_layer):
+    held, rows = HELD[name](source(by_layer=by_layer)), dense_rows()
     rtol = 1e-6 if name == "spilled" else 1e-12
     assert_close(held.gram(no_progress), rows @ rows.T, rtol=rtol)
     coefficients = torch.randn(M, 2, dtype=torch.float64)
@@ -58,16 +60,19 @@ def test_gram_matrix_and_combinations_are_those_of_the_dense_rows(name):
 
 @pytest.mark.parametrize("n_rows", [0.5, 1, 2, 3, 5, 7, M - 1, M, 2 * M])
 @pytest.mark.parametrize("landmarks_per_call", [1, 4])
-def test_rows_are_held_so_that_they_are_computed_least_often(n_rows, landmarks_per_call):
-    budget, s = int(n_rows * ROW), source(landmarks_per_call)
+@pytest.mark.parametrize("by_layer", [True, False])
+def test_rows_are_held_so_that_they_are_computed_least_often(n_rows, landmarks_per_call, by_layer):
+    s = source(landmarks_per_call, by_layer)
+    row, budget = s.row_bytes, int(n_rows * s.row_bytes)
+    assert row == (8 * (2 * H + D + 2 * C + H) if by_layer else ROW)  # biases have rows
     held = choose_rows(s, budget)
-    assert held.n_bytes <= max(budget, 2 * ROW)  # less than one row against another cannot be
+    assert held.n_bytes <= max(budget, 2 * row)  # less than one row against another cannot be
     if n_rows >= M:
         assert (held.kind, held.gradients) == ("kept", M)
         return
     assert held.kind == "blocks of rows"
-    for kept in range(1, max(2, budget // ROW)):
-        streamed = max(1, min(budget // ROW - kept, budget // ROW // 4))
+    for kept in range(1, max(2, budget // row)):
+        streamed = max(1, min(budget // row - kept, budget // row // 4))
         assert held.gradients <= HeldRows(s, kept, streamed).gradients + M  # kept is the largest that fits
 
 
