@@ -8,6 +8,7 @@ numbers, so that no gradient of O J numbers is ever written.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _visit(
     DivergedError
         If the pass does not follow the record.
     """
-    expected, sums = Counter(use.slot for use in model.uses), Weights()
+    ready, expected, sums = model.ready(), Counter(use.slot for use in model.uses), Weights()
     waiting = model.sources_of_derived  # for what comes from derived tensors
 
     def add(use: Use, g: Tensor) -> None:
@@ -110,12 +111,13 @@ def _visit(
             act(slot, Outer(use.cotangent(g)[..., 0, :].transpose(0, 1), use.operand()[..., 0, :]))
             return
         found = use.gradients(g)
+        found = found.reshape(*found.shape[:2], *ready[slot].shape)
         sums[slot] = sums[slot] + found if slot in sums else found
         expected[slot] -= 1
         if not expected[slot] and slot in model.names and slot not in waiting:
             act(slot, sums.pop(slot))
 
-    model.visit(model.ready(), x, cotangents, add)
+    model.visit(ready, x, cotangents, add)
     for name, found in model.pulled_back(sums).items():
         act(name, found)
 
@@ -213,8 +215,8 @@ def kernels_by_layer(model: ContractedModel, x: Input, positions: int, n_outputs
 def _kernels(gradients: Gradients, n_outputs: int) -> Tensor:
     """Return the inner products (B, L, C, C) of gradients, float64."""
     if isinstance(gradients, Tensor):
-        flat = gradients.flatten(2).double().unflatten(1, (-1, n_outputs))
-        return flat @ flat.mT
+        rows = gradients.reshape(len(gradients), -1, n_outputs, math.prod(gradients.shape[2:])).double()
+        return rows @ rows.mT
     left = gradients.left.double().unflatten(1, (-1, n_outputs))  # (B, L, C, T, O)
     right, shape = gradients.right.double(), left.shape[2:4]
     of_left = left.flatten(2, 3) @ left.flatten(2, 3).mT  # (B, L, C T, C T)
