@@ -529,11 +529,11 @@ class Engine:
         row_bytes = self.row_size() if row_bytes is None else row_bytes
         return self.inputs_within_budget(x, self._bytes_per_gradient(x, row_bytes))
 
-    def inputs_within_budget(self, x: Input, bytes_per_input: int) -> int:
-        """Return how many inputs of so many bytes a call may take: a quarter of the budget, or less."""
+    def inputs_within_budget(self, x: Input, bytes_per_input: int, cotangents: int = 1) -> int:
+        """Return how many inputs of so many bytes, and cotangents, a call may take: a quarter of the budget, or less."""
         by_budget = self.budget() // 4 // bytes_per_input
         if self.device.type == "cpu":
-            by_budget = min(by_budget, CPU_GRADIENT_SET // self.facts(x).input_bytes)
+            by_budget = min(by_budget, CPU_GRADIENT_SET // (cotangents * self.facts(x).input_bytes))
         return max(1, by_budget)
 
 

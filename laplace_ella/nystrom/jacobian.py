@@ -181,7 +181,7 @@ def kernels_of_layers(engine: Engine, x: Input) -> Tensor | None:
     each = 2 * facts.graph_bytes + n * (LIVE_TENSORS * facts.input_bytes + 24 * numbers_at_once(layers))
     if each > engine.budget() // 4 or cost >= of_gradients(counts, n, met):
         return None
-    inputs, positions = engine.inputs_within_budget(x, each), n // facts.n_outputs
+    inputs, positions = engine.inputs_within_budget(x, each, n), n // facts.n_outputs
 
     def compute(chunks: Chunks) -> Tensor:
         parts = (inputs_between(x, a, a + chunks.inputs) for a in range(0, batch_size(x), chunks.inputs))

@@ -21,6 +21,7 @@ from ..network.by_layer import Gradients, Matrices, Outer, outer_numbers
 from ..network.calls import DivergedError
 from ..network.functional import FunctionalModel, flat
 from ..network.memory import Chunks, with_smaller_chunks
+from ..network.uses import Product
 from ..parallel.ranks import ALONE, Ranks
 from .outer import add_products, combination, is_finite, joined, squares
 
@@ -237,8 +238,9 @@ class RowSource:
         for is_outer, names in groupby(self.sizes, self.matrices.__contains__):
             if is_outer:
                 for name in names:
-                    columns = slice(start, start + self.sizes[name])
-                    yield from self._pieces_of_matrix(name, rows.outer.get(name), columns, mine, size)
+                    columns, outer = slice(start, start + self.sizes[name]), rows.outer.get(name)
+                    if outer is not None:  # as it is where columns are looked at alone
+                        yield from self._pieces_of_matrix(self.matrices[name], outer, columns, mine, size)
                     start = columns.stop
                 continue
             n = sum(self.sizes[k] for k in names)
@@ -248,12 +250,12 @@ class RowSource:
                 yield range(rank), columns, partial(_combined, mine, part, width)
             start, at = start + n, at + n
 
+    @staticmethod
     def _pieces_of_matrix(
-        self, name: str, outer: Outer | None, columns: slice, mine: Tensor, size: int
+        use: Product, outer: Outer, columns: slice, mine: Tensor, size: int
     ) -> Iterator[tuple[range, slice, Callable[[], Tensor]]]:
-        """Yield some directions at a time; none without outer products, where columns are looked at alone."""
-        use, rank = self.matrices[name], mine.shape[1] if outer is not None else 0
-        step = max(1, SUMMED // (use.shape[2] * max(use.shape[3], size)))
+        """Yield some directions at a time."""
+        rank, step = mine.shape[1], max(1, SUMMED // (use.shape[2] * max(use.shape[3], size)))
         for a in range(0, rank, step):
             ks = range(a, min(a + step, rank))
             yield ks, columns, partial(combination, mine[:, a : ks.stop], outer, use)
