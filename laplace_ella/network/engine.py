@@ -379,7 +379,7 @@ class Engine:
             lambda c: pulled_cotangents(function, function.weights(), directions, x, cotangents, c, looped),
             Chunks(self.gradients_per_call(x), 1),
             self.device,
-            lambda c: self.gradient_bytes(x, c.inputs, self.row_size()),
+            lambda c: self.gradient_bytes(x, c.inputs),
         )
         return pulled
 
@@ -483,13 +483,13 @@ class Engine:
             function = function.model
         return function
 
-    def gradient_bytes(self, x: Input, n_inputs: int, row_bytes: int) -> int:
-        """Estimate what a call of the landmark gradients holds, for at most so many of them."""
+    def gradient_bytes(self, x: Input, n_inputs: int, row_bytes: int | None = None) -> int:
+        """Estimate what a call of the landmark gradients holds, for at most so many of them; by default, rows of P numbers."""
         at_once = min(n_inputs, self.gradients_per_call(x, row_bytes))
         return at_once * self._bytes_per_gradient(x, row_bytes)
 
-    def _bytes_per_gradient(self, x: Input, row_bytes: int) -> int:
-        return 2 * row_bytes + self.facts(x).graph_bytes
+    def _bytes_per_gradient(self, x: Input, row_bytes: int | None) -> int:
+        return 2 * (self.row_size() if row_bytes is None else row_bytes) + self.facts(x).graph_bytes
 
     def chunks(self, mode: str, x: Input, rank: int, size: int | None = None) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within budget, at the least cost."""
@@ -526,7 +526,6 @@ class Engine:
 
     def gradients_per_call(self, x: Input, row_bytes: int | None = None) -> int:
         """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
-        row_bytes = self.row_size() if row_bytes is None else row_bytes
         return self.inputs_within_budget(x, self._bytes_per_gradient(x, row_bytes))
 
     def inputs_within_budget(self, x: Input, bytes_per_input: int, cotangents: int = 1) -> int:
