@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
 from functools import cache, partial
@@ -92,7 +92,8 @@ class Engine:
         self._support: dict[Any, Support] = {}
         self._facts: dict[Any, InputFacts] = {}
         self._layers: dict[Any, ContractedModel | None] = {}
-        self._smaller: dict[Any, Chunks] = {}
+        self._choices: dict[Any, tuple[str, Chunks]] = {}
+        self._smaller: dict[Any, Chunks] = {}  # with which a device ran out of memory no more
         self._free: dict[torch.device, int] = {}
         self._sizes: dict[Any, tuple[int, int]] = {}
         self._said: set[str] = set()
@@ -127,16 +128,9 @@ class Engine:
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
-        for found in (
-            self._support,
-            self._facts,
-            self._layers,
-            self._smaller,
-            self._free,
-            self._sizes,
-            self._prepared,
-        ):
-            found.clear()
+        of_inputs = self._facts, self._layers, self._choices, self._smaller, self._sizes
+        for of_model in (*of_inputs, self._support, self._free, self._prepared):
+            of_model.clear()
         self.cutting.forget()
 
     # ------------------------------------------------------------------ safe from outside, with inputs as they come
@@ -313,7 +307,7 @@ class Engine:
         contracted = self.facts(x).contracted
         if contracted is None or torch.is_grad_enabled():
             return False
-        return rank * contracted.prepared_bytes() <= self.budget() // 2
+        return rank * contracted.direction_bytes <= self.budget() // 2
 
     def cost(self, mode: str, x: Input, rank: int) -> float:
         """Return what the features of an input in a batch of usual size cost, counted in multiplications.
@@ -351,21 +345,28 @@ class Engine:
         if batch_size(x) == 0 or rank == 0:  # of few directions, a rank may have none
             f = self.function.outputs(self.function.weights(), x).flatten(0, -2)
             return f.new_zeros(*f.shape, rank), f
-        mode = self.mode(x, rank)
-        self._say(mode, x)
-        kind = setting_of(self.module), mode, rank, signature(x)
-        chunks = self._smaller.get(kind) or self.chunks(mode, x, rank)
-        result, used = with_smaller_chunks(
+        kind = setting_of(self.module), signature(x), rank
+        mode, chunks = self._chosen(kind, x, rank)
+        chunks = self._smaller.get((kind, mode), chunks)
+        (phi, f), used = with_smaller_chunks(
             lambda c: self._compute(mode, x, directions, c),
             chunks,
             self.device,
             lambda c: self.feature_bytes(mode, c, x),
         )
         if used != chunks:
-            self._smaller[kind] = used
-        phi, f = result
+            self._smaller[kind, mode] = used
         n_outputs = self.facts(x).n_outputs
         return phi.reshape(-1, n_outputs, rank), f.reshape(-1, n_outputs)
+
+    def _chosen(self, kind: Any, x: Input, rank: int) -> tuple[str, Chunks]:
+        """Return the way to compute features, and the chunks; once for inputs of a kind, budget and batch size."""
+        key = kind, batch_size(x), torch.is_grad_enabled(), self.budget()
+        if key not in self._choices:
+            mode = self.mode(x, rank)
+            self._say(mode, x)
+            self._choices[key] = mode, self.chunks(mode, x, rank)
+        return self._choices[key]
 
     def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safely``."""
@@ -423,15 +424,20 @@ class Engine:
             warnings.warn(text, stacklevel=2)
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
+        try:
+            return self.bound(mode, x, directions)(x, chunks)
+        except DivergedError:  # a branch or a shape that depends on the data
+            return self._as_it_is(x, directions)
+
+    def bound(
+        self, mode: str, x: Input, directions: Weights
+    ) -> Callable[[Input, Chunks], tuple[Tensor, Tensor]]:
+        """Return a way to compute features of inputs like ``x``, with all that it takes but the inputs."""
         way = FEATURES[mode]
         function = self._function(mode, x, len(next(iter(directions.values()))))
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
         weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
-        prepared = self._with_prepared(way, function, directions)
-        try:
-            return compute(function, weights, prepared, x, chunks)
-        except DivergedError:  # a branch or a shape that depends on the data
-            return self._as_it_is(x, directions)
+        return partial(compute, function, weights, self._with_prepared(way, function, directions))
 
     def _as_it_is(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         """Compute features of the model as it is, in no way that follows a record."""
@@ -469,7 +475,7 @@ class Engine:
     def prepared_bytes(self, mode: str, x: Input, rank: int) -> int:
         """Return the bytes of what is prepared of K directions, once for a basis."""
         function = self._function(mode, x, rank)
-        return rank * function.prepared_bytes() if isinstance(function, DerivedModel) else 0
+        return rank * function.direction_bytes if isinstance(function, DerivedModel) else 0
 
     def _function(self, mode: str, x: Input, rank: int) -> FunctionalModel:
         """Return the model that a way takes, for which there is room for what it prepares."""
@@ -479,7 +485,7 @@ class Engine:
         if not way.forward:
             return self.function
         function = facts.rewritten
-        while isinstance(function, DerivedModel) and rank * function.prepared_bytes() > self.budget() // 2:
+        while isinstance(function, DerivedModel) and rank * function.direction_bytes > self.budget() // 2:
             function = function.model
         return function
 
