@@ -272,7 +272,7 @@ def contracted_model(model: FunctionalModel, x: Input, one_by_one: bool = False)
         else:
             assert layout is not None
             made.layouts[number] = layout
-            made.uses += uses
+            made.uses += [u.without_input() for u in uses]
             outputs.append((number, y, y._version))
         return y
 

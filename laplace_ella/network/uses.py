@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,10 @@ class Use:
         """Return the cost of the features of an input for n cotangents and K directions, in multiplications."""
         raise NotImplementedError
 
+    def without_input(self) -> Use:
+        """Return the use without what the layer took: its shapes, which may be kept."""
+        return self
+
 
 @dataclass(frozen=True)
 class Product(Use):
@@ -77,6 +81,10 @@ class Product(Use):
     def gradients(self, g: Tensor) -> Tensor:
         """Return the gradients (B, n, *shape) of cotangents g (n, B, ...)."""
         return self.from_matrix(self._gradients(self.cotangent(g), self.operand()))
+
+    def without_input(self) -> Product:
+        """Return the use without what the layer took."""
+        return replace(self, operand=_forgotten)
 
     def _gradients(self, g: Tensor, a: Tensor) -> Tensor:
         return torch.einsum("zbtpo,btpj->bzpoj", g, a)
@@ -117,6 +125,10 @@ class Product(Use):
         return min(self._costs(n, rank))
 
 
+def _forgotten() -> Tensor:
+    raise ValueError("What the layer took was not kept.")
+
+
 def _products(gradients: Tensor, v: Tensor) -> Tensor:
     """Return the products (B, n, K) of gradients (B, n, p) with directions (K, p)."""
     flat = gradients.flatten(0, 1)
@@ -142,6 +154,10 @@ class Elementwise(Use):
     shape: tuple[int, ...]
     factor: Any
     cotangent: Callable[[Tensor], Tensor]
+
+    def without_input(self) -> Elementwise:
+        """Return the use without what the weight was multiplied with."""
+        return replace(self, factor=1.0)
 
     def gradients(self, g: Tensor) -> Tensor:
         """Return the gradients (B, n, *shape) of cotangents g (n, B, ...)."""

@@ -27,6 +27,7 @@ from laplace_ella.network.calls import DivergedError
 from laplace_ella.network.contraction import contracted_model
 from laplace_ella.network.functional import FunctionalModel
 from laplace_ella.network.safety import safely
+from laplace_ella.network.uses import Elementwise, Product
 
 F64 = torch.float64
 
@@ -181,6 +182,18 @@ def test_few_positions_are_outer_products_whose_sums_are_gradients():
     of_short = safely(body, lambda: outer_matrices(recorded(body, short)))
     with pytest.raises(DivergedError):  # more positions than there is room for
         safely(body, lambda: rows_by_layer(recorded(body, long), long, outputs, of_short))
+
+
+def test_a_record_keeps_shapes_and_no_activations():
+    model, x = problem("batch norm")
+    made = safely(model, lambda: recorded(model, x))
+    for use in made.uses:
+        if isinstance(use, Product):
+            with pytest.raises(ValueError, match="not kept"):
+                use.operand()
+        else:
+            assert isinstance(use, Elementwise)
+            assert use.factor == 1.0
 
 
 def branching(net, x):
