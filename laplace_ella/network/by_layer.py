@@ -215,7 +215,8 @@ def kernels_by_layer(model: ContractedModel, x: Input, positions: int, n_outputs
 def _kernels(gradients: Gradients, n_outputs: int) -> Tensor:
     """Return the inner products (B, L, C, C) of gradients, float64."""
     if isinstance(gradients, Tensor):
-        rows = gradients.reshape(len(gradients), -1, n_outputs, math.prod(gradients.shape[2:])).double()
+        (size, n), numbers = gradients.shape[:2], math.prod(gradients.shape[2:])
+        rows = gradients.reshape(size, n // n_outputs, n_outputs, numbers).double()
         return rows @ rows.mT
     left = gradients.left.double().unflatten(1, (-1, n_outputs))  # (B, L, C, T, O)
     right, shape = gradients.right.double(), left.shape[2:4]
