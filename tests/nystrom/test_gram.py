@@ -131,6 +131,9 @@ def test_outer_products_of_convolutions_and_positions(name, held):
     assert matrix in s.matrices
     found, rtol = HELD[held](s), 1e-6 if held == "spilled" else 1e-12
     assert_close(found.gram(no_progress), rows @ rows.T, rtol=rtol)
+    norms = torch.empty(M, dtype=torch.float64)
+    s(range(M), norms=norms)
+    assert_close(norms, rows.norm(dim=1), rtol=1e-12)
     coefficients = torch.randn(M, 2, dtype=torch.float64)
     assert_close(found.combine(coefficients, no_progress), coefficients.T @ rows, rtol=rtol)
 
