@@ -13,14 +13,16 @@ from ..data.loading import Prepare, named_batches
 from ..network.engine import Engine
 from ..network.features import FEATURES
 from ..network.memory import Chunks, gigabytes
-from ..network.safety import safely
 from ..nystrom.gram import choose_rows
-from ..nystrom.jacobian import row_source
+from ..nystrom.jacobian import from_rows
+from ..nystrom.rows import RowSource
 from ..posterior.likelihoods import Likelihood
 from .rehearsal import Rehearsal, rehearsed_landmarks
 
 # Forward passes a gradient row takes with torch.func; the arithmetic demands 3.
 GRADIENT_COST = 5.0
+# And layer by layer, where most weights have outer products in place of rows.
+COST_BY_LAYER = 3.0
 # Tensors of the largest size that a plain forward pass keeps.
 _PLAIN_TENSORS = 3
 
@@ -202,11 +204,10 @@ def make_plan(
     n = min(n_curvature or limit, limit)
     n = 0 if n == math.inf else int(n)
     n_kept = min(n_landmarks, limit) + (n if n_curvature else 0)
-    source = safely(engine.module, lambda: row_source(engine, rehearsed_landmarks(x, n_landmarks)))
-    held = choose_rows(source, engine.budget(), engine.spill)
-    rehearsal = Rehearsal(engine, x, held, rank, n, sampled, likelihood)
 
-    def plan() -> Plan:
+    def plan(source: RowSource) -> Plan:
+        held = choose_rows(source, engine.budget(), engine.spill)
+        rehearsal = Rehearsal(engine, x, held, rank, n, sampled, likelihood)
         return Plan(
             stages=_stages(rehearsal, n_data, int(n_kept) * n_bytes(inputs_between(x, 0, 1))),
             n_data=n_data,
@@ -222,7 +223,7 @@ def make_plan(
             single_prediction=rehearsal.of_single_prediction(),
         )
 
-    return safely(engine.module, plan)
+    return from_rows(engine, rehearsed_landmarks(x, n_landmarks), plan)
 
 
 def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage, ...]:
@@ -245,8 +246,8 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
         (
             "landmark gradients",
             f"{m} landmarks x {held.gradients / m:.3g} ({held.kind})",
-            GRADIENT_COST * held.gradients,
-            held.n_bytes + engine.gradient_bytes(x, m),
+            (COST_BY_LAYER if held.source.matrices else GRADIENT_COST) * held.gradients,
+            held.n_bytes + engine.gradient_bytes(x, m, held.source.row_bytes),
             held.gradients * rehearsal.per_gradient() + rehearsal.of_gram(),
         ),
         (

@@ -177,9 +177,8 @@ class ContractedModel(DerivedModel):
         self,
         weights: Weights,
         x: Input,
-        cotangents: Tensor | None,
+        cotangents: Tensor | Callable[[Tensor], Tensor] | None,
         action: Action,
-        at_once: int | None = None,
     ) -> Tensor:
         """Run the model and backward passes, and hand every use of weights with its cotangents to an action.
 
@@ -187,12 +186,10 @@ class ContractedModel(DerivedModel):
         ----------
         weights : dict of Tensor
             Prepared: with all that is derived.
-        cotangents : Tensor (B, n, L C), optional
-            By default, unit vectors of the L C outputs.
+        cotangents : Tensor (B, n, L C) or callable, optional
+            Or what makes them of f; by default, unit vectors of the L C outputs.
         action : callable
             (use, cotangents of the layer's output (n, ...)) -> None
-        at_once : int, optional
-            How many of the cotangents go through the layers at a time; all by default.
 
         Returns
         -------
@@ -213,7 +210,8 @@ class ContractedModel(DerivedModel):
                 units = torch.eye(n, dtype=f.dtype, device=f.device)
                 cotangents = units[:, None].expand(n, size, n)
             else:
-                cotangents = cotangents.transpose(0, 1)
+                made = cotangents if isinstance(cotangents, Tensor) else cotangents(f.detach())
+                cotangents = made.transpose(0, 1)
             _or_diverged(partial(run.backward, f, cotangents, action))
         return f.detach()
 
@@ -274,7 +272,7 @@ def contracted_model(model: FunctionalModel, x: Input, one_by_one: bool = False)
         else:
             assert layout is not None
             made.layouts[number] = layout
-            made.uses += uses
+            made.uses += [u.without_input() for u in uses]
             outputs.append((number, y, y._version))
         return y
 

@@ -171,23 +171,43 @@ class DerivedModel(FunctionalModel):
 
         Cost: three passes over K times the derived tensors, a few directions at a time.
         """
-        wanted, weights = self.record.derived, self.ready()
+        wanted = self.record.derived
         if not wanted:
             return {}
-        needed = frozenset().union(*(self.record.sources[k] for k in wanted))
-        moving = {k: w for k, w in weights.items() if k in needed}
-
-        def made(moved: Weights) -> Weights:
-            own = {k: w for k, w in weights.items() if k in self.names}
-            found = derive(self.record, self.placed({**own, **moved}))
-            return {k: found[k] for k in wanted}
-
+        made, moving = self._deriving(wanted)
         rank = len(next(iter(directions.values())))
         parts = [
             along(made, moving, {k: directions[k][a : a + AT_ONCE] for k in moving})
             for a in range(0, rank, AT_ONCE)
         ]
         return {k: torch.cat([p[k] for p in parts]) for k in wanted}
+
+    def _deriving(self, wanted: Collection[str]) -> tuple[Callable[[Weights], Weights], Weights]:
+        """Return the function that derives some tensors, and the weights that it takes."""
+        weights = self.ready()
+        needed = frozenset().union(*(self.record.sources[k] for k in wanted))
+
+        def made(moved: Weights) -> Weights:
+            own = {k: w for k, w in weights.items() if k in self.names}
+            found = derive(self.record, self.placed({**own, **moved}))
+            return {k: found[k] for k in wanted}
+
+        return made, {k: w for k, w in weights.items() if k in needed}
+
+    @cached_property
+    def sources_of_derived(self) -> frozenset[str]:
+        """The weights that enter through tensors derived from them, possibly beside other ways."""
+        return frozenset().union(*(self.record.sources[k] for k in self.record.derived))
+
+    def pulled_back(self, gradients: Weights) -> Weights:
+        """Return the gradients (B, n, *shape) of weights, of gradients of weights and of tensors derived from them."""
+        own, derived = self.parts(gradients)
+        if not derived:
+            return own
+        made, moving = self._deriving(derived)
+        pull = vjp(made, moving)[1]
+        found = vmap(vmap(lambda g: pull(g)[0]))(derived)
+        return {**own, **{k: g + own[k] if k in own else g for k, g in found.items()}}
 
     @property
     def prepared_names(self) -> Collection[str]:

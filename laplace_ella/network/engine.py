@@ -27,11 +27,11 @@ from ..data.batches import (
 )
 from ..data.packing import unpacked
 from .calls import DivergedError
-from .contraction import contracted_cotangents
+from .contraction import ContractedModel, contracted_cotangents
 from .costs import Counts, of_contraction, of_forward_mode, sizes
 from .cutting import Cutting
 from .derived import DerivedModel
-from .facts import InputFacts, find_facts
+from .facts import InputFacts, find_facts, layers_of
 from .features import AUTODIFF, FEATURES, Features, Way, reverse_is_cheaper
 from .functional import FunctionalModel, Weights, first_weight, last_layer_norms, setting_of
 from .gradients import RowEngine
@@ -91,6 +91,7 @@ class Engine:
         let_malloc_adapt()
         self._support: dict[Any, Support] = {}
         self._facts: dict[Any, InputFacts] = {}
+        self._layers: dict[Any, ContractedModel | None] = {}
         self._choices: dict[Any, tuple[str, Chunks]] = {}
         self._smaller: dict[Any, Chunks] = {}  # with which a device ran out of memory no more
         self._free: dict[torch.device, int] = {}
@@ -127,8 +128,8 @@ class Engine:
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
-        found = self._support, self._facts, self._choices, self._smaller, self._free, self._sizes
-        for of_model in (*found, self._prepared):
+        of_inputs = self._facts, self._layers, self._choices, self._smaller, self._sizes
+        for of_model in (*of_inputs, self._support, self._free, self._prepared):
             of_model.clear()
         self.cutting.forget()
 
@@ -269,6 +270,17 @@ class Engine:
                 self.module, lambda: find(self.function, _pair(x), precision, derivable, one_by_one)
             )
         return self._facts[kind]
+
+    def layers(self, x: Input) -> ContractedModel | None:
+        """Return the model for gradients layer by layer of inputs of the shape of ``x``, if that works for them."""
+        kind = setting_of(self.module), signature(x)
+        if kind not in self._layers:
+            facts, support, find = self.facts(x), self.support(x), torch.no_grad()(layers_of)
+            one_by_one = support.gradients == "loop"
+            self._layers[kind] = safely(
+                self.module, lambda: find(self.function, facts, _pair(x), support.precision, one_by_one)
+            )
+        return self._layers[kind]
 
     def _allowed(self, x: Input) -> list[str]:
         """Return the ways that users allow and the model supports, that of its support first."""
@@ -482,12 +494,13 @@ class Engine:
             function = function.model
         return function
 
-    def gradient_bytes(self, x: Input, n_inputs: int) -> int:
-        """Estimate what a call of the landmark gradients holds, for at most so many of them."""
-        return min(n_inputs, self.gradients_per_call(x)) * self._bytes_per_gradient(x)
+    def gradient_bytes(self, x: Input, n_inputs: int, row_bytes: int | None = None) -> int:
+        """Estimate what a call of the landmark gradients holds, for at most so many of them; by default, rows of P numbers."""
+        at_once = min(n_inputs, self.gradients_per_call(x, row_bytes))
+        return at_once * self._bytes_per_gradient(x, row_bytes)
 
-    def _bytes_per_gradient(self, x: Input) -> int:
-        return 2 * self.row_size() + self.facts(x).graph_bytes
+    def _bytes_per_gradient(self, x: Input, row_bytes: int | None) -> int:
+        return 2 * (self.row_size() if row_bytes is None else row_bytes) + self.facts(x).graph_bytes
 
     def chunks(self, mode: str, x: Input, rank: int, size: int | None = None) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within budget, at the least cost."""
@@ -497,7 +510,7 @@ class Engine:
         if way.contracts:
             return self._contraction_chunks(mode, x, rank, self.facts(x).n_coordinates, size)
         if way.directions == "all":
-            return Chunks(self._inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
+            return Chunks(self.inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
         counts, within = self.counts(x), max(1, self.budget() // LIVE_TENSORS)
         wanted = 1 if way.directions == "one" else min(rank, self.chunk_size or rank)
         directions = {math.ceil(wanted / parts) for parts in range(1, wanted + 1)}
@@ -522,14 +535,15 @@ class Engine:
         """Return the bytes that a tensor may take without being slower for it."""
         return CPU_WORKING_SET if self.device.type == "cpu" else self.budget()
 
-    def gradients_per_call(self, x: Input) -> int:
+    def gradients_per_call(self, x: Input, row_bytes: int | None = None) -> int:
         """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
-        return self._inputs_within_budget(x, self._bytes_per_gradient(x))
+        return self.inputs_within_budget(x, self._bytes_per_gradient(x, row_bytes))
 
-    def _inputs_within_budget(self, x: Input, bytes_per_input: int) -> int:
+    def inputs_within_budget(self, x: Input, bytes_per_input: int, cotangents: int = 1) -> int:
+        """Return how many inputs of so many bytes, and cotangents, a call may take: a quarter of the budget, or less."""
         by_budget = self.budget() // 4 // bytes_per_input
         if self.device.type == "cpu":
-            by_budget = min(by_budget, CPU_GRADIENT_SET // self.facts(x).input_bytes)
+            by_budget = min(by_budget, CPU_GRADIENT_SET // (cotangents * self.facts(x).input_bytes))
         return max(1, by_budget)
 
 

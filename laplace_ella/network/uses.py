@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ class Use:
         """Return the cost of the features of an input for n cotangents and K directions, in multiplications."""
         raise NotImplementedError
 
+    def without_input(self) -> Use:
+        """Return the use without what the layer took: its shapes, which may be kept."""
+        return self
+
 
 @dataclass(frozen=True)
 class Product(Use):
@@ -79,6 +83,10 @@ class Product(Use):
     def gradients(self, g: Tensor) -> Tensor:
         """Return the gradients (B, n, *shape) of cotangents g (n, B, ...)."""
         return self.from_matrix(self._gradients(self.cotangent(g), self.operand()))
+
+    def without_input(self) -> Product:
+        """Return the use without what the layer took."""
+        return replace(self, operand=_forgotten)
 
     def _gradients(self, g: Tensor, a: Tensor) -> Tensor:
         """Return the gradients (B, n, groups, O, J) of cotangents (n, B, T, groups, O) with inputs (B, T, groups, J).
@@ -135,6 +143,10 @@ class Product(Use):
         return min(self._costs(n, rank))
 
 
+def _forgotten() -> Tensor:
+    raise ValueError("What the layer took was not kept.")
+
+
 @dataclass(frozen=True)
 class Elementwise(Use):
     """A weight that is multiplied with, or added to, a layer's input of the same or a larger shape.
@@ -152,6 +164,10 @@ class Elementwise(Use):
     shape: tuple[int, ...]
     factor: Any
     cotangent: Callable[[Tensor], Tensor]
+
+    def without_input(self) -> Elementwise:
+        """Return the use without what the weight was multiplied with."""
+        return replace(self, factor=1.0)
 
     def gradients(self, g: Tensor) -> Tensor:
         """Return the gradients (B, n, *shape) of cotangents g (n, B, ...)."""

@@ -248,6 +248,8 @@ def build_basis(
     ------
     ValueError
         If a gradient is not finite, or all of them vanish.
+    DivergedError
+        On all ranks, if gradients cannot be computed layer by layer after all.
 
     Notes
     -----
@@ -262,7 +264,7 @@ def build_basis(
         pairs = torch.linalg.eigh(found)
     spectrum, vectors = (ranks.of_first(t).flip(-1) for t in pairs)
     if isinstance(rank, float):
-        rank = min(rank_of_share(spectrum, rank), max(1, budget // source.row_bytes))
+        rank = min(rank_of_share(spectrum, rank), max(1, budget // source.direction_bytes))
     eps = torch.finfo(rows.dtype).eps
     eigenvalues, coefficients = _leading_eigenpairs(spectrum, vectors, rank, eps)
     values = rows.combine(coefficients, progress)
