@@ -18,7 +18,7 @@ def check_loader(name: str, loader: Any) -> None:
     """Require an iterable that may yield batches, without asking it for one."""
     kind = type(loader)
     iterable = hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
-    if not iterable or isinstance(loader, (str, bytes, Mapping, type)):
+    if not iterable or isinstance(loader, (str, bytes, Mapping, Tensor, type)):
         raise ValueError(
             f"{name} must be an iterable of batches, a DataLoader for instance; got {shown(loader)}. A single batch "
             "goes into a list."

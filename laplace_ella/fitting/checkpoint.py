@@ -19,7 +19,7 @@ from ..nystrom.basis import NystromBasis
 from ..nystrom.compact import pack_directions, unpack_directions
 from ..nystrom.jacobian import directions_of
 from ..parallel.ranks import ALONE, Ranks
-from .state_checks import ENTRIES, check_basis, check_entries, check_orthonormal
+from .state_checks import ENTRIES, OPTIONAL, check_basis, check_entries, check_orthonormal
 
 # States of format 3, which laplace_ella 0.1.0 wrote, hold no digest.
 FORMAT, READABLE = 4, (3, 4)
@@ -209,8 +209,8 @@ def _objections(state: Any, cls_name: str, likelihood: str, model: nn.Module) ->
     keys = STATE_KEYS | ({"digest"} if state["format"] > 3 else set())
     if keys - state.keys():
         yield f"The checkpoint is incomplete: it lacks {sorted(keys - state.keys())}. Save it again."
-    if state.keys() - keys:
-        extra = sorted(map(repr, state.keys() - keys))
+    if state.keys() - keys - OPTIONAL.keys():
+        extra = sorted(map(repr, state.keys() - keys - OPTIONAL.keys()))
         yield f"The checkpoint has entries that no estimator saves: {extra}. Take them out."
     if state["likelihood"] != likelihood:
         yield f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."

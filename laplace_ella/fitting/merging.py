@@ -61,7 +61,7 @@ def merged(mine: Posterior, theirs: Posterior) -> Fit:
     if differ:
         raise ValueError(
             f"Estimators to be merged must have the same {', '.join(own)}; these differ in {', '.join(differ)}. "
-            "Fit the other one with basis=la.basis; give both the same noise, temperature and prior, or merge before tuning."
+            "Fit the other one with basis=la.basis, of all directions (la.n_directions = None); give both the same noise, temperature and prior, or merge before tuning."
         )
     return mine.fit.plus(theirs.fit)
 

@@ -35,6 +35,8 @@ def state_of(posterior: Posterior) -> dict[str, Any]:
         "sigma_noise": posterior.sigma_noise,
         **{name: getattr(posterior, name) for name in _OF_POSTERIOR},
     }
+    if posterior.rank < fit.basis.rank:
+        state["n_directions"] = posterior.rank
     return copied({**state, "snapshots": list(fit.snapshots), "largest_sums": list(fit.largest_sums)})
 
 
@@ -92,4 +94,4 @@ def posterior_of(state: dict[str, Any], basis: NystromBasis, like: Posterior, me
         history=state["fit_history"],
         **{name: state[name] for name in _OF_FIT},
     )
-    return replace(like, current=fit.to(mean.device))
+    return like.fitted(fit.to(mean.device)).using(state.get("n_directions"))

@@ -193,6 +193,11 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
     ),
 }
 
+# What states of estimators hold that use fewer directions than they were fitted with.
+OPTIONAL: dict[str, tuple[str, Holds]] = {
+    "n_directions": ("an integer from 1 to K", lambda v, s: COUNT(v, s) and v <= s["K"]),
+}
+
 
 def check_basis(state: Any) -> None:
     """Require all entries of a basis, which are its spectrum, and its directions or what they are made of.
@@ -234,7 +239,8 @@ def check_entries(state: dict[str, Any], weights: Weights) -> None:
         "P": n_params,
         "C": state["n_outputs"],
     }
-    for name, (what, holds) in ENTRIES.items():
+    optional = {name: OPTIONAL[name] for name in OPTIONAL.keys() & state.keys()}
+    for name, (what, holds) in {**ENTRIES, **optional}.items():
         if not holds(state[name], sizes):
             raise ValueError(_wrong(name, what, state[name]))
     if LIKELIHOODS[state["likelihood"]].has_positive_loss and state["loss"] < 0:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.checks import check_choice, positive_number
+from ..data.checks import check_choice, integer, positive_number
 from ..nystrom.caching import outside_inference, without_inference
 from . import checks
 from .fit import Fit
@@ -65,7 +65,8 @@ def become(
             if more is None or now is None or now.basis is not of.basis:
                 raise RuntimeError(REPLACED)
             changes["current"] = now.plus(more)
-        exchange(estimator, replace(before, setting=before.setting.at(**setting), **changes))
+        after = before.fitted(changes.pop("current")) if "current" in changes else before
+        exchange(estimator, replace(after, setting=after.setting.at(**setting), **changes))
 
 
 def exchange(estimator: Any, posterior: Posterior, **attributes: Any) -> None:
@@ -195,22 +196,65 @@ def of_fit(stub: Callable[..., Any]) -> Any:
     name = stub.__name__
 
     def read(estimator: Any) -> Any:
-        fit = estimator._now().current
-        return stub(estimator) if fit is None else getattr(fit, {"fit_history_": "history"}.get(name, name))
+        now = estimator._now()
+        if now.current is None:
+            return stub(estimator)
+        return getattr(now.used, {"fit_history_": "history"}.get(name, name))
 
     def write(estimator: Any, value: Any) -> None:
         """Assign, as the host's constructor does before there is a fit."""
         if name == "H" and value is None:
             become(estimator, current=None)
         elif (fit := estimator._posterior.current) is not None:
+            if name in ("H", "snapshots"):
+                _check_all_are_used(estimator._posterior, name)
             become(estimator, fit, current=replace(fit, **{name: value}))
 
     return property(read, write, doc=stub.__doc__)
 
 
+def _check_all_are_used(posterior: Posterior, name: str) -> None:
+    if posterior.rank < posterior.fit.basis.rank:
+        raise ValueError(
+            f"{name} cannot be assigned while {posterior.rank} of {posterior.fit.basis.rank} directions are used, of which "
+            "its matrices would be. Assign n_directions = None first."
+        )
+
+
+def of_rank(stub: Callable[..., Any]) -> Any:
+    """Make the property of how many of the fitted directions are used; None stands for all."""
+
+    def read(estimator: Any) -> int:
+        return int(estimator._fitted().rank)
+
+    def write(estimator: Any, value: Any) -> None:
+        estimator._fitted()
+        with SWAP:  # no other thread exchanges the fit between the check and the assignment
+            now = estimator._posterior
+            exchange(
+                estimator, now.using(None if value is None else _checked_rank(value, now.fit.basis.rank))
+            )
+        estimator._engine.drop_prepared()
+
+    return property(read, write, doc=stub.__doc__)
+
+
+def _checked_rank(value: Any, most: int) -> int:
+    what = (
+        f"an integer from 1 to {most}, as many directions as the fit found, or None for all of them (n_eigenvalues is how "
+        "many the next fit looks for)"
+    )
+    return integer("n_directions", value, what, 1, most)
+
+
 def of_posterior(stub: Callable[..., Any]) -> Any:
     """Make a read-only property of what follows from the posterior of a fitted estimator: what the function returns."""
     return property(lambda estimator: stub(estimator._fitted()), doc=stub.__doc__)
+
+
+def _rank(posterior: Posterior) -> str:
+    used, fitted = posterior.rank, posterior.fit.basis.rank
+    return f"{used}" if used == fitted else f"{used} of {fitted}"
 
 
 def description(estimator: Any, sizes: str) -> str:
@@ -227,7 +271,7 @@ def description(estimator: Any, sizes: str) -> str:
         fitted = f"{sizes}, P={estimator.n_params}, not fitted"
     else:
         fitted = (
-            f"M={fit.basis.n_landmarks}, K={fit.basis.rank}, retained trace={fit.basis.retained:.3f}, "
+            f"M={fit.basis.n_landmarks}, K={_rank(p)}, retained trace={p.basis.retained:.3f}, "
             f"P={estimator.n_params}, n_data={fit.n_data}, n={fit.n_curvature}"
         )
     prior = (

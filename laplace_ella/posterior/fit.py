@@ -77,14 +77,11 @@ class Fit:
         """Return the fit with G as estimated from the first n curvature inputs."""
         return replace(self, n_curvature=n, H=dict(self.snapshots)[n])
 
-    def leading(self, rank: int) -> Fit:
-        """Return the fit with the leading directions only, whose memory the others do not share."""
-        return replace(
-            self,
-            basis=self.basis.leading(rank),
-            snapshots=[(n, G[:rank, :rank].clone()) for n, G in self.snapshots],
-            H=self.H[:rank, :rank].clone(),
-        )
+    def within(self, basis: NystromBasis) -> Fit:
+        """Return the fit within the leading directions of its basis, which are another basis; memory is shared."""
+        rank = basis.rank
+        snapshots = [(n, G[:rank, :rank]) for n, G in self.snapshots]
+        return replace(self, basis=basis, snapshots=snapshots, H=self.H[:rank, :rank])
 
     def with_sums(self, snapshots: Snapshots, loss: Tensor, n_data: int, n_predictions: float) -> Fit:
         """Return the fit with other sums over data, whose usual novelty is not known."""

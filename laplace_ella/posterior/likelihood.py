@@ -6,10 +6,14 @@ C x C matrix is formed and the result is positive semi-definite by construction.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from .gaussian import Outputs
 
 # Class probabilities (B, C); or mean (B, C) and covariance (B, C, C) or variance (B, C).
 Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -36,6 +40,8 @@ class Likelihood:
         What is tuned beside the temperature unless the user says otherwise.
     scores_marginals : bool
         Whether ``nll`` needs the variances of outputs only, where predictions are no probabilities.
+    has_intervals : bool
+        Whether intervals of targets are taken to be those of a Gaussian with their moments.
     has_positive_loss : bool
         Whether no target adds a negative number to the loss, as none does that is one of countably many.
     """
@@ -48,6 +54,7 @@ class Likelihood:
     has_noise = False
     tuned: tuple[str, ...] = ()
     scores_marginals = True
+    has_intervals = False
     has_positive_loss = True
 
     @property
@@ -122,6 +129,51 @@ class Likelihood:
         """Return the entropy (B,) of probabilities (B, C)."""
         return -torch.special.xlogy(p, p).sum(-1)
 
+    def log_probabilities(self, f: Tensor) -> Tensor:
+        """Return the log probabilities (..., Y) of the Y labels that each target may have, of outputs (..., C).
+
+        Raises
+        ------
+        NotImplementedError
+            If targets have no finite set of labels.
+        """
+        raise NotImplementedError(
+            f"likelihood={self.name!r} names no finite set of labels, whose entropy could be taken. Define "
+            "log_probabilities(), or uncertainty(), in its class."
+        )
+
+    def uncertainty(
+        self, outputs: Outputs, samples: Iterable[Tensor], noise_variance: Any
+    ) -> tuple[Tensor, Tensor]:
+        r"""Split the uncertainty of each target: what remains if the outputs are known, and what their knowledge would take away.
+
+        Here the expected entropy and the mutual information of target and outputs, in nats, whose sum is the entropy of the
+        mean prediction; where targets are numbers, variances.
+
+        Parameters
+        ----------
+        outputs : Outputs
+            The Gaussian over outputs (B, C).
+        samples : iterable of Tensor (s, B, C)
+            Samples of it, some at a time; not drawn unless they are asked for.
+        noise_variance : float or Tensor
+            :math:`\sigma^2`, or 0.
+
+        Returns
+        -------
+        aleatoric, epistemic : Tensor (B, ...)
+            None is negative; one number for each target.
+        """
+        n, known, mean = 0, outputs.mean.new_zeros(()), None
+        for f in samples:
+            # In logarithms, since the derivative of p log p does not exist where p is rounded to 0.
+            log_p = self.log_probabilities(f.double())
+            n, known, block = n + len(f), known + entropy_of(log_p).sum(0), log_p.logsumexp(0)
+            mean = block if mean is None else torch.logaddexp(mean, block)
+        assert mean is not None
+        known = known / n
+        return known, (entropy_of(mean - math.log(n)) - known).clamp_min(0)
+
     def log_normaliser(self, sigma_noise: Tensor) -> Tensor | float:
         """Return the log of what the density of one output is divided by, beside what depends on the loss."""
         return 0.0
@@ -151,3 +203,8 @@ class Likelihood:
         mean, spread : Tensor (..., n D), and as ``spread``
         """
         return mean, spread
+
+
+def entropy_of(log_p: Tensor) -> Tensor:
+    """Return the entropies (...), in nats, of distributions with log probabilities (..., Y)."""
+    return -(log_p.exp() * log_p).sum(-1)

@@ -7,13 +7,15 @@ to it is a likelihood like the others.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .likelihood import Likelihood, Prediction
+from .gaussian import Outputs
+from .likelihood import Likelihood, Prediction, entropy_of
 from .log_outputs import Heteroscedastic, Poisson
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Prediction",
     "Regression",
     "RewardModeling",
+    "entropy_of",
     "name_of",
 ]
 
@@ -101,6 +104,10 @@ class Classification(Likelihood):
         """Return class probabilities (..., C)."""
         return f.softmax(-1)
 
+    def log_probabilities(self, f: Tensor) -> Tensor:
+        """Return the log probabilities (..., C) of the classes."""
+        return f.log_softmax(-1)
+
 
 class RewardModeling(Classification):
     """Reward models, which laplace-torch fits as classifiers of pairs, and calls as regressions."""
@@ -163,6 +170,10 @@ class Bernoulli(Likelihood):
         """Return the probability of each target to be 1."""
         return f.sigmoid()
 
+    def log_probabilities(self, f: Tensor) -> Tensor:
+        """Return the log probabilities (..., C, 2) of each of the C targets to be 1, and to be 0."""
+        return F.logsigmoid(torch.stack([f, -f], -1))
+
     def entropy(self, p: Tensor) -> Tensor:
         """Return the sum of the entropies of the C targets."""
         return super().entropy(p) + super().entropy(1 - p)
@@ -180,7 +191,7 @@ class Regression(Likelihood):
 
     name = host_name = "regression"
     has_probabilities = False
-    has_noise = True
+    has_noise = has_intervals = True
     tuned = ("sigma_noise",)
 
     def __init__(self, ratios: Tensor | None = None) -> None:
@@ -243,6 +254,14 @@ class Regression(Likelihood):
         var = var + (noise_variance if self.ratios is None else noise_variance * self.ratios.square().to(var))
         squared = (y.double() - mean.double()).square()
         return 0.5 * (squared / var + (2 * math.pi * var).log()).sum(-1)
+
+    def uncertainty(
+        self, outputs: Outputs, samples: Iterable[Tensor], noise_variance: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the variances (B, C) of the noise and of each output; no samples are drawn."""
+        variance = outputs.variance
+        ratios = torch.ones_like(variance) if self.ratios is None else self.ratios.to(variance)
+        return noise_variance * ratios.square().expand_as(variance), variance
 
     def log_normaliser(self, sigma_noise: Tensor) -> Tensor:
         """Return log(sigma sqrt(2 pi))."""

@@ -5,13 +5,14 @@ Their predictions are moments of the targets, whose noise follows from the outpu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import mixtures
-from .gaussian import finite
+from .gaussian import Outputs, finite
 from .likelihood import Likelihood, Prediction
 
 # Of rates and variances that single precision holds.
@@ -65,6 +66,12 @@ class Poisson(Likelihood):
         """Return the rates."""
         return finite(f.exp())
 
+    def uncertainty(
+        self, outputs: Outputs, samples: Iterable[Tensor], noise_variance: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean (B, C) of each rate, which is the variance of a count given its rate, and the rate's variance."""
+        return _log_normal(outputs.mean, outputs.variance)
+
     def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rates, twice."""
         rate = self.inverse_link(f)
@@ -73,8 +80,8 @@ class Poisson(Likelihood):
     def target_moments(self, mean: Tensor, spread: Tensor, n_outputs: int) -> tuple[Tensor, Tensor]:
         """Return the moments of counts, whose rates are log-normal: the mean rate, and its (co)variance plus the mean."""
         if spread.ndim == mean.ndim:
-            rate = finite((mean + spread / 2).exp())
-            return rate, finite(rate + finite(rate.square()) * finite(spread.expm1()))
+            rate, of_rates = _log_normal(mean, spread)
+            return rate, finite(rate + of_rates)
         rate = finite((mean + spread.diagonal(dim1=-2, dim2=-1) / 2).exp())
         of_rates = finite(rate[..., None] * rate[..., None, :]) * finite(spread.expm1())
         return rate, finite(torch.diag_embed(rate) + finite(of_rates))
@@ -87,6 +94,7 @@ class Heteroscedastic(Likelihood):
     host_name = "regression"
     has_probabilities = False
     scores_marginals = False
+    has_intervals = True
     has_positive_loss = False
 
     def targets(self, y: Tensor, f: Tensor) -> Tensor:
@@ -133,6 +141,13 @@ class Heteroscedastic(Likelihood):
         mean, logarithm = f.chunk(2, -1)
         return torch.cat([mean, finite(logarithm.exp())], -1)
 
+    def uncertainty(
+        self, outputs: Outputs, samples: Iterable[Tensor], noise_variance: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the mean of each target's variance, and the variance of its mean, both (B, D)."""
+        of_mean, of_logarithm = outputs.variance.chunk(2, -1)
+        return _log_normal(outputs.mean.chunk(2, -1)[1], of_logarithm)[0], of_mean
+
     def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """Return the means and the variances."""
         mean, variance = self.inverse_link(f).chunk(2, -1)
@@ -147,6 +162,12 @@ class Heteroscedastic(Likelihood):
         if not is_matrix:
             return mean[..., of_means], finite(spread[..., of_means] + noise)
         return mean[..., of_means], finite(spread[..., of_means, :][..., of_means] + torch.diag_embed(noise))
+
+
+def _log_normal(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of exponentials of Gaussian numbers."""
+    found = finite((mean + variance / 2).exp())
+    return found, finite(finite(found.square()) * finite(variance.expm1()))
 
 
 def _check_logarithms(f: Tensor, what: str) -> None:

@@ -29,7 +29,7 @@ def checked_features(
     ValueError
         If inputs or features are not finite.
     """
-    basis = posterior.fit.basis
+    basis = posterior.basis
     with basis.ranks.together("the inputs of a prediction"):
         check_finite_input(x)
     with basis.ranks.together("the features of a prediction"):
@@ -57,22 +57,21 @@ def linearise(
 def attend(posterior: Posterior, engine: Engine, residual: Residual) -> None:
     """Take part in :func:`linearise` of ranks that share the directions, having no inputs of one's own."""
     _prepared(posterior, engine, residual)
-    ranks = posterior.fit.basis.ranks
-    with ranks.together("the inputs of a prediction"):
+    basis = posterior.basis
+    with basis.ranks.together("the inputs of a prediction"):
         pass
-    with ranks.together("the features of a prediction"):
-        answer_others(engine, posterior.fit.basis)
+    with basis.ranks.together("the features of a prediction"):
+        answer_others(engine, basis)
 
 
 def _prepared(posterior: Posterior, engine: Engine, residual: Residual) -> Any:
-    of_tangents = posterior.tangents, posterior.residual_samples, posterior.seed
-    return residual.prepare(engine, posterior.fit.basis, *of_tangents)
+    of_tangents = posterior.shared, posterior.residual_samples, posterior.seed
+    return residual.prepare(engine, posterior.basis, *of_tangents)
 
 
 def numbers_per_output(posterior: Posterior) -> int:
     """Return how many numbers :func:`linearise` keeps of each output."""
-    fit = posterior.fit
-    return fit.basis.rank + posterior.residual.numbers_per_output(fit.n_outputs)
+    return posterior.rank + posterior.residual.numbers_per_output(posterior.fit.n_outputs)
 
 
 @without_autocast
@@ -170,6 +169,22 @@ def probabilities(
     return found.to(seen.f.dtype)
 
 
+def of_call(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    likelihood: Likelihood,
+    link: str,
+    noise: Noise,
+    joint: bool = False,
+    enable_backprop: bool = False,
+) -> Prediction:
+    """Return what a call of an estimator does: probabilities, or moments of the targets where the likelihood has none."""
+    if likelihood.has_probabilities:
+        return probabilities(posterior, engine, x, likelihood, link, noise, enable_backprop)
+    return target_moments(posterior, engine, x, likelihood, joint, noise.diagonal_output, enable_backprop)
+
+
 def of_features(posterior: Posterior, phi: Tensor) -> Outputs:
     """Return the Gaussian over outputs with given features (B, C, K), without the residual; its mean says nothing.
 
@@ -178,5 +193,5 @@ def of_features(posterior: Posterior, phi: Tensor) -> Outputs:
     ValueError
         If these are no features of the posterior's basis.
     """
-    check_features(phi, posterior.fit.basis.rank, posterior.setting.prior_precision.device)
+    check_features(phi, posterior.rank, posterior.setting.prior_precision.device)
     return Linearised(phi[..., 0], phi).outputs(posterior.scale)

@@ -14,7 +14,7 @@ from ..network.engine import Engine
 from ..parallel.ranks import Ranks
 from ..posterior.likelihoods import Prediction
 from ..posterior.posterior import Posterior
-from ..posterior.setting import SETTING_NAMES, Setting
+from ..posterior.setting import SETTING_NAMES, USUAL_RANKS, Setting
 from .baselines import Predictor, Scorer, baselines
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
 from .checks import by_name, check_search, check_values
@@ -58,6 +58,8 @@ def tuned(
         If no setting has a finite loss.
     """
     grids, start, progress = search.grids, posterior.plain, stream.progress
+    if "n_eigenvalues" in grids:  # features of all directions that are tried
+        posterior = posterior.using(max(grids["n_eigenvalues"]))
     values = {k: [float(v) for v in grid] for k, grid in grids.items()}
     options = {"link_approx": search.link, "n_samples": search.n_samples}
     require_same_search(posterior, ranks, "optimize_hyperparameters()", search=values, **options)
@@ -113,7 +115,7 @@ def grids_of(posterior: Posterior, search: Any) -> dict[str, Sequence[Any]]:
         "logit_scale": LOGIT_SCALES,
         "residual_scale": decades(-10, 1),
         # These go from large to small, so that directions are not given up for a tie.
-        "n_eigenvalues": [rank, *(k for k in (500, 200, 100, 50, 20, 10, 5, 2, 1) if k < rank)],
+        "n_eigenvalues": [rank, *(k for k in USUAL_RANKS[::-1] if k < rank)],
         "curvature_size": sizes[::-1],
         "sigma_noise": noises(float(posterior.setting.sigma_noise)),
     }
@@ -124,18 +126,13 @@ def grids_of(posterior: Posterior, search: Any) -> dict[str, Sequence[Any]]:
 
 
 def applied(posterior: Posterior, best: Setting, names: Sequence[str]) -> dict[str, Any]:
-    """Return the values of some parameters of a setting, and a fit if these ask for another one.
-
-    Directions beyond K' are dropped.
-    """
-    fit, n, rank = posterior.fit, best.curvature_size, best.n_eigenvalues
+    """Return the values of some parameters of a setting, and the fit that they belong to, if they do."""
+    fit, n, new = posterior.fit, best.curvature_size, best.rounded(posterior.setting)
     if "curvature_size" in names and n is not None:
         fit = fit.first(n)
-    if "n_eigenvalues" in names and rank is not None and rank < fit.basis.rank:
-        fit = fit.leading(rank)
-    new = best.rounded(posterior.setting)
-    values = {k: getattr(new, k) for k in names if k not in DISCRETE}
-    return {"setting": values, **({} if fit is posterior.fit else {"current": fit})}
+    values = {k: getattr(new, k) for k in names if k != "curvature_size"}
+    # K' and n are of this fit, and not of one that another thread may have made meanwhile.
+    return {"setting": values, **({"current": fit} if set(DISCRETE) & set(names) else {})}
 
 
 @torch.no_grad()

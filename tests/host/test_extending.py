@@ -77,6 +77,27 @@ def test_a_likelihood_says_what_is_not_for_it(times):
         la(X, link_approx="bridge")
 
 
+def test_a_likelihood_says_how_its_uncertainty_splits(times, monkeypatch):
+    la = build("exponential")
+    la.fit(times)
+    with pytest.raises(
+        NotImplementedError, match=r"'exponential'.*log_probabilities\(\), or uncertainty\(\)"
+    ):
+        la.uncertainty(X)
+    with pytest.raises(ValueError, match=r"'exponential' has no finite set"):
+        la.batch_bald([X], 2)
+
+    def uncertainty(self, outputs, samples, noise_variance):
+        """The variance of a time: the mean of its squared mean, and the variance of its mean."""
+        means = torch.cat(list(samples)).exp()
+        return means.square().mean(0), means.var(0, correction=0)
+
+    monkeypatch.setattr(Exponential, "uncertainty", uncertainty)
+    found = la.uncertainty(X, 64)
+    mean = la(X, link_approx="mc", n_samples=64)
+    torch.testing.assert_close(found.aleatoric - found.epistemic, mean.square())
+
+
 def test_a_link_is_one_function(monkeypatch):
     def of_the_mean(outputs, likelihood, noise):
         return likelihood.inverse_link(outputs.mean)
