@@ -58,6 +58,7 @@ examples: $(VENV)/.installed-examples  ## run the examples, with their assertion
 	$(RUN)/python $(QUIET) examples/vit.py --quick
 	$(RUN)/python $(QUIET) examples/text.py --quick
 	$(RUN)/python $(QUIET) examples/bayesian_optimisation.py --quick
+	$(RUN)/python $(QUIET) examples/active_learning.py --quick
 	$(RUN)/python $(QUIET) examples/migrating.py --quick
 	PYTHONWARNINGS=ignore $(RUN)/torchrun --nproc-per-node 2 examples/distributed.py --quick
 

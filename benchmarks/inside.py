@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_ella.data.landmarks import Landmarks
+from laplace_ella.data.progress import no_progress
 from laplace_ella.fitting.curvature import Curvature, Part
 from laplace_ella.fitting.curvature import curvature as curvature_of_features
 from laplace_ella.network.functional import FunctionalModel
@@ -17,6 +18,7 @@ from laplace_ella.network.gradients import asdl_rows, backpack_rows, gradient_ro
 from laplace_ella.network.memory import Chunks
 from laplace_ella.network.safety import safely
 from laplace_ella.nystrom.basis import NystromBasis
+from laplace_ella.nystrom.gram import choose_rows
 from laplace_ella.nystrom.jacobian import row_source
 from laplace_ella.nystrom.rows import inner_products
 from laplace_ella.posterior.likelihoods import LIKELIHOODS
@@ -31,6 +33,7 @@ __all__ = [
     "fit_curvature",
     "forget_points",
     "inner_products",
+    "landmark_gram",
     "landmark_rows",
     "mode",
     "predicted",
@@ -54,13 +57,23 @@ def rows_by(engine: str, model: nn.Module, x: Tensor, outputs: Tensor) -> Callab
 
 
 def landmark_rows(backend: Any, inputs: Iterable[Tensor], outputs: Tensor) -> Callable[[], Tensor]:
-    """Return what computes the gradient rows (M, P) of landmarks, as a fit does."""
-    source = row_source(backend.engine, Landmarks(list(inputs), outputs))
+    """Return what computes the gradient rows (M, P) of landmarks, as a fit does that keeps rows."""
+    source = row_source(backend.engine, Landmarks(list(inputs), outputs), by_layer=False)
 
     def compute() -> Tensor:
-        return safely(backend.model, lambda: source(list(range(len(outputs)))))
+        return safely(backend.model, lambda: source(list(range(len(outputs)))).values)
 
     return compute
+
+
+def landmark_gram(
+    backend: Any, inputs: Iterable[Tensor], outputs: Tensor, by_layer: bool = True
+) -> Callable[[], Tensor]:
+    """Return what computes the Gram matrix (M, M) of landmarks, as a fit does, or from rows in any case."""
+    landmarks, engine = Landmarks(list(inputs), outputs), backend.engine
+    source = safely(backend.model, lambda: row_source(engine, landmarks, by_layer=by_layer))
+    rows = choose_rows(source, engine.budget())
+    return lambda: safely(backend.model, lambda: rows.gram(no_progress))
 
 
 def scan(backend: Any, x: Tensor) -> Tensor:

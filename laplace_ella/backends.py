@@ -36,7 +36,8 @@ from .nystrom.basis import NystromBasis
 from .nystrom.checks import check_budget, check_spill
 from .nystrom.gram import Spill
 from .nystrom.jacobian import features
-from .posterior.likelihoods import LIKELIHOODS, checked_targets, name_of
+from .posterior.likelihoods import LIKELIHOODS, name_of
+from .posterior.targets import checked_targets, prediction_weights
 
 # What a backend takes beside the model, the likelihood and the keys, and what it is without being named.
 OPTIONS: dict[str, Any] = {
@@ -116,6 +117,7 @@ class NystromGGN(GGNInterface):
         check_choice("autodiff", autodiff, AUTODIFF)
         folder = check_spill(spill, spill_dtype)
         self.basis: NystromBasis | None = None
+        self.observed = known
         self.engine = Engine(
             self.model,
             autodiff,
@@ -186,9 +188,11 @@ class NystromGGN(GGNInterface):
             raise ValueError(f"y must be a tensor of targets; got {shown(y)}.")
         phi, f = self.jacobians(x)
         check_finite_features(phi, f, "the batch given")
-        likelihood = LIKELIHOODS[name_of(self.likelihood)]
-        y = checked_targets(likelihood, y, f, self.engine.positions(x), "the batch given")
-        return likelihood.loss(f, y), curvature(likelihood, phi, f)
+        likelihood = self.observed
+        targets = checked_targets(likelihood, y, f, self.engine.positions(x), "the batch given")
+        return likelihood.loss(f, targets), curvature(
+            likelihood, phi, f, prediction_weights(likelihood, y, None)
+        )
 
 
 class ReverseNystromGGN(NystromGGN):

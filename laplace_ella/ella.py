@@ -20,16 +20,17 @@ from torch import Tensor, nn
 
 from .backends import OPTIONS, backend_options, nystrom_backend
 from .data.batches import Input, Raw
-from .data.checks import check_choice, check_flag, check_key, check_options
+from .data.checks import check_choice, check_flag, check_key, check_options, integer
 from .data.landmarks import Scheme
 from .data.loading import check_loader
 from .data.notices import warn_user
 from .data.progress import progress_bars
 from .data.stream import Stream
-from .fitting import asked, merging
+from .fitting import asked, merging, prices
 from .fitting import checkpoint as checkpoints
 from .fitting.fit import FitInterrupted, fit
 from .fitting.plan import Plan
+from .fitting.prices import PredictionPlan
 from .fitting.state import assigned, posterior_of, state_of
 from .network.checks import check_model, check_module
 from .network.engine import Engine
@@ -39,7 +40,8 @@ from .nystrom.basis import NystromBasis
 from .nystrom.caching import outside_inference, without_inference
 from .nystrom.compact import STORED
 from .parallel.ranks import ALONE, Ranks, check_process_group, ranks_of
-from .posterior import attributes, checks, copying, novelty, prediction, sampling
+from .posterior import acquisition, attributes, checks, copying, novelty, prediction, sampling, uncertainty
+from .posterior.acquisition import Acquisition
 from .posterior.attributes import become, of_fit, of_posterior, of_setting
 from .posterior.fit import Fit
 from .posterior.likelihoods import LIKELIHOODS, Prediction, name_of
@@ -48,6 +50,7 @@ from .posterior.novelty import ApproximationError
 from .posterior.posterior import Posterior
 from .posterior.residual import RESIDUALS
 from .posterior.sampling import Draws
+from .posterior.uncertainty import Uncertainty
 from .tuning import choosing, early_stopping, joint, prior
 from .tuning.checks import check_loss
 from .tuning.result import TuningResult
@@ -73,8 +76,8 @@ def Laplace(
     ----------
     model : torch.nn.Module
         The trained network.
-    likelihood : {"classification", "regression", "reward_modeling", "bernoulli"}
-        The last, for binary and multi-label targets, with "ella" only.
+    likelihood : {"classification", "regression", "reward_modeling", "bernoulli", "poisson", "heteroscedastic"}
+        The last three, for binary and multi-label targets, counts, and noise that depends on the input, with "ella" only.
     subset_of_weights : {"last_layer", "subnetwork", "all"}
         "ella" needs "all".
     hessian_structure : {"kron", "diag", "full", "lowrank", "gp", "ella"}
@@ -119,9 +122,11 @@ class ELLALaplace(ParametricLaplace):
         are taken off.
     likelihood : str
         "classification", "regression" or "reward_modeling", as in :class:`laplace.ParametricLaplace`;
-        or "bernoulli", for binary and multi-label targets.
+        "bernoulli", for binary and multi-label targets; "poisson", for counts, with outputs that are log rates; or
+        "heteroscedastic", for numbers, with all means and then the logarithms of all variances as outputs.
     sigma_noise : float or Tensor
-        Observation noise, a standard deviation (regression).
+        Observation noise, a standard deviation (regression); a tensor (C,) gives each output its own. Tuning scales
+        them together, and keeps the ratios.
     prior_precision : float or Tensor
         Scalar, one per weight tensor, or one per weight.
     prior_mean : float or Tensor
@@ -148,7 +153,8 @@ class ELLALaplace(ParametricLaplace):
     n_eigenvalues : int or float, optional
         K, how many directions; default 20. A float in (0, 1) is the share of the trace of the
         landmarks' Gram matrix that they have to retain. What is named here and exceeds the data or
-        their numerical rank is reduced with a warning, a default without.
+        their numerical rank is reduced with a warning, a default without. It is for the next fit; of a fit's
+        directions, :attr:`n_directions` says how many are used.
     curvature_size : int or None
         How many inputs G is estimated from, without bias; all of them if there are fewer.
         None takes all of them, in a second pass.
@@ -297,7 +303,7 @@ class ELLALaplace(ParametricLaplace):
             super().__init__(
                 unwrap(model),
                 self._posterior.likelihood.host_name,
-                sigma_noise,
+                1.0,  # the host's constructor knows no noise of several outputs
                 prior_precision,
                 prior_mean,
                 temperature,
@@ -309,6 +315,7 @@ class ELLALaplace(ParametricLaplace):
                 self.asdl_fisher_kwargs,
             )
             self.likelihood, self.link_approx = likelihood, link_approx
+            self.sigma_noise = sigma_noise
             self.logit_scale, self.residual_scale = logit_scale, residual_scale
             self.variance, self.class_scales, self.class_biases = variance, class_scales, class_biases
             if temperature_fixed is not None:
@@ -352,7 +359,7 @@ class ELLALaplace(ParametricLaplace):
 
     @of_fit
     def n_predictions(self) -> Any:
-        """N times the positions of an input."""
+        """N times the positions of an input, without those that are ignored; with weights, their sum."""
         return 0
 
     @of_fit
@@ -378,9 +385,12 @@ class ELLALaplace(ParametricLaplace):
     def prior_precision(self) -> Any:
         """Delta: (1,), one per weight tensor (L,), or one per weight (P,)."""
 
-    @of_setting
+    @attributes.of_noise
     def sigma_noise(self) -> Any:
-        """Observation noise, a standard deviation; 1 unless the likelihood is regression."""
+        """Observation noise, a standard deviation: (), or one per output (C,); 1 unless the likelihood is regression.
+
+        The ratios between outputs enter loss and curvature: once fitted, it can be scaled as a whole only.
+        """
 
     @of_setting
     def logit_scale(self) -> Any:
@@ -434,14 +444,32 @@ class ELLALaplace(ParametricLaplace):
 
     @of_posterior
     def basis(now: Posterior) -> NystromBasis:
-        """The K directions and the spectrum they come from.
+        """The K directions that are used, and the spectrum they come from.
 
         Raises
         ------
         AttributeError
             Before a fit.
         """
-        return now.fit.basis
+        return now.basis
+
+    @attributes.of_rank
+    def n_directions(self) -> Any:
+        """K', how many of the directions that the fit found are used: the leading ones; assigning None means all.
+
+        A prediction costs less with fewer: :meth:`predict_plan` says how much. What follows is what a fit with
+        ``n_eigenvalues=K'`` would have found, apart from temperature and scales, which tuning found for another K': tune
+        again. Nothing is dropped, so that it may be raised again, up to as many directions as the fit found. A new fit uses
+        all of its own. Copies of an estimator (``copy.copy``) share the directions in memory, and each may use as many as it
+        likes.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If a value is not an integer, or not from 1 to the number of directions of the fit.
+        """
 
     @of_posterior
     def posterior_precision(now: Posterior) -> Tensor:
@@ -507,7 +535,8 @@ class ELLALaplace(ParametricLaplace):
     def backend(self) -> Any:
         """The backend, with the basis of the last fit."""
         backend, now = super().backend, self._posterior.current
-        backend.basis = None if now is None else now.basis
+        backend.basis = None if now is None else self._posterior.basis
+        backend.observed = self._posterior.likelihood
         return backend
 
     # ------------------------------------------------------------------ this moment
@@ -601,8 +630,9 @@ class ELLALaplace(ParametricLaplace):
         Parameters
         ----------
         train_loader : iterable
-            Any iterable of batches ``(x, y)`` or mappings; read once, twice with
-            ``curvature_size=None``. Inputs are moved to the model's device, and converted to
+            Any iterable of batches ``(x, y)``, ``(x, y, weights)`` or mappings; read once, twice with
+            ``curvature_size=None``. Class indices of -100 are ignored. Weights, floating point, of each
+            input or position multiply loss and curvature. Inputs are moved to the model's device, and converted to
             its dtype only if it does not take them as they are. Tensors of a mapping that are as
             long as the batch, also in containers inside it, are cut into rows.
         override : bool
@@ -690,7 +720,7 @@ class ELLALaplace(ParametricLaplace):
         """Return what the estimator is to take over after a fit, having chosen among snapshots of G."""
         if request.val_loader is None:
             return {"current": fit}
-        now = replace(self._posterior, current=fit)
+        now = self._posterior.fitted(fit)
         stream = self._stream(request.val_loader, request.progress_bar)
         free = fresh and not now.temperature_fixed
         return early_stopping.stopped_early(now, self._engine, stream, ranks, request.link_approx, free)
@@ -802,6 +832,47 @@ class ELLALaplace(ParametricLaplace):
 
     # ------------------------------------------------------------------ predictions
 
+    @torch.inference_mode(False)
+    def predict_plan(self, x: Input, verbose: bool = True) -> PredictionPlan:
+        """Measure what a prediction of inputs like ``x`` costs with 1, 2, 5, 10, 20 ... directions, up to all of the fit.
+
+        Seconds are those of ``la(x)`` with ``n_directions`` at each of these values: with the link of calls that name none, the residual
+        there is, and everything prepared that is prepared once for a basis. Forward passes are counted, and measured in
+        units of a plain pass of the same inputs. Where calls of few inputs are planned, pass few.
+
+        Parameters
+        ----------
+        x : Tensor or mapping
+            B inputs.
+        verbose : bool
+            Whether to print the plan as a table.
+
+        Returns
+        -------
+        PredictionPlan
+
+        Raises
+        ------
+        AttributeError
+            Before a fit, where there are no directions yet: :meth:`plan` says what a prediction takes with K of them.
+        ValueError
+            If there are no inputs, or if inputs or features are not finite; if the directions are spread over ranks, or with a
+            ``variance`` other than "ella", which uses none.
+
+        Notes
+        -----
+        Cost: for each number of directions a prediction of one input, and up to six of all, none once they have taken .7
+        seconds. Memory: one prediction's. With ``compile=True`` what is measured is not compiled, as
+        that takes minutes for each number of directions. Estimator and model are left as they were.
+        """
+        check_flag("verbose", verbose)
+        now = self._fitted()
+        prices.check_priced(now)
+        plan = prices.prediction_plan(now, self._engine.eager(), x, self.enable_backprop)
+        if verbose:
+            print(plan)
+        return plan
+
     def __call__(
         self,
         x: Input,
@@ -828,8 +899,10 @@ class ELLALaplace(ParametricLaplace):
         -------
         Tensor (B, C), or pair of Tensor
             Probabilities; or mean (B, C) and covariance (B, C, C), its diagonal
-            (B, C) with ``diagonal_output``, or (BC,) and (BC, BC) with ``joint``. The
-            observation noise is not included. With outputs (B, ..., C), B counts positions.
+            (B, C) with ``diagonal_output``, or (BC,) and (BC, BC) with ``joint``. These are moments
+            of the outputs in regression, where ``sigma_noise`` is not included; and of the targets with
+            "poisson" and "heteroscedastic" (D = C / 2 of them), whose noise follows from the outputs. With
+            outputs (B, ..., C), B counts positions.
 
         Raises
         ------
@@ -850,10 +923,10 @@ class ELLALaplace(ParametricLaplace):
             offsets = sampling.weight_offsets(now, Draws(n_samples, generator))
             samples = sampling.outputs_at(engine, offsets, x, self.enable_backprop, **model_kwargs)
             return sampling.averaged(samples, likelihood)
-        if not likelihood.has_probabilities:
-            return prediction.output_moments(now, engine, x, joint, diagonal_output, self.enable_backprop)
-        noise = Noise.seeded(n_samples, generator, now.seed, diagonal_output)
-        return prediction.probabilities(now, engine, x, likelihood, link_approx, noise, self.enable_backprop)
+        draws = generator if likelihood.has_probabilities else None  # moments take nothing from it
+        noise = Noise.seeded(n_samples, draws, now.seed, diagonal_output)
+        options = (likelihood, link_approx, noise, joint, self.enable_backprop)
+        return prediction.of_call(now, engine, x, *options)
 
     def predictive(
         self, x: Input, pred_type: str = "glm", link_approx: str | None = None, n_samples: int = 100
@@ -961,7 +1034,7 @@ class ELLALaplace(ParametricLaplace):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw :meth:`functional_samples`, turned into probabilities where the likelihood has them: (S, B, C)."""
+        """Draw :meth:`functional_samples`, turned into probabilities, rates, or means and variances (S, B, C)."""
         samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
         # Before they are rounded: fp16 holds no logit above 65504.
         return self._posterior.likelihood.of_calls.inverse_link(samples).to(dtype)
@@ -978,6 +1051,149 @@ class ELLALaplace(ParametricLaplace):
             samples = sampling.outputs_at(engine, sampling.weight_offsets(now, draws), x, backprop)
             return samples, samples.dtype
         return sampling.sampled_functions(now, engine, x, draws, diagonal_output, backprop)
+
+    def uncertainty(
+        self, x: Input, n_samples: int = 128, generator: torch.Generator | None = None
+    ) -> Uncertainty:
+        r"""Say how uncertain the targets of inputs are, and how much of it more training data would take away.
+
+        Classification: the entropy of the mean prediction (total), the expected entropy (aleatoric) and the mutual information of
+        target and weights (epistemic), in nats, all from the same samples of the logits: those of ``link_approx="mc"``. Bernoulli: the same for each
+        of the C targets. Regression: variances, with :math:`\sigma^2` as the aleatoric part; nothing is sampled. Reward models are
+        regressions without noise here, as in a call.
+
+        Parameters
+        ----------
+        x : Tensor or mapping
+            B inputs.
+        n_samples : int
+            S, how many samples of the logits.
+        generator : torch.Generator, optional
+            Gives the seed of the samples. Default: the estimator's seed, so that the same call gives the same result.
+
+        Returns
+        -------
+        Uncertainty
+            ``total``, ``aleatoric`` and ``epistemic``: Tensor (B,) for classification, else (B, C). With outputs (B, ..., C), B counts
+            positions. Differentiable with respect to the inputs with ``enable_backprop``.
+
+        Raises
+        ------
+        AttributeError, ValueError
+            As for a call.
+        NotImplementedError
+            If a likelihood added from outside does not say what its uncertainty is.
+
+        Notes
+        -----
+        Cost: that of a call with ``link_approx="mc"``. With the default temperature both parts are what the posterior says; tune it first
+        (:meth:`optimize_hyperparameters`), as the size of the epistemic part is that of the variance.
+        Source: Depeweg et al. (ICML 2018), arXiv 1710.07283, eq. 4.
+        """
+        checks.check_prediction("glm", "mc", n_samples, generator, self._device)
+        now, engine = self._fitted(), self._engine
+        noise = Noise.seeded(n_samples, generator, now.seed, diagonal_output=False)
+        return uncertainty.uncertainty(now, engine, x, now.likelihood.of_calls, noise, self.enable_backprop)
+
+    def interval(
+        self, x: Input, level: float = 0.95, observation_noise: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        r"""Return intervals in which regression targets lie with a given probability.
+
+        The central intervals of the Gaussian marginals, :math:`\mu \pm z \sqrt{v + \sigma^2}`.
+
+        Parameters
+        ----------
+        x : Tensor or mapping
+            B inputs.
+        level : float
+            The probability, between 0 and 1.
+        observation_noise : bool
+            Whether :math:`\sigma^2` counts: True gives intervals of targets, False of the noiseless function.
+
+        Returns
+        -------
+        lower, upper : Tensor (B, C)
+            Of each output by itself. With outputs (B, ..., C), B counts positions. Differentiable with respect to the
+            inputs with ``enable_backprop``.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If the level is not between 0 and 1, or targets are not numbers.
+
+        Notes
+        -----
+        They cover as often as they say if the model is right: noise and temperature have to be tuned. Reward models have no noise.
+        """
+        level = uncertainty.checked_level(level)
+        with_noise = check_flag("observation_noise", observation_noise)
+        uncertainty.check_numbers_predicted(self._posterior.likelihood)
+        now, engine = self._fitted(), self._engine
+        likelihood = now.likelihood.of_calls
+        return uncertainty.interval(now, engine, x, likelihood, level, with_noise, self.enable_backprop)
+
+    def batch_bald(
+        self,
+        pool_loader: Iterable[Any],
+        batch_size: int,
+        *,
+        n_samples: int = 256,
+        n_labellings: int = 1024,
+        generator: torch.Generator | None = None,
+    ) -> Acquisition:
+        r"""Choose which inputs of a pool to label next: those whose labels together tell most about the function.
+
+        The mutual information of the labels of the batch and the function, maximised greedily (BatchBALD), so that inputs that
+        tell the same are not chosen together, as they are by their own :meth:`uncertainty`. Functions are samples in the K dimensions of the span,
+        shared by the whole pool.
+
+        Parameters
+        ----------
+        pool_loader : iterable
+            Batches of unlabelled inputs, always in the same order: x alone, (x, y) or mappings; read once. No labels are used.
+        batch_size : int
+            b, how many to choose.
+        n_samples : int
+            S, how many functions are sampled. No batch can tell more than log S nats of them.
+        n_labellings : int
+            Up to how many labellings of the inputs chosen so far are gone through one by one, :math:`C^b` of them; beyond, so many are drawn.
+        generator : torch.Generator, optional
+            Gives the seed of the samples. Default: the estimator's seed.
+
+        Returns
+        -------
+        Acquisition
+            ``indices`` (b,), positions in the pool, in the order of choice, and ``scores`` (b,), the mutual information of
+            the first 1 ... b of them, in nats. With outputs (B, ..., C), candidates are positions, input by input; with C binary
+            targets, an input gets all its labels. Of a reward model, pairs are chosen.
+
+        Raises
+        ------
+        AttributeError
+            Before a fit.
+        ValueError
+            If the likelihood has no finite set of labels (regression), an argument is out of range, the pool is smaller than the batch,
+            or ``variance`` is not "ella".
+
+        Notes
+        -----
+        Cost: the features of the pool, once; then about S x C x min(n_labellings, C^b) operations for each candidate and choice. Memory: K x C numbers
+        for each candidate, and some 100 MB. On several ranks each chooses from its own pool; with ``shard_directions=True`` all have to call.
+        Source: Kirsch, van Amersfoort, Gal (NeurIPS 2019), arXiv 1906.08158.
+        """
+        now, engine = self._fitted(), self._engine
+        with now.fit.basis.ranks.together("the arguments of batch_bald()"):
+            size = integer("batch_size", batch_size, "a positive integer", 1)
+            most = integer("n_labellings", n_labellings, "a positive integer", 1)
+            checks.check_prediction("glm", "mc", n_samples, generator, self._device)
+            check_loader("pool_loader", pool_loader)
+            acquisition.check_labels(now, most)
+        noise = Noise.seeded(n_samples, generator, now.seed, diagonal_output=False)
+        inputs = Stream(pool_loader, self.dict_key_x, self.dict_key_y, engine.inputs).inputs("Pool")
+        return acquisition.batch_bald(now, engine, inputs, size, noise, most)
 
     @torch.no_grad()
     def residual_share(self, x: Input) -> Tensor:
@@ -1231,7 +1447,7 @@ class ELLALaplace(ParametricLaplace):
             Default: the mean NLL of an input (or position), which is refined by L-BFGS; any
             other loss by golden-section search.
         apply : bool
-            Give the estimator the best setting. Directions beyond K' are dropped until the next fit.
+            Give the estimator the best setting; K' becomes ``n_directions``.
         progress_bar : bool
             Show the progress.
 
@@ -1272,6 +1488,8 @@ class ELLALaplace(ParametricLaplace):
             result, remarks = choosing.searched(now, self._engine, stream, ranks, wanted)
             if apply:
                 become(self, now.fit, **joint.applied(now, result, wanted.link))
+                if "n_eigenvalues" in result.searched:
+                    self._engine.drop_prepared()  # of directions that may not be used any more
         for remark in remarks:
             warn_user(remark)
         return result
@@ -1283,7 +1501,7 @@ class ELLALaplace(ParametricLaplace):
         """Return the fitted state: tensors and plain types, loadable with ``weights_only=True``.
 
         It holds a hash of the model, not its weights, and a hash of all that it holds, so that damage is found. It
-        shares no memory with the estimator.
+        shares no memory with the estimator. All directions of the fit are in it, also where ``n_directions`` is lower.
 
         Parameters
         ----------

@@ -17,7 +17,10 @@ from benchmarks.cases.setting import Part, Rows
 from benchmarks.methods import METHODS
 
 CASES: dict[str, dict[str, Part]] = {
-    "gradients": {name: partial(features.gradients, name=name) for name in setting.BATCHES},
+    "gradients": {
+        **{name: partial(features.gradients, name=name) for name in setting.BATCHES},
+        **{f"{name}, Gram matrix": partial(features.gram, name=name) for name in features.LANDMARKS},
+    },
     "features": {
         f"{name}-{c}-{k}": partial(features.features, name=name, n_outputs=c, rank=k)
         for name, c, k in features.FEATURES

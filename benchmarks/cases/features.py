@@ -24,6 +24,8 @@ WAYS: dict[str, Callable[[int, int], int]] = {
     "contraction": lambda n_outputs, rank: 1 + n_outputs,
     "reverse": lambda n_outputs, rank: 1 + 2 * n_outputs,
 }
+# Whose Gram matrix is computed, in a minute from rows.
+LANDMARKS = {"resnet20": 50, "vit": 16, "mlp": 200}
 # Network, C, K -> what features may cost by the way that is chosen, in forwards an input.
 FEATURES: dict[tuple[str, int, int], float | None] = {
     ("resnet20", 10, 20): 25,
@@ -93,6 +95,35 @@ def gradients(args: argparse.Namespace, name: str) -> Rows:
         )
         for engine in functions
     ] + rows
+
+
+def gram(args: argparse.Namespace, name: str) -> Rows:
+    """Gradients and Gram matrix of M landmarks, as a fit computes them and from rows, in one batch's share of forwards."""
+    size, batch = LANDMARKS[name], BATCHES[name]
+    model = network(name, args.data, args.device)
+    x = on_device(name, size, args)[0]
+    outputs = torch.arange(size, device=args.device) % 10
+    backend = laplace_ella.NystromGGN(model, "classification")
+    forward = [plain(model, part) for part in x.split(batch)]
+    functions = {
+        "forward": lambda: [compute() for compute in forward],
+        "fit": inside.landmark_gram(backend, x.split(1), outputs),
+        "rows": inside.landmark_gram(backend, x.split(1), outputs, by_layer=False),
+    }
+    calls = interleaved(functions, repeats(args, 2, 7), args.device, within=WITHIN)
+    return [
+        result(
+            f"landmark gradients and Gram matrix, {TITLES[name]}, M = {size}, {way}",
+            "forwards a landmark",
+            ratios(calls, way, "forward")["median"],
+            12 if (name, way) == ("mlp", "fit") else None,
+            problem=name,
+            engine=way,
+            M=size,
+            spread=ratios(calls, way, "forward"),
+        )
+        for way in ("fit", "rows")
+    ]
 
 
 def features(args: argparse.Namespace, name: str, n_outputs: int, rank: int) -> Rows:

@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases.setting import TITLES, Part, Rows, on_device, repeats
 from benchmarks.measure import interleaved, loader, plain, result, spread
 from benchmarks.methods import LAST, flavour, ours
 from benchmarks.problems import network
+from laplace_ella.network.safety import safely
 
 NETWORKS = ("resnet20", "resnet18", "vit", "bert")
 BATCHES = (1, 8, 64)
@@ -20,8 +22,18 @@ BATCHES = (1, 8, 64)
 WITHIN = {True: 25, False: 300}
 
 
+def features_alone(la: Any, x: Tensor) -> Callable[[], Any]:
+    """Compute the features of ``x`` as a prediction does, with all checks, choices and preparations made before."""
+    engine, directions = la.backend.engine, la.basis.directions
+    mode = engine.mode(x, la.basis.rank)
+    return partial(engine.bound(mode, x, directions), x, engine.chunks(mode, x, la.basis.rank))
+
+
 def latency(args: argparse.Namespace, name: str) -> Rows:
-    """ELLA (K = 20), the network alone, and laplace-torch's last-layer Laplace, of the same inputs."""
+    """ELLA (K = 20), its features alone, the network, and laplace-torch's last-layer Laplace, of the same inputs.
+
+    What a prediction takes beyond its features is what locks, contexts, checks, and the posterior take.
+    """
     model = network(name, args.data, args.device)
     x, y = on_device(name, max(BATCHES), args)
     few = loader(x[:48], y[:48], 8)
@@ -35,10 +47,12 @@ def latency(args: argparse.Namespace, name: str) -> Rows:
         functions: dict[str, Callable[[], Any]] = {
             "MAP": plain(model, part),
             "ELLA": partial(ella, part),
+            "ELLA's features alone": safely(model, partial(features_alone, ella, part)),
             "last layer, kron": partial(torch.no_grad()(last), part),
         }
         n = repeats(args, 20 if batch == 1 else 5, 100)
-        calls = interleaved(functions, n, args.device, within=WITHIN[args.quick])
+        run = partial(interleaved, functions, n, args.device, within=WITHIN[args.quick])
+        calls = safely(model, run)  # outside of it, features cannot be computed by themselves
         for method, of in calls.items():
             times = spread([1e3 * s for s in of.seconds])
             about = {"problem": name, "batch": batch, "method": method, "spread": times, "K": ella.basis.rank}

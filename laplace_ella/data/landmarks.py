@@ -167,18 +167,31 @@ def balanced(batch: Batch, seed: int) -> tuple[Tensor, list[int]]:
     return uniform(batch, seed)[0], (y if y.ndim == 1 else y.argmax(-1)).tolist()
 
 
-def offer_inputs(sample: BottomK, batch: Batch, n_coordinates: int, scheme: Scheme, seed: int) -> None:
+def offer_inputs(
+    sample: BottomK,
+    batch: Batch,
+    n_coordinates: int,
+    scheme: Scheme,
+    seed: int,
+    counted: Tensor | None = None,
+) -> None:
     """Offer a batch's inputs, each with the number L x C of its outputs, to a sample of landmark inputs.
 
     Parameters
     ----------
     batch : Batch
         Its targets have been checked.
+    counted : BoolTensor (B,), optional
+        Which inputs have a target that counts; the others are not offered. Default: all.
     """
     if not sample.capacity:
         return
     keys, groups = scheme(batch, seed)
-    sample.offer(batch.positions, keys, groups, lambda i: (single_input(batch.x, i), n_coordinates))
+    rows = list(range(len(keys))) if counted is None else counted.nonzero()[:, 0].tolist()
+    some = None if groups is None else [groups[i] for i in rows]
+    sample.offer(
+        batch.positions[rows], keys[rows], some, lambda i: (single_input(batch.x, rows[i]), n_coordinates)
+    )
 
 
 def draw_outputs(sample: BottomK, seed: int) -> Landmarks:

@@ -18,7 +18,7 @@ def check_loader(name: str, loader: Any) -> None:
     """Require an iterable that may yield batches, without asking it for one."""
     kind = type(loader)
     iterable = hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
-    if not iterable or isinstance(loader, (str, bytes, Mapping, type)):
+    if not iterable or isinstance(loader, (str, bytes, Mapping, Tensor, type)):
         raise ValueError(
             f"{name} must be an iterable of batches, a DataLoader for instance; got {shown(loader)}. A single batch "
             "goes into a list."
@@ -43,10 +43,10 @@ def check_total(n_total: int | None, n_read: int) -> None:
         )
 
 
-def split_batch(batch: Any, dict_key_x: str, dict_key_y: str) -> tuple[Raw, Tensor]:
-    """Separate the model's input from the targets of one batch of a loader.
+def split_batch(batch: Any, dict_key_x: str, dict_key_y: str) -> tuple[Raw, Tensor, Tensor | None]:
+    """Separate the model's input from the targets of one batch of a loader, and from their weights if there are any.
 
-    A mapping batch is passed to the model whole, as laplace-torch does.
+    A mapping batch is passed to the model whole, as laplace-torch does; it has no weights.
 
     Raises
     ------
@@ -54,8 +54,9 @@ def split_batch(batch: Any, dict_key_x: str, dict_key_y: str) -> tuple[Raw, Tens
         If a mapping batch has no entry ``dict_key_y``.
     ValueError
         If the batch is neither a mapping nor a pair ``(inputs, targets)`` of an
-        input and a tensor.
+        input and a tensor, nor these two and weights.
     """
+    weights = None
     if isinstance(batch, Mapping):
         if dict_key_y not in batch:
             raise KeyError(
@@ -63,12 +64,13 @@ def split_batch(batch: Any, dict_key_x: str, dict_key_y: str) -> tuple[Raw, Tens
                 "Pass dict_key_y=... to the constructor."
             )
         x, y = batch, batch[dict_key_y]
-    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
-        x, y = batch
+    elif isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) in (2, 3):
+        x, y, *more = batch
+        weights = more[0] if more else None
     else:
         raise ValueError(
-            "A batch must be a pair (inputs, targets) or a mapping that holds both; "
-            f"got {_describe(batch)}. Wrap the loader so that it yields one of the two."
+            "A batch must be a pair (inputs, targets), with weights (inputs, targets, weights), or a mapping that holds "
+            f"inputs and targets; got {_describe(batch)}. Wrap the loader so that it yields one of the two."
         )
     if not isinstance(x, (Tensor, Mapping)) or not isinstance(y, Tensor):
         raise ValueError(
@@ -81,7 +83,21 @@ def split_batch(batch: Any, dict_key_x: str, dict_key_y: str) -> tuple[Raw, Tens
             f"Inputs and targets of a batch must have the same length; got {size} inputs "
             f"and targets of shape {tuple(y.shape)}."
         )
-    return x, y
+    if len(batch) == 3 and not isinstance(batch, Mapping):
+        _check_weights(weights, len(y))
+    return x, y, weights
+
+
+def _check_weights(weights: Any, size: int) -> None:
+    """Require weights, which nothing else that may stand third in a batch looks like."""
+    if not isinstance(weights, Tensor) or not weights.is_floating_point() or weights.shape[:1] != (size,):
+        raise ValueError(
+            f"The third entry of a batch must be the weights of its {size} inputs, a floating-point tensor with one for each; "
+            f"got {shown(weights)}. Anything else that the model takes goes into a mapping with the inputs."
+        )
+    bad = ~(weights.isfinite() & (weights >= 0))
+    if bad.any():
+        raise ValueError(f"Weights must be finite and at least 0; got {float(weights[bad][0]):.6g}.")
 
 
 def _describe(batch: Any) -> str:
@@ -91,8 +107,8 @@ def _describe(batch: Any) -> str:
 
 def named_batches(
     loader: Iterable[Any], dict_key_x: str, dict_key_y: str, prepare: Prepare
-) -> Iterator[tuple[str, Input, Tensor]]:
-    """Yield ``(name, inputs, targets)`` of each batch that is not empty.
+) -> Iterator[tuple[str, Input, Tensor, Tensor | None]]:
+    """Yield ``(name, inputs, targets, weights or None)`` of each batch that is not empty.
 
     The name ("batch 3") is for error messages.
 
@@ -102,10 +118,10 @@ def named_batches(
         If a batch has the wrong structure, or its inputs are not finite or cannot be cut.
     """
     for i, batch in enumerate(loader):
-        x, y = split_batch(batch, dict_key_x, dict_key_y)
+        x, y, weights = split_batch(batch, dict_key_x, dict_key_y)
         if len(y):
             check_finite(x, f"The inputs of batch {i}")
-            yield f"batch {i}", prepare(x, len(y)), y
+            yield f"batch {i}", prepare(x, len(y)), y, weights
 
 
 def named_inputs(loader: Iterable[Any], dict_key_x: str, prepare: Prepare) -> Iterator[tuple[str, Input]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..parallel.ranks import Ranks
 from .batches import Input
 from .landmarks import BottomK
@@ -17,18 +19,18 @@ from .packing import packed, unpacked
 
 @dataclass(frozen=True)
 class Dealt:
-    """The part of a sample of inputs that this rank has, in the order of the keys.
+    """The part of a sample of inputs with weights that this rank has, in the order of the keys.
 
     Attributes
     ----------
     size : int
         n, the size of the whole sample.
-    rows : list of (index, position, input)
+    rows : list of (index, position, (input, weights or None))
         Each has its index in the whole sample, of which every rank holds every W-th input.
     """
 
     size: int
-    rows: list[tuple[int, int, Input]]
+    rows: list[tuple[int, int, tuple[Input, Tensor | None]]]
 
 
 def pooled(sample: BottomK, ranks: Ranks) -> BottomK:
@@ -52,13 +54,14 @@ def dealt(sample: BottomK, ranks: Ranks) -> Dealt:
     if ranks.size == 1:
         return Dealt(len(order), [(i, p, sample.row(p)) for i, p in order])
     with ranks.together("the choice of curvature inputs"):
-        example = sample.items()[0] if sample.positions() else None
+        example = sample.items()[0][0] if sample.positions() else None
         sent: list[dict[int, Any]] = [{} for _ in range(ranks.size)]
         for i, p in order:
             if whole.row(p) == ranks.rank:
-                sent[i % ranks.size][p] = packed(sample.row(p))
+                x, weights = sample.row(p)
+                sent[i % ranks.size][p] = packed(x), weights
     received = ranks.exchanged(sent, "the choice of curvature inputs")
-    inputs = {p: unpacked(x, example) for theirs in received for p, x in theirs.items()}
+    inputs = {p: (unpacked(x, example), w) for theirs in received for p, (x, w) in theirs.items()}
     return Dealt(len(order), [(i, p, inputs[p]) for i, p in order[ranks.turns()]])
 
 

@@ -37,16 +37,20 @@ class Batch:
         The positions of its inputs in the data of all ranks.
     x : Input
     y : Tensor (B, ...)
+    weights : Tensor (B, ...), optional
+        Of the loss and curvature of each input, or of each of its positions.
     """
 
     name: str
     positions: Tensor
     x: Input
     y: Tensor
+    weights: Tensor | None = None
 
     def digest(self) -> str:
-        """Return a hash of inputs and targets."""
-        return digest(input_digest(self.x), self.y)
+        """Return a hash of inputs, targets and weights."""
+        more = () if self.weights is None else (self.weights,)
+        return digest(input_digest(self.x), self.y, *more)
 
 
 class Stream:
@@ -111,15 +115,16 @@ class Stream:
         ValueError
             If a batch has the wrong structure, or its inputs are not finite.
         """
-        for first, (name, x, y) in self._limited(named_batches, title, *self.keys):
+        for first, (name, x, y, weights) in self._limited(named_batches, title, *self.keys):
             numbers = torch.arange(first, first + batch_size(x), dtype=torch.int64, device="cpu")
-            yield Batch(name, self.start + self.step * numbers, x, y)
+            yield Batch(name, self.start + self.step * numbers, x, y, weights)
 
     def parts(self, title: str, bounded: Callable[[Input], Iterable[Input]]) -> Iterator[Batch]:
         """Read the loader once, its batches cut by a function that returns the parts of an input in order."""
         for batch in self.batches(title):
             for i, x in in_slices(batch.x, bounded):
-                yield replace(batch, x=x, y=batch.y[i], positions=batch.positions[i])
+                weights = None if batch.weights is None else batch.weights[i]
+                yield replace(batch, x=x, y=batch.y[i], positions=batch.positions[i], weights=weights)
 
     def inputs(self, title: str) -> Iterator[Input]:
         """Read the loader once, whose batches may be inputs without targets."""
@@ -139,7 +144,7 @@ class Stream:
             stop = first + batch_size(x)
             if self.limit is not None and stop > self.limit:
                 size, stop = self.limit - first, self.limit
-                x, y = inputs_between(x, 0, size), [t[:size] for t in y]
+                x, y = inputs_between(x, 0, size), [None if t is None else t[:size] for t in y]
             yield first, (name, x, *y)
             first = stop
             if first == self.limit:

@@ -220,6 +220,7 @@ def _arguments(request: Request, sizes: Sizes, estimator: Any, now: Posterior, f
         **vars(sizes),
         "shard_directions": estimator.shard_directions,
         "likelihood": now.likelihood.name,
+        **now.likelihood.options,
         "backend": type(estimator.backend).__name__,
         "dtype": str(now.setting.prior_precision.dtype),
         "override": fresh,

@@ -19,7 +19,14 @@ from ..nystrom.basis import NystromBasis
 from ..nystrom.compact import pack_directions, unpack_directions
 from ..nystrom.jacobian import directions_of
 from ..parallel.ranks import ALONE, Ranks
-from .state_checks import ENTRIES, SINCE_FORMAT_5, check_basis, check_entries, check_orthonormal
+from .state_checks import (
+    ENTRIES,
+    OPTIONAL,
+    SINCE_FORMAT_5,
+    check_basis,
+    check_entries,
+    check_orthonormal,
+)
 
 # States of format 3, which laplace_ella 0.1.0 wrote, hold no digest; those before 5 no link, and no scales of classes.
 FORMAT, READABLE = 5, (3, 4, 5)
@@ -210,8 +217,8 @@ def _objections(state: Any, cls_name: str, likelihood: str, model: nn.Module) ->
     keys |= {"digest"} if state["format"] > 3 else set()
     if keys - state.keys():
         yield f"The checkpoint is incomplete: it lacks {sorted(keys - state.keys())}. Save it again."
-    if state.keys() - keys:
-        extra = sorted(map(repr, state.keys() - keys))
+    if state.keys() - keys - OPTIONAL.keys():
+        extra = sorted(map(repr, state.keys() - keys - OPTIONAL.keys()))
         yield f"The checkpoint has entries that no estimator saves: {extra}. Take them out."
     if state["likelihood"] != likelihood:
         yield f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import Input, batch_size, collate, in_slices, input_digest
-from ..data.hashing import SAMPLED_LABEL, uniforms
+from ..data.hashing import SAMPLED_LABEL, digest, uniforms
 from ..data.pooling import Dealt
 from ..data.stream import Batch
 from ..network.checks import check_finite_features
@@ -19,6 +19,7 @@ from ..nystrom.basis import NystromBasis
 from ..nystrom.jacobian import answer_others, features, pull
 from ..parallel.ranks import Ranks
 from ..posterior.likelihoods import Likelihood
+from ..posterior.targets import weighted
 
 
 @dataclass(frozen=True)
@@ -34,16 +35,20 @@ class Part:
         None: nothing to add.
     marked : bool
         Whether a snapshot is taken after it.
+    weights : Tensor (B, L) or (B, 1), optional
+        Of the predictions.
     """
 
     name: str
     positions: Tensor
     x: Input | None
     marked: bool = False
+    weights: Tensor | None = None
 
     def digest(self) -> str:
-        """Return a hash of the inputs."""
-        return "" if self.x is None else input_digest(self.x)
+        """Return a hash of the inputs and their weights."""
+        inputs = "" if self.x is None else input_digest(self.x)
+        return inputs if self.weights is None else digest(inputs, self.weights)
 
 
 NOTHING = Part("", torch.zeros(0, dtype=torch.int64, device="cpu"), None)
@@ -65,18 +70,28 @@ def parts_of_sample(sample: Dealt, batch: int, every: int | None) -> Iterator[Pa
     marks = [s * batch for s in range(1, n_steps) if _is_marked(s, every)] + [sample.size]
     start = 0
     for mark in marks:
-        segment = [(p, x) for i, p, x in sample.rows if start <= i < mark]
+        segment = [(p, *row) for i, p, row in sample.rows if start <= i < mark]
         for a in range(0, len(segment), batch):
             some = segment[a : a + batch]
-            for indices, x in collate([x for _, x in some], batch):
+            for indices, x in collate([x for _, x, _ in some], batch):
                 positions = [some[i][0] for i in indices]
                 yield Part(
                     f"training inputs {sorted(positions)[:8]}",
                     torch.tensor(positions, dtype=torch.int64, device="cpu"),
                     x,
+                    weights=_joined([some[i][2] for i in indices]),
                 )
         yield MARK
         start = mark
+
+
+def _joined(weights: list[Tensor | None]) -> Tensor | None:
+    """Join the weights (1, L), (1, 1) or None of inputs of one shape."""
+    if all(w is None for w in weights):
+        return None
+    found = [torch.ones(1, 1, dtype=torch.float64, device="cpu") if w is None else w for w in weights]
+    width = max(w.shape[1] for w in found)
+    return torch.cat([w.expand(1, width) for w in found])
 
 
 def parts_of_stream(batches: Iterable[Batch], every: int | None) -> Iterator[Part]:
@@ -84,7 +99,7 @@ def parts_of_stream(batches: Iterable[Batch], every: int | None) -> Iterator[Par
     step, marked = 0, False
     for step, batch in enumerate(batches, start=1):
         marked = _is_marked(step, every)
-        yield Part(batch.name, batch.positions, batch.x, marked)
+        yield Part(batch.name, batch.positions, batch.x, marked, batch.weights)
     if not marked:
         yield MARK
 
@@ -97,16 +112,18 @@ def cut(parts: Iterable[Part], bounded: Callable[[Input], Iterable[Input]]) -> I
             continue
         size = batch_size(part.x)
         for i, x in in_slices(part.x, bounded):
-            yield replace(part, x=x, positions=part.positions[i], marked=part.marked and i.stop == size)
+            weights = None if part.weights is None else part.weights[i]
+            marked = part.marked and i.stop == size
+            yield replace(part, x=x, positions=part.positions[i], marked=marked, weights=weights)
 
 
 # "exact", or estimated from labels that are sampled from the model.
 CURVATURES = ("exact", "mc")
 
 
-def curvature(likelihood: Likelihood, phi: Tensor, f: Tensor) -> Tensor:
-    r"""Return :math:`\sum_b \phi_b^T \Lambda_b \phi_b` (K, K), float64."""
-    root = likelihood.curvature_root(phi.double(), f.double())
+def curvature(likelihood: Likelihood, phi: Tensor, f: Tensor, weights: Tensor | None = None) -> Tensor:
+    r"""Return :math:`\sum_b w_b \phi_b^T \Lambda_b \phi_b` (K, K), float64."""
+    root = likelihood.curvature_root(weighted(phi.double(), weights), f.double())
     return root.T @ root
 
 
@@ -149,7 +166,7 @@ class Curvature:
             return self._sampled(part)
         phi, f = features(self.engine, self.basis, part.x)
         check_finite_features(phi, f, part.name)
-        return curvature(self.likelihood, phi, f)
+        return curvature(self.likelihood, phi, f, part.weights)
 
     def _sampled(self, part: Part) -> Tensor:
         r"""Estimate the curvature from labels drawn from the model's own predictions.
@@ -162,7 +179,7 @@ class Curvature:
         flat_f, n = f.flatten(0, -2), self.labels
         draws = uniforms(self.seed, SAMPLED_LABEL, part.positions, f.shape[1:].numel() * n)
         u = draws.to(f.device).reshape(len(flat_f), n, f.shape[-1])
-        gradients = self.likelihood.sampled_gradients(flat_f.double(), u)
+        gradients = weighted(self.likelihood.sampled_gradients(flat_f.double(), u), part.weights)
         # (B, n, L C): positions are independent, and their gradients add up.
         cotangents = gradients.reshape(len(f), -1, n, f.shape[-1]).transpose(1, 2)
         pulled = pull(self.engine, self.basis, part.x, cotangents.flatten(2).to(f.dtype))

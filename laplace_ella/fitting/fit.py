@@ -210,7 +210,9 @@ def _result(
             "it is badly wrong. Raise curvature_size, lower n_eigenvalues, or use curvature='exact'."
         )
     share, engine = n_data / found.n_data, job.engine
-    loss, n_predictions = (found.loss * share).to(engine.device), round(found.n_predictions * share)
+    loss, n_predictions = (found.loss * share).to(engine.device), found.n_predictions * share
+    if isinstance(found.n_predictions, int):  # no sum of weights
+        n_predictions = round(n_predictions)
     return Fit(
         basis=basis,
         n_outputs=found.n_outputs,

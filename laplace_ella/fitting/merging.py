@@ -6,7 +6,6 @@ subtracted.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -23,8 +22,10 @@ from ..parallel.ranks import Ranks
 from ..parallel.sharding import work_through
 from ..posterior.fit import Fit
 from ..posterior.gaussian import positive_part
-from ..posterior.likelihoods import Likelihood, checked_targets
+from ..posterior.likelihoods import Likelihood
 from ..posterior.posterior import Posterior
+from ..posterior.targets import check_weights, checked_targets, prediction_weights, sum_of_weights
+from ..posterior.targets import loss as loss_of
 from .curvature import curvature
 
 # Features of one input differ by rounding where batches do: eigenvalues of a difference of two G down to
@@ -60,7 +61,7 @@ def merged(mine: Posterior, theirs: Posterior) -> Fit:
     if differ:
         raise ValueError(
             f"Estimators to be merged must have the same {', '.join(own)}; these differ in {', '.join(differ)}. "
-            "Fit the other one with basis=la.basis; give both the same noise, temperature and prior, or merge before tuning."
+            "Fit the other one with basis=la.basis, of all directions (la.n_directions = None); give both the same noise, temperature and prior, or merge before tuning."
         )
     return mine.fit.plus(theirs.fit)
 
@@ -69,7 +70,7 @@ def _identity(posterior: Posterior) -> dict[str, Any]:
     """Return what two posteriors must share to be merged, in plain types."""
     setting, basis = posterior.setting, posterior.fit.basis
     values = {
-        "sigma_noise": setting.sigma_noise,
+        "sigma_noise": posterior.sigma_noise,
         "temperature": torch.tensor(setting.temperature, dtype=torch.float32, device="cpu"),
         "prior_precision": setting.prior_precision,
         "prior_mean": posterior.prior_mean,
@@ -96,19 +97,22 @@ def without(posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks) 
     with ranks.together("what remains"):
         _check_count(fit, n)
         eps = torch.finfo(next(iter(engine.function.weights().values())).dtype).eps
-        remaining, n_left = _remaining(fit, G, loss, min(ROUNDING * eps, LARGEST_ROUNDING)), fit.n_data - n
+        is_positive = posterior.likelihood.has_positive_loss
+        remaining = _remaining(fit, G, loss, min(ROUNDING * eps, LARGEST_ROUNDING), is_positive)
+    n_left = fit.n_data - n
     snapshots = [(n_left, ranks.of_first(remaining))]
-    rest = (fit.loss - loss).clamp_min(0)
-    return fit.with_sums(snapshots, rest, n_left, fit.n_predictions - n_predictions)
+    rest = (fit.loss - loss).clamp_min(0) if is_positive else fit.loss - loss
+    left = fit.n_predictions - n_predictions
+    return fit.with_sums(snapshots, rest, n_left, round(left) if isinstance(fit.n_predictions, int) else left)
 
 
 def _sums_over(
     fit: Fit, likelihood: Likelihood, engine: Engine, stream: Stream, ranks: Ranks
-) -> tuple[Tensor, Tensor, list[int]]:
+) -> tuple[Tensor, Tensor, tuple[int, float]]:
     """Return G (K, K) and loss () of the data of all ranks, and how many inputs and predictions they are."""
     basis, what = fit.basis, "the data to forget"
     G, loss = torch.zeros_like(fit.H), torch.zeros_like(fit.loss)
-    counts = torch.zeros(2, dtype=torch.int64, device="cpu")
+    counts = torch.zeros(2, dtype=torch.float64, device="cpu")
 
     def add(batch: Batch | None) -> None:
         if batch is None:
@@ -118,15 +122,18 @@ def _sums_over(
         check_finite_features(phi, f, batch.name)
         positions = engine.positions(batch.x)
         y = checked_targets(likelihood, batch.y, f, positions, batch.name)
-        G.add_(curvature(likelihood, phi, f))
-        loss.add_(likelihood.loss(f, y))
-        n = len(batch.y)
-        counts.add_(torch.tensor([n, n * math.prod(positions)], dtype=torch.int64, device="cpu"))
+        check_weights(batch.weights, torch.Size((len(batch.y), *positions)), batch.name)
+        weights = prediction_weights(likelihood, batch.y, batch.weights)
+        G.add_(curvature(likelihood, phi, f, weights))
+        loss.add_(loss_of(likelihood, f, y, batch.weights))
+        n = len(batch.y), sum_of_weights(weights, len(f))
+        counts.add_(torch.tensor(n, dtype=torch.float64, device="cpu"))
         _check_count(fit, int(counts[0]))  # of a stream without end, too
 
     parts = stream.parts("Data to forget", partial(engine.bounded, width=basis.rank))
     work_through(parts, add, ranks, basis.ranks, what)
-    return ranks.total(G), ranks.total(loss), ranks.total(counts).tolist()
+    n, n_predictions = ranks.total(counts).tolist()
+    return ranks.total(G), ranks.total(loss), (int(n), n_predictions)
 
 
 def check_exact(fit: Fit) -> None:
@@ -154,12 +161,15 @@ def _check_count(fit: Fit, n: int) -> None:
         )
 
 
-def _remaining(fit: Fit, G: Tensor, loss: Tensor, eps: float) -> Tensor:
-    """Return what remains of G, and require that it is a sum over data: no negative curvature, and no negative loss."""
+def _remaining(fit: Fit, G: Tensor, loss: Tensor, eps: float, is_positive: bool) -> Tensor:
+    """Return what remains of G, and require that it is a sum over data: no negative curvature, and no negative loss.
+
+    The latter only if no target's loss is negative.
+    """
     largest, largest_loss = fit.largest_sums
     remaining = fit.H - G
     lowest = float(torch.linalg.eigvalsh(remaining)[0])
-    if lowest < -eps * largest or fit.loss - loss < -eps * largest_loss:
+    if lowest < -eps * largest or (is_positive and fit.loss - loss < -eps * largest_loss):
         raise ValueError(
             "The data to be forgotten are not among those that the estimator was fitted to: without them, the smallest "
             f"eigenvalue of G would be {lowest:.3g} (the largest was {largest:.3g}), and the loss, a sum of positive "

@@ -13,14 +13,16 @@ from ..data.loading import Prepare, named_batches
 from ..network.engine import Engine
 from ..network.features import FEATURES
 from ..network.memory import Chunks, gigabytes
-from ..network.safety import safely
 from ..nystrom.gram import choose_rows
-from ..nystrom.jacobian import row_source
+from ..nystrom.jacobian import from_rows
+from ..nystrom.rows import RowSource
 from ..posterior.likelihoods import Likelihood
 from .rehearsal import Rehearsal, rehearsed_landmarks
 
 # Forward passes a gradient row takes with torch.func; the arithmetic demands 3.
 GRADIENT_COST = 5.0
+# And layer by layer, where most weights have outer products in place of rows.
+COST_BY_LAYER = 3.0
 # Tensors of the largest size that a plain forward pass keeps.
 _PLAIN_TENSORS = 3
 
@@ -110,11 +112,11 @@ class Plan:
             n, total = "unknown", "and as many as there are inputs"
         lines = [f"{'stage':<22}{'of':<38}{'forwards':>12}{'time':>10}{'memory':>10}"]
         for s in (*self.stages, Stage("total", total, self.forwards, self.peak, self.total_seconds)):
-            numbers = f"{s.forwards:>12.4g}{_duration(s.seconds):>10}{gigabytes(s.n_bytes):>10}"
+            numbers = f"{s.forwards:>12.4g}{duration(s.seconds):>10}{gigabytes(s.n_bytes):>10}"
             lines.append(f"{s.name:<22}{s.what:<38}{numbers}")
         lines.append(
-            f"a prediction takes {_duration(self.prediction)} an input in batches like the first, "
-            f"{_duration(self.single_prediction)} alone"
+            f"a prediction takes {duration(self.prediction)} an input in batches like the first, "
+            f"{duration(self.single_prediction)} alone"
         )
         if self.over_budget:
             names = ", ".join(f"{s.name} ({gigabytes(s.n_bytes)})" for s in self.over_budget)
@@ -130,7 +132,8 @@ class Plan:
         return "\n".join([head, *lines])
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Write seconds for people."""
     if seconds < 1:
         return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
     if seconds < 100:
@@ -151,7 +154,7 @@ def first_batch(loader: Any, dict_key_x: str, dict_key_y: str, prepare: Prepare)
             "A plan looks at the first batch, and this loader is an iterator, whose batch would be lost to the fit. "
             "Pass an iterable that can be started again, a list with one batch of it for instance."
         )
-    for _, x, _ in named_batches(loader, dict_key_x, dict_key_y, prepare):
+    for _, x, *_ in named_batches(loader, dict_key_x, dict_key_y, prepare):
         return x
     raise ValueError("The training loader yielded no data; at least one input is needed.")
 
@@ -201,11 +204,10 @@ def make_plan(
     n = min(n_curvature or limit, limit)
     n = 0 if n == math.inf else int(n)
     n_kept = min(n_landmarks, limit) + (n if n_curvature else 0)
-    source = safely(engine.module, lambda: row_source(engine, rehearsed_landmarks(x, n_landmarks)))
-    held = choose_rows(source, engine.budget(), engine.spill)
-    rehearsal = Rehearsal(engine, x, held, rank, n, sampled, likelihood)
 
-    def plan() -> Plan:
+    def plan(source: RowSource) -> Plan:
+        held = choose_rows(source, engine.budget(), engine.spill)
+        rehearsal = Rehearsal(engine, x, held, rank, n, sampled, likelihood)
         return Plan(
             stages=_stages(rehearsal, n_data, int(n_kept) * n_bytes(inputs_between(x, 0, 1))),
             n_data=n_data,
@@ -221,7 +223,7 @@ def make_plan(
             single_prediction=rehearsal.of_single_prediction(),
         )
 
-    return safely(engine.module, plan)
+    return from_rows(engine, rehearsed_landmarks(x, n_landmarks), plan)
 
 
 def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage, ...]:
@@ -244,8 +246,8 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
         (
             "landmark gradients",
             f"{m} landmarks x {held.gradients / m:.3g} ({held.kind})",
-            GRADIENT_COST * held.gradients,
-            held.n_bytes + engine.gradient_bytes(x, m),
+            (COST_BY_LAYER if held.source.matrices else GRADIENT_COST) * held.gradients,
+            held.n_bytes + engine.gradient_bytes(x, m, held.source.row_bytes),
             held.gradients * rehearsal.per_gradient() + rehearsal.of_gram(),
         ),
         (

@@ -24,6 +24,7 @@ from ..network.features import FEATURES
 from ..network.functional import Weights
 from ..nystrom.basis import NystromBasis, stored_directions
 from ..nystrom.gram import HeldRows
+from ..nystrom.rows import Rows
 from ..posterior.likelihoods import Likelihood
 from .curvature import Curvature, Part, curvature
 
@@ -35,9 +36,11 @@ REPEATS = 5
 ROW_BYTES = 2**28
 # The products of all landmarks' rows are timed on so many bytes of them.
 PRODUCT_BYTES = 2**25
+# The products of outer products are timed for so many rows, and combinations of them for fewer.
+GRAM_ROWS, COMBINED_ROWS = 1000, 200
 # The eigenvectors of no larger matrix are computed.
 EIGEN_SIZE = 300
-# Where a call takes one direction after the other, so many are timed.
+# Where the time of directions adds up, one after the other, so many are timed.
 LOOPED_DIRECTIONS = 2
 
 
@@ -100,19 +103,28 @@ class Rehearsal:
         n = min(source.landmarks_per_call, len(source))
         if source.device.type == "cpu":
             n = min(n, max(1, ROW_BYTES // source.row_bytes))
-        return seconds_of(lambda: source(range(n))) / n
+
+        def compute() -> Tensor:
+            rows = source(range(n))
+            return next((o.left for o in rows.outer.values()), rows.values)
+
+        return seconds_of(compute) / n
 
     def of_gram(self) -> float:
         """Return the seconds of the Gram matrix of M rows, and of its eigenvectors."""
-        source, (values, ratio) = self.held.source, self._columns()
+        source, (values, ratio), (outer, n) = self.held.source, self._values(), self._outer(GRAM_ROWS)
         products = ratio * seconds_of(lambda: source.products((values, len(source))))
+        products += (len(source) / n) ** 2 * seconds_of(lambda: source.products((outer, n)))
         return products + _eigenvectors(len(source), source.device)
 
     def of_directions(self) -> float:
         """Return the seconds of K combinations of M rows, and of storing them."""
-        source, (values, ratio) = self.held.source, self._columns()
-        coefficients = torch.ones(len(source), self.rank, dtype=torch.float64, device=source.device)
-        combinations = ratio * seconds_of(lambda: source.combination(coefficients, values))
+        source, (values, ratio), (outer, n) = self.held.source, self._values(), self._outer(COMBINED_ROWS)
+        ones = torch.ones(len(source), self.rank, dtype=torch.float64, device=source.device)
+        some = ones[:n, :LOOPED_DIRECTIONS]
+        combinations = ratio * seconds_of(lambda: source.combination(ones, values))
+        more = (len(source) / n) * (self.rank / some.shape[1])
+        combinations += more * seconds_of(lambda: source.combination(some, outer))
         n_parts = self._n_parts(self.x)
         return combinations + n_parts * self.tangents(n_parts)[1]
 
@@ -136,13 +148,22 @@ class Rehearsal:
         n_parts = self._n_parts(x)
         return n_parts * seconds_of(lambda: self._features(x, n_parts))
 
-    def _columns(self) -> tuple[Tensor, float]:
-        """Return some columns of M rows, and how many times as many there are in all."""
-        size, n_weights = len(self.held.source), self.held.source.n_weights
+    def _values(self) -> tuple[Rows, float]:
+        """Return some columns of M rows without outer products, and how many times as many there are in all."""
+        size, n_values = len(self.held.source), self.held.source.n_values
         at_most = min(PRODUCT_BYTES, self.engine.budget() // 4) // (size * self.held.dtype.itemsize)
-        width = min(n_weights, max(64, at_most))
+        width = min(n_values, max(64, at_most))
         values = torch.ones(size, width, dtype=self.held.dtype, device=self.held.device)
-        return values, n_weights / width
+        return Rows(values, {}), n_values / max(1, width)
+
+    def _outer(self, at_most: int) -> tuple[Rows, int]:
+        """Return the outer products of at most so many rows, and how many these are."""
+        source, n = self.held.source, min(at_most, len(self.held.source))
+        found = source.empty(n, torch.empty(n, 0, dtype=source.dtype, device=source.device))
+        for outer in found.outer.values():
+            outer.left.fill_(1)
+            outer.right.fill_(1)
+        return found, n
 
     def _n_parts(self, x: Input) -> int:
         """Return how many parts of the directions cost as much as the one that is timed on such a batch."""

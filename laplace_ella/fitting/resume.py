@@ -23,7 +23,7 @@ from ..data.stream import Batch
 from ..parallel.ranks import Ranks
 from .curvature import Part
 
-KIND, FORMAT = "laplace_ella: a fit in progress", 5
+KIND, FORMAT = "laplace_ella: a fit in progress", 6
 STAGES = {"scan": "", "basis": ".basis", "curvature": ".curvature"}
 
 Item = TypeVar("Item", Batch, Part)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import NamingShape, batch_size, single_input
+from ..data.batches import Input, NamingShape, batch_size, single_input
 from ..data.hashing import CURVATURE_INPUT, hash_keys
 from ..data.landmarks import BottomK, Entry, Scheme, offer_inputs, uniform
 from ..data.loading import check_some
@@ -18,7 +18,15 @@ from ..data.packing import packed, unpacked
 from ..data.pooling import pooled
 from ..data.stream import Batch
 from ..parallel.ranks import Ranks
-from ..posterior.likelihoods import Likelihood, checked_targets, warn_of_two_readings
+from ..posterior.likelihoods import Likelihood
+from ..posterior.targets import (
+    check_weights,
+    checked_targets,
+    loss,
+    prediction_weights,
+    sum_of_weights,
+    warn_of_two_readings,
+)
 
 
 @dataclass
@@ -29,11 +37,11 @@ class Scan:
     ----------
     landmarks, curvature : BottomK
         Independent samples: of (input, number of its outputs) for the landmarks, and of
-        inputs for G.
+        (input, weights of its predictions or None) for G.
     n_data : int
         N.
-    n_predictions : int
-        Inputs times positions.
+    n_predictions : int or float
+        Inputs times positions, without those that are ignored; with weights, their sum.
     n_outputs : int
         C.
     loss : Tensor ()
@@ -47,7 +55,7 @@ class Scan:
     landmarks: BottomK
     curvature: BottomK
     n_data: int = 0
-    n_predictions: int = 0
+    n_predictions: float = 0
     n_outputs: int = 0
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu"))
     longest: int = 0
@@ -62,7 +70,7 @@ class Scan:
                 (entry, *_packed_pair(self.landmarks, entry)) for entry in self.landmarks.entries()
             ],
             "curvature": [
-                (entry, packed(self.curvature.row(entry[1]))) for entry in self.curvature.entries()
+                (entry, *_packed_pair(self.curvature, entry)) for entry in self.curvature.entries()
             ],
         }
 
@@ -72,7 +80,7 @@ class Scan:
             setattr(self, name, state[name])
         self.loss = state["loss"]
         pairs = {entry[1]: (unpacked(x, example), n) for entry, x, n in state["landmarks"]}
-        inputs = {entry[1]: unpacked(x, example) for entry, x in state["curvature"]}
+        inputs = {entry[1]: (unpacked(x, example), w) for entry, x, w in state["curvature"]}
         self.landmarks = BottomK.of(self.landmarks.capacity, [e for e, *_ in state["landmarks"]], pairs)
         self.curvature = BottomK.of(self.curvature.capacity, [e for e, *_ in state["curvature"]], inputs)
 
@@ -80,9 +88,13 @@ class Scan:
 COUNTS = ("n_data", "n_predictions", "n_outputs", "longest", "n_batches")
 
 
-def _packed_pair(sample: BottomK, entry: Entry) -> tuple[Any, int]:
-    x, n = sample.row(entry[1])
-    return packed(x), n
+def _packed_pair(sample: BottomK, entry: Entry) -> tuple[Any, Any]:
+    x, more = sample.row(entry[1])
+    return packed(x), more
+
+
+def _weighted_input(x: Input, weights: Tensor | None, index: int) -> tuple[Input, Tensor | None]:
+    return single_input(x, index), None if weights is None else weights[index : index + 1].clone()
 
 
 def scan(
@@ -126,17 +138,22 @@ def scan(
         if not found.n_batches:
             warn_of_two_readings(batch.y, raw.shape, batch.name)
         y = checked_targets(likelihood, batch.y, f, raw.shape[1:-1], batch.name)
+        check_weights(batch.weights, raw.shape[:-1], batch.name)
+        weights = prediction_weights(likelihood, batch.y, batch.weights)
         if found.n_outputs not in (0, f.shape[-1]):
             raise ValueError(
                 f"The model returned {f.shape[-1]} outputs in {batch.name} and {found.n_outputs} before; "
                 "every batch must have the same number."
             )
-        offer_inputs(found.landmarks, replace(batch, y=y), raw.shape[1:].numel(), scheme, seed)
+        counted = None if weights is None else weights.sum(1) > 0
+        offer_inputs(found.landmarks, replace(batch, y=y), raw.shape[1:].numel(), scheme, seed, counted)
         keys = hash_keys(seed, CURVATURE_INPUT, batch.positions)
-        found.curvature.offer(batch.positions, keys, None, partial(single_input, x))
-        found.loss = found.loss.to(f.device) + likelihood.loss(f, y)
+        found.curvature.offer(batch.positions, keys, None, partial(_weighted_input, x, weights))
+        found.loss = found.loss.to(f.device) + loss(likelihood, f, y, batch.weights)
         found.n_outputs, found.longest = f.shape[-1], max(found.longest, size)
-        found.n_data, found.n_predictions = found.n_data + size, found.n_predictions + len(f)
+        found.n_data = found.n_data + size
+        count = sum_of_weights(weights, len(f))
+        found.n_predictions += round(count) if batch.weights is None else count
         found.n_batches += 1
         after(batch)
 
@@ -149,9 +166,13 @@ def over_all(found: Scan, ranks: Ranks) -> Scan:
     ValueError
         If there are no data, or models with different numbers of outputs.
     """
-    sums = torch.tensor([found.n_data, found.n_predictions], dtype=torch.int64, device="cpu")
-    n_data, n_predictions = ranks.total(sums).tolist()
+    sums = torch.tensor([found.n_data, found.n_predictions], dtype=torch.float64, device="cpu")
+    n_data, n_predictions = (int(v) if v.is_integer() else v for v in ranks.total(sums).tolist())
     check_some(n_data, "training loader")
+    if not n_predictions:
+        raise ValueError(
+            "The training loader has no target that counts: all are -100, which is ignored, or have the weight 0."
+        )
     n_outputs = {n for n in ranks.gathered(found.n_outputs, "the number of outputs") if n}
     if len(n_outputs) > 1:
         raise ValueError(f"The models of the ranks have different numbers of outputs: {sorted(n_outputs)}.")

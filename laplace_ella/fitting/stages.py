@@ -22,6 +22,7 @@ from ..parallel.ranks import ALONE, Ranks
 from ..parallel.sharding import work_through
 from ..posterior.likelihoods import Likelihood
 from ..posterior.setting import Setting
+from ..posterior.targets import prediction_weights
 from .checkpoint import pack_basis, unpack_basis
 from .curvature import NOTHING, Curvature, Part, RunningSum, cut, parts_of_sample, parts_of_stream
 from .resume import FitFiles, Pass
@@ -170,7 +171,7 @@ def _second_pass(job: Job, n_data: int) -> Iterator[Batch]:
     seen = 0
     for batch in job.stream.batches("Curvature"):
         seen += batch_size(batch.x)
-        yield batch
+        yield replace(batch, weights=prediction_weights(job.likelihood, batch.y, batch.weights))
     if seen != n_data:
         raise ValueError(
             f"The second pass over the training data read {seen} inputs, the first {n_data}; with "

@@ -45,8 +45,11 @@ def state_of(posterior: Posterior) -> dict[str, Any]:
         "fit_history": fit.history,
         **{name: getattr(fit, name) for name in _OF_FIT},
         **{name: getattr(setting, name) for name in _OF_SETTING},
+        "sigma_noise": posterior.sigma_noise,
         **{name: getattr(posterior, name) for name in _OF_POSTERIOR},
     }
+    if posterior.rank < fit.basis.rank:
+        state["n_directions"] = posterior.rank
     return copied({**state, "snapshots": list(fit.snapshots), "largest_sums": list(fit.largest_sums)})
 
 
@@ -73,7 +76,10 @@ def assigned(estimator: Any, now: Posterior, state: dict[str, Any]) -> Posterior
     residual = RESIDUALS[state["residual"]]
     residual.check(prior, graphs)
     checks.check_sharding(estimator.shard_directions, prior, estimator.n_params, graphs)
-    new = replace(now, residual=residual, **{name: state[name] for name in _OF_POSTERIOR})
+    like = now.setting.sigma_noise
+    _, likelihood = checks.checked_noise(state["sigma_noise"], now.likelihood, like)
+    of_state = {name: state[name] for name in _OF_POSTERIOR}
+    new = replace(now, current=None, likelihood=likelihood, residual=residual, **of_state)
     setting = {name: attributes.checked(estimator, name, state[name], new) for name in _OF_SETTING}
     mean = attributes.checked(estimator, "prior_mean", new.prior_mean, new).reshape(new.prior_mean.shape)
     return replace(new, setting=new.setting.at(**setting), prior_mean=mean)
@@ -102,4 +108,4 @@ def posterior_of(state: dict[str, Any], basis: NystromBasis, like: Posterior, me
         history=state["fit_history"],
         **{name: state[name] for name in _OF_FIT},
     )
-    return replace(like, current=fit.to(mean.device))
+    return like.fitted(fit.to(mean.device)).using(state.get("n_directions"))

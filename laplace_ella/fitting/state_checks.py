@@ -16,6 +16,7 @@ from torch import Tensor
 from ..network.functional import Weights
 from ..nystrom.basis import NystromBasis
 from ..nystrom.compact import LAYOUTS, overlaps
+from ..posterior.likelihoods import LIKELIHOODS
 from ..posterior.links import LINKS
 from ..posterior.residual import RESIDUALS
 from ..posterior.variances import VARIANCES
@@ -28,7 +29,7 @@ F32, F64, I64 = torch.float32, torch.float64, torch.int64
 
 # ---------------------------------------------------------------------- kinds of values
 
-# What letters in shapes stand for: K directions, M landmarks, L weight tensors of P numbers together; C outputs.
+# What letters in shapes stand for: K directions, M landmarks, L weight tensors of P numbers together, C outputs.
 Sizes = dict[str, int]
 Holds = Callable[[Any, Sizes], bool]
 
@@ -141,7 +142,7 @@ NONE, FLAG, INTEGER = of_type(type(None)), of_type(bool), number(types=(int,))
 COUNT, POSITIVE, CURVATURE = number(0, (int,)), number(0), tensor("KK", also=semi_definite)
 NAMED = ("subsample_size", "n_eigenvalues")
 COUNTS = (
-    *("n_data", "n_predictions", "n_outputs", "n_curvature"),
+    *("n_data", "n_outputs", "n_curvature"),
     *("subsample_size", "residual_samples", "curvature_samples"),
 )
 BASIS: dict[str, tuple[str, Holds]] = {
@@ -162,8 +163,9 @@ COMMON = BASIS.keys() - set().union(*LAYOUTS.values())
 ENTRIES: dict[str, tuple[str, Holds]] = {
     "H": ("a (K, K) matrix in float64, symmetric and positive semi-definite", CURVATURE),
     "snapshots": ("a list of pairs (n, matrix as H), n ascending", are_snapshots),
-    "loss": ("a floating-point tensor () of at least 0", tensor("", None, also=lambda v: bool(v >= 0))),
+    "loss": ("a floating-point tensor (), of at least 0 unless targets have densities", tensor("", None)),
     **dict.fromkeys(COUNTS, ("a positive integer", COUNT)),
+    "n_predictions": ("a positive number", POSITIVE),
     "curvature_size": ("a positive integer or None", either(NONE, COUNT)),
     "n_eigenvalues": (
         "a positive integer, or a share in (0, 1)",
@@ -178,7 +180,7 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
     "curvature": (f"one of {CURVATURES}", one_of(CURVATURES)),
     "prior_precision": ("1, L or P positive numbers in a tensor", tensor("|1|L|P", None, above=0)),
     "prior_mean": ("1 or P numbers in a tensor", tensor("|1|P", None)),
-    "sigma_noise": ("1 positive number in a tensor", tensor("|1", None, above=0)),
+    "sigma_noise": ("1 or C positive numbers in a tensor", tensor("|1|C", None, above=0)),
     "named_by_user": (f"a list of some of {NAMED}", listed(one_of(NAMED))),
     "largest_sums": (
         "a list of 2 numbers of at least 0",
@@ -201,6 +203,11 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
         "two lists of numbers, processed_examples and val_nll",
         lambda v, s: mapped(listed(of_type(float)))(v, s) and v.keys() == {"processed_examples", "val_nll"},
     ),
+}
+
+# What states of estimators hold that use fewer directions than they were fitted with.
+OPTIONAL: dict[str, tuple[str, Holds]] = {
+    "n_directions": ("an integer from 1 to K", lambda v, s: COUNT(v, s) and v <= s["K"]),
 }
 
 
@@ -254,9 +261,12 @@ def check_entries(state: dict[str, Any], weights: Weights) -> None:
         "P": n_params,
         "C": state["n_outputs"],
     }
-    for name, (what, holds) in ENTRIES.items():
+    optional = {name: OPTIONAL[name] for name in OPTIONAL.keys() & state.keys()}
+    for name, (what, holds) in {**ENTRIES, **optional}.items():
         if not holds(state[name], sizes):
             raise ValueError(_wrong(name, what, state[name]))
+    if LIKELIHOODS[state["likelihood"]].has_positive_loss and state["loss"] < 0:
+        raise ValueError(_wrong("loss", ENTRIES["loss"][0], state["loss"]))
 
 
 def _wrong(name: str, what: str, value: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import FunctionType
 from typing import Any
 
@@ -106,7 +106,7 @@ class Record:
         name = names.get(id(value))
         return name if name is not None and self.sources[name] else None
 
-    @property
+    @cached_property
     def derived(self) -> list[str]:
         """Names of tensors that inputs meet and that are derived from weights."""
         met = {s for c in self.calls if c.kind != "derive" for s in c.slots}
@@ -275,16 +275,15 @@ def record(model: FunctionalModel, x: Input) -> Record:
         Whatever the model raises.
     """
     weights = model.weights()
-    placed = model.placed(weights)
     x = repeated(model, x)
 
-    def run(module: nn.Module) -> Record:
+    def run(module: nn.Module, placed: Weights) -> Record:
         recorder = _Recorder({id(t): k for k, t in placed.items()}, frozenset(weights), x)
         with recorder:
             model.called(module, placed, x)
         return Record(tuple(recorder.calls), recorder.sources, _key(recorder.calls))
 
-    return model.within(placed, run)
+    return model.within(weights, run)
 
 
 class Follower(TorchFunctionMode):

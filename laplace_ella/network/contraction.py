@@ -12,7 +12,7 @@ layer after the other, and each is contracted and released at once: no gradient 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import cached_property, partial
 from typing import Any
@@ -163,7 +163,7 @@ class ContractedModel(DerivedModel):
         """The uncovered weights, and what is derived from them, whose contributions come from elsewhere."""
         return frozenset(k for k, sources in self.record.sources.items() if sources & self.uncovered)
 
-    @property
+    @cached_property
     def met(self) -> frozenset[str]:
         """The weights, and what is derived from them, that inputs meet or whose gradients come from elsewhere."""
         return super().met | self.uncovered
@@ -177,9 +177,8 @@ class ContractedModel(DerivedModel):
         self,
         weights: Weights,
         x: Input,
-        cotangents: Tensor | None,
+        cotangents: Tensor | Callable[[Tensor], Tensor] | None,
         action: Action,
-        at_once: int | None = None,
     ) -> Tensor:
         """Run the model and backward passes, and hand every use of weights with its cotangents to an action.
 
@@ -187,12 +186,10 @@ class ContractedModel(DerivedModel):
         ----------
         weights : dict of Tensor
             Prepared: with all that is derived.
-        cotangents : Tensor (B, n, L C), optional
-            By default, unit vectors of the L C outputs.
+        cotangents : Tensor (B, n, L C) or callable, optional
+            Or what makes them of f; by default, unit vectors of the L C outputs.
         action : callable
             (use, cotangents of the layer's output (n, ...)) -> None
-        at_once : int, optional
-            How many of the cotangents go through the layers at a time; all by default.
 
         Returns
         -------
@@ -213,7 +210,8 @@ class ContractedModel(DerivedModel):
                 units = torch.eye(n, dtype=f.dtype, device=f.device)
                 cotangents = units[:, None].expand(n, size, n)
             else:
-                cotangents = cotangents.transpose(0, 1)
+                made = cotangents if isinstance(cotangents, Tensor) else cotangents(f.detach())
+                cotangents = made.transpose(0, 1)
             _or_diverged(partial(run.backward, f, cotangents, action))
         return f.detach()
 
@@ -221,16 +219,16 @@ class ContractedModel(DerivedModel):
         """Return directions (K, *shape) for derived tensors, and those of convolutions with channels last."""
         found = {**directions, **super().prepared(directions)}
         last = {k: _channels_last(found[k]) for k in self._last}
-        return {k: last.get(k, found[k]) for k in {*self.record.derived, *last}}
+        return {k: last.get(k, found[k]) for k in self.prepared_names}
 
     def laid_out(self, ready: Weights) -> Weights:
         """Bring kernels into the order that convolutions, and their backward passes, then return activations in."""
         return {k: _channels_last(w[None])[0] if k in self._last else w for k, w in ready.items()}
 
-    def prepared_bytes(self) -> int:
-        """Return the bytes that one direction takes once more."""
-        ready = self.ready()
-        return sum(ready[k].numel() * ready[k].element_size() for k in {*self.record.derived, *self._last})
+    @property
+    def prepared_names(self) -> Collection[str]:
+        """Names of the tensors for which directions are prepared: kernels with channels last are, too."""
+        return {*self.record.derived, *self._last}
 
     @cached_property
     def multiplications(self) -> int:
@@ -274,7 +272,7 @@ def contracted_model(model: FunctionalModel, x: Input, one_by_one: bool = False)
         else:
             assert layout is not None
             made.layouts[number] = layout
-            made.uses += uses
+            made.uses += [u.without_input() for u in uses]
             outputs.append((number, y, y._version))
         return y
 

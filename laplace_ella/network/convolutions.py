@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,13 @@ from torch.nn import functional as F
 from .context import Context, UnknownUseError, bias_of
 from .uses import Product, Use
 
-CONVOLUTIONS = frozenset([torch.conv1d, torch.conv2d, torch.conv3d])
+# Convolutions, and what brings cotangents of their outputs back to their inputs.
+_BACK = {
+    torch.conv1d: torch.conv_transpose1d,
+    torch.conv2d: torch.conv_transpose2d,
+    torch.conv3d: torch.conv_transpose3d,
+}
+CONVOLUTIONS = frozenset(_BACK)
 
 
 def _tuple(value: Any, n: int) -> tuple[int, ...]:
@@ -64,6 +70,31 @@ def unfolded(
     )
 
 
+class _Convolved(torch.autograd.Function):
+    """A convolution whose backward pass, with respect to the input alone, is a transposed convolution.
+
+    vmap folds several passes into the batch of that one as they are. To torch's own backward pass it hands a single number,
+    expanded, as the input, which kernels copy to full size, to return gradients in a layout that is not that of cotangents.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, function: Any, x: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        """Convolve; ``options``: bias, stride, padding, dilation and groups."""
+        ctx.save_for_backward(weight)
+        ctx.function, ctx.options, ctx.spatial = function, options, x.shape[2:]
+        return function(x, weight, *options)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        """Return the cotangents of the input."""
+        (weight,) = ctx.saved_tensors
+        _, stride, padding, dilation, groups = ctx.options
+        sizes = zip(ctx.spatial, g.shape[2:], weight.shape[2:], stride, padding, dilation)
+        left = [m - ((p - 1) * s - 2 * pad + d * (k - 1) + 1) for m, p, k, s, pad, d in sizes]
+        back = _BACK[ctx.function](g, weight, None, stride, padding, left, groups, dilation)
+        return None, back, *[None] * (1 + len(ctx.options))
+
+
 def convolution(
     context: Context,
     function: Callable[..., Tensor],
@@ -78,10 +109,15 @@ def convolution(
     """Convolve, and return the uses of kernel and bias."""
     if context.slot(x) or context.layout.kind == "second":
         raise UnknownUseError
-    y = function(x, weight, bias, stride, padding, dilation, groups)
     n = weight.ndim - 2
     kernel, stride, dilation = tuple(weight.shape[2:]), _tuple(stride, n), _tuple(dilation, n)
-    pads, a, positions = _padding(padding, kernel, dilation), x.detach(), tuple(y.shape[2:])
+    pads, a = _padding(padding, kernel, dilation), x.detach()
+    if all(low == high for low, high in pads):
+        low = tuple(p for p, _ in pads)
+        y = cast(Tensor, _Convolved.apply(function, x, weight, bias, stride, low, dilation, groups))
+    else:
+        y = function(x, weight, bias, stride, padding, dilation, groups)
+    positions = tuple(y.shape[2:])
     size, o, i = context.layout.size(y), weight.shape[0] // groups, weight.shape[1]
     t, j = math.prod(positions) * (len(y) // size), math.prod(kernel) * i
 

@@ -14,8 +14,14 @@ from .uses import MOVED
 
 # Besides products, contraction unfolds inputs, sums gradients and goes through smaller products than forward mode.
 CONTRACTION = 1.3
+# It reads tensors once or twice only, so that these may be larger: in a set of 16 MB, what malloc still recycles.
+CONTRACTION_SET = 2
 # Tensors that do not fit the cache are as slow as this.
 UNCACHED = 1.6
+# A gradient is written, and copied to where it is kept.
+WRITTEN = 3
+# A product in float64 costs as much as so many in float32.
+DOUBLE = 2
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,29 @@ def of_contraction(
     counts: Counts, n_outputs: int, rank: int, products: float, inputs: int, working_set: int
 ) -> float:
     """Return the cost of an input's features by contraction, whose products cost as much."""
-    fits = inputs * n_outputs * counts.largest <= working_set
+    fits = inputs * n_outputs * counts.largest <= CONTRACTION_SET * working_set
     passes = (1 + n_outputs) * counts.forward * (1 if fits else UNCACHED)
     return CONTRACTION * (passes + products) + MOVED * rank * counts.directions / inputs
+
+
+def of_gradients(counts: Counts, n: int, met: float) -> float:
+    """Return the cost of n gradients of an input, each of which is multiplied with so many others in float64."""
+    return n * (3 * counts.forward + (WRITTEN * MOVED + DOUBLE * met) * counts.directions)
+
+
+def of_gradients_by_layer(
+    counts: Counts, n: int, met: float, full: float, outer: float, multiplied: float
+) -> float:
+    """Return the cost of the same layer by layer, where outer products take the place of some gradients.
+
+    Parameters
+    ----------
+    full, outer, multiplied : float
+        Numbers of these gradients, of their outer products, and multiplications for a product of two.
+    """
+    others = counts.directions - full
+    of_each = WRITTEN * MOVED * (others + outer) + DOUBLE * met * (others + multiplied)
+    return CONTRACTION * (1 + 2 * n) * counts.forward + n * of_each
 
 
 def sizes(size: int) -> list[int]:

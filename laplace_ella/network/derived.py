@@ -8,8 +8,9 @@ they change with V, are computed once for a basis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.func import jvp, vjp, vmap
 
 from ..data.batches import Input
 from .calls import DivergedError, Follower, Record, derive
-from .functional import FunctionalModel, Weights
+from .functional import FunctionalModel, Weights, is_dense
 from .memory import attempt
 from .places import places_of
 from .safety import LOCK
@@ -36,27 +37,55 @@ class Stamp:
     Attributes
     ----------
     places : tuple
-        Addresses, and counts of writes.
-    sample : Tensor
-        Some entries of each: writes through ``.data``, as optimisers and moving averages do them, are counted by nobody.
+        The address and the shape of each tensor.
+    writes : tuple of int
+        How often those were written to that others are made of.
+    views : tuple of Tensor
+        Some of their entries. Writes through ``.data``, as optimisers and moving averages do them, are counted by nobody.
+    samples : tuple of Tensor
+        What these entries were: one tensor for each device and dtype.
     """
 
     places: tuple[Any, ...]
-    sample: Tensor
+    writes: tuple[int, ...]
+    views: tuple[Tensor, ...]
+    samples: tuple[Tensor, ...]
 
     def same(self, other: Stamp) -> bool:
         """Tell whether the tensors are the same, with the same values as far as can be seen."""
-        return self.places == other.places and torch.equal(self.sample, other.sample)
+        return (
+            self.places == other.places
+            and self.writes == other.writes
+            and all(map(torch.equal, self.samples, other.samples))
+        )
 
 
-def stamp_of(tensors: Iterable[Tensor]) -> Stamp:
-    """Return the stamp of tensors on one or several devices."""
-    found = list(tensors)
-    places = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in found)
-    samples = [
-        t.detach().reshape(-1)[:: max(1, t.numel() // SAMPLED)][:SAMPLED].double().cpu() for t in found
-    ]
-    return Stamp(places, torch.cat([s.nan_to_num(0.5) for s in samples]))
+def stamp_of(tensors: Weights, sources: Collection[str], before: Stamp | None = None) -> Stamp:
+    """Return the stamp of tensors on one or several devices; of the same as ``before``, it is found faster.
+
+    ``sources`` are the names of those that others are made of. Copies are made of tensors that do not fill their memory.
+    """
+    places = tuple((t.data_ptr(), t.shape) for t in tensors.values())
+    read = [t for k, t in tensors.items() if k in sources or not is_dense(t)]
+    writes = tuple(0 if t.is_inference() else t._version for t in read)
+    views = before.views if before and before.places == places else tuple(map(_some_entries, read))
+    alike: dict[Any, list[Tensor]] = {}
+    for view in views:
+        alike.setdefault((view.device, view.dtype), []).append(view)
+    # Bytes are compared, as NaN equals nothing.
+    samples = tuple(torch.cat(group).view(torch.uint8) for group in alike.values())
+    return Stamp(places, writes, views, samples)
+
+
+def _some_entries(t: Tensor) -> Tensor:
+    """Return a view of a few entries of a tensor: of all of it, or of its longest axis if it does not fill its memory."""
+    t = t.detach()
+    if is_dense(t):
+        line = t.as_strided((t.numel(),), (1,))
+    else:
+        longest = max(range(t.ndim), key=lambda axis: t.shape[axis])
+        line = t.movedim(longest, -1)[(0,) * (t.ndim - 1)]
+    return line[:: max(1, len(line) // SAMPLED)][:SAMPLED]
 
 
 def along(function: Callable[[Weights], Weights], weights: Weights, directions: Weights) -> Weights:
@@ -95,7 +124,7 @@ class DerivedModel(FunctionalModel):
         self.model, self.record, self.in_pairs = model, record, model.in_pairs
         self._ready: tuple[Stamp, Weights] | None = None
 
-    @property
+    @cached_property
     def met(self) -> frozenset[str]:
         """The weights, and what is derived from them, that inputs meet."""
         slots = {s for call in self.record.calls if call.kind != "derive" for s in call.slots}
@@ -108,16 +137,20 @@ class DerivedModel(FunctionalModel):
 
     def ready(self) -> Weights:
         """Return the model's weights, and all that is derived from them: computed once for as long as nothing is written."""
-        stamp = self._stamp()
+        with LOCK:
+            own = places_of(self.module)
+        before = None if self._ready is None else self._ready[0]
+        stamp = stamp_of({**own.parameters, **own.buffers}, self._sources, before)
         if self._ready is None or not stamp.same(self._ready[0]):
             weights = self.weights()
             self._ready = stamp, self.laid_out({**weights, **derive(self.record, self.placed(weights))})
         return self._ready[1]
 
-    def _stamp(self) -> Stamp:
-        with LOCK:
-            own = places_of(self.module)
-        return stamp_of([*own.parameters.values(), *own.buffers.values()])
+    @cached_property
+    def _sources(self) -> frozenset[str]:
+        """Names of tensors that others are made of, or that are laid out anew."""
+        slots = {s for call in self.record.calls if call.kind == "derive" for s in call.slots}
+        return frozenset(slots.union(self.prepared_names))
 
     @property
     def stamp(self) -> Stamp:
@@ -138,17 +171,10 @@ class DerivedModel(FunctionalModel):
 
         Cost: three passes over K times the derived tensors, a few directions at a time.
         """
-        wanted, weights = self.record.derived, self.ready()
+        wanted = self.record.derived
         if not wanted:
             return {}
-        needed = frozenset().union(*(self.record.sources[k] for k in wanted))
-        moving = {k: w for k, w in weights.items() if k in needed}
-
-        def made(moved: Weights) -> Weights:
-            own = {k: w for k, w in weights.items() if k in self.names}
-            found = derive(self.record, self.placed({**own, **moved}))
-            return {k: found[k] for k in wanted}
-
+        made, moving = self._deriving(wanted)
         rank = len(next(iter(directions.values())))
         parts = [
             along(made, moving, {k: directions[k][a : a + AT_ONCE] for k in moving})
@@ -156,10 +182,43 @@ class DerivedModel(FunctionalModel):
         ]
         return {k: torch.cat([p[k] for p in parts]) for k in wanted}
 
-    def prepared_bytes(self) -> int:
-        """Return the bytes that one direction takes once more."""
+    def _deriving(self, wanted: Collection[str]) -> tuple[Callable[[Weights], Weights], Weights]:
+        """Return the function that derives some tensors, and the weights that it takes."""
+        weights = self.ready()
+        needed = frozenset().union(*(self.record.sources[k] for k in wanted))
+
+        def made(moved: Weights) -> Weights:
+            own = {k: w for k, w in weights.items() if k in self.names}
+            found = derive(self.record, self.placed({**own, **moved}))
+            return {k: found[k] for k in wanted}
+
+        return made, {k: w for k, w in weights.items() if k in needed}
+
+    @cached_property
+    def sources_of_derived(self) -> frozenset[str]:
+        """The weights that enter through tensors derived from them, possibly beside other ways."""
+        return frozenset().union(*(self.record.sources[k] for k in self.record.derived))
+
+    def pulled_back(self, gradients: Weights) -> Weights:
+        """Return the gradients (B, n, *shape) of weights, of gradients of weights and of tensors derived from them."""
+        own, derived = self.parts(gradients)
+        if not derived:
+            return own
+        made, moving = self._deriving(derived)
+        pull = vjp(made, moving)[1]
+        found = vmap(vmap(lambda g: pull(g)[0]))(derived)
+        return {**own, **{k: g + own[k] if k in own else g for k, g in found.items()}}
+
+    @property
+    def prepared_names(self) -> Collection[str]:
+        """Names of the tensors for which directions are prepared."""
+        return self.record.derived
+
+    @cached_property
+    def direction_bytes(self) -> int:
+        """The bytes of what is prepared of one direction."""
         ready = self.ready()
-        return sum(ready[k].numel() * ready[k].element_size() for k in self.record.derived)
+        return sum(ready[k].numel() * ready[k].element_size() for k in self.prepared_names)
 
     def outputs(self, weights: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at ``weights``, of which some may be derived.
@@ -184,14 +243,13 @@ class DerivedModel(FunctionalModel):
         DivergedError
             If it does not.
         """
-        placed = self.placed(own)
-        follower = Follower(self.record, {id(t): k for k, t in placed.items()}, derived, use)
 
-        def run(module: nn.Module) -> Tensor:
+        def run(module: nn.Module, placed: Weights) -> Tensor:
+            follower = Follower(self.record, {id(t): k for k, t in placed.items()}, derived, use)
             with follower:
-                return self.model.called(module, placed, x, **model_kwargs)
+                found = self.model.called(module, placed, x, **model_kwargs)
+            if follower.position != len(self.record.calls):
+                raise DivergedError
+            return found
 
-        found = self.model.within(placed, run)
-        if follower.position != len(self.record.calls):
-            raise DivergedError
-        return found
+        return self.model.within(own, run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import copy
 from functools import cache, partial
@@ -27,11 +27,11 @@ from ..data.batches import (
 )
 from ..data.packing import unpacked
 from .calls import DivergedError
-from .contraction import contracted_cotangents
+from .contraction import ContractedModel, contracted_cotangents
 from .costs import Counts, of_contraction, of_forward_mode, sizes
 from .cutting import Cutting
 from .derived import DerivedModel
-from .facts import InputFacts, find_facts
+from .facts import InputFacts, find_facts, layers_of
 from .features import AUTODIFF, FEATURES, Features, Way, reverse_is_cheaper
 from .functional import FunctionalModel, Weights, first_weight, last_layer_norms, setting_of
 from .gradients import RowEngine
@@ -91,7 +91,9 @@ class Engine:
         let_malloc_adapt()
         self._support: dict[Any, Support] = {}
         self._facts: dict[Any, InputFacts] = {}
-        self._smaller: dict[Any, Chunks] = {}
+        self._layers: dict[Any, ContractedModel | None] = {}
+        self._choices: dict[Any, tuple[str, Chunks]] = {}
+        self._smaller: dict[Any, Chunks] = {}  # with which a device ran out of memory no more
         self._free: dict[torch.device, int] = {}
         self._sizes: dict[Any, tuple[int, int]] = {}
         self._said: set[str] = set()
@@ -126,9 +128,15 @@ class Engine:
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
-        for found in (self._support, self._facts, self._smaller, self._free, self._sizes, self._prepared):
-            found.clear()
+        of_inputs = self._facts, self._layers, self._choices, self._smaller, self._sizes
+        for of_model in (*of_inputs, self._support, self._free, self._prepared):
+            of_model.clear()
         self.cutting.forget()
+
+    def drop_prepared(self) -> None:
+        """Free what ways have made of directions, which come again where they are used again."""
+        # A new dictionary, as another thread may be using the old one.
+        self._prepared = WeakTensorKeyDictionary()
 
     # ------------------------------------------------------------------ safe from outside, with inputs as they come
 
@@ -263,6 +271,17 @@ class Engine:
             )
         return self._facts[kind]
 
+    def layers(self, x: Input) -> ContractedModel | None:
+        """Return the model for gradients layer by layer of inputs of the shape of ``x``, if that works for them."""
+        kind = setting_of(self.module), signature(x)
+        if kind not in self._layers:
+            facts, support, find = self.facts(x), self.support(x), torch.no_grad()(layers_of)
+            one_by_one = support.gradients == "loop"
+            self._layers[kind] = safely(
+                self.module, lambda: find(self.function, facts, _pair(x), support.precision, one_by_one)
+            )
+        return self._layers[kind]
+
     def _allowed(self, x: Input) -> list[str]:
         """Return the ways that users allow and the model supports, that of its support first."""
         support = self.support(x)
@@ -293,7 +312,7 @@ class Engine:
         contracted = self.facts(x).contracted
         if contracted is None or torch.is_grad_enabled():
             return False
-        return rank * contracted.prepared_bytes() <= self.budget() // 2
+        return rank * contracted.direction_bytes <= self.budget() // 2
 
     def cost(self, mode: str, x: Input, rank: int) -> float:
         """Return what the features of an input in a batch of usual size cost, counted in multiplications.
@@ -331,21 +350,28 @@ class Engine:
         if batch_size(x) == 0 or rank == 0:  # of few directions, a rank may have none
             f = self.function.outputs(self.function.weights(), x).flatten(0, -2)
             return f.new_zeros(*f.shape, rank), f
-        mode = self.mode(x, rank)
-        self._say(mode, x)
-        kind = setting_of(self.module), mode, rank, signature(x)
-        chunks = self._smaller.get(kind) or self.chunks(mode, x, rank)
-        result, used = with_smaller_chunks(
+        kind = setting_of(self.module), signature(x), rank
+        mode, chunks = self._chosen(kind, x, rank)
+        chunks = self._smaller.get((kind, mode), chunks)
+        (phi, f), used = with_smaller_chunks(
             lambda c: self._compute(mode, x, directions, c),
             chunks,
             self.device,
             lambda c: self.feature_bytes(mode, c, x),
         )
         if used != chunks:
-            self._smaller[kind] = used
-        phi, f = result
+            self._smaller[kind, mode] = used
         n_outputs = self.facts(x).n_outputs
         return phi.reshape(-1, n_outputs, rank), f.reshape(-1, n_outputs)
+
+    def _chosen(self, kind: Any, x: Input, rank: int) -> tuple[str, Chunks]:
+        """Return the way to compute features, and the chunks; once for inputs of a kind, budget and batch size."""
+        key = kind, batch_size(x), torch.is_grad_enabled(), self.budget()
+        if key not in self._choices:
+            mode = self.mode(x, rank)
+            self._say(mode, x)
+            self._choices[key] = mode, self.chunks(mode, x, rank)
+        return self._choices[key]
 
     def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safely``."""
@@ -403,15 +429,20 @@ class Engine:
             warnings.warn(text, stacklevel=2)
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
+        try:
+            return self.bound(mode, x, directions)(x, chunks)
+        except DivergedError:  # a branch or a shape that depends on the data
+            return self._as_it_is(x, directions)
+
+    def bound(
+        self, mode: str, x: Input, directions: Weights
+    ) -> Callable[[Input, Chunks], tuple[Tensor, Tensor]]:
+        """Return a way to compute features of inputs like ``x``, with all that it takes but the inputs."""
         way = FEATURES[mode]
         function = self._function(mode, x, len(next(iter(directions.values()))))
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
         weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
-        prepared = self._with_prepared(way, function, directions)
-        try:
-            return compute(function, weights, prepared, x, chunks)
-        except DivergedError:  # a branch or a shape that depends on the data
-            return self._as_it_is(x, directions)
+        return partial(compute, function, weights, self._with_prepared(way, function, directions))
 
     def _as_it_is(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         """Compute features of the model as it is, in no way that follows a record."""
@@ -449,7 +480,7 @@ class Engine:
     def prepared_bytes(self, mode: str, x: Input, rank: int) -> int:
         """Return the bytes of what is prepared of K directions, once for a basis."""
         function = self._function(mode, x, rank)
-        return rank * function.prepared_bytes() if isinstance(function, DerivedModel) else 0
+        return rank * function.direction_bytes if isinstance(function, DerivedModel) else 0
 
     def _function(self, mode: str, x: Input, rank: int) -> FunctionalModel:
         """Return the model that a way takes, for which there is room for what it prepares."""
@@ -459,16 +490,17 @@ class Engine:
         if not way.forward:
             return self.function
         function = facts.rewritten
-        while isinstance(function, DerivedModel) and rank * function.prepared_bytes() > self.budget() // 2:
+        while isinstance(function, DerivedModel) and rank * function.direction_bytes > self.budget() // 2:
             function = function.model
         return function
 
-    def gradient_bytes(self, x: Input, n_inputs: int) -> int:
-        """Estimate what a call of the landmark gradients holds, for at most so many of them."""
-        return min(n_inputs, self.gradients_per_call(x)) * self._bytes_per_gradient(x)
+    def gradient_bytes(self, x: Input, n_inputs: int, row_bytes: int | None = None) -> int:
+        """Estimate what a call of the landmark gradients holds, for at most so many of them; by default, rows of P numbers."""
+        at_once = min(n_inputs, self.gradients_per_call(x, row_bytes))
+        return at_once * self._bytes_per_gradient(x, row_bytes)
 
-    def _bytes_per_gradient(self, x: Input) -> int:
-        return 2 * self.row_size() + self.facts(x).graph_bytes
+    def _bytes_per_gradient(self, x: Input, row_bytes: int | None) -> int:
+        return 2 * (self.row_size() if row_bytes is None else row_bytes) + self.facts(x).graph_bytes
 
     def chunks(self, mode: str, x: Input, rank: int, size: int | None = None) -> Chunks:
         """Cut a batch and K directions so that what a call holds stays within budget, at the least cost."""
@@ -478,7 +510,7 @@ class Engine:
         if way.contracts:
             return self._contraction_chunks(mode, x, rank, self.facts(x).n_coordinates, size)
         if way.directions == "all":
-            return Chunks(self._inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
+            return Chunks(self.inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
         counts, within = self.counts(x), max(1, self.budget() // LIVE_TENSORS)
         wanted = 1 if way.directions == "one" else min(rank, self.chunk_size or rank)
         directions = {math.ceil(wanted / parts) for parts in range(1, wanted + 1)}
@@ -503,14 +535,15 @@ class Engine:
         """Return the bytes that a tensor may take without being slower for it."""
         return CPU_WORKING_SET if self.device.type == "cpu" else self.budget()
 
-    def gradients_per_call(self, x: Input) -> int:
+    def gradients_per_call(self, x: Input, row_bytes: int | None = None) -> int:
         """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
-        return self._inputs_within_budget(x, self._bytes_per_gradient(x))
+        return self.inputs_within_budget(x, self._bytes_per_gradient(x, row_bytes))
 
-    def _inputs_within_budget(self, x: Input, bytes_per_input: int) -> int:
+    def inputs_within_budget(self, x: Input, bytes_per_input: int, cotangents: int = 1) -> int:
+        """Return how many inputs of so many bytes, and cotangents, a call may take: a quarter of the budget, or less."""
         by_budget = self.budget() // 4 // bytes_per_input
         if self.device.type == "cpu":
-            by_budget = min(by_budget, CPU_GRADIENT_SET // self.facts(x).input_bytes)
+            by_budget = min(by_budget, CPU_GRADIENT_SET // (cotangents * self.facts(x).input_bytes))
         return max(1, by_budget)
 
 

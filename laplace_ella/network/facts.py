@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data.batches import Input, doubled, each_cut, inputs_between
 from ..data.hashing import normal_like
+from .by_layer import rows_by_layer
 from .contraction import ContractedModel, contracted_cotangents, contracted_model
 from .features import forward_pass
-from .functional import FunctionalModel, Pull, Weights, backward_passes
+from .functional import FunctionalModel, Pull, Weights, backward_passes, first_weight
+from .gradients import looped_rows
 from .memory import Chunks, attempt
 from .pulling import pulled
 from .rewriting import agree, rewritten
@@ -121,6 +123,29 @@ def _contracted(
     pushed, _ = attempt(lambda: forward_pass(made, ready, found, x))
     plain = forward_pass(model, weights, tangents, x)
     return made, pushed is not None and all(agree(a, b, precision) for a, b in zip(pushed, plain))
+
+
+def layers_of(
+    model: FunctionalModel, facts: InputFacts, pair: Input, precision: torch.dtype, one_by_one: bool
+) -> ContractedModel | None:
+    """Return the model for gradients layer by layer: not folded, as gradients of a few tensors would have to be of more.
+
+    None if it does not work for contraction, or its gradients do not agree with plain backward passes. Inside ``safely``.
+    """
+    if facts.contracted is None or not facts.contracted.record.derived:
+        return facts.contracted
+
+    def find() -> ContractedModel:
+        made, _ = _contracted(model, pair, precision, False, one_by_one)
+        x, device = _distinct(pair), first_weight(model.module).device
+        outputs = torch.zeros(2, dtype=torch.int64, device=device)
+        plain = looped_rows(model, model.weights(), x, outputs)
+        for name, rows in rows_by_layer(made, x, outputs, {}).items():
+            if not isinstance(rows, Tensor) or not agree(rows, plain[name], precision):
+                raise ValueError(f"gradients layer by layer and backward passes disagree in {name}")
+        return made
+
+    return attempt(find)[0]
 
 
 def _moving(model: FunctionalModel, x: Input) -> set[str]:

@@ -14,7 +14,7 @@ from ..data.batches import Input, Nested, batch_size, detached, doubled
 from .interrupts import raise_held_back
 from .lookups import Lookups
 from .memory import attempt
-from .places import places_of
+from .places import Places, places_of
 from .safety import LOCK
 
 Weights = dict[str, Tensor]
@@ -127,10 +127,10 @@ class FunctionalModel:
         with LOCK:
             return _copies(places_of(self.module).buffers)
 
-    def placed(self, weights: Weights) -> Weights:
+    def placed(self, weights: Weights, places: Places | None = None) -> Weights:
         """Return all that calls see: these weights, copies of the buffers, and the other parameters, without gradients."""
         with LOCK:
-            places = places_of(self.module)
+            places = places_of(self.module) if places is None else places
             others = {
                 k: p.detach() if p.requires_grad else p
                 for k, p in places.parameters.items()
@@ -138,19 +138,23 @@ class FunctionalModel:
             }
             return {**others, **_copies(places.buffers), **weights}
 
-    def within(self, tensors: Weights, action: Callable[[nn.Module], Any]) -> Any:
-        """Run ``action(module)`` while ``tensors`` take the places of weights and buffers.
+    def within(self, weights: Weights | None, action: Callable[[nn.Module, Weights], Any]) -> Any:
+        """Run ``action(module, placed)`` while these weights, and copies of the buffers, take the places of the module's own.
 
-        Every place is exchanged once, whatever its names: torch.func.functional_call would restore
-        the wrong tensor where one submodule is registered twice.
+        ``placed`` are all tensors that the module then holds, by name; without weights, copies of the buffers. Every
+        place is exchanged once, whatever its names: torch.func.functional_call would restore the wrong tensor where
+        one submodule is registered twice.
         """
         raise_held_back()
-        found = [place for place in places_of(self.module).holders if place[2] in tensors]
+        with LOCK:
+            places = places_of(self.module)
+            placed = _copies(places.buffers) if weights is None else self.placed(weights, places)
+        found = [place for place in places.holders if place[2] in placed]
         before = [holder[key] for holder, key, _ in found]
         try:
             for holder, key, name in found:
-                holder[key] = tensors[name]
-            return action(self.module)
+                holder[key] = placed[name]
+            return action(self.module, placed)
         finally:
             for (holder, key, _), tensor in zip(found, before):
                 holder[key] = tensor
@@ -167,8 +171,7 @@ class FunctionalModel:
         ValueError
             If the outputs are not a tensor of two axes or more.
         """
-        placed = self.placed(weights)
-        return self.within(placed, lambda module: self.called(module, placed, x, **model_kwargs))
+        return self.within(weights, lambda module, placed: self.called(module, placed, x, **model_kwargs))
 
     def called(self, module: nn.Module, placed: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) of the module, in whose places ``placed`` stands now."""
@@ -183,11 +186,11 @@ class FunctionalModel:
         moved = {k: w + offsets[k] for k, w in weights.items()}
         held = {id(moved[k]): w for k, w in weights.items()}
 
-        def run(module: nn.Module) -> Tensor:
+        def run(module: nn.Module, _: Weights) -> Tensor:
             with Lookups(held):
                 return self.outputs_of(module, x, **model_kwargs)
 
-        return self.within(self.placed(moved), run)
+        return self.within(moved, run)
 
     def own_outputs(self, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) at the module's own weights: a plain forward pass.
@@ -195,7 +198,7 @@ class FunctionalModel:
         :meth:`outputs` takes longer where layers multiply sequences: by tensors that require no gradient,
         PyTorch multiplies them one by one.
         """
-        return self.within(self.buffers(), lambda module: self.outputs_of(module, x, **model_kwargs))
+        return self.within(None, lambda module, _: self.outputs_of(module, x, **model_kwargs))
 
     def outputs_of(self, module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) of the module, with what takes the places of its tensors now."""
@@ -268,13 +271,13 @@ def backward_passes(model: FunctionalModel, x: Input, action: Callable[[Tensor, 
         gradients = _gradients(model, scalar, leaves, record) if scalar.requires_grad else {}
         return {k: _or_zeros(gradients.get(k), leaves[k]) for k in names}
 
-    def run(module: nn.Module) -> Any:
+    def run(module: nn.Module, _: Weights) -> Any:
         with torch.enable_grad():
             with Lookups():
                 f = model.outputs_of(module, x if record else detached(x)).flatten(1)
             return action(f, leaves, pull)
 
-    return model.within(model.placed(leaves), run)
+    return model.within(leaves, run)
 
 
 def _gradients(
@@ -295,7 +298,7 @@ def _gradients(
 
 
 def _copies(tensors: Weights) -> Weights:
-    return {k: t.detach().clone() for k, t in tensors.items()}
+    return {k: (t.detach() if t.requires_grad else t).clone() for k, t in tensors.items()}
 
 
 def _or_zeros(gradient: Tensor | None, weight: Tensor) -> Tensor:

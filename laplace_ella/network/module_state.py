@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from operator import is_
 from typing import Any
 
@@ -23,11 +22,15 @@ class ModuleState:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._training = [(m, m.training) for m in modules]
-        self._holders: list[tuple[Any, Any]] = [
-            (holder, list(holder) if isinstance(holder, _LISTS) else dict(holder))
-            for m in modules
-            for holder in _holders(m)
-        ]
+        self._mappings: list[tuple[Any, dict[Any, Any]]] = []
+        self._lists: list[tuple[Any, list[Any]]] = []
+        for m in modules:
+            attributes = vars(m)
+            # Parameters and buffers are noted by themselves; submodules and hooks are left alone.
+            own = [v for k, v in attributes.items() if type(v) in _CONTAINERS and k not in OF_TORCH]
+            self._mappings += [(v, dict(v)) for v in (m._parameters, m._buffers, attributes)]
+            self._mappings += [(v, dict(v)) for v in own if not isinstance(v, _LISTS)]
+            self._lists += [(v, list(v)) for v in own if isinstance(v, _LISTS)]
 
     def evaluate(self) -> None:
         """Switch to evaluation mode.
@@ -42,19 +45,13 @@ class ModuleState:
         """Take out the tensors that came in, and put back those that went; all else stays, such as counts."""
         for m, training in self._training:
             _set_training(m, training)
-        for holder, before in self._holders:
-            if isinstance(holder, _LISTS):
-                _restore_list(holder, before)
-            else:
-                _restore_mapping(holder, before)
-
-
-def _holders(m: nn.Module) -> Iterator[Any]:
-    """Yield whatever of a module can hold tensors."""
-    attributes = vars(m)
-    yield from (m._parameters, m._buffers, attributes)
-    # Parameters and buffers are noted by themselves; submodules and hooks are left alone.
-    yield from (v for k, v in attributes.items() if k not in OF_TORCH and type(v) in _CONTAINERS)
+        for mapping, before in self._mappings:
+            # This is asked of every module at every call.
+            if len(mapping) != len(before) or not all(map(is_, mapping.values(), before.values())):
+                _restore_mapping(mapping, before)
+        for values, old in self._lists:
+            if len(values) != len(old) or not all(map(is_, values, old)):
+                _restore_list(values, old)
 
 
 def _set_training(m: nn.Module, training: bool) -> None:
@@ -66,14 +63,12 @@ def _set_training(m: nn.Module, training: bool) -> None:
 
 
 def _restore_list(current: Any, before: list[Any]) -> None:
-    if not _same(current, before) and (holds_tensors(current) or holds_tensors(before)):
+    if holds_tensors(current) or holds_tensors(before):
         current.clear()
         current.extend(before)
 
 
 def _restore_mapping(current: Any, before: dict[Any, Any]) -> None:
-    if _same(current.values(), before.values()):
-        return
     for key, value in list(current.items()):
         old = before.get(key, MISSING)
         if value is old or not (holds_tensors(value) or holds_tensors(old)):
@@ -83,7 +78,3 @@ def _restore_mapping(current: Any, before: dict[Any, Any]) -> None:
         else:
             current[key] = old
     current.update({k: v for k, v in before.items() if k not in current and holds_tensors(v)})
-
-
-def _same(left: Any, right: Any) -> bool:
-    return len(left) == len(right) and all(map(is_, left, right))

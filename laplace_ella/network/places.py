@@ -35,16 +35,26 @@ class Places:
 def places_of(module: nn.Module) -> Places:
     """Return the tensors of a module, and where they are."""
     places, names = Places(), dict[int, str]()
-    for prefix, m in module.named_modules():
-        for holder, found in ((m._parameters, places.parameters), (m._buffers, places.buffers)):
+    waiting: list[tuple[str, nn.Module]] = [("", module)]
+    met = set[int]()
+    while waiting:
+        prefix, m = waiting.pop()
+        if id(m) in met:
+            continue
+        met.add(id(m))
+        of_kinds: Any = ((m._parameters, places.parameters), (m._buffers, places.buffers))
+        for holder, found in of_kinds:
             for key, tensor in holder.items():
                 if tensor is None:
                     continue
                 name = names.get(id(tensor))
                 if name is None:
-                    name = names[id(tensor)] = f"{prefix}.{key}" if prefix else key
+                    name = names[id(tensor)] = prefix + key
                     found[name] = tensor
                 places.holders.append((holder, key, name))
+        if m._modules:
+            children = [(f"{prefix}{key}.", child) for key, child in m._modules.items() if child is not None]
+            waiting += reversed(children)
     return places
 
 

@@ -202,14 +202,12 @@ def _folds(uses: list[list[Normalisation | None]]) -> dict[int, Normalisation]:
 
 
 def _uses(model: FunctionalModel, x: Input) -> list[list[Normalisation | None]]:
-    tensors = model.placed(model.weights())
-
-    def run(module: nn.Module) -> list[list[Normalisation | None]]:
-        with _Following(tensors) as mode:
+    def run(module: nn.Module, placed: Weights) -> list[list[Normalisation | None]]:
+        with _Following(placed) as mode:
             model.outputs_of(module, x)
         return mode.uses
 
-    return model.within(tensors, run)
+    return model.within(model.weights(), run)
 
 
 def rewritten(model: FunctionalModel, pair: Input, precision: torch.dtype) -> FunctionalModel:

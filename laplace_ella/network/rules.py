@@ -248,7 +248,7 @@ def used(function: Any, context: Context, args: Any, kwargs: Any) -> tuple[Tenso
     UnknownUseError
         If the rule does not know such a call.
     """
-    if isinstance(function, FunctionType):
+    if kwargs and isinstance(function, FunctionType):
         bound = _signature(function).bind(*args, **kwargs)
         bound.apply_defaults()
         args, kwargs = bound.args, bound.kwargs

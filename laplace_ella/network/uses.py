@@ -10,8 +10,8 @@ call of torch's functions consists of.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from torch import Tensor
 # A number that is read or written costs as much as this many multiplications in a matrix product.
 MOVED = 20.0
 # Gradients of weights, or outputs of all directions, of so many bytes are formed at a time.
-BLOCK_BYTES = 2**24
+BLOCK_BYTES = 2**23
+# Products with gradients of fewer rows of a matrix are slower.
+FEWEST_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,10 @@ class Use:
     def products(self, n: int, rank: int) -> float:
         """Return the cost of the features of an input for n cotangents and K directions, in multiplications."""
         raise NotImplementedError
+
+    def without_input(self) -> Use:
+        """Return the use without what the layer took: its shapes, which may be kept."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -78,27 +84,47 @@ class Product(Use):
         """Return the gradients (B, n, *shape) of cotangents g (n, B, ...)."""
         return self.from_matrix(self._gradients(self.cotangent(g), self.operand()))
 
+    def without_input(self) -> Product:
+        """Return the use without what the layer took."""
+        return replace(self, operand=_forgotten)
+
     def _gradients(self, g: Tensor, a: Tensor) -> Tensor:
-        return torch.einsum("zbtpo,btpj->bzpoj", g, a)
+        """Return the gradients (B, n, groups, O, J) of cotangents (n, B, T, groups, O) with inputs (B, T, groups, J).
+
+        One product for each input and group, of the cotangents in an order that keeps their numbers of one position together.
+        """
+        n, size, t, groups, o = g.shape
+        left = g.permute(1, 3, 2, 0, 4).reshape(size * groups, t, n * o)
+        right = a.transpose(1, 2).reshape(size * groups, t, -1)
+        return (left.mT @ right).view(size, groups, n, o, -1).transpose(1, 2)
 
     def features(self, g: Tensor, v: Tensor) -> Tensor:
-        """Return <g, L(a; V)> (B, n, K), a few inputs at a time."""
+        """Return <g, L(a; V)> (B, n, K)."""
         g, a, v = self.cotangent(g), self.operand(), self.to_matrix(v)
-        n, size = g.shape[:2]
-        blocks = [self._block(g[:, s], a[s], v) for s in self._slices(n, size, len(v), g.element_size())]
-        return torch.cat(blocks)
-
-    def _block(self, g: Tensor, a: Tensor, v: Tensor) -> Tensor:
+        t, groups, o, j = self.shape
         if self._gradients_first(len(g), len(v)):
-            return _products(self._gradients(g, a).flatten(2), v.flatten(1))
+            form, held = self._by_gradients, len(g) * groups * min(o, FEWEST_ROWS) * j
+        else:
+            form, held = self._by_outputs, len(v) * t * groups * o
+        step = max(1, 2 * BLOCK_BYTES // (g.element_size() * held))  # inputs at a time
+        return torch.cat([form(x, y, v) for x, y in zip(g.split(step, 1), a.split(step))])
+
+    def _by_gradients(self, g: Tensor, a: Tensor, v: Tensor) -> Tensor:
+        """Form gradients with respect to a few rows of the matrix at a time: they stay in the cache, and V is read once."""
+        n, size, _, groups, o = g.shape
+        row = g.element_size() * n * size * groups * a.shape[-1]
+        rows = max(FEWEST_ROWS, BLOCK_BYTES // row)
+        rows = math.ceil(o / math.ceil(o / rows))  # parts of equal size
+        total = g.new_zeros(len(v), size * n)
+        for x, w in zip(g.split(rows, -1), v.split(rows, 2)):
+            gradients = self._gradients(x, a).reshape(size * n, -1)
+            # Matrix products are faster with the narrower matrix on the left.
+            total.addmm_(w.flatten(1), gradients.T)
+        return total.T.reshape(size, n, -1)
+
+    def _by_outputs(self, g: Tensor, a: Tensor, v: Tensor) -> Tensor:
         pushed = torch.einsum("btpj,kpoj->btkpo", a, v)
         return torch.einsum("zbtpo,btkpo->bzk", g, pushed)
-
-    def _slices(self, n: int, size: int, rank: int, item: int) -> Iterator[slice]:
-        t, groups, o, j = self.shape
-        held = n * groups * o * j if self._gradients_first(n, rank) else rank * t * groups * o
-        step = max(1, BLOCK_BYTES // (item * held))
-        return (slice(start, start + step) for start in range(0, size, step))
 
     def _costs(self, n: int, rank: int) -> tuple[float, float]:
         """Return the cost of an input with gradients first, and with directions first."""
@@ -117,12 +143,8 @@ class Product(Use):
         return min(self._costs(n, rank))
 
 
-def _products(gradients: Tensor, v: Tensor) -> Tensor:
-    """Return the products (B, n, K) of gradients (B, n, p) with directions (K, p)."""
-    flat = gradients.flatten(0, 1)
-    # Matrix products are faster with the narrower matrix on the left.
-    found = flat @ v.T if len(flat) <= len(v) else (v @ flat.T).T
-    return found.reshape(*gradients.shape[:2], len(v))
+def _forgotten() -> Tensor:
+    raise ValueError("What the layer took was not kept.")
 
 
 @dataclass(frozen=True)
@@ -143,6 +165,10 @@ class Elementwise(Use):
     factor: Any
     cotangent: Callable[[Tensor], Tensor]
 
+    def without_input(self) -> Elementwise:
+        """Return the use without what the weight was multiplied with."""
+        return replace(self, factor=1.0)
+
     def gradients(self, g: Tensor) -> Tensor:
         """Return the gradients (B, n, *shape) of cotangents g (n, B, ...)."""
         g = self.cotangent(g)
@@ -160,14 +186,10 @@ class Elementwise(Use):
 
 def _summed(g: Tensor, factor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """Return g (n, B, *y), times a factor (B, *y), summed to (n, B, *shape), the last axes of y."""
-    letters = "abcdefghijklm"[: g.ndim - 2]
     padded = (1,) * (g.ndim - 2 - len(shape)) + tuple(shape)
-    kept = "".join(k for k, n in zip(letters, padded) if n != 1)
-    if factor is None:
-        axes = [i + 2 for i, n in enumerate(padded) if n == 1 and g.shape[i + 2] != 1]
-        found = g.sum(axes) if axes else g
-    else:
-        found = torch.einsum(f"yz{letters},z{letters}->yz{kept}", g, factor)
+    axes = [i + 2 for i, n in enumerate(padded) if n == 1 and g.shape[i + 2] != 1]
+    found = g if factor is None else g * factor
+    found = found.sum(axes) if axes else found
     return found.reshape(*g.shape[:2], *shape)
 
 

@@ -88,15 +88,17 @@ class NystromBasis:
         return digest(self.spectrum, self.eigenvalues, directions)
 
     def leading(self, rank: int) -> NystromBasis:
-        """Return the basis of the first ``rank`` directions: what a fit with that rank would have found."""
+        """Return the basis of the first ``rank`` directions: what a fit with that rank would have found.
+
+        It shares memory with this one.
+        """
         kept = len(range(rank)[self.ranks.turns()])
         return replace(
             self,
-            # These are copies, so that the memory of the other directions is freed.
-            directions={k: v[:kept].clone() for k, v in self.directions.items()},
-            eigenvalues=self.eigenvalues[:rank].clone(),
-            grams=None if self.grams is None else self.grams[:, :rank, :rank].clone(),
-            coefficients=None if self.coefficients is None else self.coefficients[:, :rank].clone(),
+            directions={k: v[:kept] for k, v in self.directions.items()},
+            eigenvalues=self.eigenvalues[:rank],
+            grams=None if self.grams is None else self.grams[:, :rank, :rank],
+            coefficients=None if self.coefficients is None else self.coefficients[:, :rank],
         )
 
     def to(self, device: torch.device) -> NystromBasis:
@@ -246,6 +248,8 @@ def build_basis(
     ------
     ValueError
         If a gradient is not finite, or all of them vanish.
+    DivergedError
+        On all ranks, if gradients cannot be computed layer by layer after all.
 
     Notes
     -----
@@ -260,7 +264,7 @@ def build_basis(
         pairs = torch.linalg.eigh(found)
     spectrum, vectors = (ranks.of_first(t).flip(-1) for t in pairs)
     if isinstance(rank, float):
-        rank = min(rank_of_share(spectrum, rank), max(1, budget // source.row_bytes))
+        rank = min(rank_of_share(spectrum, rank), max(1, budget // source.direction_bytes))
     eps = torch.finfo(rows.dtype).eps
     eigenvalues, coefficients = _leading_eigenpairs(spectrum, vectors, rank, eps)
     values = rows.combine(coefficients, progress)

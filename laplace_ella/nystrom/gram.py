@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.progress import Progress
-from .rows import RowSource
+from .rows import Rows, RowSource
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Unfinished:
     Attributes
     ----------
     layout : list
-        The starts of the blocks; a matrix of other blocks is of no use.
+        The matrices whose gradients are outer products, and the starts of the blocks; a matrix of other blocks is of no use.
     done : int
         How many blocks are in it.
     matrix : Tensor (M, M), optional
@@ -91,7 +91,7 @@ class HeldRows:
     n_kept, n_streamed : int
         Rows of a block, and of those that are computed at once and stream past, on each rank.
     spill : Spill, optional
-        Where the rows of the one block are kept; with None, they stay on the device.
+        Where the rows of the one block are kept, but for outer products; with None, they stay on the device.
 
     Attributes
     ----------
@@ -114,10 +114,11 @@ class HeldRows:
         self.kind = "kept" if len(self.blocks) == 1 else "blocks of rows"
         self.dtype = source.dtype if spill is None else spill.dtype
         self.device = source.device if spill is None else torch.device("cpu")
-        self.n_bytes = (n_kept + n_streamed) * source.row_bytes if spill is None else 0
+        on_device = source.row_bytes if spill is None else source.outer_bytes
+        self.n_bytes = (n_kept + n_streamed) * on_device
         # The directions need all blocks again but the last, which is still there.
         self.gradients = sum(size - b.start for b in self.blocks) + self.blocks[-1].start
-        self._kept: Tensor | None = None  # the rows of the last block
+        self._kept: Rows | None = None  # the rows of the last block
         self._norms: Tensor | None = None  # spilled rows were divided by these
 
     def gram(self, progress: Progress, unfinished: Unfinished = FRESH) -> Tensor:
@@ -125,7 +126,7 @@ class HeldRows:
         if len(self.blocks) == 1:
             return self._gram_of_all(progress)
         source, size = self.source, len(self.source)
-        layout = [block.start for block in self.blocks]
+        layout = [*source.matrices, *(block.start for block in self.blocks)]
         out, done = unfinished.start(layout, size, source.device)
         for i, block in enumerate(progress(self.blocks, "Gram matrix, block by block")):
             if i < done:
@@ -145,7 +146,7 @@ class HeldRows:
         if self.spill is not None:
             n_rows = len(source.ranks.share(every))
             with source.ranks.together("the place of gradient rows"):
-                out, self._file = self.spill.empty(n_rows, source.n_weights)
+                out, self._file = self.spill.empty(n_rows, source.n_values)
             self._norms = torch.empty(n_rows, dtype=torch.float64, device=source.device)
         self._kept = source(every, out, self._norms, lambda calls: progress(calls, "Landmark gradients"))
         found = source.products((self._kept, len(every)), progress=lambda s: progress(s, "Gram matrix"))
@@ -177,7 +178,7 @@ def choose_rows(source: RowSource, budget: int, spill: Spill | None = None) -> H
     row, share = source.row_bytes, source.ranks.lengths(len(source))[0]
     if share * row <= budget:
         return HeldRows(source, share)
-    if spill is not None:
+    if spill is not None and source.n_values:
         return HeldRows(source, share, spill=spill)
     capacity = max(2, budget // row)  # one row has to meet another at least
     at_once = source.ranks.least(source.landmarks_per_call, "the size of blocks")

@@ -5,22 +5,40 @@ Where ranks share the directions, each computes everybody's products with its ow
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from ..data.batches import Input, Raw, n_bytes
+from ..data.batches import Input, Raw, batch_size, inputs_between, n_bytes
 from ..data.landmarks import Landmarks
 from ..data.packing import packed
 from ..data.progress import Progress
+from ..network.by_layer import (
+    Gradients,
+    Matrices,
+    kernels_by_layer,
+    numbers_at_once,
+    outer_matrices,
+    outer_numbers,
+    rows_by_layer,
+)
+from ..network.calls import DivergedError
+from ..network.costs import of_gradients, of_gradients_by_layer
 from ..network.engine import Engine
 from ..network.functional import Weights
+from ..network.memory import LIVE_TENSORS, Chunks, with_smaller_chunks
 from ..network.safety import safely
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.sharding import for_everyone
 from .basis import NystromBasis, build_basis, combined
 from .gram import FRESH, Unfinished
 from .rows import RowSource
+
+Found = TypeVar("Found")
 
 
 def features(
@@ -81,20 +99,96 @@ def answer_others(engine: Engine, basis: NystromBasis, labels: int = 0) -> None:
 
 
 def row_source(
-    engine: Engine, landmarks: Landmarks, ranks: Ranks = ALONE, sharded: bool = False
+    engine: Engine, landmarks: Landmarks, ranks: Ranks = ALONE, sharded: bool = False, by_layer: bool = True
 ) -> RowSource:
-    """Prepare the gradient rows of landmarks; see :class:`laplace_ella.nystrom.rows.RowSource`."""
+    """Prepare the gradient rows of landmarks; see :class:`laplace_ella.nystrom.rows.RowSource`.
+
+    Layer by layer where that is counted to be cheaper, if it is allowed; see ``laplace_ella/network/costs.py``.
+    """
     longest = engine.to_model(max(landmarks.inputs, key=n_bytes))
     support = engine.support(longest)
-    return RowSource(
+    matrices = _worthwhile(engine, longest, len(landmarks)) if by_layer else {}
+    compute = partial(_by_layer, engine, matrices) if matrices else engine.row_engine or support.engine
+    source = RowSource(
         engine.function,
         landmarks,
-        engine.row_engine or support.engine,
+        compute,
         engine.to_model,
-        engine.gradients_per_call(longest),
+        1,
         ranks=ranks,
         sharded=sharded,
+        matrices=matrices,
     )
+    source.landmarks_per_call = engine.gradients_per_call(longest, source.row_bytes)
+    return source
+
+
+def _worthwhile(engine: Engine, x: Input, n_landmarks: int) -> Matrices:
+    """Return the matrices whose gradients are to be outer products; none if rows are cheaper without, or were named."""
+    layers = None if engine.row_engine else engine.layers(x)
+    if layers is None:
+        return {}
+    matrices, counts, met = outer_matrices(layers), engine.counts(x), n_landmarks / 2
+    cost = of_gradients_by_layer(counts, 1, met, *outer_numbers(matrices))
+    return matrices if cost < of_gradients(counts, 1, met) else {}
+
+
+def _by_layer(
+    engine: Engine, matrices: Matrices, model: Any, weights: Any, x: Input, outputs: Tensor
+) -> Mapping[str, Gradients]:
+    layers = engine.layers(x)
+    if layers is None:
+        raise DivergedError
+    return rows_by_layer(layers, x, outputs, matrices)
+
+
+def from_rows(
+    engine: Engine,
+    landmarks: Landmarks,
+    compute: Callable[[RowSource], Found],
+    ranks: Ranks = ALONE,
+    sharded: bool = False,
+) -> Found:
+    """Compute something from gradient rows; again from those of another way if they cannot come layer by layer."""
+
+    def source(by_layer: bool) -> RowSource:
+        with ranks.together("the gradients of landmarks"):
+            return safely(engine.module, lambda: row_source(engine, landmarks, ranks, sharded, by_layer))
+
+    first = source(True)
+    if ranks.least(bool(first.matrices), "the way to gradients of landmarks") == bool(first.matrices):
+        with suppress(DivergedError):
+            return safely(engine.module, lambda: compute(first))
+    return safely(engine.module, lambda: compute(source(False)))
+
+
+def kernels_of_layers(engine: Engine, x: Input) -> Tensor | None:
+    """Compute :math:`J J^T` (B L, C, C) of each input and position layer by layer; None if that is not cheaper, or does not fit.
+
+    Inside ``safely``.
+
+    Raises
+    ------
+    DivergedError
+        If a pass does not follow the record.
+    """
+    layers = None if engine.row_engine else engine.layers(x)
+    if layers is None:
+        return None
+    facts, counts = engine.facts(x), engine.counts(x)
+    n, met = facts.n_coordinates, facts.n_outputs
+    cost = of_gradients_by_layer(counts, n, met, *outer_numbers(outer_matrices(layers)))
+    each = 2 * facts.graph_bytes + n * (LIVE_TENSORS * facts.input_bytes + 24 * numbers_at_once(layers))
+    if each > engine.budget() // 4 or cost >= of_gradients(counts, n, met):
+        return None
+    inputs, positions = engine.inputs_within_budget(x, each, n), n // facts.n_outputs
+
+    def compute(chunks: Chunks) -> Tensor:
+        parts = (inputs_between(x, a, a + chunks.inputs) for a in range(0, batch_size(x), chunks.inputs))
+        return torch.cat([kernels_by_layer(layers, part, positions, facts.n_outputs) for part in parts])
+
+    found, _ = with_smaller_chunks(compute, Chunks(inputs, 1), engine.device, lambda c: c.inputs * each)
+    return found.flatten(0, 1)
 
 
 def basis_of(
@@ -107,21 +201,21 @@ def basis_of(
     unfinished: Unfinished = FRESH,
 ) -> NystromBasis:
     """Compute the basis of the landmarks' gradients; see :func:`laplace_ella.nystrom.basis.build_basis`."""
-    with ranks.together("the gradients of landmarks"):
-        source = safely(engine.module, lambda: row_source(engine, landmarks, ranks, sharded))
+    with ranks.together("the memory budget"):
         budget = engine.budget()
     budget = ranks.least(budget, "the memory budget")
-    return safely(
-        engine.module,
-        lambda: build_basis(
-            source, rank, budget=budget, spill=engine.spill, progress=progress, unfinished=unfinished
-        ),
+    build = partial(
+        build_basis,
+        rank=rank,
+        budget=budget,
+        spill=engine.spill,
+        progress=progress,
+        unfinished=unfinished,
     )
+    return from_rows(engine, landmarks, build, ranks, sharded)
 
 
 def directions_of(engine: Engine, landmarks: Landmarks, coefficients: Tensor) -> Weights:
     r"""Compute the directions :math:`V = R^T a` of landmarks and coefficients a (M, K)."""
-    return safely(
-        engine.module,
-        lambda: combined(row_source(engine, landmarks), coefficients.to(engine.device), engine.budget()),
-    )
+    coefficients, budget = coefficients.to(engine.device), engine.budget()
+    return from_rows(engine, landmarks, lambda source: combined(source, coefficients, budget))

@@ -275,6 +275,8 @@ class Ranks:
 
     def joined(self, values: Tensor) -> Tensor:
         """Return tensors (n, ...) of all ranks one after the other."""
+        if self.size == 1:
+            return values
         return torch.cat(self.gathered(values, "parts of a tensor")).to(values.device)
 
     def interleaved(self, values: Tensor, n: int) -> Tensor:

@@ -38,7 +38,14 @@ def for_everyone(
     with ranks.together(what):
         answers = [None if q is None else answer(q).detach() for q in questions]
     parts = ranks.exchanged(answers, what)
-    return None if question is None else dealt_back(parts, n_directions)
+    if question is None:
+        return None
+    if any(part.shape[-1] != len(range(r, n_directions, ranks.size)) for r, part in enumerate(parts)):
+        raise RuntimeError(
+            f"Ranks that share the directions must use as many of them; this one uses {n_directions}, and another one "
+            "does not. Assign n_directions on all of them."
+        )
+    return dealt_back(parts, n_directions)
 
 
 def work_through(

@@ -13,12 +13,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..data.checks import check_choice, positive_number
+from ..data.checks import check_choice, integer, positive_number
 from ..nystrom.caching import outside_inference, without_inference
 from . import checks
 from .fit import Fit
-from .likelihoods import name_of
+from .likelihoods import Likelihood, name_of
 from .posterior import Posterior
 from .residual import RESIDUALS
 from .setting import PER_CLASS
@@ -66,7 +67,8 @@ def become(
             if more is None or now is None or now.basis is not of.basis:
                 raise RuntimeError(REPLACED)
             changes["current"] = now.plus(more)
-        exchange(estimator, replace(before, setting=before.setting.at(**setting), **changes))
+        after = before.fitted(changes.pop("current")) if "current" in changes else before
+        exchange(estimator, replace(after, setting=after.setting.at(**setting), **changes))
 
 
 def exchange(estimator: Any, posterior: Posterior, **attributes: Any) -> None:
@@ -104,7 +106,7 @@ def checked(estimator: Any, name: str, value: Any, posterior: Posterior | None =
             sizes = estimator.n_layers, estimator.n_params, estimator.shard_directions
             return checks.checked_prior_precision(value, posterior.residual, *sizes, like)
         if name == "sigma_noise":
-            return checks.checked_noise(value, posterior.likelihood, like)
+            return checked_noise(value, posterior, like)[0]
         if name == "prior_mean":
             return checks.checked_prior_mean(value, estimator.n_params, like)
     if name == "logit_scale":
@@ -115,6 +117,15 @@ def checked(estimator: Any, name: str, value: Any, posterior: Posterior | None =
             checks.check_classes(posterior.setting.at(**{name: numbers}), posterior.fit.n_outputs)
         return numbers
     return positive_number(name, value)
+
+
+def checked_noise(value: Any, posterior: Posterior, like: Tensor) -> tuple[Tensor, Likelihood]:
+    """Return the scale of a noise, and the likelihood with its ratios, which a fit does not let change."""
+    scale, likelihood = checks.checked_noise(value, posterior.likelihood, like)
+    if posterior.current is not None:
+        checks.check_ratios(likelihood, posterior.likelihood)
+        likelihood = posterior.likelihood
+    return scale, likelihood
 
 
 def _property(
@@ -140,6 +151,18 @@ def of_setting(stub: Callable[..., Any]) -> Any:
     return _property(
         stub, lambda p: getattr(p.setting, name), lambda e, v: {"setting": {name: checked(e, name, v)}}
     )
+
+
+def of_noise(stub: Callable[..., Any]) -> Any:
+    """Make the property of the observation noise: its scale is one of the setting, its ratios of the likelihood."""
+
+    def changes(estimator: Any, value: Any) -> dict[str, Any]:
+        like = torch.empty((), dtype=estimator._dtype, device=estimator._device)
+        with outside_inference():
+            scale, likelihood = checked_noise(without_inference(value), estimator._posterior, like)
+        return {"setting": {"sigma_noise": scale}, "likelihood": likelihood}
+
+    return _property(stub, lambda p: p.sigma_noise, changes)
 
 
 def of_temperature(stub: Callable[..., Any]) -> Any:
@@ -211,22 +234,65 @@ def of_fit(stub: Callable[..., Any]) -> Any:
     name = stub.__name__
 
     def read(estimator: Any) -> Any:
-        fit = estimator._now().current
-        return stub(estimator) if fit is None else getattr(fit, {"fit_history_": "history"}.get(name, name))
+        now = estimator._now()
+        if now.current is None:
+            return stub(estimator)
+        return getattr(now.used, {"fit_history_": "history"}.get(name, name))
 
     def write(estimator: Any, value: Any) -> None:
         """Assign, as the host's constructor does before there is a fit."""
         if name == "H" and value is None:
             become(estimator, current=None)
         elif (fit := estimator._posterior.current) is not None:
+            if name in ("H", "snapshots"):
+                _check_all_are_used(estimator._posterior, name)
             become(estimator, fit, current=replace(fit, **{name: value}))
 
     return property(read, write, doc=stub.__doc__)
 
 
+def _check_all_are_used(posterior: Posterior, name: str) -> None:
+    if posterior.rank < posterior.fit.basis.rank:
+        raise ValueError(
+            f"{name} cannot be assigned while {posterior.rank} of {posterior.fit.basis.rank} directions are used, of which "
+            "its matrices would be. Assign n_directions = None first."
+        )
+
+
+def of_rank(stub: Callable[..., Any]) -> Any:
+    """Make the property of how many of the fitted directions are used; None stands for all."""
+
+    def read(estimator: Any) -> int:
+        return int(estimator._fitted().rank)
+
+    def write(estimator: Any, value: Any) -> None:
+        estimator._fitted()
+        with SWAP:  # no other thread exchanges the fit between the check and the assignment
+            now = estimator._posterior
+            exchange(
+                estimator, now.using(None if value is None else _checked_rank(value, now.fit.basis.rank))
+            )
+        estimator._engine.drop_prepared()
+
+    return property(read, write, doc=stub.__doc__)
+
+
+def _checked_rank(value: Any, most: int) -> int:
+    what = (
+        f"an integer from 1 to {most}, as many directions as the fit found, or None for all of them (n_eigenvalues is how "
+        "many the next fit looks for)"
+    )
+    return integer("n_directions", value, what, 1, most)
+
+
 def of_posterior(stub: Callable[..., Any]) -> Any:
     """Make a read-only property of what follows from the posterior of a fitted estimator: what the function returns."""
     return property(lambda estimator: stub(estimator._fitted()), doc=stub.__doc__)
+
+
+def _rank(posterior: Posterior) -> str:
+    used, fitted = posterior.rank, posterior.fit.basis.rank
+    return f"{used}" if used == fitted else f"{used} of {fitted}"
 
 
 def description(estimator: Any, sizes: str) -> str:
@@ -243,7 +309,7 @@ def description(estimator: Any, sizes: str) -> str:
         fitted = f"{sizes}, P={estimator.n_params}, not fitted"
     else:
         fitted = (
-            f"M={fit.basis.n_landmarks}, K={fit.basis.rank}, retained trace={fit.basis.retained:.3f}, "
+            f"M={fit.basis.n_landmarks}, K={_rank(p)}, retained trace={p.basis.retained:.3f}, "
             f"P={estimator.n_params}, n_data={fit.n_data}, n={fit.n_curvature}"
         )
     prior = (
@@ -251,12 +317,14 @@ def description(estimator: Any, sizes: str) -> str:
         if s.prior_precision.numel() == 1
         else f"{s.prior_precision.numel()} values"
     )
+    sigma = p.sigma_noise
     values = {
-        "sigma_noise": float(s.sigma_noise),
+        "sigma_noise": float(sigma) if sigma.numel() == 1 else 1.0,
         "logit_scale": s.logit_scale,
         "residual_scale": s.residual_scale if p.residual.adds else 1.0,
     }
     more = [f", {k}={v:.4g}" for k, v in values.items() if v != 1]
+    more += [f", sigma_noise={sigma.numel()} values"] if sigma.numel() > 1 else []
     more += [f", {k}: {len(v)} values" for k in PER_CLASS if (v := getattr(s, k)) is not None]
     more += [f", variance={p.variance!r} (predicts without features)"] if p.variance != "ella" else []
     more += [f", link_approx={p.link!r}"] if p.link is not None else []

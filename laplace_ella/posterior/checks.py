@@ -61,8 +61,11 @@ def check_prior_mean(value: Any, n_params: int) -> None:
 
 
 def check_noise(value: Any) -> None:
-    """Require a positive number, or a tensor of one."""
-    check_numbers("sigma_noise", value, "a positive finite number, or a tensor of one", (1,))
+    """Require a positive number, or a tensor of one, or of one for each output."""
+    several = max(1, value.numel()) if isinstance(value, Tensor) else 1
+    check_numbers(
+        "sigma_noise", value, "a positive finite number, or a tensor of one or one per output", (several,)
+    )
 
 
 def check_kinds(
@@ -75,16 +78,31 @@ def check_kinds(
     check_noise(sigma_noise)
 
 
-def checked_noise(value: Any, likelihood: Likelihood, like: Tensor) -> Tensor:
-    """Return an observation noise as it is stored: ()."""
+def checked_noise(value: Any, likelihood: Likelihood, like: Tensor) -> tuple[Tensor, Likelihood]:
+    """Return the scale () of an observation noise, and the likelihood that has it.
+
+    The scale of several is their geometric mean.
+    """
     check_noise(value)
-    stored = torch.as_tensor(value, dtype=like.dtype, device=like.device).reshape(())
+    stored = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     check_positive("sigma_noise", stored)
-    if not likelihood.has_noise and float(value) != 1:
+    if not likelihood.has_noise and (stored.numel() > 1 or stored != 1):
         raise ValueError(
             f"sigma_noise is for regression only and must be 1 for {likelihood.name!r}; got {value}."
         )
-    return stored
+    scale = stored.reshape(()) if stored.numel() == 1 else stored.double().log().mean().exp().to(stored.dtype)
+    return scale, likelihood.with_noise(stored)
+
+
+def check_ratios(likelihood: Likelihood, fitted: Likelihood) -> None:
+    """Require noise whose ratios are those that a fit was made with."""
+    mine, theirs = (list(v.options.values()) for v in (likelihood, fitted))
+    if np.shape(mine) != np.shape(theirs) or not np.allclose(mine, theirs, rtol=1e-5):
+        raise ValueError(
+            "The ratios of sigma_noise between outputs enter loss and curvature of a fit, so that it can be changed as a "
+            f"whole only, as in la.sigma_noise = 2 * la.sigma_noise; the fit has {fitted.options or 'the same for all'}, and "
+            f"what was given has {likelihood.options or 'the same for all'}. Build an estimator with it, and fit that."
+        )
 
 
 def check_noise_is_tunable(likelihood: Likelihood) -> None:

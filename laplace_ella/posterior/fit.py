@@ -30,8 +30,10 @@ class Fit:
         G, the curvature summed over the data, float64.
     loss : Tensor ()
         Negative log likelihood summed over the data, up to constants.
-    n_data, n_predictions, n_outputs : int
-        N, N times the positions of an input, and C.
+    n_data, n_outputs : int
+        N and C.
+    n_predictions : int or float
+        N times the positions of an input, without those whose targets are ignored; with weights, their sum.
     mean : Tensor (P,)
         The weights at the time of the fit.
     fingerprint : str
@@ -52,7 +54,7 @@ class Fit:
     H: Tensor
     loss: Tensor
     n_data: int
-    n_predictions: int
+    n_predictions: float
     n_outputs: int
     mean: Tensor
     fingerprint: str
@@ -75,16 +77,13 @@ class Fit:
         """Return the fit with G as estimated from the first n curvature inputs."""
         return replace(self, n_curvature=n, H=dict(self.snapshots)[n])
 
-    def leading(self, rank: int) -> Fit:
-        """Return the fit with the leading directions only, whose memory the others do not share."""
-        return replace(
-            self,
-            basis=self.basis.leading(rank),
-            snapshots=[(n, G[:rank, :rank].clone()) for n, G in self.snapshots],
-            H=self.H[:rank, :rank].clone(),
-        )
+    def within(self, basis: NystromBasis) -> Fit:
+        """Return the fit within the leading directions of its basis, which are another basis; memory is shared."""
+        rank = basis.rank
+        snapshots = [(n, G[:rank, :rank]) for n, G in self.snapshots]
+        return replace(self, basis=basis, snapshots=snapshots, H=self.H[:rank, :rank])
 
-    def with_sums(self, snapshots: Snapshots, loss: Tensor, n_data: int, n_predictions: int) -> Fit:
+    def with_sums(self, snapshots: Snapshots, loss: Tensor, n_data: int, n_predictions: float) -> Fit:
         """Return the fit with other sums over data, whose usual novelty is not known."""
         sums = sums_over_data(snapshots, loss, n_data, n_predictions, self.largest_sums)
         return replace(self, **sums, novelty=None)
@@ -116,7 +115,11 @@ class Fit:
 
 
 def sums_over_data(
-    snapshots: Snapshots, loss: Tensor, n_data: int, n_predictions: int, largest: Sequence[float] = (0.0, 0.0)
+    snapshots: Snapshots,
+    loss: Tensor,
+    n_data: int,
+    n_predictions: float,
+    largest: Sequence[float] = (0.0, 0.0),
 ) -> dict[str, Any]:
     """Return the fields of a fit that are sums over data, or follow from them.
 

@@ -163,10 +163,25 @@ class Outputs:
         span, rest = noise[:, : self.psi.shape[-1]], noise[:, self.psi.shape[-1] :]
         out = functional_samples(self.mean, self.psi, span)
         if self.isotropic is not None:
-            out = out + _root(self.extra_variance) * rest[:, None]
+            out = out + root_of(self.extra_variance) * rest[:, None]
         if self.block is not None:
             out = out + torch.einsum("bcd,sd->sbc", self.block, rest)
         return out
+
+    def functions(self, noise: Tensor, rest: Tensor | None = None) -> Tensor:
+        """Return samples (S, B, C) of functions, jointly right over all inputs; ``block`` is left out.
+
+        Parameters
+        ----------
+        noise : Tensor (S, R)
+        rest : Tensor (S, D, C), optional
+            Needed where there is an isotropic part.
+        """
+        out = functional_samples(self.mean, self.psi, noise)
+        if self.isotropic is None:
+            return out
+        assert rest is not None
+        return out + torch.einsum("bd,sdc->sbc", self.isotropic, rest.to(self.isotropic))
 
     def independent_samples(self, noise: Tensor) -> Tensor:
         """Return samples (S, B, C) with the variances of the outputs and no correlation.
@@ -175,7 +190,7 @@ class Outputs:
         ----------
         noise : Tensor broadcastable to (S, B, C)
         """
-        return self.mean + _root(self.variance) * noise.to(self.psi.dtype)
+        return self.mean + root_of(self.variance) * noise.to(self.psi.dtype)
 
 
 @dataclass(frozen=True)
@@ -212,6 +227,13 @@ class Linearised:
     def detached(self) -> Linearised:
         """Return the same without graphs."""
         found: dict[str, Any] = {k: None if v is None else v.detach() for k, v in vars(self).items()}
+        return Linearised(**found)
+
+    def of(self, rows: Tensor) -> Linearised:
+        """Return what is known of some of the inputs, which a mask (B,) names."""
+        found: dict[str, Any] = {
+            k: v if v is None or k == "overlap" else v[rows] for k, v in vars(self).items()
+        }
         return Linearised(**found)
 
     def traces(self) -> tuple[Tensor, Tensor]:
@@ -311,7 +333,7 @@ def functional_samples(f: Tensor, psi: Tensor, noise: Tensor) -> Tensor:
     return f + offsets.view(len(noise), *f.shape)
 
 
-def _root(variance: Tensor) -> Tensor:
+def root_of(variance: Tensor) -> Tensor:
     """Return the standard deviation, whose derivative is 0 where the variance is: that of the root is infinite."""
     positive = variance > 0
     return torch.where(positive, variance, torch.ones_like(variance)).sqrt() * positive

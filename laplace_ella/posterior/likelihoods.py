@@ -1,101 +1,39 @@
 r"""The likelihoods, each with its targets, loss, curvature in f, predictive density, links and parameters.
 
 A likelihood is one class. :data:`LIKELIHOODS` has those that are known, by the name that users pass; an entry added
-to it is a likelihood like the others. The curvature enters as a root: :math:`\Phi^T \Lambda \Phi = W^T W` with W
-returned by ``curvature_root``, so that no C x C matrix is formed and the result is positive semi-definite by construction.
+to it is a likelihood like the others.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.notices import warn_user
+from .gaussian import Outputs
+from .likelihood import Likelihood, Prediction, entropy_of
+from .log_outputs import Heteroscedastic, Poisson
 
-# Class probabilities (B, C); or mean (B, C) and covariance (B, C, C) or variance (B, C).
-Prediction: TypeAlias = Tensor | tuple[Tensor, Tensor]
+__all__ = [
+    "LIKELIHOODS",
+    "Bernoulli",
+    "Classification",
+    "Heteroscedastic",
+    "Likelihood",
+    "Poisson",
+    "Prediction",
+    "Regression",
+    "RewardModeling",
+    "entropy_of",
+    "name_of",
+]
 
-
-class Likelihood:
-    r"""One observation model, of which subclasses change what is different in theirs.
-
-    Attributes
-    ----------
-    name : str
-        The name that users pass.
-    host_name : str
-        The likelihood of laplace-torch's that comes closest, whose constructor knows no others.
-    has_probabilities : bool
-        Whether predictions are probabilities (B, C); else they are means and covariances of outputs.
-    has_classes : bool
-        Whether each input is of one of C classes: probabilities sum to one, and landmarks can be balanced.
-    has_logits : bool
-        Whether ``logit_scale`` applies.
-    has_noise : bool
-        Whether ``sigma_noise`` applies.
-    tuned : tuple of str
-        What is tuned beside the temperature unless the user says otherwise.
-    """
-
-    name = ""
-    host_name = "classification"
-    has_probabilities = True
-    has_classes = False
-    has_logits = False
-    has_noise = False
-    tuned: tuple[str, ...] = ()
-
-    @property
-    def of_calls(self) -> Likelihood:
-        """The likelihood that predictions of users' calls are made with."""
-        return self
-
-    def targets(self, y: Tensor, f: Tensor) -> Tensor:
-        """Return y in the shape that the loss wants; raise ValueError on targets that do not fit the outputs f (B, C)."""
-        raise NotImplementedError
-
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the negative log likelihood summed over the batch, up to constants and the noise, float64."""
-        raise NotImplementedError
-
-    def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
-        r"""Return W (R, K) with :math:`W^T W = \sum_b \Phi_b^T \Lambda_b \Phi_b`."""
-        raise NotImplementedError
-
-    def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
-        r"""Return gradients (B, n, C) of the loss in f at n targets drawn from the likelihood itself.
-
-        Parameters
-        ----------
-        f : Tensor (B, C)
-        u : Tensor (B, n, C)
-            Uniform in (0, 1). The mean of the outer products of the gradients is :math:`\Lambda`.
-        """
-        raise NotImplementedError
-
-    def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
-        """Return the negative log predictive density (B,), float64."""
-        raise NotImplementedError
-
-    def inverse_link(self, f: Tensor) -> Tensor:
-        """Return the predictions of outputs (..., C) that are certain: probabilities, or the outputs themselves."""
-        return f
-
-    def entropy(self, p: Tensor) -> Tensor:
-        """Return the entropy (B,) of probabilities (B, C)."""
-        return -torch.special.xlogy(p, p).sum(-1)
-
-    def log_normaliser(self, sigma_noise: Tensor) -> Tensor | float:
-        """Return the log of what the density of one output is divided by, beside what depends on the loss."""
-        return 0.0
-
-    def certain(self, f: Tensor) -> Prediction:
-        """Return the prediction of outputs (B, C) without variance."""
-        return self.inverse_link(f) if self.has_probabilities else (f, torch.zeros_like(f))
+# The class index that says that there is no target, as in nn.CrossEntropyLoss.
+IGNORED = -100
 
 
 class Classification(Likelihood):
@@ -123,17 +61,24 @@ class Classification(Likelihood):
                 f"shape (batch, {n_outputs}); got shape {tuple(y.shape)} and {y.dtype}. "
                 "Convert indices with y.long()."
             )
-        bad = (y < 0) | (y >= n_outputs)
+        bad = ((y < 0) | (y >= n_outputs)) & (y.long() != IGNORED)
         if bad.any():
             raise ValueError(
-                f"Class indices must lie in 0..{n_outputs - 1}, the model's outputs; got {int(y[bad][0])}. "
-                "Check the labels, or the width of the model's last layer; there is no ignore_index."
+                f"Class indices must lie in 0..{n_outputs - 1}, the model's outputs, or be {IGNORED}, which is ignored; got "
+                f"{int(y[bad][0])}. Check the labels, or the width of the model's last layer."
             )
         return y.long()
 
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy."""
-        return F.cross_entropy(f.double(), y, reduction="sum")
+    def ignored(self, y: Tensor) -> Tensor | None:
+        """Return which class indices are -100, as ``nn.CrossEntropyLoss`` ignores them."""
+        if y.is_floating_point() or y.is_complex():
+            return None
+        found = y.long() == IGNORED  # unsigned numbers may equal it as they are
+        return found if found.any() else None
+
+    def losses(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the cross-entropies; 0 where targets are ignored."""
+        return F.cross_entropy(f.double(), y, reduction="none", ignore_index=IGNORED)
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
         """Return the root of p_c-weighted, centred features."""
@@ -158,6 +103,10 @@ class Classification(Likelihood):
     def inverse_link(self, f: Tensor) -> Tensor:
         """Return class probabilities (..., C)."""
         return f.softmax(-1)
+
+    def log_probabilities(self, f: Tensor) -> Tensor:
+        """Return the log probabilities (..., C) of the classes."""
+        return f.log_softmax(-1)
 
 
 class RewardModeling(Classification):
@@ -198,9 +147,9 @@ class Bernoulli(Likelihood):
             )
         return y
 
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return the binary cross-entropy."""
-        return F.binary_cross_entropy_with_logits(f.double(), y, reduction="sum")
+    def losses(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return the binary cross-entropies, each summed over the C targets."""
+        return F.binary_cross_entropy_with_logits(f.double(), y, reduction="none").sum(-1)
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
         """Return features times the standard deviations of the targets."""
@@ -221,21 +170,60 @@ class Bernoulli(Likelihood):
         """Return the probability of each target to be 1."""
         return f.sigmoid()
 
+    def log_probabilities(self, f: Tensor) -> Tensor:
+        """Return the log probabilities (..., C, 2) of each of the C targets to be 1, and to be 0."""
+        return F.logsigmoid(torch.stack([f, -f], -1))
+
     def entropy(self, p: Tensor) -> Tensor:
         """Return the sum of the entropies of the C targets."""
         return super().entropy(p) + super().entropy(1 - p)
 
 
 class Regression(Likelihood):
-    """Outputs with Gaussian noise of standard deviation sigma."""
+    r"""Outputs with Gaussian noise of standard deviation :math:`\sigma r_c`.
+
+    Parameters
+    ----------
+    ratios : Tensor (C,), optional
+        r, of which the product is 1, float64; None: the noise is the same for all outputs. Loss and curvature are in units
+        of r, and sigma is one parameter.
+    """
 
     name = host_name = "regression"
     has_probabilities = False
-    has_noise = True
+    has_noise = has_intervals = True
     tuned = ("sigma_noise",)
+
+    def __init__(self, ratios: Tensor | None = None) -> None:
+        self.ratios = ratios
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The ratios of the noise."""
+        return {} if self.ratios is None else {"ratios of sigma_noise": self.ratios.tolist()}
+
+    def with_noise(self, sigma_noise: Tensor) -> Likelihood:
+        """Return regression with the ratios of these noises."""
+        if sigma_noise.numel() == 1:
+            return Regression()
+        sigma = sigma_noise.detach().double()
+        return Regression(sigma / sigma.log().mean().exp())
+
+    def noise(self, scale: Tensor) -> Tensor:
+        """Return the noise of each output."""
+        return scale if self.ratios is None else scale * self.ratios.to(scale)
+
+    def _in_units(self, values: Tensor) -> Tensor:
+        """Divide values (..., C) by the ratios."""
+        return values if self.ratios is None else values / self.ratios.to(values)
 
     def targets(self, y: Tensor, f: Tensor) -> Tensor:
         """Return targets (B, C) in the dtype of the outputs."""
+        if self.ratios is not None and len(self.ratios) != f.shape[-1]:
+            raise ValueError(
+                f"sigma_noise must be one number, or one for each of the model's {f.shape[-1]} outputs; got "
+                f"{len(self.ratios)}."
+            )
         if y.shape != f.shape:
             hint = " Add the output axis with y.unsqueeze(-1)." if y.ndim == 1 else ""
             raise ValueError(
@@ -246,34 +234,42 @@ class Regression(Likelihood):
             raise ValueError("Regression targets must be finite; got NaN or infinity.")
         return y.to(f.dtype)
 
-    def loss(self, f: Tensor, y: Tensor) -> Tensor:
-        """Return half the sum of squared errors."""
-        return 0.5 * (f.double() - y.double()).square().sum()
+    def losses(self, f: Tensor, y: Tensor) -> Tensor:
+        """Return half the sums of squared errors, in units of the noise ratios."""
+        return 0.5 * self._in_units(f.double() - y.double()).square().sum(-1)
 
     def curvature_root(self, phi: Tensor, f: Tensor) -> Tensor:
-        """Return the features: the curvature of the loss is the identity."""
-        return phi.flatten(0, 1)
+        """Return the features: the curvature of the loss is the identity, in units of the noise ratios."""
+        return self._in_units(phi.mT).mT.flatten(0, 1)
 
     def sampled_gradients(self, f: Tensor, u: Tensor) -> Tensor:
         """Return standard normal numbers: gradients are in units of the noise, as the loss is."""
-        return torch.special.ndtri(u)
+        return self._in_units(torch.special.ndtri(u))
 
     def nll(self, prediction: Prediction, y: Tensor, noise_variance: Any) -> Tensor:
         r"""Score the marginals of the outputs, with :math:`\sigma^2` added to their variances."""
         mean, spread = prediction
         var = spread if spread.ndim == mean.ndim else spread.diagonal(dim1=-2, dim2=-1)
-        var = var.double() + noise_variance
+        var = var.double()
+        var = var + (noise_variance if self.ratios is None else noise_variance * self.ratios.square().to(var))
         squared = (y.double() - mean.double()).square()
         return 0.5 * (squared / var + (2 * math.pi * var).log()).sum(-1)
+
+    def uncertainty(
+        self, outputs: Outputs, samples: Iterable[Tensor], noise_variance: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the variances (B, C) of the noise and of each output; no samples are drawn."""
+        variance = outputs.variance
+        ratios = torch.ones_like(variance) if self.ratios is None else self.ratios.to(variance)
+        return noise_variance * ratios.square().expand_as(variance), variance
 
     def log_normaliser(self, sigma_noise: Tensor) -> Tensor:
         """Return log(sigma sqrt(2 pi))."""
         return torch.log(sigma_noise * math.sqrt(2 * math.pi))
 
 
-LIKELIHOODS: dict[str, Likelihood] = {
-    kind.name: kind() for kind in (Classification, Regression, RewardModeling, Bernoulli)
-}
+KINDS = (Classification, Regression, RewardModeling, Bernoulli, Poisson, Heteroscedastic)
+LIKELIHOODS: dict[str, Likelihood] = {kind.name: kind() for kind in KINDS}
 
 
 def name_of(likelihood: Any) -> str:
@@ -298,61 +294,3 @@ def _class_probabilities(y: Tensor, f: Tensor) -> Tensor:
 
 def _log(p: Tensor) -> Tensor:
     return p.double().clamp_min(torch.finfo(torch.float64).tiny).log()
-
-
-def warn_of_two_readings(y: Tensor, shape: torch.Size, name: str) -> None:
-    """Warn of class indices that fit outputs (B, ..., C), as here, and (B, C, ...), as in ``nn.CrossEntropyLoss``, too.
-
-    Parameters
-    ----------
-    y : Tensor (B, ...)
-        The targets of the batch.
-    shape : torch.Size
-        The shape of the outputs.
-    name : str
-        The name of the batch, for messages.
-    """
-    if len(shape) > 2 and y.shape == shape[:-1] and y.shape[1:] == shape[2:]:
-        warn_user(
-            f"In {name}: targets of shape {tuple(y.shape)} fit two readings of outputs of shape {tuple(shape)}. Their last axis "
-            "is taken for the classes, and those between for positions. If the classes come second, as nn.CrossEntropyLoss has "
-            "them, let the model return outputs.movedim(1, -1)."
-        )
-
-
-def checked_targets(
-    likelihood: Likelihood, y: Tensor, f: Tensor, positions: tuple[int, ...], name: str
-) -> Tensor:
-    """Return the targets of one batch in the likelihood's shape, on the device of f (B L, C).
-
-    Parameters
-    ----------
-    y : Tensor (B, ...)
-        Its axes after the first that equal ``positions`` are flattened into the batch.
-    positions : tuple of int
-        The axes between batch and C that the outputs had.
-    name : str
-        The name of the batch, for messages.
-
-    Raises
-    ------
-    ValueError
-        If targets do not fit or outputs are not finite; the message names the batch.
-    """
-    n = len(positions)
-    if n and tuple(y.shape[1 : 1 + n]) != tuple(positions):
-        raise ValueError(
-            f"In {name}: the outputs have positions {tuple(positions)} for each input, and targets must have them "
-            f"too, after the batch axis; got targets of shape {tuple(y.shape)}. The last axis of the outputs must be "
-            "the classes: a model that returns (batch, classes, ...) needs .movedim(1, -1)."
-        )
-    try:
-        y = likelihood.targets(y.flatten(0, n).to(f.device), f)
-    except ValueError as error:
-        raise ValueError(f"In {name}: {error}") from None
-    if not f.isfinite().all():
-        raise ValueError(
-            f"The model's outputs for {name} hold NaN or infinite values; they must be finite. "
-            "Check the weights and the inputs of that batch."
-        )
-    return y

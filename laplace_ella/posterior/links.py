@@ -10,7 +10,7 @@ that users pass, and an entry added to it is a link like the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -136,17 +136,23 @@ def monte_carlo(outputs: Outputs, inverse_link: InverseLink, noise: Tensor, diag
     diagonal_output : bool
         Ignore correlations between outputs.
     """
-    outputs = _with_room(outputs)
-    draw = outputs.independent_samples if diagonal_output else outputs.samples
-    largest = torch.finfo(outputs.mean.dtype).max / 4  # differences of two are finite
     total = torch.zeros_like(outputs.mean)
-    for block in noise.to(outputs.psi).split(_SAMPLES_PER_BLOCK):
-        logits = draw(block[:, None] if diagonal_output else block)
-        total = total + inverse_link(logits.clamp(-largest, largest)).sum(0)
+    for logits in blocks_of_samples(outputs, noise, diagonal_output):
+        total = total + inverse_link(logits).sum(0)
     return total / len(noise)
 
 
-def _with_room(outputs: Outputs) -> Outputs:
+def blocks_of_samples(outputs: Outputs, noise: Tensor, diagonal_output: bool = False) -> Iterator[Tensor]:
+    """Yield samples (s, B, C) of the logits, a few at a time; the arguments are those of :func:`monte_carlo`."""
+    outputs = with_room(outputs)
+    draw = outputs.independent_samples if diagonal_output else outputs.samples
+    largest = torch.finfo(outputs.mean.dtype).max / 4  # differences of two are finite
+    for block in noise.to(outputs.psi).split(_SAMPLES_PER_BLOCK):
+        logits = draw(block[:, None] if diagonal_output else block)
+        yield logits.clamp(-largest, largest)
+
+
+def with_room(outputs: Outputs) -> Outputs:
     """Return outputs whose samples are finite sums: beyond it, deviations are as good as infinite."""
     room = torch.finfo(outputs.mean.dtype).max / 64
     each = room / max(1, outputs.noise_dimension)
@@ -253,9 +259,19 @@ class Link:
 
 
 def _monte_carlo(outputs: Outputs, likelihood: Likelihood, noise: Noise) -> Tensor:
+    return monte_carlo(outputs, likelihood.inverse_link, _points(outputs, noise), noise.diagonal_output)
+
+
+def samples_of(outputs: Outputs, noise: Noise) -> Iterator[Tensor]:
+    """Yield samples (s, B, C) of the logits, those that the Monte-Carlo link averages; drawn when they are asked for."""
+    yield from blocks_of_samples(outputs, _points(outputs, noise), noise.diagonal_output)
+
+
+def _points(outputs: Outputs, noise: Noise) -> Tensor:
     dimension = outputs.mean.shape[-1] if noise.diagonal_output else outputs.noise_dimension
-    points = quasi_normal(noise.n_samples, dimension, noise.seed)
-    return monte_carlo(outputs, likelihood.inverse_link, points, noise.diagonal_output)
+    if dimension == 0:  # outputs are certain, and all samples of them the same
+        return torch.zeros(1, 0, dtype=torch.float64, device="cpu")
+    return quasi_normal(noise.n_samples, dimension, noise.seed)
 
 
 LINKS = {

@@ -25,6 +25,7 @@ from .links import Noise
 from .posterior import Posterior
 from .prediction import attend, linearise, numbers_per_output, predict
 from .setting import PER_CLASS, SETTING_NAMES
+from .targets import prediction_weights, weighted
 
 # Exact linearised Laplace is made of P x P matrices.
 LARGEST_EXACT = 5000
@@ -163,7 +164,8 @@ def _covariance_error(
         for part in stream.parts("Training data", partial(engine.bounded, width=exact.rank)):
             n += len(part.y)
             phi, f = features(engine, exact, part.x)
-            root = posterior.likelihood.curvature_root(phi.double(), f.double())
+            weights = prediction_weights(posterior.likelihood, part.y, part.weights)
+            root = posterior.likelihood.curvature_root(weighted(phi.double(), weights), f.double())
             G += root.T @ root
     check_some(ranks.greatest(n, "the training data"), "train_loader")
     setting = posterior.setting

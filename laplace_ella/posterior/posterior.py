@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.checks import check_positive
+from ..nystrom.basis import NystromBasis
 from .checks import checked_noise
 from .fit import Fit
 from .gaussian import Linearised, Outputs, log_det, posterior_scale
@@ -64,8 +65,8 @@ class Posterior:
     link: str | None = None
     variance: str = "ella"
     prior_before: float | None = None
-    # Tangents, which all posteriors of one estimator share; and what was made of this one.
-    tangents: Memory = field(default_factory=Memory, repr=False)
+    # What all posteriors of one estimator share: tangents, and a basis of leading directions; and what was made of this one.
+    shared: Memory = field(default_factory=Memory, repr=False)
     _kept: Memory = field(default_factory=Memory, init=False, repr=False)
 
     @classmethod
@@ -86,6 +87,11 @@ class Posterior:
         return self.residual.in_weights and self.variance == "ella"
 
     @property
+    def sigma_noise(self) -> Tensor:
+        """The observation noise: (), or (C,) where outputs differ in it."""
+        return self.likelihood.noise(self.setting.sigma_noise)
+
+    @property
     def rank(self) -> int:
         """K', how many directions are used."""
         return self.setting.n_eigenvalues or self.fit.basis.rank
@@ -102,6 +108,20 @@ class Posterior:
         return "mc" if isinstance(pred_type, str) and pred_type == "nn" else self.link or "probit"
 
     @property
+    def basis(self) -> NystromBasis:
+        """The K' directions that are used, which lie in the memory of all K."""
+        whole, rank = self.fit.basis, self.rank
+        if rank == whole.rank:
+            return whole
+        # The same object at every call, as what is prepared of directions is kept for as long as they are.
+        return self.shared("basis", lambda: whole.leading(rank), (rank,), whole.directions.values())
+
+    @property
+    def used(self) -> Fit:
+        """The fit within the directions that are used."""
+        return self.fit if self.rank == self.fit.basis.rank else self.fit.within(self.basis)
+
+    @property
     def plain(self) -> Setting:
         """The setting in numbers, with the rank and the number of curvature inputs."""
         s = self.setting
@@ -116,6 +136,17 @@ class Posterior:
         """Return the posterior with a candidate's setting, rounded as an estimator's attributes are."""
         return replace(self, setting=candidate.rounded(self.setting))
 
+    def using(self, rank: int | None) -> Posterior:
+        """Return the posterior with the leading K' directions; None: all of them."""
+        # Copies of an estimator, each with a K' of its own, each keep what is made of their directions.
+        return replace(self, setting=self.setting.at(n_eigenvalues=rank), shared=Memory())
+
+    def fitted(self, fit: Fit | None) -> Posterior:
+        """Return the posterior of another fit, which uses all directions unless they are those of this one."""
+        before = self.current
+        same = fit is not None and before is not None and fit.basis is before.basis
+        return replace(self if same else self.using(None), current=fit)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Posterior:
         """Return the posterior on another device; the same object if it is there."""
         place = self.setting.prior_precision
@@ -126,7 +157,7 @@ class Posterior:
             setting=self.setting.to(device, dtype),
             prior_mean=self.prior_mean.to(device, dtype),
             current=None if self.current is None else self.current.to(device),
-            tangents=Memory(),  # those there are lie where the model was
+            shared=Memory(),  # what there is lies where the model was
         )
 
     def detached(self) -> Posterior:

@@ -30,7 +30,7 @@ def checked_features(
     ValueError
         If inputs or features are not finite.
     """
-    basis = posterior.fit.basis
+    basis = posterior.basis
     with basis.ranks.together("the inputs of a prediction"):
         check_finite_input(x)
     with basis.ranks.together("the features of a prediction"):
@@ -82,22 +82,21 @@ def _with_features(
 def attend(posterior: Posterior, engine: Engine, residual: Residual) -> None:
     """Take part in :func:`linearise` of ranks that share the directions, having no inputs of one's own."""
     _prepared(posterior, engine, residual)
-    ranks = posterior.fit.basis.ranks
-    with ranks.together("the inputs of a prediction"):
+    basis = posterior.basis
+    with basis.ranks.together("the inputs of a prediction"):
         pass
-    with ranks.together("the features of a prediction"):
-        answer_others(engine, posterior.fit.basis)
+    with basis.ranks.together("the features of a prediction"):
+        answer_others(engine, basis)
 
 
 def _prepared(posterior: Posterior, engine: Engine, residual: Residual) -> Any:
-    of_tangents = posterior.tangents, posterior.residual_samples, posterior.seed
-    return residual.prepare(engine, posterior.fit.basis, *of_tangents)
+    of_tangents = posterior.shared, posterior.residual_samples, posterior.seed
+    return residual.prepare(engine, posterior.basis, *of_tangents)
 
 
 def numbers_per_output(posterior: Posterior) -> int:
     """Return how many numbers :func:`linearise` keeps of each output."""
-    fit = posterior.fit
-    return fit.basis.rank + posterior.residual.numbers_per_output(fit.n_outputs)
+    return posterior.rank + posterior.residual.numbers_per_output(posterior.fit.n_outputs)
 
 
 @without_autocast
@@ -107,11 +106,13 @@ def predict(outputs: Outputs, likelihood: Likelihood, link: str, noise: Noise) -
     Returns
     -------
     Tensor (B, C), or pair of Tensor
-        Probabilities; or mean and covariance (B, C, C), with ``noise.diagonal_output`` the variance (B, C).
+        Probabilities; or mean (B, D) and covariance (B, D, D) of the targets, with ``noise.diagonal_output`` the
+        variance (B, D).
     """
     if likelihood.has_probabilities:
         return LINKS[link].predict(outputs, likelihood, noise)
-    return moments(outputs, noise.diagonal_output)
+    mean, spread = moments(outputs, noise.diagonal_output)
+    return likelihood.target_moments(mean, spread, mean.shape[-1])
 
 
 def moments(outputs: Outputs, diagonal_output: bool = False) -> tuple[Tensor, Tensor]:
@@ -143,11 +144,37 @@ def output_moments(
     enable_backprop: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return mean and covariance of the outputs: of each input, or of all together, in the model's dtype."""
+    mean, spread, dtype = _output_moments(posterior, engine, x, joint, diagonal_output, enable_backprop)
+    return mean.to(dtype), spread.to(dtype)
+
+
+def _output_moments(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    joint: bool,
+    diagonal_output: bool,
+    enable_backprop: bool,
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Return the moments of the outputs in their own precision, and the dtype of the model's outputs."""
     if joint:
-        mean, spread, dtype = joint_moments(posterior, engine, x, enable_backprop)
-    else:
-        seen = linearise(posterior, engine, x, enable_backprop)
-        (mean, spread), dtype = moments(posterior.outputs(seen), diagonal_output), seen.f.dtype
+        return joint_moments(posterior, engine, x, enable_backprop)
+    seen = linearise(posterior, engine, x, enable_backprop)
+    return *moments(posterior.outputs(seen), diagonal_output), seen.f.dtype
+
+
+def target_moments(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    likelihood: Likelihood,
+    joint: bool = False,
+    diagonal_output: bool = False,
+    enable_backprop: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return mean and covariance of the targets: of each input, or of all together, in the model's dtype."""
+    mean, spread, dtype = _output_moments(posterior, engine, x, joint, diagonal_output, enable_backprop)
+    mean, spread = likelihood.target_moments(mean, spread, posterior.fit.n_outputs)
     return mean.to(dtype), spread.to(dtype)
 
 
@@ -167,6 +194,22 @@ def probabilities(
     return found.to(seen.f.dtype)
 
 
+def of_call(
+    posterior: Posterior,
+    engine: Engine,
+    x: Raw | Input,
+    likelihood: Likelihood,
+    link: str,
+    noise: Noise,
+    joint: bool = False,
+    enable_backprop: bool = False,
+) -> Prediction:
+    """Return what a call of an estimator does: probabilities, or moments of the targets where the likelihood has none."""
+    if likelihood.has_probabilities:
+        return probabilities(posterior, engine, x, likelihood, link, noise, enable_backprop)
+    return target_moments(posterior, engine, x, likelihood, joint, noise.diagonal_output, enable_backprop)
+
+
 def of_features(posterior: Posterior, phi: Tensor) -> Outputs:
     """Return the Gaussian over outputs with given features (B, C, K), without the residual; its mean says nothing.
 
@@ -175,5 +218,5 @@ def of_features(posterior: Posterior, phi: Tensor) -> Outputs:
     ValueError
         If these are no features of the posterior's basis.
     """
-    check_features(phi, posterior.fit.basis.rank, posterior.setting.prior_precision.device)
+    check_features(phi, posterior.rank, posterior.setting.prior_precision.device)
     return Linearised(phi[..., 0], phi).outputs(posterior.scale)

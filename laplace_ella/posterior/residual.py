@@ -8,6 +8,7 @@ tangents. Source: docs/math.md, section "Residual".
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from ..data.batches import Input, Raw, batch_size, single_input
 from ..data.hashing import TANGENT, derived_seed, normal_like
 from ..data.landmarks import Landmarks
 from ..data.progress import no_progress
+from ..network.calls import DivergedError
 from ..network.checks import check_finite_features
 from ..network.engine import Engine
 from ..network.functional import Weights
 from ..network.safety import exclusively, safely
 from ..nystrom.basis import NystromBasis
 from ..nystrom.gram import choose_rows
-from ..nystrom.jacobian import row_source
+from ..nystrom.jacobian import from_rows, kernels_of_layers, row_source
 from ..nystrom.rows import kernels as kernels_of_rows
 from .gaussian import Linearised
 from .kept import Memory
@@ -68,6 +70,18 @@ class Residual:
         """Return how many numbers of each output :meth:`look` keeps beside the features."""
         return 0
 
+    def work(self, n: int, n_coordinates: int) -> tuple[int, int]:
+        """Return how many tangents :meth:`look` pushes, and how many gradients of an input it computes.
+
+        Parameters
+        ----------
+        n : int
+            How many random tangents the isotropic residual is made from.
+        n_coordinates : int
+            How many outputs an input has at all its positions.
+        """
+        return 0, 0
+
     def variance(self, residual_scale: Any, prior_precision: Tensor) -> Any:
         r"""Return :math:`\rho / \delta`, the variance of each weight outside the span."""
         return residual_scale / prior_precision.double().reshape(()) if self.adds else 0.0
@@ -87,6 +101,10 @@ class Isotropic(Residual):
 
     name = "isotropic"
     adds = True
+
+    def work(self, n: int, n_coordinates: int) -> tuple[int, int]:
+        """Return the n tangents."""
+        return n, 0
 
     def prepare(self, engine: Engine, basis: NystromBasis, memory: Memory, n: int, seed: int) -> Any:
         """Return n tangents (n, *shape), and their overlap (K, n) with the directions; the same at every call."""
@@ -126,6 +144,10 @@ class Exact(Residual):
         """Return C: a row of the kernel."""
         return n_outputs
 
+    def work(self, n: int, n_coordinates: int) -> tuple[int, int]:
+        """Return a gradient for each output."""
+        return 0, n_coordinates
+
     def look(
         self, engine: Engine, x: Raw | Input, phi: Tensor, f: Tensor, prepared: Any, enable_backprop: bool
     ) -> Linearised:
@@ -156,34 +178,39 @@ def kernels(engine: Engine, x: Raw | Input) -> Tensor:
 
     Notes
     -----
-    Cost: about 5C forward passes for each input. Rows that do not fit the memory budget are computed again.
+    Cost: about 2 + 2C forward passes for each input layer by layer, or 5C where the model does not work for that. What does not
+    fit the memory budget is computed a few inputs at a time; rows of a single input that do not fit, again.
     """
     x = engine.inputs(x)
     return safely(engine.module, lambda: _kernels(engine, x))
 
 
 def _kernels(engine: Engine, x: Input) -> Tensor:
+    with suppress(DivergedError):
+        found = kernels_of_layers(engine, engine.to_model(x))
+        if found is not None:
+            return found
     facts, budget = engine.facts(engine.to_model(x)), engine.budget()
     n_coordinates, n_outputs = facts.n_coordinates, facts.n_outputs
     pairs = _all_pairs(x, n_coordinates)
-    source = row_source(engine, pairs)
+    source = row_source(engine, pairs, by_layer=False)
     inputs_at_once = budget // 4 // (source.row_bytes * n_coordinates)
     if not inputs_at_once:  # not even the rows of one input fit
         groups = [slice(a, a + n_outputs) for a in range(0, len(pairs), n_outputs)]
-        sources = [row_source(engine, Landmarks(pairs.inputs[g], pairs.outputs[g])) for g in groups]
+        parts = [Landmarks(pairs.inputs[g], pairs.outputs[g]) for g in groups]
+        sources = [row_source(engine, part, by_layer=False) for part in parts]
         return torch.stack([choose_rows(s, budget).gram(no_progress) for s in sources])
     step = inputs_at_once * n_coordinates
     blocks = [range(a, min(a + step, len(pairs))) for a in range(0, len(pairs), step)]
-    return torch.cat([kernels_of_rows(source(list(block)), n_outputs) for block in blocks])
+    return torch.cat([kernels_of_rows(source(list(block)).values, n_outputs) for block in blocks])
 
 
 def joint_kernel(engine: Engine, x: Raw | Input) -> Tensor:
     """Compute :math:`J J^T` (B L C, B L C) of all inputs together, float64; see :func:`kernels`."""
     x = engine.inputs(x)
     pairs = _all_pairs(x, engine.facts(engine.to_model(x)).n_coordinates)
-    return safely(
-        engine.module, lambda: choose_rows(row_source(engine, pairs), engine.budget()).gram(no_progress)
-    )
+    budget = engine.budget()
+    return from_rows(engine, pairs, lambda source: choose_rows(source, budget).gram(no_progress))
 
 
 def _all_pairs(x: Input, n_coordinates: int) -> Landmarks:

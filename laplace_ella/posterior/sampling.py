@@ -15,7 +15,6 @@ from ..network.engine import Engine
 from ..network.functional import Weights, flat
 from ..network.lookups import padding_rows
 from .checks import check_finite_samples, check_generator
-from .gaussian import functional_samples
 from .likelihoods import Likelihood, Prediction
 from .posterior import Posterior
 from .prediction import linearise
@@ -51,7 +50,7 @@ def weight_offsets(posterior: Posterior, draws: Draws, fixed: Mapping[str, int] 
     Except in one row of each of the weights that ``fixed`` names.
     """
     noise = draws.normal(posterior, posterior.rank)
-    offsets = posterior.fit.basis.combine(noise @ posterior.scale.to(noise.dtype).T)
+    offsets = posterior.basis.combine(noise @ posterior.scale.to(noise.dtype).T)
     if not posterior.residual.in_weights:
         return offsets
     outside = _outside_offsets(posterior, draws)
@@ -63,7 +62,7 @@ def weight_offsets(posterior: Posterior, draws: Draws, fixed: Mapping[str, int] 
 
 def _outside_offsets(posterior: Posterior, draws: Draws) -> Weights:
     r"""Draw :math:`\sqrt{\rho / \delta} (I - V V^T) w` (S, *shape)."""
-    basis, deviation = posterior.fit.basis, posterior.residual_variance**0.5
+    basis, deviation = posterior.basis, posterior.residual_variance**0.5
     noise = {k: draws.normal(posterior, *v.shape[1:]) for k, v in basis.directions.items()}
     inside = basis.combine(basis.overlap(noise).T)
     return {k: deviation * (noise[k] - v).to(v.dtype) for k, v in inside.items()}
@@ -95,10 +94,10 @@ def sampled_functions(
     outputs, dtype = posterior.outputs(seen), seen.f.dtype
     if diagonal_output:
         return outputs.independent_samples(draws.normal(posterior, *outputs.mean.shape)), dtype
-    samples = functional_samples(outputs.mean, outputs.psi, draws.normal(posterior, outputs.psi.shape[-1]))
+    noise, rest = draws.normal(posterior, outputs.psi.shape[-1]), None
     if outputs.isotropic is not None:
-        noise = draws.normal(posterior, outputs.isotropic.shape[1], outputs.mean.shape[1])
-        samples = samples + torch.einsum("bd,sdc->sbc", outputs.isotropic, noise.to(outputs.isotropic))
+        rest = draws.normal(posterior, outputs.isotropic.shape[1], outputs.mean.shape[1])
+    samples = outputs.functions(noise, rest)
     if in_weights:
         _add_outside(posterior, engine, samples, x, draws.generator)
     return samples, dtype
@@ -135,6 +134,14 @@ def averaged(samples: Tensor, likelihood: Likelihood) -> Prediction:
     """Average what networks with sampled weights predict, given their outputs (S, B, C)."""
     if likelihood.has_probabilities:
         return likelihood.inverse_link(samples).mean(0)
+    mean, variance = likelihood.conditional_moments(samples)
+    return mean.mean(0), mean.var(0) + variance.mean(0)
+
+
+def scored(samples: Tensor, likelihood: Likelihood) -> Prediction:
+    """Return what the likelihood's ``nll`` takes for the outputs (S, B, C) of networks with sampled weights."""
+    if likelihood.has_probabilities:
+        return averaged(samples, likelihood)
     return samples.mean(0), samples.var(0)
 
 

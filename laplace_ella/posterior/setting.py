@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Numbers of directions that are tried, and priced, if nobody names others.
+USUAL_RANKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -26,11 +29,11 @@ class Setting:
     residual_scale : float
         :math:`\rho`.
     n_eigenvalues : int or None
-        K', how many of the leading directions are used; None: all.
+        K', how many of the leading directions are used (``n_directions`` of an estimator); None: all.
     curvature_size : int or None
         n, from how many inputs G is estimated; None: as in the fit.
     sigma_noise : float or Tensor
-        :math:`\sigma`.
+        :math:`\sigma`; where outputs differ in it, its geometric mean.
     class_scales, class_biases : tuple of float, or None
         w and b (C,): the mean of the logits is w s f + b. None: 1 and 0.
     """

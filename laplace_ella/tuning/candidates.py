@@ -17,11 +17,12 @@ from ..network.engine import Engine
 from ..parallel.ranks import Ranks
 from ..parallel.sharding import work_through
 from ..posterior.gaussian import Outputs
-from ..posterior.likelihoods import Prediction, checked_targets
+from ..posterior.likelihoods import Prediction
 from ..posterior.links import Noise
 from ..posterior.posterior import Posterior
-from ..posterior.prediction import attend, linearise, numbers_per_output, predict
+from ..posterior.prediction import attend, linearise, moments, numbers_per_output, predict
 from ..posterior.setting import PER_CLASS, SETTING_NAMES, Setting
+from ..posterior.targets import check_unweighted, checked_targets, scored_rows
 from .scorer import Predictor, Scorer
 from .scoring import Block, Loss, ValidationData
 from .store import Store
@@ -47,11 +48,12 @@ def link_of(
 ) -> Callable[[Outputs], Prediction]:
     """Return what turns a Gaussian over outputs into the prediction that a loss is of.
 
-    The NLL of a regression needs variances only; what the user's loss gets is the host's.
+    Without probabilities, the NLL is of moments of the outputs, and a user's loss of those of the targets.
     """
     likelihood = posterior.likelihood
-    noise = Noise(n_samples, posterior.seed, loss is None and not likelihood.has_probabilities)
-    return partial(predict, likelihood=likelihood, link=link, noise=noise)
+    if loss is None and not likelihood.has_probabilities:
+        return partial(moments, diagonal_output=likelihood.scores_marginals)
+    return partial(predict, likelihood=likelihood, link=link, noise=Noise(n_samples, posterior.seed))
 
 
 def predictor_of(posterior: Posterior, predict_from: Callable[[Outputs], Prediction]) -> Predictor:
@@ -88,9 +90,11 @@ def scorer_of(
             return
         norms = engine.last_layer_norms(part.x) if last_layer else None
         seen, positions = linearise(posterior, engine, part.x).detached(), engine.positions(part.x)
+        check_unweighted(part.weights, f"validation {part.name}")
         targets = checked_targets(likelihood, part.y, seen.f, positions, f"validation {part.name}")
         of_rows = part.positions.to(targets.device).repeat_interleave(len(targets) // len(part.y))
-        data.append(len(part.y), Block(replace(seen, norms=norms), targets, of_rows))
+        block, rows = Block(replace(seen, norms=norms), targets, of_rows), scored_rows(likelihood, part.y)
+        data.append(block if rows is None else block.of(rows.to(targets.device)))
 
     parts = stream.parts("Validation data", partial(engine.bounded, width=width))
     work_through(parts, keep, ranks, posterior.fit.basis.ranks, "the validation data")

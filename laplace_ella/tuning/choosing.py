@@ -151,8 +151,8 @@ def _choice(done: Mapping[str, Tuned], asked: str | None) -> tuple[str, str, str
 
     The one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984) takes the simplest method
     whose loss is at most one standard error above the smallest, the two being paired. MAP is the choice only if the next
-    method's loss is the same: the one number of temperature scaling is tuned well enough by few data, and cross-validation
-    on few data that prefers MAP was wrong more often than not (docs/choosing.md).
+    method's loss is the same: the one number of temperature scaling is tuned well enough by few data, and the rule would
+    give it up wherever what it gains is less than a standard error, which is large on few data.
     """
     compared = {k: m.held_out for k, m in done.items() if m.held_out is not None}
     best = min(compared, key=lambda k: compared[k].score) if compared else str(asked)

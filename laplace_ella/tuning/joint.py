@@ -15,7 +15,7 @@ from ..parallel.ranks import Ranks
 from ..posterior.gaussian import Outputs
 from ..posterior.likelihoods import Prediction
 from ..posterior.posterior import Posterior
-from ..posterior.setting import PER_CLASS, SETTING_NAMES, Setting
+from ..posterior.setting import PER_CLASS, SETTING_NAMES, USUAL_RANKS, Setting
 from .baselines import baseline, simpler_methods
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
 from .checks import by_name, check_no_values, check_search, check_values
@@ -103,6 +103,10 @@ def scores_of(
     posterior: Posterior, engine: Engine, stream: Stream, ranks: Ranks, search: JointSearch
 ) -> tuple[Scores, Callable[[Outputs], Prediction]]:
     """Run the model over validation data; return the scores of ELLA's settings, and what predicts from outputs."""
+    if (
+        "n_eigenvalues" in search.grids
+    ):  # features of all directions that are tried, the present ones among them
+        posterior = posterior.using(max(posterior.rank, *search.grids["n_eigenvalues"]))
     values = {k: [float(v) for v in grid] for k, grid in search.grids.items()}
     options = {"link_approx": search.link, "n_samples": search.n_samples, "per_class": search.per_class}
     options |= {"auto": search.auto, "method": search.method}
@@ -162,37 +166,36 @@ def usual_grids(posterior: Posterior) -> dict[str, Sequence[Any]]:
         "logit_scale": LOGIT_SCALES,
         "residual_scale": decades(-10, 1),
         # These go from large to small, so that directions are not given up for a tie.
-        "n_eigenvalues": [rank, *(k for k in (500, 200, 100, 50, 20, 10, 5, 2, 1) if k < rank)],
+        "n_eigenvalues": [rank, *(k for k in USUAL_RANKS[::-1] if k < rank)],
         "curvature_size": sizes[::-1],
         "sigma_noise": noises(float(posterior.setting.sigma_noise)),
     }
 
 
 def applied(posterior: Posterior, result: TuningResult, link: str) -> dict[str, Any]:
-    """Return what changes of a posterior: the values of a setting, the variance, the link, and the fit if these ask for it.
-
-    Directions beyond K' are dropped.
-    """
+    """Return what changes of a posterior: the values of a setting, the variance, the link, and the fit if these ask for it."""
     fit, now, best = posterior.fit, posterior.plain, result.best
     differ = [k for k in SETTING_NAMES if getattr(best, k) != getattr(now, k)]
     if "curvature_size" in differ and best.curvature_size is not None:
         fit = fit.first(best.curvature_size)
-    if "n_eigenvalues" in differ and best.n_eigenvalues is not None:
-        fit = fit.leading(best.n_eigenvalues)
     new = best.rounded(posterior.setting)
-    found: dict[str, Any] = {"setting": {k: getattr(new, k) for k in differ if k not in DISCRETE}}
+    found: dict[str, Any] = {"setting": {k: getattr(new, k) for k in differ if k != "curvature_size"}}
     found["variance"] = result.variance
     if posterior.likelihood.has_probabilities:
         found["link"] = link
     if "prior_precision" in differ:
         found["prior_before"] = posterior.prior_replaced_by(best.prior_precision)
-    return {**found, **({} if fit is posterior.fit else {"current": fit})}
+    # K' and n are of this fit, and not of one that another thread may have made meanwhile.
+    return {**found, **({"current": fit} if set(DISCRETE) & set(result.searched) else {})}
 
 
 @torch.no_grad()
 def _equals_map(scorer: Scorer, predictor: Predictor, start: Setting, best: Setting) -> bool:
     """Tell whether the best setting predicts what the network does, to 3 digits."""
-    ours, of_map = predictor(best), scorer.of_map(start.at(logit_scale=1.0))
+    ours, of_map = (
+        predictor(best),
+        scorer.of_map(start.at(logit_scale=1.0, class_scales=None, class_biases=None)),
+    )
     sigma, differs = float(best.sigma_noise), False
     with scorer.ranks.together("the comparison with MAP"):
         differs = any(_difference(ours(b), of_map(b), sigma) >= 5e-4 for b in scorer.data)
@@ -221,8 +224,8 @@ def _remarks_on_values(ours: Tuned, grids: Mapping[str, Sequence[Any]]) -> list[
 
 
 def _difference(left: Prediction, right: Prediction, sigma: float) -> float:
-    """Return by how much probabilities differ from MAP's; or the variance of outputs, relative to the noise."""
+    """Return by how much probabilities differ from MAP's; or the variances of outputs, relative to the noise."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return float((left.double() - right.double()).abs().max())
-    variance = left[1] if left[1].ndim == left[0].ndim else left[1].diagonal(dim1=-2, dim2=-1)
-    return float(variance.max()) / sigma**2
+    mine, of_map = (v if v.ndim == m.ndim else v.diagonal(dim1=-2, dim2=-1) for m, v in (left, right))
+    return float((mine - of_map).max()) / sigma**2

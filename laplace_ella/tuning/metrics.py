@@ -39,7 +39,10 @@ def of_rows(
         variance = spread if spread.ndim == mean.ndim else spread.diagonal(dim1=-2, dim2=-1)
         error = (y.double() - mean.double()).abs()
         found["squared error"] = error.square().mean(-1)
-        found["level"] = torch.erf(error / (2 * (variance.double() + noise_variance)).sqrt()).flatten()
+        noise = likelihood.noise(
+            torch.tensor(noise_variance, dtype=torch.float64, device=error.device).sqrt()
+        )
+        found["level"] = torch.erf(error / (2 * (variance.double() + noise.square())).sqrt()).flatten()
     return found
 
 

@@ -19,11 +19,12 @@ from ..data.stream import Stream
 from ..network.engine import Engine
 from ..parallel.ranks import Ranks
 from ..posterior.checks import as_prior, check_link, check_prediction, check_prior_precision
-from ..posterior.likelihoods import Likelihood, Prediction, checked_targets, name_of
+from ..posterior.likelihoods import Likelihood, Prediction, name_of
 from ..posterior.links import LINKS
 from ..posterior.posterior import Posterior
-from ..posterior.sampling import Draws, averaged, outputs_at, weight_offsets
+from ..posterior.sampling import Draws, averaged, outputs_at, scored, weight_offsets
 from ..posterior.setting import Setting
+from ..posterior.targets import check_unweighted, checked_targets, scored_rows
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
 from .checks import check_interval, check_loss
 from .scoring import Loss, score
@@ -195,11 +196,12 @@ def _remark_on_noise(posterior: Posterior, rms_error: Callable[[], float]) -> st
     )
 
 
-def _rms_error(pairs: Iterable[tuple[Tensor, Tensor]], ranks: Ranks) -> float:
-    """Return the root mean square of the differences of outputs and targets of all ranks."""
+def _rms_error(pairs: Iterable[tuple[Tensor, Tensor]], likelihood: Likelihood, ranks: Ranks) -> float:
+    """Return the root mean square of the differences of outputs and targets of all ranks, in units of the noise's ratios."""
     sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     for f, y in pairs:
-        error = (f.double() - y.double()).square()
+        ratios = likelihood.noise(torch.ones((), dtype=torch.float64, device=f.device))
+        error = ((f.double() - y.double()) / ratios).square()
         sums += torch.tensor([float(error.sum()), error.numel()], dtype=torch.float64, device="cpu")
     total, n = ranks.total(sums).tolist()
     return (total / n) ** 0.5
@@ -211,7 +213,7 @@ def _glm_scores(
     scorer = scorer_of(posterior, engine, stream, ranks, search.loss)
     predictor = predictor_of(posterior, link_of(posterior, search.link, search.n_samples, search.loss))
     outputs = ((block.linearised.f, block.targets) for block in scorer.data)
-    error = partial(_rms_error, outputs, ranks)
+    error = partial(_rms_error, outputs, posterior.likelihood, ranks)
     return partial(scorer, predictor), partial(scorer, scorer.of_map, posterior.plain), error
 
 
@@ -224,13 +226,22 @@ def _nn_scores(
         for batch in stream.batches("Validation data"):
             f = engine.forward(batch.x)
             flat_f, name = f.flatten(0, -2), f"validation {batch.name}"
+            check_unweighted(batch.weights, name)
             y = checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name)
+            rows = scored_rows(likelihood, batch.y)
+            rows = (
+                torch.ones(len(y), dtype=torch.bool, device=y.device) if rows is None else rows.to(y.device)
+            )
             # These are copies, as a loader may fill its buffers again.
-            kept.append((copied(batch.x), flat_f.clone(), y.clone()))
+            kept.append((copied(batch.x), rows, flat_f[rows], y[rows]))
     check_some(ranks.greatest(len(kept), "the validation data"), "validation loader")
     noise_variance = posterior.setting.sigma_noise.double().square()
 
-    def scored(pairs: Callable[[], Iterator[tuple[Prediction, Tensor]]]) -> float:
+    of_samples, of_map = scored, likelihood.certain
+    if search.loss is not None and not likelihood.has_probabilities:
+        of_samples, of_map = averaged, likelihood.conditional_moments
+
+    def scored_all(pairs: Callable[[], Iterator[tuple[Prediction, Tensor]]]) -> float:
         return score(pairs, likelihood, search.loss, noise_variance, ranks, engine.device)
 
     @torch.no_grad()
@@ -241,14 +252,16 @@ def _nn_scores(
             # All candidates get the same noise, so that the best is not the luckiest.
             generator = torch.Generator(engine.device).manual_seed(posterior.seed)
             offsets = weight_offsets(candidate, Draws(search.n_samples, generator))
-            return ((averaged(outputs_at(engine, offsets, x), likelihood), y) for x, _, y in kept)
+            return (
+                (of_samples(outputs_at(engine, offsets, x)[:, rows], likelihood), y) for x, rows, _, y in kept
+            )
 
-        return scored(predictions)
+        return scored_all(predictions)
 
     def score_of_map() -> float:
-        return scored(lambda: ((likelihood.certain(f), y) for _, f, y in kept))
+        return scored_all(lambda: ((of_map(f), y) for _, _, f, y in kept))
 
-    return evaluate, score_of_map, lambda: _rms_error(((f, y) for _, f, y in kept), ranks)
+    return evaluate, score_of_map, lambda: _rms_error(((f, y) for _, _, f, y in kept), likelihood, ranks)
 
 
 @contextmanager

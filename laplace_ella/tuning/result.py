@@ -104,10 +104,10 @@ class TuningResult:
         return max(22, *(len(name) + 2 for name in self.baselines))
 
     def _metrics(self) -> list[str]:
-        """Return a table of metrics, a line for each method."""
-        if not self.held_out:
+        """Return a table of metrics, a line for each method, where there are any."""
+        names = next((found.metrics for found in self.held_out.values()), {})
+        if not names:
             return []
-        names = next(iter(self.held_out.values())).metrics
         rows = {
             k: "".join(f"{v:>14.4f}" for v in found.metrics.values()) for k, found in self.held_out.items()
         }

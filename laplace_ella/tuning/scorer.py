@@ -89,17 +89,16 @@ class Scorer:
     def of_map(self, setting: Setting) -> Callable[[Block], Prediction]:
         """Return what predicts as the network itself does, its logits scaled and shifted as a setting says.
 
-        The covariance a user's loss expects is 0.
+        The covariance that a user's loss gets is that of targets whose outputs are certain.
         """
 
         def predict(block: Block) -> Prediction:
             f = block.linearised.f
-            certain = self.likelihood.certain(
-                setting.scaled(f.to(torch.promote_types(f.dtype, torch.float32)))
-            )
-            if self.loss is None or isinstance(certain, Tensor):
-                return certain
-            return certain[0], torch.diag_embed(certain[1])
+            f = setting.scaled(f.to(torch.promote_types(f.dtype, torch.float32)))
+            if self.loss is None or self.likelihood.has_probabilities:
+                return self.likelihood.certain(f)
+            mean, variance = self.likelihood.conditional_moments(f)
+            return mean, torch.diag_embed(variance)
 
         return predict
 
@@ -143,7 +142,10 @@ class Scorer:
             for _, block in kept:
                 sizes += _sizes(block.folds.cpu())
         sizes = self.ranks.total(sizes)
-        losses = [self._score(partial(_of_fold, kept, fold), setting) for fold in range(N_FOLDS)]
+        losses = [
+            self._score(partial(_of_fold, kept, fold), setting) if sizes[fold] else 0.0
+            for fold in range(N_FOLDS)
+        ]
         return torch.stack([sizes * torch.tensor(losses, dtype=torch.float64, device="cpu"), sizes])
 
     @torch.no_grad()
@@ -166,6 +168,9 @@ class Scorer:
         settings : sequence of Setting
             Those found without the first fold, without the second, and so on.
         """
+        likelihood = self.likelihood
+        # A user's loss gets moments of targets. Only in regression these are those of outputs, which metrics are of.
+        measured = self.loss is None or likelihood.has_probabilities or likelihood.has_noise
         columns: dict[str, list[Tensor]] = {}
         with self.ranks.together("the scores of data held out"):
             for fold, setting in enumerate(settings):
@@ -174,9 +179,11 @@ class Scorer:
                     which = block.folds == fold
                     if not which.any():
                         continue
-                    part = block.rows(which)
-                    found = of_rows(self.likelihood, predict(part), part.targets, noise_variance)
-                    for name, values in {**found, "position": part.positions}.items():
+                    part = block.of(which)
+                    found = {"position": part.positions}
+                    if measured:
+                        found |= of_rows(likelihood, predict(part), part.targets, noise_variance)
+                    for name, values in found.items():
                         columns.setdefault(name, []).append(values.cpu())
         mine = {k: torch.cat(v) for k, v in columns.items()}
         of_ranks = [found for found in self.ranks.gathered(mine, "the scores of data held out") if found]

@@ -46,12 +46,9 @@ class Block:
         """The folds (B,) of cross-validation, which are a function of positions."""
         return self.positions % N_FOLDS
 
-    def rows(self, which: Tensor) -> Block:
-        """Return some of the rows, given by a mask (B,)."""
-        cut: dict[str, Any] = {
-            k: v if v is None or k == "overlap" else v[which] for k, v in vars(self.linearised).items()
-        }
-        return Block(Linearised(**cut), self.targets[which], self.positions[which])
+    def of(self, rows: Tensor) -> Block:
+        """Return some of its predictions, which a mask (B,) names."""
+        return Block(self.linearised.of(rows), self.targets[rows], self.positions[rows])
 
 
 class ValidationData:
@@ -68,9 +65,9 @@ class ValidationData:
         self.overlap: Tensor | None = None  # the overlap of tangents is the same for all blocks
         self.lacks_last_layer = False
 
-    def append(self, n_inputs: int, block: Block) -> None:
-        """Add what is known of so many inputs."""
-        self.n_inputs += n_inputs
+    def append(self, block: Block) -> None:
+        """Add what is known of some inputs, of which those count that have targets."""
+        self.n_inputs += len(block.positions.unique())
         seen = block.linearised
         self.lacks_last_layer |= seen.norms is None
         # They may share their memory with buffers that the loader fills again, so that copies are kept.

@@ -1,7 +1,9 @@
 """The gallery names every example, quotes what the scripts say, and has their figures."""
 
+import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -43,3 +45,21 @@ def test_figures_exist_and_are_small():
     for figure in figures:
         size = (ROOT / "docs" / figure).stat().st_size
         assert size < 150_000, f"{figure} has {size} bytes"
+
+
+def rows_of_active_learning():
+    """Return the table of what to label next, from the JSON that the example wrote."""
+    found = json.loads((ROOT / "docs/images/gallery/active_learning.json").read_text())
+    curves = {k: [seed["accuracy"] for seed in seeds] for k, seeds in found["curves"].items()}
+    shown = [found["labels"].index(n) for n in (40, 60, 80, 100)]
+    best = [mean(accuracy) for accuracy in curves["BatchBALD"]]
+    for name, seeds in curves.items():
+        cells = [f"{mean(accuracy[i] for accuracy in seeds):.3f}" for i in shown]
+        ahead = [b - mean(accuracy) for b, accuracy in zip(best, seeds)]
+        lead = f"{mean(ahead):+.3f} ± {stdev(ahead) / len(ahead) ** 0.5:.3f}" if any(ahead) else ""
+        yield " | ".join([f"| {name}", *cells, f"{mean(map(mean, seeds)):.3f}", f"{lead} |"])
+
+
+def test_the_table_of_active_learning_is_what_was_measured():
+    head = "| chosen | 40 labels | 60 | 80 | 100 | mean of the curve | BatchBALD is ahead by |\n|---|---|---|---|---|---|---|\n"
+    assert head + "\n".join(rows_of_active_learning()) in GALLERY

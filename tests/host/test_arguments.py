@@ -48,7 +48,9 @@ MEAN = [
     *(torch.ones(5), torch.ones(4), torch.ones(1, P), torch.ones(0), torch.zeros(1, dtype=torch.bool)),
     *(torch.zeros(P, dtype=torch.complex64), torch.zeros(P, device="meta"), torch.full((P,), NAN)),
 ]
-NOISE = [*POSITIVE, torch.ones(1, 1), torch.ones(0), *map(torch.tensor, (NAN, True, 1j, 0.0))]
+# Of several outputs there may be several.
+ONE_OR_MORE = [v for v in POSITIVE if not isinstance(v, torch.Tensor)]
+NOISE = [*ONE_OR_MORE, torch.ones(1, 1), torch.ones(0), *map(torch.tensor, (NAN, True, 1j, 0.0))]
 INPUT = [None, 3, "x", X.tolist(), X.numpy(), THING, torch.tensor(1.0), (X, X)]
 MODULE = [None, 3, "model", mlp, nn.Linear, nn.Linear(2, 2).state_dict(), THING]
 FEATURES = [None, 3, "Js", torch.ones(2, 5), torch.ones(2, C, 7), torch.ones(2, C, P), X.numpy()]

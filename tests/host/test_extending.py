@@ -13,68 +13,89 @@ from laplace_ella.posterior.links import LINKS, Link
 X = inputs(7, seed=7)
 
 
-class Poisson(Likelihood):
-    """Counts, whose rates are the exponentials of the outputs."""
+class Exponential(Likelihood):
+    """Waiting times, the logarithms of whose means are the outputs."""
 
-    name = "poisson"
+    name = "exponential"
 
     def targets(self, y, f):
         if y.shape != f.shape or bool((y < 0).any()):
-            raise ValueError(f"Counts must be numbers of at least 0 in the shape {tuple(f.shape)}.")
+            raise ValueError(f"Times must be numbers of at least 0 in the shape {tuple(f.shape)}.")
         return y.to(f)
 
     def loss(self, f, y):
-        return (f.exp() - y * f).double().sum()
+        return (f + y * (-f).exp()).double().sum()
 
     def curvature_root(self, phi, f):
-        return (f.exp().sqrt()[..., None] * phi).flatten(0, 1)
+        return phi.flatten(0, 1)
 
     def nll(self, prediction, y, noise_variance):
-        rate, y = prediction.double(), y.double()
-        return (rate - torch.special.xlogy(y, rate) + torch.lgamma(y + 1)).sum(-1)
+        mean, y = prediction.double(), y.double()
+        return (mean.log() + y / mean).sum(-1)
 
     def inverse_link(self, f):
         return f.exp()
 
 
 @pytest.fixture
-def counts(monkeypatch):
-    monkeypatch.setitem(LIKELIHOODS, "poisson", Poisson())
-    y = torch.poisson(mlp()(inputs()).exp().detach(), generator=torch.Generator().manual_seed(0))
+def times(monkeypatch):
+    monkeypatch.setitem(LIKELIHOODS, "exponential", Exponential())
+    y = -mlp()(inputs()).exp().detach() * torch.rand(23, C, generator=torch.Generator().manual_seed(0)).log()
     return loader(inputs(), y)
 
 
 @pytest.mark.filterwarnings(
     "ignore:.*settings were skipped", "ignore:Only 23 validation inputs", "ignore:The best "
 )
-def test_a_likelihood_is_one_class(counts):
-    la = build("poisson", subsample_size=40, n_eigenvalues=30, temperature=None)
-    la.fit(counts)
-    phi, f = la.features(inputs())
-    expected = torch.einsum("bck,bc,bcl->kl", phi, f.exp(), phi)
+def test_a_likelihood_is_one_class(times):
+    la = build("exponential", subsample_size=40, n_eigenvalues=30, temperature=None)
+    la.fit(times)
+    phi, _ = la.features(inputs())
+    expected = torch.einsum("bck,bcl->kl", phi, phi)
     torch.testing.assert_close(la.H, expected)
-    rates = la(X, link_approx="mc")
-    assert bool((rates > la.features(X)[1].exp().mul(0.5)).all())
-    la.optimize_prior_precision(method="gridsearch", val_loader=counts, link_approx="mc", grid_size=3)
-    result = la.optimize_hyperparameters(counts)
+    means = la(X, link_approx="mc")
+    assert bool((means > la.features(X)[1].exp().mul(0.5)).all())
+    la.optimize_prior_precision(method="gridsearch", val_loader=times, link_approx="mc", grid_size=3)
+    result = la.optimize_hyperparameters(times)
     assert set(result.baselines) >= {"MAP", "constant variance"}
     assert torch.isfinite(la.log_marginal_likelihood())
 
 
-def test_what_a_likelihood_refuses_names_the_batch(counts):
-    with pytest.raises(ValueError, match=r"batch 0.*Counts must be"):
-        build("poisson").fit(loader(inputs(), -torch.ones(23, C)))
+def test_what_a_likelihood_refuses_names_the_batch(times):
+    with pytest.raises(ValueError, match=r"batch 0.*Times must be"):
+        build("exponential").fit(loader(inputs(), -torch.ones(23, C)))
 
 
-def test_a_likelihood_says_what_is_not_for_it(counts):
-    with pytest.raises(ValueError, match="balanced=True needs classes; poisson has none"):
-        build("poisson").fit(counts, balanced=True)
+def test_a_likelihood_says_what_is_not_for_it(times):
+    with pytest.raises(ValueError, match="balanced=True needs classes; exponential has none"):
+        build("exponential").fit(times, balanced=True)
     with pytest.raises(ValueError, match=r"(?i)sigma.noise.*regression"):
-        build("poisson", sigma_noise=2.0)
-    la = build("poisson")
-    la.fit(counts)
+        build("exponential", sigma_noise=2.0)
+    la = build("exponential")
+    la.fit(times)
     with pytest.raises(ValueError, match="sum to one over the classes"):
         la(X, link_approx="bridge")
+
+
+def test_a_likelihood_says_how_its_uncertainty_splits(times, monkeypatch):
+    la = build("exponential")
+    la.fit(times)
+    with pytest.raises(
+        NotImplementedError, match=r"'exponential'.*log_probabilities\(\), or uncertainty\(\)"
+    ):
+        la.uncertainty(X)
+    with pytest.raises(ValueError, match=r"'exponential' has no finite set"):
+        la.batch_bald([X], 2)
+
+    def uncertainty(self, outputs, samples, noise_variance):
+        """The variance of a time: the mean of its squared mean, and the variance of its mean."""
+        means = torch.cat(list(samples)).exp()
+        return means.square().mean(0), means.var(0, correction=0)
+
+    monkeypatch.setattr(Exponential, "uncertainty", uncertainty)
+    found = la.uncertainty(X, 64)
+    mean = la(X, link_approx="mc", n_samples=64)
+    torch.testing.assert_close(found.aleatoric - found.epistemic, mean.square())
 
 
 def test_a_link_is_one_function(monkeypatch):

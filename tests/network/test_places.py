@@ -41,7 +41,7 @@ def test_every_place_is_exchanged_and_restored_after_errors():
     function, before = FunctionalModel(model), [id(t) for t in (*model.parameters(), *model.buffers())]
     new = {k: torch.zeros_like(w) for k, w in function.weights().items()}
 
-    def action(module):
+    def action(module, _):
         assert module.first.weight is module.last.weight is new["first.weight"]
         assert module.scale is new["scale"]
         raise ArithmeticError
@@ -54,7 +54,7 @@ def test_every_place_is_exchanged_and_restored_after_errors():
 def test_what_a_pass_writes_to_buffers_does_not_stay():
     model = Shared()
     function = FunctionalModel(model)
-    function.within(function.placed(function.weights()), lambda m: m.norm.running_mean.add_(1))
+    function.within(function.weights(), lambda m, _: m.norm.running_mean.add_(1))
     assert not model.norm.running_mean.any()
 
 

@@ -39,6 +39,8 @@ from laplace_ella import ELLALaplace
 from laplace_ella.data.hashing import CURVATURE_INPUT, LANDMARK_INPUT, LANDMARK_OUTPUT, hash_keys
 from laplace_ella.data.landmarks import explicit_landmarks
 from laplace_ella.fitting import stages
+from laplace_ella.network.calls import DivergedError
+from laplace_ella.nystrom import jacobian
 from laplace_ella.nystrom.gram import choose_rows
 from laplace_ella.nystrom.jacobian import row_source
 from laplace_ella.parallel import ranks
@@ -93,6 +95,21 @@ def test_large_sums(two):
 def run_with_large_sums(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "GATHERED_SUM", 8)
+        return run(case)
+
+
+def test_all_ranks_begin_again_with_rows_if_one_cannot_follow_its_passes(two):
+    case = FITS["a sample of inputs"]
+    check(two(run_diverging, case), run(case))
+
+
+def run_diverging(case):
+    def diverge(*args):
+        raise DivergedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(jacobian, "rows_by_layer", diverge)
         return run(case)
 
 
@@ -243,6 +260,19 @@ def run_in_parts(case, name):
     la = other if name == "basis" else la
     assert la.n_data == {"basis": N_MORE, "merged": N + N_MORE, "added": N + N_MORE}.get(name, N)
     return report(la, case.problem.x_test)
+
+
+@pytest.mark.parametrize("size", [13, 2000, None])
+def test_weights_and_ignored_targets(two, size):
+    case = Case(options={"curvature_size": size}, fit={"landmarks": True})
+    check(two(run_weighted, case), run_weighted(case), same_steps=size is not None)
+
+
+def run_weighted(case):
+    p, weights = case.problem, torch.linspace(0.1, 2, N, dtype=F64)
+    data = TensorDataset(p.x, p.y.index_fill(0, torch.arange(0, N, 4), -100), weights)
+    sampler = DistributedSampler(data, shuffle=False) if dist.is_initialized() else None
+    return report(case.fitted(data=DataLoader(data, 5, sampler=sampler)), p.x_test)
 
 
 def test_data_that_would_leave_nothing_are_not_forgotten(two):

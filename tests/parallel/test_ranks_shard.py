@@ -148,6 +148,42 @@ def run_later_steps(case):
     return {"common": common, "novelty": la.novelty(x)}
 
 
+@pytest.mark.parametrize("name", ["K not divisible", "isotropic residual", "layerwise prior"])
+def test_fewer_directions_are_used_and_all_of_them_again(two, name):
+    case = CASES[name]
+    found, expected = two(run_with_fewer, case), run_with_fewer(case)
+    for step in ("all", "few", "one", "all again"):
+        check_sharded([one[step] for one in found], expected[step])
+
+
+def run_with_fewer(case):
+    la = case.fitted(shard_directions=True)
+    found, ranks = {}, {"all": None, "few": 3, "one": 1, "all again": None}
+    for step, la.n_directions in ranks.items():
+        found[step] = {
+            "posterior": posterior_of(la),
+            "directions": la.basis.directions,
+            "predictions": predictions(la, part(case.problem.x_test)),
+        }
+    if dist.is_initialized():
+        with pytest.raises(ValueError, match="spread over several ranks"):
+            la.predict_plan(case.problem.x_test)
+    return found
+
+
+def test_ranks_that_use_other_numbers_of_directions_are_refused(two):
+    for error in two(differing, Case()):
+        assert "n_directions" in error
+
+
+def differing(case):
+    la = case.fitted(shard_directions=True)
+    la.n_directions = 4 - 2 * dist.get_rank()  # of two parts of one size, one would pass for the other
+    with pytest.raises(RuntimeError) as caught:
+        la.features(case.problem.x_test)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("seeds", ["different", "global"])
 def test_moments_of_sampled_weights(two, seeds):
     """Where weights hardly move, samples have the moments of the linearised model."""
@@ -263,3 +299,24 @@ def test_a_bad_input_of_one_rank_stops_the_prediction_of_all(two):
 def predict_badly():
     la, x = Case().fitted(shard_directions=True), Case().problem.x_test
     return outcome_of(la, x * float("nan") if dist.get_rank() == 1 else x), predictions(la, x)
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "regression"])
+def test_parts_of_an_uncertainty_intervals_and_choices(two, likelihood):
+    """Each rank asks for inputs of its own, and chooses from a pool of its own."""
+    case = Case(likelihood, options={"residual": "isotropic"})
+    la, x = case.fitted(), case.problem.x_test
+    for found, own in zip(two(ask_for_uncertainty, case), x.split(UNEQUAL[2])):
+        for name, answer in answers(la, own).items():
+            assert_agree(found[name], answer, name)
+
+
+def answers(la, x):
+    found = {"uncertainty": tuple(la.uncertainty(x, 32))}
+    if la.likelihood == "regression":
+        return found | {"interval": la.interval(x)}
+    return found | {"choice": tuple(t.double() for t in la.batch_bald(x.split(1), 2, n_samples=32))}
+
+
+def ask_for_uncertainty(case):
+    return answers(case.fitted(shard_directions=True), part(case.problem.x_test))

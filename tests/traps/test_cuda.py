@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from time import perf_counter
 
 import pytest
 import torch
@@ -153,6 +154,28 @@ def test_everything_that_is_tuned_is_what_a_cpu_tunes(residual, curvature):
         assert_close(gpu.residual_share(X.cuda()), cpu.residual_share(X), rtol=1e-6)
     assert gpu.novelty(X.cuda()).is_cuda
     assert gpu.functional_samples(X.cuda()).is_cuda
+    for one, other in zip(gpu.uncertainty(X.cuda()), cpu.uncertainty(X)):
+        assert one.is_cuda
+        if gpu.basis.rank == cpu.basis.rank:
+            assert_close(one, other, rtol=1e-6)
+    if residual != "exact":
+        assert gpu.batch_bald([X], 3).indices.is_cuda
+
+
+def test_fewer_directions_and_what_they_cost():
+    cpu, gpu = fitted(model=mlp(), data=train_loader()), fitted(model=mlp().cuda(), data=train_loader())
+    cpu.n_directions = gpu.n_directions = 2
+    assert_close(gpu(X.cuda()), cpu(X), rtol=1e-6)
+    plan = gpu.predict_plan(X, verbose=False)
+    for price in plan.prices:
+        gpu.n_directions = price.n_directions
+        gpu(X)
+        torch.cuda.synchronize()
+        start = perf_counter()
+        gpu(X)
+        torch.cuda.synchronize()
+        taken = perf_counter() - start
+        assert taken / 3 < price.seconds < 3 * taken
 
 
 def test_validation_features_are_spilled_off_the_device():

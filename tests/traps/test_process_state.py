@@ -68,6 +68,10 @@ def life(likelihood, residual, model, train, val, x):
     if likelihood != "regression":
         la.calibrate_novelty(val)
         found.append(la.novelty(x))
+    found += [
+        *la.uncertainty(x, 8),
+        *(la.interval(x) if likelihood == "regression" else la.batch_bald([x], 3)),
+    ]
     found.append(error(la, x, train))
     for directions in ("full", "half", "landmarks"):
         found += predicted(loaded(la, model, directions, **options), x)

@@ -93,7 +93,7 @@ def test_each_batch_is_seen_as_it_was(likelihood, job, as_mapping):
 def test_what_is_kept_of_a_batch_is_a_copy():
     f, y = torch.ones(3, C), torch.ones(3, dtype=torch.long)
     data = ValidationData(LIKELIHOODS["classification"], Store(10**6))
-    data.append(3, Block(Linearised(f, torch.ones(3, C, 2)), y, torch.arange(3)))
+    data.append(Block(Linearised(f, torch.ones(3, C, 2)), y, torch.arange(3)))
     f.zero_()
     y.zero_()
     (block,) = data

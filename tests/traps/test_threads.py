@@ -127,7 +127,7 @@ def test_a_saved_state_is_of_one_moment():
 
 
 ASSIGNED = {"prior_precision": 9.0, "temperature": 5.0, "logit_scale": 2.0, "sigma_noise": 2.0, "seed": 8}
-ASSIGNED |= {"residual_scale": 4.0, "residual": "none", "residual_samples": 2}
+ASSIGNED |= {"residual_scale": 4.0, "residual": "none", "residual_samples": 2, "n_directions": 2}
 
 
 @pytest.mark.parametrize("name", ASSIGNED)

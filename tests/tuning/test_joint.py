@@ -157,27 +157,40 @@ def test_nothing_is_applied_unless_wanted(confident):
     assert result.best.temperature != la.temperature
 
 
-def test_a_lower_rank_drops_the_trailing_directions(confident):
+def test_a_lower_rank_leaves_the_trailing_directions_out(confident):
     la, other = fit(confident), fit(confident, n_eigenvalues=3)
     before = la.H.clone()
     la.optimize_hyperparameters(validation(confident), {"n_eigenvalues": [3]}, link_approx="probit")
-    assert la.basis.rank == 3
+    assert la.basis.rank == la.n_directions == 3
     assert_close(la.H, before[:3, :3])
     assert_close(la.features(confident.x_test)[0], other.features(confident.x_test)[0])
     assert_close(la.basis.eigenvalues, other.basis.eigenvalues)
     assert_close(la.posterior_precision, other.posterior_precision)
 
 
-def test_a_rank_that_does_not_matter_is_not_cut_and_a_fit_restores_it():
+def test_a_rank_that_does_not_matter_is_not_cut_and_a_later_search_may_raise_it():
     la = free(prior_precision=1e12)  # no variance, whatever the rank
     la.optimize_hyperparameters(val_loader(), ["n_eigenvalues"])
     assert la.basis.rank == 5
     la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [2]})
     assert la.basis.rank == 2
     with pytest.raises(ValueError, match="Fit again"):
-        la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [5]})
+        la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [6]})
+    la.optimize_hyperparameters(val_loader(), ["n_eigenvalues"])
+    assert la.basis.rank == 2  # which matters as little
+    la.optimize_hyperparameters(val_loader(), {"n_eigenvalues": [4]})
+    assert la.basis.rank == 4
     la.fit(train_loader())
     assert la.basis.rank == 5
+
+
+def test_a_search_over_ranks_does_not_depend_on_how_many_are_used(confident):
+    la, other = fit(confident), fit(confident)
+    la.n_directions = 2
+    search, data = {"n_eigenvalues": [5, 3, 1], "temperature": [1.0, 30.0]}, validation(confident)
+    found, expected = (e.optimize_hyperparameters(data, search, apply=False) for e in (la, other))
+    assert found.best == expected.best
+    assert_close(torch.tensor([s for _, s in found.table]), torch.tensor([s for _, s in expected.table]))
 
 
 def test_a_smaller_curvature_size_takes_its_snapshot_and_a_searched_prior_becomes_scalar(confident):

@@ -12,9 +12,9 @@ from benchmarks.studies.common.results import DOCS, IMAGES, write_page
 from benchmarks.studies.common.scores import mean_and_error
 from benchmarks.studies.common.tables import Run, Runs
 
-PAGE = DOCS / "ablations.md"
+PAGE, CHOOSING = DOCS / "ablations.md", DOCS / "choosing.md"
 CASES = ("cifar10-jpeg", "fashion-cnn")
-NAMES = ("error", *(f"quality_{case}" for case in CASES), "cost")
+NAMES = ("error", *(f"quality_{case}" for case in CASES), "cost", "price", "directions")
 
 METHODS = {"T = 1": "T = 1", "stopped": "stopped early", "T": "T tuned", "T, s": "T and s tuned"}
 SIMPLE = ("MAP", "temperature scaling", "vector scaling")
@@ -202,6 +202,59 @@ def base_costs(run: Run) -> str:
     return about + table(["stage", "inputs", "processor time, ms", "forwards an input"], lines)
 
 
+def price(runs: Runs) -> str:
+    """Write what predictions with fewer directions cost, beside what they score."""
+    if not {"price", "directions"} <= runs.keys():
+        return NOTHING
+    scored, cost = runs["directions"], {row["K"]: row for row in runs["price"]["rows"]}
+    lines = []
+    for row in scored["rows"]:
+        of_t, of_both = row["methods"]["T"], row["methods"]["T, s"]
+        one, many = cost[row["K"]]["calls"].values()
+        lines.append(
+            [
+                str(row["K"]),
+                f"{row['retained']:.1%}",
+                *(f"{found[key]:.4f}" for key in ("nll", "ece") for found in (of_t, of_both)),
+                f"{of_t['errors']:.3f}",
+                f"{of_t['temperature']:.3g}",
+                f"{many['mode']}",
+                f"{many['forwards']:.3g}; {many['counted']:.3g}",
+                *(f"{1e3 * c['seconds']:.0f}; {1e3 * c['taken']:.0f}" for c in (many, one)),
+            ]
+        )
+    for name in SIMPLE:
+        found = scored["simple"][name]
+        lines.append([name, "", f"{found['nll']:.4f}", "", f"{found['ece']:.4f}", *[""] * 7])
+    scores = [f"{score}, {METHODS[name]}" for score in ("NLL", "ECE") for name in ("T", "T, s")]
+    batch = list(runs["price"]["passes"])[-1]
+    times = [f"ms of {what}, promised; taken" for what in (f"{batch} inputs", "one input")]
+    head = [
+        "K'",
+        "trace",
+        *scores,
+        "AUROC of errors, T tuned",
+        "T",
+        "features by",
+        "forwards; counted",
+        *times,
+    ]
+    return table(head, lines)
+
+
+def price_setting(runs: Runs) -> str:
+    """Say what was run."""
+    if "directions" not in runs:
+        return NOTHING
+    run = runs["directions"]
+    counts, sizes = run["counts"], run["sizes"]
+    return (
+        f"{run['network']}, {run['parameters']} weights, on {run['images']}: {counts['train']} training, {counts['validation']} "
+        f"validation and {counts['test']} test images; one fit with M = {sizes['subsample_size']}, "
+        f"K = {sizes['n_eigenvalues']}, n = {sizes['curvature_size']}; one thread.\n"
+    )
+
+
 def where(runs: Runs) -> str:
     """Say on what machine, with which versions, each file was measured."""
     if not runs:
@@ -252,6 +305,9 @@ TABLES: dict[str, Callable[[Runs], str]] = {
 }
 
 
+OF_CHOOSING: dict[str, Callable[[Runs], str]] = {"price setting": price_setting, "price": price}
+
+
 def read() -> Runs:
     return results.read("ablations", NAMES, "ablation_")
 
@@ -261,5 +317,6 @@ def main() -> None:
 
     runs = read()
     write_page(PAGE, "ablations/report.py", runs, TABLES)
+    write_page(CHOOSING, "ablations/report.py", runs, OF_CHOOSING)
     for name in draw_all(runs, IMAGES):
         print(f"{name} drawn")

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 
 from benchmarks.environment import environment
-from benchmarks.studies.ablations import cost, error, quality
+from benchmarks.studies.ablations import cost, error, price, quality
 from benchmarks.studies.common.cases import DEBIAN
 from benchmarks.studies.common.results import results, save
 from benchmarks.studies.common.start import options_of
 
 Part = Callable[[argparse.Namespace], dict[str, Any]]
+
+
+# Of the published network, which --data holds.
+OF_DATA = {"price": price.calls, "directions": price.quality}
 
 
 def parts_of(args: argparse.Namespace) -> Iterator[tuple[str, Part]]:
@@ -33,11 +37,17 @@ def parts_of(args: argparse.Namespace) -> Iterator[tuple[str, Part]]:
                 yield f"quality_{name}", partial(quality.run_case, name)
     if args.part in (None, "cost"):
         yield "cost", cost.run
+    for name, part in OF_DATA.items():
+        if args.part in (None, name):
+            if args.data is None:
+                print(f"{name}: skipped, as it needs --data", flush=True)
+            else:
+                yield name, part
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = options_of(__package__)
-    parser.add_argument("--part", choices=("error", "quality", "cost"), help="default: all")
+    parser.add_argument("--part", choices=("error", "quality", "cost", *OF_DATA), help="default: all")
     parser.add_argument("--case", choices=list(quality.CASES), help="of quality; default: all")
     parser.add_argument("--data", type=Path, help="folder with cifar10_resnet20.pt and cifar10_jpeg_*.npz")
     parser.add_argument("--fashion", type=Path, default=DEBIAN, help="folder of Fashion-MNIST")
@@ -56,6 +66,7 @@ ABOUT = {
     "error": {**OWN, "dtype": "float64"},
     "quality": OWN,
     "cost": {"weights": "random", "images": "noise"},
+    **dict.fromkeys(OF_DATA, OWN),
 }
 
 
