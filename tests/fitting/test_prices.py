@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import C, D, DictModel, Snapshot, build, dict_batches, fitted, inputs, train_loader
-from models import Applied
+from models import Applied, Counting
 from torch import nn
 
 from laplace_ella.fitting import prices, rehearsal
@@ -177,3 +177,22 @@ def test_a_plan_compiles_nothing(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: refuse)
     la.backend.engine.compiled = True
     assert la.predict_plan(X, verbose=False).prices
+
+
+@pytest.mark.parametrize(("variance", "passes"), [("none", 1), ("constant", 1), ("last_layer", 2)])
+def test_predictions_without_directions_have_no_price_of_them(variance, passes):
+    model = Counting()
+    la = fitted(model=model, variance=variance)
+    with pytest.raises(ValueError, match=f"{('one', 'two')[passes - 1]} forward pass.*la.variance = 'ella'"):
+        la.predict_plan(X)
+    la(X)
+    model.calls = 0
+    la(X)
+    assert model.calls == passes  # as the message says
+
+
+def test_the_link_that_is_priced_is_that_of_calls(monkeypatch):
+    la, seen, of_call = fitted(link_approx="mc"), [], prices.of_call
+    monkeypatch.setattr(prices, "of_call", lambda *a, **k: seen.append(a[4]) or of_call(*a, **k))
+    la.predict_plan(X, verbose=False)
+    assert set(seen) == {"mc"}

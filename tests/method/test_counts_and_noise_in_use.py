@@ -253,3 +253,46 @@ def test_extreme_variances_give_finite_predictions(name):
 def test_a_residual_widens_the_outputs(name, residual):
     la, plain = small(name, residual=residual), small(name)
     assert bool((la(X)[1].diagonal(dim1=1, dim2=2) >= plain(X)[1].diagonal(dim1=1, dim2=2)).all())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_is_chosen_among_those_there_are_and_is_saved(name):
+    x, y = inputs(60, seed=5), targets(name, 4, 60, seed=6)
+    la, data = small(name, temperature=None), loader(x, y, 13)
+    result = la.optimize_hyperparameters(data, "auto")
+    assert list(result.held_out) == ["MAP", "constant variance", "last-layer variance", "ELLA (T)"]
+    assert all(found.metrics.keys() == {"NLL"} for found in result.held_out.values())
+    for method, variance in (
+        ("MAP", "none"),
+        ("constant variance", "constant"),
+        ("last-layer variance", "last_layer"),
+        ("ELLA (T)", "ella"),
+    ):
+        result = la.optimize_hyperparameters(data, "auto", method=method)
+        assert (la.variance, la.link_approx) == (variance, None)
+        prediction = la._glm_predictive_distribution(x, diagonal_output=name == "poisson")
+        expected = LIKELIHOODS[name].nll(prediction, y.double(), 1.0).mean()
+        assert result.score == pytest.approx(float(expected), rel=1e-9)
+        mean, spread = la(x, diagonal_output=True)
+        found = la.uncertainty(x)
+        if name == "heteroscedastic":
+            assert_close(found.total, spread)
+        assert_close(found.aleatoric, mean if name == "poisson" else spread - found.epistemic)
+        assert bool(found.epistemic.any()) == (variance != "none")
+        other = build(name, 4)
+        other.load_state_dict(la.state_dict())
+        assert_same(other(x), la(x))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loss_of_ones_own_is_of_moments_of_targets_in_every_method(name):
+    x, y = inputs(60, seed=5), targets(name, 4, 60, seed=6)
+    la, data = small(name, temperature=None), loader(x, y, 13)
+    result = la.optimize_hyperparameters(data, "auto", method="MAP", loss=squared)
+    assert result.score == pytest.approx(float(squared(*la(x), y)), rel=1e-9)
+    by_fold = [float(squared(*la(x[k::5]), y[k::5])) for k in range(5)]
+    assert result.held_out["MAP"].score == pytest.approx(sum(by_fold) / 5, rel=1e-9)
+    assert result.held_out["MAP"].metrics == {}  # which are of outputs
+    assert "Chosen: MAP" in result.summary()

@@ -13,8 +13,12 @@ from torch.nn import functional as F
 
 from laplace_ella import ELLALaplace
 from laplace_ella.data.hashing import CURVATURE_INPUT, hash_keys
+from laplace_ella.data.stream import Stream
 from laplace_ella.nystrom.basis import identity_basis
+from laplace_ella.parallel.ranks import ALONE
 from laplace_ella.posterior.likelihoods import LIKELIHOODS
+from laplace_ella.tuning.candidates import scorer_of
+from laplace_ella.tuning.scoring import ValidationData
 
 F64 = torch.float64
 N, L = 23, 7
@@ -293,3 +297,42 @@ def test_what_is_ignored_is_said():
         la.optimize_prior_precision(
             pred_type="nn", method="gridsearch", val_loader=weighted, link_approx="mc", n_samples=2
         )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_methods_are_chosen_without_what_is_ignored():
+    x, y = torch.cat([X] * 3), torch.cat([Y] * 3)
+    y[::5] = -100  # all of a fold
+    y[1] = -100
+    la = fit(sequence(), batches(X, Y), basis=False, temperature=None, n_eigenvalues=K)
+    for loss in (None, lambda p, y: F.nll_loss(p.log(), y)):
+        result = la.optimize_hyperparameters(batches(x, y), "auto", method="MAP", loss=loss)
+        counted = (y != -100).any(1)
+        assert result.n_inputs == int(counted.sum())
+        f = la.features(x)[1].unflatten(0, y.shape)
+        each = F.cross_entropy(f.flatten(0, 1), y.flatten(), reduction="none").unflatten(0, y.shape).sum(1)
+        of_map = result.held_out["MAP"]
+        n = int((y != -100).sum())
+        assert of_map.score == pytest.approx(float(each.sum()) / n, rel=1e-9)
+    s = result.baselines["temperature scaling"].parameters["logit_scale"]
+    assert 0 < s < 100
+    few = torch.full_like(y, -100).index_copy_(0, torch.arange(49), Y.repeat(3, 1)[:49].clamp_min(0))
+    with pytest.raises(ValueError, match="takes 50 validation inputs or more; got 49"):
+        la.optimize_hyperparameters(batches(x, few), "auto")
+    for data in (batches(x, torch.full_like(y, -100)), batches(x, y, torch.ones(len(y)))):
+        with pytest.raises(ValueError, match=r"validation (loader|batch 0)"):
+            la.optimize_hyperparameters(data, "auto")
+
+
+def test_folds_are_cut_as_predictions_are(monkeypatch):
+    kept = []
+    monkeypatch.setattr(ValidationData, "append", lambda self, block: kept.append(block))
+    la = fit(sequence(), batches(X, Y), basis=False, n_eigenvalues=K)
+    stream = Stream(batches(X, Y), "x", "y", lambda x, n: x)
+    with pytest.raises(ValueError, match="validation loader"):  # nothing was kept for it
+        scorer_of(la._posterior, la.backend.engine, stream, ALONE, last_layer=True)
+    rows = Y.flatten() != -100
+    assert torch.equal(torch.cat([b.positions for b in kept]), torch.arange(N).repeat_interleave(L)[rows])
+    assert torch.equal(torch.cat([b.targets for b in kept]), Y.flatten()[rows])
+    for name in ("f", "phi"):
+        assert sum(len(getattr(b.linearised, name)) for b in kept) == int(rows.sum())

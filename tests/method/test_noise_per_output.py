@@ -194,3 +194,16 @@ def test_the_number_of_noises_is_that_of_the_outputs():
             build(bad)
     with pytest.raises(ValueError, match="sigma_noise is for regression"):
         ELLALaplace(mlp(), "classification", SIGMA)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_methods_are_compared_with_the_noise_of_each_output():
+    x, y = inputs(60, seed=5), targets("regression", 60, seed=6)
+    la = fit(temperature=None)
+    result = la.optimize_hyperparameters(loader(x, y, 13), "auto", method="MAP")
+    assert la.variance == "none"
+    with torch.no_grad():
+        inside = (y - la.model(x)).abs() <= 1.6448536269514722 * SIGMA
+    coverage = result.held_out["MAP"].metrics["coverage 90%"]
+    assert coverage == pytest.approx(float(inside.double().mean()))
+    assert_close(la.uncertainty(x).total, SIGMA.square().expand(60, C))

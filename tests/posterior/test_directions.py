@@ -252,3 +252,32 @@ def test_novelty_has_to_be_calibrated_again():
         la.novelty(X)
     la.n_directions = 5
     assert torch.equal(la.novelty(X), before)
+
+
+@pytest.mark.parametrize("variance", ["none", "constant", "last_layer"])
+def test_predictions_without_features_do_not_depend_on_it(variance):
+    la = fitted(variance=variance)
+    before = la(X, link_approx="mc")
+    la.n_directions = 2
+    assert torch.equal(la(X, link_approx="mc"), before)
+    other = build()
+    other.load_state_dict(la.state_dict())
+    assert (other.variance, other.n_directions) == (variance, 2)
+    assert torch.equal(other(X, link_approx="mc"), before)
+    la.variance = "ella"
+    fewer = fitted()
+    fewer.n_directions = 2
+    assert torch.equal(la(X), fewer(X))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_search_may_raise_it_and_keeps_all_directions():
+    la, val = fitted(temperature=30.0), [(X, targets("classification", 7))]
+    rank = la.basis.rank
+    la.n_directions = 2
+    result = la.optimize_hyperparameters(val, {"n_eigenvalues": [1, rank]})
+    scores = {s.n_eigenvalues: v for s, v in result.table}
+    assert scores.keys() == {1, 2, rank}
+    assert la.n_directions == min(scores, key=scores.__getitem__)
+    la.n_directions = None
+    assert la.n_directions == rank

@@ -300,3 +300,29 @@ def test_counts_have_no_intervals():
     with pytest.raises(ValueError, match="nearly Gaussian; the likelihood is 'poisson'"):
         la.interval(X)
     assert la.uncertainty(X).total.shape == (N_TEST, C)
+
+
+@pytest.mark.parametrize("variance", ["ella", "none", "constant", "last_layer"])
+def test_scales_of_classes_and_other_variances_are_those_of_predictions(variance):
+    own = {"class_scales": (0.5, 1.7, 1.1), "class_biases": (-0.8, 0.3, 1.2), "logit_scale": 0.6}
+    la = fit("classification", temperature=0.3, variance=variance, **own)
+    found = la.uncertainty(X, 256)
+    p = la(X, link_approx="mc", n_samples=256)
+    assert_close(found.total, Categorical(p).entropy())
+    assert bool(found.epistemic.any()) == (variance != "none")
+    if variance == "none":
+        logits = torch.tensor(own["class_scales"], dtype=F64) * 0.6 * la.model(X).detach()
+        logits = logits + torch.tensor(own["class_biases"], dtype=F64)
+        assert_close(found.aleatoric, Categorical(logits=logits).entropy())
+
+
+@pytest.mark.parametrize("variance", ["none", "constant", "last_layer"])
+def test_intervals_have_the_variance_of_predictions(variance):
+    la = fit("regression", sigma_noise=0.7, temperature=0.3, variance=variance)
+    mean, spread = la(X, diagonal_output=True)
+    z = float(Normal(0.0, 1.0).icdf(torch.tensor(0.95, dtype=F64)))
+    for with_noise in (True, False):
+        lower, upper = la.interval(X, 0.9, with_noise)
+        assert_close((lower + upper) / 2, mean)
+        assert_close((upper - lower) / 2, z * (spread + 0.49 * with_noise).sqrt())
+    assert_close(la.uncertainty(X).total, spread + 0.49)
