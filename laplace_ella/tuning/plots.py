@@ -15,17 +15,18 @@ def draw(result: Any) -> Any:
 
     tried = {k: [getattr(s, k) for s, _ in result.table] for k in result.searched if k not in PER_CLASS}
     varied = {k: v for k, v in tried.items() if len(set(v)) > 1}
-    n = len(varied) + 1 + bool(result.held_out)
+    with_diagram = {k: found for k, found in result.held_out.items() if found.reliability}
+    n = len(varied) + 1 + bool(with_diagram)
     figure, axes = plt.subplots(1, n, figsize=(3.4 * n + 1.2, 3.6), squeeze=False, layout="constrained")
     scores = [score for _, score in result.table]
     for ax, (name, values) in zip(axes[0], varied.items()):
         _parameter(ax, name, values, scores, getattr(result.best, name), result.score)
     axes[0][0].set_ylabel(f"{result.loss}, in sample" if varied else "")
     _methods(axes[0][len(varied)], result)
-    if result.held_out:
+    if with_diagram:
         # Of methods that agree, one line lies on the other: only those that matter are drawn.
-        names = dict.fromkeys(k for k in ("MAP", result.reference, result.chosen) if k in result.held_out)
-        _reliability(axes[0][-1], {name: result.held_out[name] for name in names})
+        names = dict.fromkeys(k for k in ("MAP", result.reference, result.chosen) if k in with_diagram)
+        _reliability(axes[0][-1], {name: with_diagram[name] for name in names})
     return figure
 
 
@@ -68,8 +69,6 @@ def _methods(ax: Any, result: Any) -> None:
 def _reliability(ax: Any, held_out: Mapping[str, Any]) -> None:
     """Draw what was observed over what was predicted; marks grow with the share of the data."""
     for i, (name, found) in enumerate(held_out.items()):
-        if not found.reliability:
-            continue
         predicted, observed, shares = zip(*found.reliability)
         ax.plot(predicted, observed, lw=1, color=f"C{i}", label=name)
         ax.scatter(predicted, observed, s=[60 * share for share in shares], color=f"C{i}")
