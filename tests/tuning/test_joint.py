@@ -191,7 +191,8 @@ def test_a_search_over_ranks_does_not_depend_on_how_many_are_used(confident):
     found, expected = (e.optimize_hyperparameters(data, search, apply=False) for e in (la, other))
     assert found.best == expected.best
     scores, of_other = dict(found.table), dict(expected.table)
-    assert scores.keys() - of_other.keys() == {la._posterior.plain}  # the present setting, which is compared too
+    # The present setting is compared too.
+    assert scores.keys() - of_other.keys() == {la._posterior.plain}
     assert_close(torch.tensor([scores[s] for s in of_other]), torch.tensor(list(of_other.values())))
 
 
