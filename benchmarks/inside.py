@@ -84,7 +84,7 @@ def scan(backend: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def mode(backend: Any, x: Tensor, rank: int) -> str:
     """Return how features of a batch are computed: "forward", "contraction", "reverse", or a substitute of one."""
-    return backend.engine.mode(x, rank)
+    return backend.engine.choice(x).mode(rank)
 
 
 def random_basis(backend: Any, rank: int) -> NystromBasis:
@@ -102,7 +102,8 @@ def random_basis(backend: Any, rank: int) -> NystromBasis:
 @torch.no_grad()
 def predicted(backend: Any, x: Tensor, rank: int, way: str) -> float:
     """Return what the package counts that features of a batch cost by a way, in forwards an input."""
-    return backend.engine.cost(way, x, rank) / backend.engine.counts(x).forward
+    choice = backend.engine.choice(x)
+    return choice.cost(way, rank) / choice.counts.forward
 
 
 def predicted_crossover(backend: Any, x: Tensor, most: int = 1000) -> int | None:
@@ -118,7 +119,7 @@ def predicted_crossover(backend: Any, x: Tensor, most: int = 1000) -> int | None
 @torch.no_grad()
 def chunks(backend: Any, way: str, x: Tensor, rank: int) -> tuple[int, int]:
     """Return how many inputs and directions one call takes; of a way without chunks of directions, all of them."""
-    found = backend.engine.chunks(way, x, rank)
+    found = backend.engine.choice(x).chunks(way, rank)
     return found.inputs, rank if way == "contraction" else found.directions
 
 
@@ -126,19 +127,15 @@ def chunks(backend: Any, way: str, x: Tensor, rank: int) -> tuple[int, int]:
 def chunk_bytes(backend: Any, way: str, x: Tensor, inputs: int, directions: int) -> int:
     """Return what the package estimates that a call of so many inputs and directions holds."""
     used = Chunks(inputs, 1 if way == "contraction" else directions)
-    return backend.engine.feature_bytes(way, used, x)
+    return backend.engine.choice(x).feature_bytes(way, used)
 
 
 def features_in_chunks(
     backend: Any, way: str, x: Tensor, basis: NystromBasis, inputs: int, directions: int
 ) -> Any:
     """Compute features by the way that the backend's user named, in other chunks than it chooses."""
-    engine = backend.engine
-    engine.chunks = lambda *_: Chunks(inputs, 1 if way == "contraction" else directions)
-    try:
-        return backend.features(x, basis)
-    finally:
-        del engine.chunks
+    engine, chunks = backend.engine, Chunks(inputs, 1 if way == "contraction" else directions)
+    return safely(backend.model, lambda: engine.bound(way, x, basis.directions)(x, chunks))
 
 
 def curvature(backend: Any, phi: Tensor, f: Tensor) -> Tensor:

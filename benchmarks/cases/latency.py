@@ -25,8 +25,9 @@ WITHIN = {True: 25, False: 300}
 def features_alone(la: Any, x: Tensor) -> Callable[[], Any]:
     """Compute the features of ``x`` as a prediction does, with all checks, choices and preparations made before."""
     engine, directions = la.backend.engine, la.basis.directions
-    mode = engine.mode(x, la.basis.rank)
-    return partial(engine.bound(mode, x, directions), x, engine.chunks(mode, x, la.basis.rank))
+    choice = engine.choice(x)
+    mode = choice.mode(la.basis.rank)
+    return partial(engine.bound(mode, x, directions), x, choice.chunks(mode, la.basis.rank))
 
 
 def latency(args: argparse.Namespace, name: str) -> Rows:

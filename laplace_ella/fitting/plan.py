@@ -231,8 +231,10 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
     engine, x, held, mode = rehearsal.engine, rehearsal.x, rehearsal.held, rehearsal.mode
     m, rank, n, sampled = len(held.source), rehearsal.rank, rehearsal.n_curvature, rehearsal.sampled
     facts, size, directions = engine.facts(x), batch_size(x), rank * engine.row_size()
-    features = directions + engine.prepared_bytes(mode, x, rank) + 8 * size * facts.n_coordinates * rank
-    chunks = engine.chunks(mode, x, rank)
+    features = (
+        directions + engine.choice(x).prepared_bytes(mode, rank) + 8 * size * facts.n_coordinates * rank
+    )
+    chunks = engine.choice(x).chunks(mode, rank)
     chunks = Chunks(min(chunks.inputs, size), chunks.directions)
     cost = 2 + 3 * sampled if sampled else FEATURES[mode].forwards(facts.n_coordinates, rank)
     table = [  # name, of what, forward passes, bytes, seconds
@@ -247,7 +249,7 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
             "landmark gradients",
             f"{m} landmarks x {held.gradients / m:.3g} ({held.kind})",
             (COST_BY_LAYER if held.source.matrices else GRADIENT_COST) * held.gradients,
-            held.n_bytes + engine.gradient_bytes(x, m, held.source.row_bytes),
+            held.n_bytes + engine.choice(x).gradient_bytes(m, held.source.row_bytes),
             held.gradients * rehearsal.per_gradient() + rehearsal.of_gram(),
         ),
         (
@@ -261,7 +263,7 @@ def _stages(rehearsal: Rehearsal, n_data: int | None, kept: int) -> tuple[Stage,
             "curvature",
             f"{n or 'all'} inputs",
             n * cost,
-            features + engine.feature_bytes(mode, chunks, x),
+            features + engine.choice(x).feature_bytes(mode, chunks),
             n * rehearsal.per_curvature(),
         ),
     ]

@@ -185,23 +185,19 @@ def _counted(at: Posterior, engine: Engine, x: Input) -> tuple[str, Chunks, floa
     if n_rows:
         rows = min(size * n_rows * engine.row_size(), engine.budget() // 4)
         forwards += GRADIENT_COST * n_rows
-        n_bytes = max(n_bytes, rows + engine.gradient_bytes(x, size * n_rows))
+        n_bytes = max(n_bytes, rows + engine.choice(x).gradient_bytes(size * n_rows))
     kept = (
         8 * size * n_coordinates * (at.rank + n_tangents + at.residual.numbers_per_output(at.fit.n_outputs))
     )
-    return mode, chunks, forwards, n_bytes + kept + engine.prepared_bytes(mode, x, at.rank)
+    return mode, chunks, forwards, n_bytes + kept + engine.choice(x).prepared_bytes(mode, at.rank)
 
 
 def _pushed(engine: Engine, x: Input, rank: int) -> tuple[str, Chunks, float, int]:
     """Return the way in which tangents are pushed, its chunks, forward passes of an input, and bytes of a call."""
-    mode, size = engine.mode(x, rank), batch_size(x)
-    chunks = engine.chunks(mode, x, rank)
-    chunks = Chunks(min(chunks.inputs, size), chunks.directions)
-    n_bytes = engine.feature_bytes(mode, chunks, x)
+    choice = engine.choice(x)
+    mode = choice.mode(rank)
+    chunks = choice.chunks(mode, rank)
+    chunks = Chunks(min(chunks.inputs, choice.size), chunks.directions)
     at_once = rank if FEATURES[mode].directions == "all" else chunks.directions
-    return (
-        mode,
-        Chunks(chunks.inputs, at_once),
-        engine.cost(mode, x, rank) / engine.counts(x).forward,
-        n_bytes,
-    )
+    forwards = choice.cost(mode, rank) / choice.counts.forward
+    return mode, Chunks(chunks.inputs, at_once), forwards, choice.feature_bytes(mode, chunks)

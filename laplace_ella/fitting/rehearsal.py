@@ -90,7 +90,7 @@ class Rehearsal:
     @property
     def mode(self) -> str:
         """How features are computed; a key of :data:`laplace_ella.network.features.FEATURES`."""
-        return self.engine.mode(self.x, self.rank)
+        return self.engine.choice(self.x).mode(self.rank)
 
     @cached_property
     def per_forward(self) -> float:
@@ -135,7 +135,7 @@ class Rehearsal:
     @cached_property
     def per_prediction(self) -> float:
         """Seconds of the features of one input, in a batch like the one at hand."""
-        at_once = self.engine.chunks(self.mode, self.x, self.rank).inputs
+        at_once = self.engine.choice(self.x).chunks(self.mode, self.rank).inputs
         # As Engine.bounded cuts features off that would take too much.
         width = 8 * self.rank * self.engine.facts(self.x).n_coordinates
         at_once = min(at_once, self.engine.budget() // 4 // width)
@@ -170,7 +170,7 @@ class Rehearsal:
         entering = FEATURES[self.mode].directions
         if self.sampled or entering == "all":
             return 1  # all that there are enter every call
-        chunks = self.engine.chunks(self.mode, x, self.rank)
+        chunks = self.engine.choice(x).chunks(self.mode, self.rank)
         return math.ceil(self.rank / (chunks.directions if entering == "several" else LOOPED_DIRECTIONS))
 
     def tangents(self, n_parts: int) -> tuple[Weights, float]:
@@ -206,7 +206,7 @@ class Rehearsal:
             return of(Part("the first batch", positions, x))
 
         looped = self.engine.support(self.x).gradients != "vmap"
-        return self._per_input(compute, 1 if looped else self.engine.gradients_per_call(self.x))
+        return self._per_input(compute, 1 if looped else self.engine.choice(self.x).gradients_per_call())
 
 
 def rehearsed_landmarks(x: Input, n_landmarks: int) -> Landmarks:

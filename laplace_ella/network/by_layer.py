@@ -52,14 +52,17 @@ def outer_matrices(model: ContractedModel) -> dict[str, Product]:
     That is where :math:`T^2 (O + J)` is at most O J; memory is saved there too. They enter one call, as they are.
     """
     uses, entangled = Counter(use.slot for use in model.uses), model.sources_of_derived | model.uncovered
+    found = small_outer_products(model)
+    return {k: use for k, use in found.items() if uses[k] == 1 and k in model.names - entangled}
 
-    def multiplied(use: Use) -> bool:
-        if not isinstance(use, Product) or uses[use.slot] > 1 or use.slot in entangled:
-            return False
-        t, groups, o, j = use.shape
-        return use.slot in model.names and groups == 1 and t * t * (o + j) <= o * j
 
-    return {use.slot: use for use in model.uses if isinstance(use, Product) and multiplied(use)}
+def small_outer_products(model: ContractedModel) -> dict[str, Product]:
+    """Return the matrices, derived ones too, of which outer products are multiplied with fewer operations than gradients."""
+
+    def is_small(t: int, groups: int, o: int, j: int) -> bool:
+        return groups == 1 and t * t * (o + j) <= o * j
+
+    return {use.slot: use for use in model.uses if isinstance(use, Product) and is_small(*use.shape)}
 
 
 def outer_numbers(matrices: Matrices) -> tuple[int, int, int]:

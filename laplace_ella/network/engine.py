@@ -1,8 +1,7 @@
-r"""One model and how it is differentiated: the way, the chunks, and what is remembered of it."""
+r"""One model and how it is differentiated: what is found out about it and remembered, and what computes."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,18 +26,15 @@ from ..data.batches import (
 )
 from ..data.packing import unpacked
 from .calls import DivergedError
+from .choice import Choice, allowed, without_record
 from .contraction import ContractedModel, contracted_cotangents
-from .costs import Counts, of_contraction, of_forward_mode, sizes
 from .cutting import Cutting
 from .derived import DerivedModel
 from .facts import InputFacts, find_facts, layers_of
-from .features import AUTODIFF, FEATURES, Features, Way, reverse_is_cheaper
+from .features import AUTODIFF, FEATURES, Features, Way
 from .functional import FunctionalModel, Weights, first_weight, last_layer_norms, setting_of
 from .gradients import RowEngine
 from .memory import (
-    CPU_GRADIENT_SET,
-    CPU_WORKING_SET,
-    LIVE_TENSORS,
     Chunks,
     budget_bytes,
     free_memory,
@@ -50,9 +46,6 @@ from .pulling import pulled_cotangents
 from .safety import safely
 
 __all__ = ["AUTODIFF", "Engine"]
-
-# Ways to compute features are compared for batches of so many inputs.
-USUAL_SIZE = 16
 
 
 class Engine:
@@ -263,7 +256,7 @@ class Engine:
         if kind not in self._facts:
             precision, one_by_one = self.support(x).precision, self.support(x).gradients == "loop"
             derivable = not self.compiled and any(
-                FEATURES[k].forward or FEATURES[k].contracts for k in self._allowed(x)
+                FEATURES[k].forward or FEATURES[k].contracts for k in allowed(self.autodiff, self.support(x))
             )
             find = torch.no_grad()(find_facts)
             self._facts[kind] = safely(
@@ -282,61 +275,23 @@ class Engine:
             )
         return self._layers[kind]
 
-    def _allowed(self, x: Input) -> list[str]:
-        """Return the ways that users allow and the model supports, that of its support first."""
-        support = self.support(x)
-        if self.autodiff != "auto":
-            return [support.features]
-        others = [
-            k for k, way in FEATURES.items() if way.contracts or way.gradients == support.gradients == "vmap"
-        ]
-        return list(dict.fromkeys([support.features, *others]))
+    def choice(self, x: Input) -> Choice:
+        """Return what decides how features of inputs like ``x`` are computed now."""
+        return Choice(
+            self.function,
+            self.facts(x),
+            self.support(x),
+            self.autodiff,
+            self.chunk_size,
+            self.row_count(),
+            self.row_size(),
+            self.budget(),
+            batch_size(x),
+            self.device.type == "cpu",
+            torch.is_grad_enabled(),
+        )
 
-    def mode(self, x: Input, rank: int) -> str:
-        """Choose a way to compute features: the cheapest that the model supports, by counts; see ``costs``."""
-        allowed, facts = self._allowed(x), self.facts(x)
-        first = allowed[0]
-        if FEATURES[first].contracts and (torch.is_grad_enabled() or facts.contracted is None):
-            return "reverse" if self.support(x).gradients == "vmap" else "reverse loop"
-        if len(allowed) == 1 or not (FEATURES[first].reference or FEATURES[first].directions != "all"):
-            return first
-        contraction = next((k for k in allowed if FEATURES[k].contracts), None)
-        if contraction is not None and self._contracts(contraction, x, rank):
-            return min(first, contraction, key=lambda k: self.cost(k, x, rank))
-        if reverse_is_cheaper(facts.n_coordinates, rank, facts.graph_bytes / self.row_size()):
-            return next((k for k in allowed if FEATURES[k].gradients), first)
-        return first
-
-    def _contracts(self, mode: str, x: Input, rank: int) -> bool:
-        """Tell whether contraction works for such inputs, and what it prepares is within the budget."""
-        contracted = self.facts(x).contracted
-        if contracted is None or torch.is_grad_enabled():
-            return False
-        return rank * contracted.direction_bytes <= self.budget() // 2
-
-    def cost(self, mode: str, x: Input, rank: int) -> float:
-        """Return what the features of an input in a batch of usual size cost, counted in multiplications.
-
-        Inputs of one shape are treated alike, however many come at a time.
-        """
-        facts, way, counts = self.facts(x), FEATURES[mode], self.counts(x)
-        chunks = self.chunks(mode, x, rank, USUAL_SIZE)
-        if way.contracts and facts.contracted is not None:
-            n = facts.n_coordinates
-            products = facts.contracted.products(n, rank)
-            if facts.contracted.uncovered:
-                products += (1 + 4 * n) * counts.forward
-            return of_contraction(counts, n, rank, products, chunks.inputs, self._cached_bytes())
-        if way.forward:
-            return of_forward_mode(counts, rank, chunks, self._cached_bytes())
-        return way.forwards(facts.n_coordinates, rank) * counts.forward
-
-    def counts(self, x: Input) -> Counts:
-        """Count what there is to compute for an input of the shape of ``x``."""
-        facts = self.facts(x)
-        item = self.row_size() / self.row_count()
-        multiplications = 0 if facts.contracted is None else facts.contracted.multiplications
-        return Counts(multiplications, facts.graph_bytes / item, facts.input_bytes, self.row_count())
+    # ------------------------------------------------------------------ inside ``safely``, with inputs as the model takes them
 
     def features(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         r"""Compute :math:`\phi(x)` (B L, C, K) and f(x) (B L, C); inside ``safely``.
@@ -357,7 +312,7 @@ class Engine:
             lambda c: self._compute(mode, x, directions, c),
             chunks,
             self.device,
-            lambda c: self.feature_bytes(mode, c, x),
+            lambda c: self.choice(x).feature_bytes(mode, c),
         )
         if used != chunks:
             self._smaller[kind, mode] = used
@@ -368,65 +323,46 @@ class Engine:
         """Return the way to compute features, and the chunks; once for inputs of a kind, budget and batch size."""
         key = kind, batch_size(x), torch.is_grad_enabled(), self.budget()
         if key not in self._choices:
-            mode = self.mode(x, rank)
-            self._say(mode, x)
-            self._choices[key] = mode, self.chunks(mode, x, rank)
+            choice = self.choice(x)
+            mode = choice.mode(rank)
+            remark = choice.remark(mode)
+            if remark and remark not in self._said:
+                self._said.add(remark)
+                warnings.warn(remark, stacklevel=2)
+            self._choices[key] = mode, choice.chunks(mode, rank)
         return self._choices[key]
 
     def pull(self, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
         r"""Compute :math:`V^T J^T u` (B, n, K) of cotangents u (B, n, L C); inside ``safely``."""
-        rank = len(next(iter(directions.values())))
-        contraction = next((k for k in self._allowed(x) if FEATURES[k].contracts), None)
-        if contraction is not None and self._contracts(contraction, x, rank):
+        choice = self.choice(x)
+        contraction = choice.contraction(len(next(iter(directions.values()))))
+        if contraction is not None:
             with suppress(DivergedError):  # a branch or a shape that depends on the data
-                return self._pull_contracted(contraction, x, directions, cotangents)
+                return self._pull_contracted(contraction, choice, x, directions, cotangents)
         function, looped = self.function, self.support(x).gradients != "vmap"
         pulled, _ = with_smaller_chunks(
             lambda c: pulled_cotangents(function, function.weights(), directions, x, cotangents, c, looped),
-            Chunks(self.gradients_per_call(x), 1),
+            Chunks(choice.gradients_per_call(), 1),
             self.device,
-            lambda c: self.gradient_bytes(x, c.inputs),
+            lambda c: choice.gradient_bytes(c.inputs),
         )
         return pulled
 
-    def _pull_contracted(self, mode: str, x: Input, directions: Weights, cotangents: Tensor) -> Tensor:
-        model = self.facts(x).contracted
+    def _pull_contracted(
+        self, mode: str, choice: Choice, x: Input, directions: Weights, cotangents: Tensor
+    ) -> Tensor:
+        model = choice.facts.contracted
         assert model is not None
         ready, rank, n = model.ready(), len(next(iter(directions.values()))), cotangents.shape[1]
         found = self._with_prepared(FEATURES[mode], model, directions)
-        chunks = self._contraction_chunks(mode, x, rank, n, batch_size(x))
+        chunks = choice.contraction_chunks(mode, rank, n)
         pulled, _ = with_smaller_chunks(
             lambda c: contracted_cotangents(model, ready, found, x, cotangents, c),
             chunks,
             self.device,
-            lambda c: self.feature_bytes(mode, c, x),
+            lambda c: choice.feature_bytes(mode, c),
         )
         return pulled
-
-    def _say(self, mode: str, x: Input) -> None:
-        """Warn once of what a contraction cannot do."""
-        contracted, wanted = self.facts(x).contracted, self.support(x).features
-        if FEATURES[wanted].contracts and contracted is None:
-            text = (
-                f"autodiff={self.autodiff!r} does not work for this model ({self.facts(x).why_not}), so that its "
-                "features are computed by plain backward passes. Name no mode, or 'forward', for cheaper ones."
-            )
-        elif FEATURES[wanted].contracts and not FEATURES[mode].contracts:
-            text = (
-                f"autodiff={self.autodiff!r} records no graph back to the inputs, so that features with "
-                "enable_backprop=True are computed by plain backward passes. Name no mode, or 'forward', for cheaper ones."
-            )
-        elif FEATURES[mode].contracts and contracted is not None and contracted.uncovered:
-            text = (
-                f"{len(contracted.uncovered)} weights ({', '.join(sorted(contracted.uncovered)[:3])} ...) are used in a "
-                "way that contraction layer by layer has no rule for. Their gradients are computed by reverse mode, for "
-                "about 1 + 2 C forward passes of an input more."
-            )
-        else:
-            return
-        if text not in self._said:
-            self._said.add(text)
-            warnings.warn(text, stacklevel=2)
 
     def _compute(self, mode: str, x: Input, directions: Weights, chunks: Chunks) -> tuple[Tensor, Tensor]:
         try:
@@ -439,7 +375,7 @@ class Engine:
     ) -> Callable[[Input, Chunks], tuple[Tensor, Tensor]]:
         """Return a way to compute features of inputs like ``x``, with all that it takes but the inputs."""
         way = FEATURES[mode]
-        function = self._function(mode, x, len(next(iter(directions.values()))))
+        function = self.choice(x).model_for(mode, len(next(iter(directions.values()))))
         compute = _compiled(way.compute) if self.compiled and way.directions == "several" else way.compute
         weights = function.ready() if isinstance(function, DerivedModel) else function.weights()
         return partial(compute, function, weights, self._with_prepared(way, function, directions))
@@ -447,10 +383,8 @@ class Engine:
     def _as_it_is(self, x: Input, directions: Weights) -> tuple[Tensor, Tensor]:
         """Compute features of the model as it is, in no way that follows a record."""
         support = self.support(x)
-        mode = support.features
-        if FEATURES[mode].contracts:
-            mode = "reverse" if support.gradients == "vmap" else "reverse loop"
-        chunks = self.chunks(mode, x, len(next(iter(directions.values()))))
+        mode = without_record(support) if FEATURES[support.features].contracts else support.features
+        chunks = self.choice(x).chunks(mode, len(next(iter(directions.values()))))
         return FEATURES[mode].compute(self.function, self.function.weights(), directions, x, chunks)
 
     def _with_prepared(self, way: Way, function: FunctionalModel, directions: Weights) -> Weights:
@@ -468,83 +402,6 @@ class Engine:
             kept[key] = stamp, now, made
         found = {**directions, **made}
         return {k: found[k] for k in function.met} if isinstance(function, DerivedModel) else found
-
-    def feature_bytes(self, mode: str, chunks: Chunks, x: Input) -> int:
-        """Estimate what one call of the features holds."""
-        facts, way = self.facts(x), FEATURES[mode]
-        sizes = facts.input_bytes, facts.graph_bytes, self.row_size()
-        each = sum(n * size for n, size in zip(way.held, sizes))
-        each += way.per_output * facts.n_coordinates * facts.input_bytes
-        return chunks.inputs * chunks.directions * each
-
-    def prepared_bytes(self, mode: str, x: Input, rank: int) -> int:
-        """Return the bytes of what is prepared of K directions, once for a basis."""
-        function = self._function(mode, x, rank)
-        return rank * function.direction_bytes if isinstance(function, DerivedModel) else 0
-
-    def _function(self, mode: str, x: Input, rank: int) -> FunctionalModel:
-        """Return the model that a way takes, for which there is room for what it prepares."""
-        way, facts = FEATURES[mode], self.facts(x)
-        if way.contracts and facts.contracted is not None:
-            return facts.contracted
-        if not way.forward:
-            return self.function
-        function = facts.rewritten
-        while isinstance(function, DerivedModel) and rank * function.direction_bytes > self.budget() // 2:
-            function = function.model
-        return function
-
-    def gradient_bytes(self, x: Input, n_inputs: int, row_bytes: int | None = None) -> int:
-        """Estimate what a call of the landmark gradients holds, for at most so many of them; by default, rows of P numbers."""
-        at_once = min(n_inputs, self.gradients_per_call(x, row_bytes))
-        return at_once * self._bytes_per_gradient(x, row_bytes)
-
-    def _bytes_per_gradient(self, x: Input, row_bytes: int | None) -> int:
-        return 2 * (self.row_size() if row_bytes is None else row_bytes) + self.facts(x).graph_bytes
-
-    def chunks(self, mode: str, x: Input, rank: int, size: int | None = None) -> Chunks:
-        """Cut a batch and K directions so that what a call holds stays within budget, at the least cost."""
-        way, size = FEATURES[mode], batch_size(x) if size is None else size
-        if way.gradients == "loop":
-            return Chunks(1, 1)
-        if way.contracts:
-            return self._contraction_chunks(mode, x, rank, self.facts(x).n_coordinates, size)
-        if way.directions == "all":
-            return Chunks(self.inputs_within_budget(x, self.feature_bytes(mode, Chunks(1, 1), x)), 1)
-        counts, within = self.counts(x), max(1, self.budget() // LIVE_TENSORS)
-        wanted = 1 if way.directions == "one" else min(rank, self.chunk_size or rank)
-        directions = {math.ceil(wanted / parts) for parts in range(1, wanted + 1)}
-        if self.chunk_size:
-            directions = {wanted}
-        allowed = [
-            Chunks(b, d) for b in sizes(size) for d in sorted(directions) if b * d * counts.largest <= within
-        ]
-        fallback = Chunks(1, wanted if self.chunk_size else 1)
-        return min(
-            allowed, key=lambda c: of_forward_mode(counts, rank, c, self._cached_bytes()), default=fallback
-        )
-
-    def _contraction_chunks(self, mode: str, x: Input, rank: int, n: int, size: int) -> Chunks:
-        counts, facts, way = self.counts(x), self.facts(x), FEATURES[mode]
-        each = way.held[1] * facts.graph_bytes + way.per_output * n * facts.input_bytes
-        allowed = [b for b in sizes(size) if b * each <= self.budget() // 2]
-        cost = partial(of_contraction, counts, n, rank, 0.0, working_set=self._cached_bytes())
-        return Chunks(min(allowed, key=lambda b: cost(inputs=b), default=1), 1)
-
-    def _cached_bytes(self) -> int:
-        """Return the bytes that a tensor may take without being slower for it."""
-        return CPU_WORKING_SET if self.device.type == "cpu" else self.budget()
-
-    def gradients_per_call(self, x: Input, row_bytes: int | None = None) -> int:
-        """Return for how many rows gradients are computed at once: a quarter of the budget, or less."""
-        return self.inputs_within_budget(x, self._bytes_per_gradient(x, row_bytes))
-
-    def inputs_within_budget(self, x: Input, bytes_per_input: int, cotangents: int = 1) -> int:
-        """Return how many inputs of so many bytes, and cotangents, a call may take: a quarter of the budget, or less."""
-        by_budget = self.budget() // 4 // bytes_per_input
-        if self.device.type == "cpu":
-            by_budget = min(by_budget, CPU_GRADIENT_SET // (cotangents * self.facts(x).input_bytes))
-        return max(1, by_budget)
 
 
 def _pair(x: Input) -> Input:

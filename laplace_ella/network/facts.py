@@ -105,7 +105,8 @@ def _contracted(
     made = contracted_model(model, pair, one_by_one)
     weights, ready = model.weights(), made.ready()
     tangents = normal_like(weights, 2, seed=0)
-    found = {k: {**tangents, **made.prepared(tangents)}[k] for k in made.met}
+    directions = {**tangents, **made.prepared(tangents)}
+    found = {k: directions[k] for k in made.met}
     x = _distinct(pair)
     missed = _moving(model, x) - made.reached
     if missed:

@@ -25,6 +25,7 @@ from ..network.by_layer import (
     outer_matrices,
     outer_numbers,
     rows_by_layer,
+    small_outer_products,
 )
 from ..network.calls import DivergedError
 from ..network.costs import of_gradients, of_gradients_by_layer
@@ -119,18 +120,24 @@ def row_source(
         sharded=sharded,
         matrices=matrices,
     )
-    source.landmarks_per_call = engine.gradients_per_call(longest, source.row_bytes)
+    source.landmarks_per_call = engine.choice(longest).gradients_per_call(source.row_bytes)
     return source
 
 
 def _worthwhile(engine: Engine, x: Input, n_landmarks: int) -> Matrices:
     """Return the matrices whose gradients are to be outer products; none if rows are cheaper without, or were named."""
-    layers = None if engine.row_engine else engine.layers(x)
-    if layers is None:
+    choice, met = engine.choice(x), n_landmarks / 2
+
+    def cheaper(matrices: Matrices) -> bool:
+        cost = of_gradients_by_layer(choice.counts, 1, met, *outer_numbers(matrices))
+        return cost < of_gradients(choice.counts, 1, met)
+
+    contracted = choice.facts.contracted
+    if engine.row_engine or contracted is None or not cheaper(small_outer_products(contracted)):
         return {}
-    matrices, counts, met = outer_matrices(layers), engine.counts(x), n_landmarks / 2
-    cost = of_gradients_by_layer(counts, 1, met, *outer_numbers(matrices))
-    return matrices if cost < of_gradients(counts, 1, met) else {}
+    layers = engine.layers(x)
+    matrices = {} if layers is None else outer_matrices(layers)
+    return matrices if cheaper(matrices) else {}
 
 
 def _by_layer(
@@ -175,13 +182,13 @@ def kernels_of_layers(engine: Engine, x: Input) -> Tensor | None:
     layers = None if engine.row_engine else engine.layers(x)
     if layers is None:
         return None
-    facts, counts = engine.facts(x), engine.counts(x)
+    facts, counts = engine.facts(x), engine.choice(x).counts
     n, met = facts.n_coordinates, facts.n_outputs
     cost = of_gradients_by_layer(counts, n, met, *outer_numbers(outer_matrices(layers)))
     each = 2 * facts.graph_bytes + n * (LIVE_TENSORS * facts.input_bytes + 24 * numbers_at_once(layers))
     if each > engine.budget() // 4 or cost >= of_gradients(counts, n, met):
         return None
-    inputs, positions = engine.inputs_within_budget(x, each, n), n // facts.n_outputs
+    inputs, positions = engine.choice(x).inputs_within_budget(each, n), n // facts.n_outputs
 
     def compute(chunks: Chunks) -> Tensor:
         parts = (inputs_between(x, a, a + chunks.inputs) for a in range(0, batch_size(x), chunks.inputs))

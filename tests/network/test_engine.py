@@ -167,14 +167,14 @@ def test_a_mode_is_chosen_by_outputs_directions_and_the_kind_of_network():
     assert reverse_is_cheaper(1, 20)
     assert not reverse_is_cheaper(1, 20, 0.9 * SHARED_WEIGHTS)
     boundary = next(k for k in range(1, 1000) if reverse_is_cheaper(C, k))
-    assert [engine.mode(x, k) for k in (boundary - 1, boundary)] == ["forward", "reverse"]
+    assert [engine.choice(x).mode(k) for k in (boundary - 1, boundary)] == ["forward", "reverse"]
     layers = nn.Linear(5, 99), nn.Linear(99, 99), nn.Tanh(), nn.Linear(99, 1)
     shares_no_weight = nn.Sequential(*layers).double()
-    assert NystromGGN(shares_no_weight, "regression").engine.mode(X, 10**6) == "forward"
+    assert NystromGGN(shares_no_weight, "regression").engine.choice(X).mode(10**6) == "forward"
     for mode in MODES:
         named = NystromGGN(model, "classification", autodiff=mode).engine
-        assert named.mode(x, 1) == named.mode(x, 10**6) == mode
-    assert ReverseNystromGGN(model, "classification").engine.mode(x, 1) == "reverse"
+        assert named.choice(x).mode(1) == named.choice(x).mode(10**6) == mode
+    assert ReverseNystromGGN(model, "classification").engine.choice(x).mode(1) == "reverse"
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -291,23 +291,23 @@ def test_the_budget_changes_chunks_and_no_result(budget):
     la = fitted(memory_budget=budget)
     assert_close(la(X), fitted()(X))
     engine = la.backend.engine
-    assert engine.chunks("forward", X, 5).inputs >= 1
+    assert engine.choice(X).chunks("forward", 5).inputs >= 1
     if isinstance(budget, int) and budget == 1:
-        assert all(engine.chunks(mode, X, 5) == Chunks(1, 1) for mode in FEATURES)
-        assert engine.gradients_per_call(X) == 1
+        assert all(engine.choice(X).chunks(mode, 5) == Chunks(1, 1) for mode in FEATURES)
+        assert engine.choice(X).gradients_per_call() == 1
 
 
 def test_what_calls_take_follows_from_the_facts_of_their_way():
     engine = fitted().backend.engine
-    facts, chunks = engine.facts(X), {mode: engine.chunks(mode, X, 5) for mode in FEATURES}
+    facts, chunks = engine.facts(X), {mode: engine.choice(X).chunks(mode, 5) for mode in FEATURES}
     assert {mode: c.directions for mode, c in chunks.items() if c.directions > 1} == {"forward": 5}
-    assert chunks["reverse"] == Chunks(engine.gradients_per_call(X), 1)
+    assert chunks["reverse"] == Chunks(engine.choice(X).gradients_per_call(), 1)
     assert chunks["reverse loop"] == Chunks(1, 1)
-    n_bytes = {mode: engine.feature_bytes(mode, Chunks(2, 3), X) for mode in FEATURES}
+    n_bytes = {mode: engine.choice(X).feature_bytes(mode, Chunks(2, 3)) for mode in FEATURES}
     assert n_bytes["forward"] == n_bytes["forward loop"] == 6 * 8 * facts.input_bytes
     assert n_bytes["double"] == 6 * 2 * facts.graph_bytes
     assert n_bytes["reverse"] == n_bytes["reverse loop"] == 6 * (2 * engine.row_size() + facts.graph_bytes)
-    assert engine.gradient_bytes(X, 2) == 2 * (2 * engine.row_size() + facts.graph_bytes)
+    assert engine.choice(X).gradient_bytes(2) == 2 * (2 * engine.row_size() + facts.graph_bytes)
 
 
 def test_views_and_results_in_place_take_no_memory():

@@ -58,7 +58,7 @@ def _row():
 
 def test_a_row_of_the_table_is_all_that_a_new_way_takes():
     la, expected = fitted(autodiff="layers"), fitted()
-    assert la.backend.support(X).features == la.backend.engine.mode(X, 5) == "layers"
+    assert la.backend.support(X).features == la.backend.engine.choice(X).mode(5) == "layers"
     for found, other in zip(la.features(X), expected.features(X)):
         assert_close(found, other)
     assert_close(la.H, expected.H)
@@ -90,7 +90,7 @@ def test_first_in_the_table_it_is_tried_first(monkeypatch):
         FEATURES[name] = FEATURES.pop(name)
     la = fitted()
     monkeypatch.setattr(features, "SHARED_WEIGHTS", 0)
-    assert la.backend.support(X).features == la.backend.engine.mode(X, 10**6) == "layers"
+    assert la.backend.support(X).features == la.backend.engine.choice(X).mode(10**6) == "layers"
     other = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, C, bias=False)).double()
     assert fitted(model=other).backend.support(X).features == "forward"
 
