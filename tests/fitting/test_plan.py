@@ -11,7 +11,7 @@ from torch import nn
 
 from laplace_ella.fitting import rehearsal
 from laplace_ella.fitting.rehearsal import LONG, REPEATS, seconds_of
-from laplace_ella.network import engine, memory
+from laplace_ella.network import choice, memory
 from laplace_ella.network.features import FEATURES
 
 
@@ -70,9 +70,9 @@ OPTIONS = [
 @pytest.mark.filterwarnings("ignore:curvature='mc' estimates G")
 @pytest.mark.parametrize("options", [*OPTIONS, *(m for m in FEATURES if m != "double")], ids=str)
 def test_planned_seconds_are_those_of_fit_and_predictions(monkeypatch, options):
-    monkeypatch.setattr(engine, "CPU_WORKING_SET", 6 * 7 * 8)  # bytes of six inputs
+    monkeypatch.setattr(choice, "CPU_WORKING_SET", 6 * 7 * 8)  # bytes of six inputs
     if isinstance(options, str):
-        monkeypatch.setattr(engine.Engine, "mode", lambda self, x, rank: options)
+        monkeypatch.setattr(choice.Choice, "mode", lambda self, rank: options)
         assert check(*priced(monkeypatch)).mode == options
         return
     for fixed in (0.0, 1.0):

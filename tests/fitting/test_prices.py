@@ -9,7 +9,7 @@ from models import Applied, Counting
 from torch import nn
 
 from laplace_ella.fitting import prices, rehearsal
-from laplace_ella.network import engine
+from laplace_ella.network import choice
 from laplace_ella.network.features import FEATURES
 from laplace_ella.posterior.setting import USUAL_RANKS
 
@@ -47,9 +47,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_promised_seconds_are_those_of_predictions(monkeypatch, options):
-    monkeypatch.setattr(engine, "CPU_WORKING_SET", 6 * 7 * 8)  # bytes of six inputs
+    monkeypatch.setattr(choice, "CPU_WORKING_SET", 6 * 7 * 8)  # bytes of six inputs
     if isinstance(options, str):
-        monkeypatch.setattr(engine.Engine, "mode", lambda self, x, rank: options)
+        monkeypatch.setattr(choice.Choice, "mode", lambda self, rank: options)
     la, clock = priced(monkeypatch, **({} if isinstance(options, str) else options))
     for x in (X, X[:1]):
         plan = la.predict_plan(x, verbose=False)
