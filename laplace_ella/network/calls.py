@@ -243,9 +243,7 @@ def _key(calls: list[Call]) -> str:
         if isinstance(value, Tensor):
             found.update(str((value.dtype, value.shape)).encode())
             found.update(
-                value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                if value.numel()
-                else b""
+                value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
             )
         else:
             found.update(repr(value).encode())

@@ -340,6 +340,31 @@ def test_writes_that_nobody_counts_are_seen(autodiff):
             assert_close(found, other, rtol=1e-10)
 
 
+@pytest.mark.parametrize("autodiff", ["auto", "contraction", "forward"])
+def test_a_weight_that_is_transposed_where_it_is_is_seen(autodiff):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, C)).double()
+    function, x = FunctionalModel(model), vectors().double()
+    V = normal_like(function.weights(), K, seed=1)
+    engine = NystromGGN(model, "classification", autodiff=autodiff).engine
+    for _ in range(2):
+        expected = safely(model, lambda: looped_reverse_features(function, None, V, x, Chunks(1, 1)))
+        for found, other in zip(engine.push(x, V), expected):
+            assert_close(found, other, rtol=1e-10)
+        model[0].weight.data = model[0].weight.data.T  # the same address and shape
+
+
+def test_weights_that_meet_a_number_are_recorded():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight * torch.tensor(2.0, dtype=x.dtype), self.bias)
+
+    pair = torch.cat([vectors().double()[:1]] * 2)
+    model = Scaled(6, C).double()
+    facts = safely(model, lambda: find_facts(FunctionalModel(model), pair, torch.float64, True, False))
+    assert facts.contracted is not None
+
+
 @pytest.mark.filterwarnings("ignore:This model cannot be differentiated for several inputs at once")
 def test_a_pass_that_does_not_follow_the_record_is_found_out():
     branch = Applied(
