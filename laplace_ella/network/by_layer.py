@@ -169,6 +169,8 @@ def rows_by_layer(
             found[name] = gradients[:, 0]
             return
         more = matrices[name].shape[0] - gradients.right.shape[1]  # shorter inputs have fewer positions
+        if more < 0:  # of inputs of one shape, some have more than those that were recorded
+            raise DivergedError
         found[name] = Outer(F.pad(gradients.left, (0, 0, 0, more)), F.pad(gradients.right, (0, 0, 0, more)))
 
     def units(f: Tensor) -> Tensor:
