@@ -207,7 +207,10 @@ def kernels_by_layer(model: ContractedModel, x: Input, positions: int, n_outputs
     total = torch.zeros(size, positions, n_outputs, n_outputs, dtype=torch.float64, device=device)
 
     def act(name: str, gradients: Gradients) -> None:
-        total.add_(_kernels(gradients, n_outputs))
+        found = _kernels(gradients, n_outputs)
+        if found.shape != total.shape:  # of inputs of one shape, these have another number of positions
+            raise DivergedError
+        total.add_(found)
 
     _visit(model, x, None, outer_matrices(model), act)
     repeated = each_cut(x, lambda t: t.repeat_interleave(n, 0))

@@ -210,6 +210,8 @@ def test_inputs_of_one_shape_may_have_more_positions_than_the_recorded_one():
     assert matrices["net.0.weight"].shape[0] == 1
     with pytest.raises(DivergedError):
         safely(model, lambda: rows_by_layer(made, x, outputs, matrices))
+    with pytest.raises(DivergedError):  # the model has one prediction for each input, not three
+        safely(model, lambda: kernels_by_layer(made, x, 3, C))
 
 
 def test_a_record_keeps_shapes_and_no_activations():
