@@ -169,6 +169,8 @@ def rows_by_layer(
             found[name] = gradients[:, 0]
             return
         more = matrices[name].shape[0] - gradients.right.shape[1]  # shorter inputs have fewer positions
+        if more < 0:  # of inputs of one shape, some have more than those that were recorded
+            raise DivergedError
         found[name] = Outer(F.pad(gradients.left, (0, 0, 0, more)), F.pad(gradients.right, (0, 0, 0, more)))
 
     def units(f: Tensor) -> Tensor:
@@ -205,7 +207,10 @@ def kernels_by_layer(model: ContractedModel, x: Input, positions: int, n_outputs
     total = torch.zeros(size, positions, n_outputs, n_outputs, dtype=torch.float64, device=device)
 
     def act(name: str, gradients: Gradients) -> None:
-        total.add_(_kernels(gradients, n_outputs))
+        found = _kernels(gradients, n_outputs)
+        if found.shape != total.shape:  # of inputs of one shape, these have another number of positions
+            raise DivergedError
+        total.add_(found)
 
     _visit(model, x, None, outer_matrices(model), act)
     repeated = each_cut(x, lambda t: t.repeat_interleave(n, 0))

@@ -41,6 +41,9 @@ QUESTIONS = frozenset(
 REPEATING = frozenset(
     [Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.broadcast_to, Tensor.broadcast_to]
 )
+# Functions that take entries of a tensor along an axis, and these with others that take some of its rows.
+ALONG = frozenset([torch.gather, Tensor.gather, torch.take_along_dim, Tensor.take_along_dim])
+TAKING = ALONG | {Tensor.__getitem__, torch.index_select, Tensor.index_select}
 # Functions of torch.nn.functional that are calls of their own; what others call is looked at instead.
 WHOLE = frozenset(
     [F.layer_norm, F.group_norm, F.batch_norm, F.instance_norm, F.embedding, getattr(F, "rms_norm", None)]
@@ -177,7 +180,7 @@ class _Recorder(TorchFunctionMode):
         if body is not None:
             with self:
                 return body(*args, **kwargs)
-        self._require_order(func, args)
+        self._require_order(func, args, kwargs)
         before = [t._version for t in taken]
         out = func(*args, **kwargs)
         made = [t for t in leaves_of(out) if isinstance(t, Tensor)]
@@ -208,13 +211,14 @@ class _Recorder(TorchFunctionMode):
         self.calls.append(Call(func, slots, "derive", arguments, new))
         return out
 
-    def _require_order(self, func: Any, args: Any) -> None:
+    def _require_order(self, func: Any, args: Any, kwargs: Any) -> None:
         """Require that a call does not take inputs of the batch in an order that depends on them."""
-        if func is not Tensor.__getitem__ and func not in (torch.index_select, Tensor.index_select):
+        if func not in TAKING or not args or not self._per_input(args[0]) or id(args[0]) not in self.entered:
             return
-        if not self._per_input(args[0]) or id(args[0]) not in self.entered:
-            return
-        index = args[1] if func is Tensor.__getitem__ else args[-1]
+        more = (*args[1:], *kwargs.values())
+        if func in ALONG and next((v for v in more if isinstance(v, int)), 0) % args[0].ndim:
+            return  # entries of one input
+        index = next((v for v in more if not isinstance(v, int)), None)
         first = index[0] if isinstance(index, tuple) and index else index
         if isinstance(first, Tensor) and not first.is_floating_point() and id(first) in self.entered:
             raise ValueError("inputs are put in an order that depends on them")
@@ -243,9 +247,7 @@ def _key(calls: list[Call]) -> str:
         if isinstance(value, Tensor):
             found.update(str((value.dtype, value.shape)).encode())
             found.update(
-                value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                if value.numel()
-                else b""
+                value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
             )
         else:
             found.update(repr(value).encode())

@@ -91,7 +91,8 @@ class _Convolved(torch.autograd.Function):
         _, stride, padding, dilation, groups = ctx.options
         sizes = zip(ctx.spatial, g.shape[2:], weight.shape[2:], stride, padding, dilation)
         left = [m - ((p - 1) * s - 2 * pad + d * (k - 1) + 1) for m, p, k, s, pad, d in sizes]
-        back = _BACK[ctx.function](g, weight, None, stride, padding, left, groups, dilation)
+        # Autocast, by which g may be of another dtype than the weight, is off here.
+        back = _BACK[ctx.function](g, weight.to(g.dtype), None, stride, padding, left, groups, dilation)
         return None, back, *[None] * (1 + len(ctx.options))
 
 

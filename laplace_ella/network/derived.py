@@ -37,7 +37,7 @@ class Stamp:
     Attributes
     ----------
     places : tuple
-        The address and the shape of each tensor.
+        The address, the shape and the strides of each tensor.
     writes : tuple of int
         How often those were written to that others are made of.
     views : tuple of Tensor
@@ -65,7 +65,7 @@ def stamp_of(tensors: Weights, sources: Collection[str], before: Stamp | None = 
 
     ``sources`` are the names of those that others are made of. Copies are made of tensors that do not fill their memory.
     """
-    places = tuple((t.data_ptr(), t.shape) for t in tensors.values())
+    places = tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors.values())
     read = [t for k, t in tensors.items() if k in sources or not is_dense(t)]
     writes = tuple(0 if t.is_inference() else t._version for t in read)
     views = before.views if before and before.places == places else tuple(map(_some_entries, read))

@@ -115,11 +115,12 @@ class Product(Use):
         row = g.element_size() * n * size * groups * a.shape[-1]
         rows = max(FEWEST_ROWS, BLOCK_BYTES // row)
         rows = math.ceil(o / math.ceil(o / rows))  # parts of equal size
-        total = g.new_zeros(len(v), size * n)
+        total: Any = None
         for x, w in zip(g.split(rows, -1), v.split(rows, 2)):
             gradients = self._gradients(x, a).reshape(size * n, -1)
-            # Matrix products are faster with the narrower matrix on the left.
-            total.addmm_(w.flatten(1), gradients.T)
+            # Matrix products are faster with the narrower matrix on the left. Autocast does not convert those in place.
+            left = w.flatten(1).to(gradients.dtype)
+            total = left @ gradients.T if total is None else total.addmm_(left, gradients.T)
         return total.T.reshape(size, n, -1)
 
     def _by_outputs(self, g: Tensor, a: Tensor, v: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from test_contraction import (
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
-from laplace_ella import NystromGGN
+from laplace_ella import ELLALaplace, NystromGGN
 from laplace_ella.network.by_layer import Outer, kernels_by_layer, outer_matrices, rows_by_layer
 from laplace_ella.network.calls import DivergedError
 from laplace_ella.network.contraction import contracted_model
@@ -182,6 +182,36 @@ def test_few_positions_are_outer_products_whose_sums_are_gradients():
     of_short = safely(body, lambda: outer_matrices(recorded(body, short)))
     with pytest.raises(DivergedError):  # more positions than there is room for
         safely(body, lambda: rows_by_layer(recorded(body, long), long, outputs, of_short))
+
+
+def cut_to_the_longest(net, x):
+    return net[1](net[0](x[:, : int((x != 0).any(-1).sum(1).max())]).sum(1).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:This model cannot be differentiated for several inputs at once")
+def test_inputs_of_one_shape_may_have_more_positions_than_the_recorded_one():
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(29, 31, bias=False), nn.Linear(31, C)])
+    model, x = Applied(cut_to_the_longest, layers).double(), torch.randn(5, 3, 29, dtype=F64)
+    for i, length in enumerate((1, 3, 2, 1, 3)):
+        x[i, length:] = 0
+    outputs = torch.arange(5) % C
+    found = [
+        torch.autograd.grad(model(x[i : i + 1])[0, c], list(model.parameters()))
+        for i, c in enumerate(outputs)
+    ]
+    rows = torch.stack([torch.cat([g.flatten() for g in gradients]) for gradients in found])
+    la = ELLALaplace(model, "classification", n_eigenvalues=5)
+    la.fit([(x, outputs)], landmarks=(x, outputs))
+    assert_close(la.basis.spectrum, torch.linalg.eigvalsh(rows @ rows.T).flip(0), 1e-10)
+
+    made = safely(model, lambda: recorded(model, x[:1]))
+    matrices = outer_matrices(made)
+    assert matrices["net.0.weight"].shape[0] == 1
+    with pytest.raises(DivergedError):
+        safely(model, lambda: rows_by_layer(made, x, outputs, matrices))
+    with pytest.raises(DivergedError):  # the model has one prediction for each input, not three
+        safely(model, lambda: kernels_by_layer(made, x, 3, C))
 
 
 def test_a_record_keeps_shapes_and_no_activations():

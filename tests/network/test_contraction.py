@@ -282,6 +282,12 @@ def in_order(net, x):
     return net[1](F.pad(net[0](x[order]).tanh()[order.argsort()], (0, 3)))
 
 
+def gathered_in_order(net, x):
+    order = (x != 0).sum(1, keepdim=True).argsort(0).expand_as(x)
+    back = order[:, :C].argsort(0)
+    return net[0](x.gather(0, order)).take_along_dim(dim=0, indices=back) + net[1](x)
+
+
 # Functions of two linear layers and inputs that depend on the data, or on all inputs of a batch, on their way.
 AWKWARD = {
     "selected inputs": selected,
@@ -290,6 +296,7 @@ AWKWARD = {
     "sorted by length": lambda net, x: in_order(
         net, torch.cat([(x != 0).sum(1, keepdim=True).to(x), x[:, 1:]], 1)
     ),
+    "gathered by length": gathered_in_order,
     "written to itself": lambda net, x: net[0](x) + F.linear(x, net[1].weight.clone().mul_(2.0)),
     "what is its own type": lambda net, x: net[0](x) + F.linear(x, net[1].weight.to(x.dtype).contiguous()),
     "there and back": lambda net, x: net[0](x.roll(1, 0)).tanh().roll(-1, 0) + net[1](x),
@@ -314,12 +321,14 @@ def test_features_are_right_whatever_a_pass_depends_on(name, autodiff):
         "selected inputs",
         "sorted inputs",
         "sorted by length",
+        "gathered by length",
         "written to itself",
     ):
         with pytest.raises(ValueError, match="cannot be differentiated"):
             engine.push(x, V)
         return
-    for batch in (x, x[:1], -x, short, x[:2].flip(0), x[:, [3, 1, 2, 0, 5, 4]]):
+    padded = x * (torch.arange(6) < torch.tensor([[6, 1, 4, 2, 6, 3, 5, 1]]).T)
+    for batch in (x, x[:1], -x, short, padded, x[:2].flip(0), x[:, [3, 1, 2, 0, 5, 4]]):
         expected = safely(model, lambda b=batch: looped_reverse_features(function, None, V, b, Chunks(1, 1)))
         for found, other in zip(engine.push(batch, V), expected):
             assert_close(found, other, rtol=1e-10)
@@ -338,6 +347,31 @@ def test_writes_that_nobody_counts_are_seen(autodiff):
         expected = safely(model, lambda: looped_reverse_features(function, None, V, x, Chunks(1, 1)))
         for found, other in zip(engine.push(x, V), expected):
             assert_close(found, other, rtol=1e-10)
+
+
+@pytest.mark.parametrize("autodiff", ["auto", "contraction", "forward"])
+def test_a_weight_that_is_transposed_where_it_is_is_seen(autodiff):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, C)).double()
+    function, x = FunctionalModel(model), vectors().double()
+    V = normal_like(function.weights(), K, seed=1)
+    engine = NystromGGN(model, "classification", autodiff=autodiff).engine
+    for _ in range(2):
+        expected = safely(model, lambda: looped_reverse_features(function, None, V, x, Chunks(1, 1)))
+        for found, other in zip(engine.push(x, V), expected):
+            assert_close(found, other, rtol=1e-10)
+        model[0].weight.data = model[0].weight.data.T  # the same address and shape
+
+
+def test_weights_that_meet_a_number_are_recorded():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight * torch.tensor(2.0, dtype=x.dtype), self.bias)
+
+    pair = torch.cat([vectors().double()[:1]] * 2)
+    model = Scaled(6, C).double()
+    facts = safely(model, lambda: find_facts(FunctionalModel(model), pair, torch.float64, True, False))
+    assert facts.contracted is not None
 
 
 @pytest.mark.filterwarnings("ignore:This model cannot be differentiated for several inputs at once")

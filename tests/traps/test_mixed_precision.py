@@ -11,6 +11,7 @@ from models import Applied
 from torch import nn
 
 from laplace_ella import NystromGGN
+from laplace_ella.data.hashing import normal_like
 from laplace_ella.network.adjoint import LARGEST_RATIO
 from laplace_ella.network.recording import Recording, coarsest, tolerance
 
@@ -115,6 +116,23 @@ def test_rewriting_goes_on_in_mixed_precision():
     backend = NystromGGN(model, "classification")
     assert backend.support(x).features == "forward"
     assert list(backend.engine.facts(x).rewritten.model.rewrites.folds) == [0]
+
+
+@pytest.mark.filterwarnings("ignore:.*one by one")
+def test_convolutions_are_contracted_under_autocast():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.Tanh(), nn.Conv2d(6, 6, 3), nn.Tanh(), nn.Flatten(), nn.Linear(54, C)
+    )
+    x = torch.randn(3, 2, 7, 7)
+    found = {}
+    with torch.autocast("cpu", BF16):
+        for autodiff in ("contraction", "reverse"):
+            engine = NystromGGN(model, "classification", autodiff=autodiff).engine
+            V = normal_like(engine.function.weights(), 4, seed=1)
+            found[autodiff], _ = engine.push(x, V)
+            assert autodiff == "reverse" or engine.facts(engine.inputs(x)).contracted is not None
+    assert_close(found["contraction"], found["reverse"], rtol=4 * torch.finfo(BF16).eps)
 
 
 def test_the_recording_sees_types_and_draws():
