@@ -190,6 +190,9 @@ CASES = {
     "the simplest within an error": ({"a": [3, 3, 3], "b": [1, 1.2, 1], "c": [1.1, 1.0, 1]}, "b"),
     "the best, if it is clearly better": ({"a": [3, 3, 3], "b": [2, 2.1, 2], "c": [1, 1.1, 1]}, "c"),
     "not the first": ({"a": [1, 1, 1], "b": [1.1, 1.1, 1.1], "c": [1.2, 1.3, 1.4]}, "b"),
+    "not one that is the first again": ({"a": [1, 1, 1], "b": [1.1, 1.1, 1.1], "c": [1, 1, 1]}, "b"),
+    "nor one that nearly is": ({"a": [1, 1, 1], "b": [1.1, 1.1, 1.1], "c": [1 - 1e-6] * 3}, "b"),
+    "not one that is better by nothing": ({"a": [3, 3, 3], "b": [1, 1, 1], "c": [1 - 1e-6] * 3}, "b"),
 }
 
 
