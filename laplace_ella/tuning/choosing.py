@@ -3,7 +3,6 @@ r"""Choosing a method: the simplest one that is as good as the best on data held
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from ..data.checks import check_choice, shown
@@ -33,7 +32,7 @@ def searched(
     ValueError
         If no setting has a finite loss, or there are too few data to choose.
     """
-    posterior = replace(posterior, variance="ella")  # whose features are looked at
+    posterior = posterior.of_ella()  # whose features are looked at
     if not search.auto:
         return joint.tuned(posterior, engine, stream, ranks, search)
     scores, predict_from = joint.scores_of(posterior, engine, stream, ranks, search)

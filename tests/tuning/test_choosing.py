@@ -211,3 +211,24 @@ def test_tuning_ella_afterwards_predicts_with_ella_again(chosen):
     la.optimize_hyperparameters(val, {"temperature": [30.0]}, **FAST)
     assert la.variance == "ella"
     assert state(la)["variance"] == "ella"
+
+
+@pytest.mark.parametrize("name", ["constant variance", "last-layer variance"])
+def test_a_temperature_that_is_the_size_of_another_variance_divides_no_curvature(chosen, name):
+    p, val, _, _ = chosen
+    la = fit(p)
+    evidence, scale = la.log_marginal_likelihood(), la.posterior_scale
+    la.optimize_hyperparameters(val, "auto", method=name, **FAST)
+    assert la.temperature != 1
+    torch.testing.assert_close(la.log_marginal_likelihood(), evidence)
+    torch.testing.assert_close(la.posterior_scale, scale)
+    with pytest.warns(UserWarning, match="have no prior"):
+        la.optimize_prior_precision(n_steps=1)
+    la.optimize_hyperparameters(val, ["logit_scale"], **FAST)
+    assert (la.variance, la.temperature) == ("ella", 1)
+
+
+def test_a_loss_of_many_numbers_is_refused(chosen):
+    p, val, _, _ = chosen
+    with pytest.raises(ValueError, match="one number for all predictions"):
+        fit(p).optimize_hyperparameters(val, ["temperature"], loss=lambda p, y: p[:, 0])
