@@ -232,3 +232,14 @@ def test_a_loss_of_many_numbers_is_refused(chosen):
     p, val, _, _ = chosen
     with pytest.raises(ValueError, match="one number for all predictions"):
         fit(p).optimize_hyperparameters(val, ["temperature"], loss=lambda p, y: p[:, 0])
+
+
+def test_early_stopping_afterwards_predicts_with_ella_again(chosen):
+    p, val, _, _ = chosen
+    la, fresh = fit(p), fit(p)
+    la.optimize_hyperparameters(val, "auto", method="last-layer variance", **FAST)
+    la.logit_scale = 1.0
+    for each in (la, fresh):
+        each.fit(validation(p), val_loader=val)
+    assert la.variance == "ella"
+    torch.testing.assert_close(la(X[:, :2]), fresh(X[:, :2]))
