@@ -379,7 +379,7 @@ class ELLALaplace(ParametricLaplace):
 
     @attributes.of_temperature
     def temperature(self) -> Any:
-        """T, which divides the curvature, or with another ``variance`` multiplies that; assigning it fixes it, None frees it at 1."""
+        """T, which divides the curvature, or with another ``variance`` multiplies that alone; assigning it fixes it, None frees it at 1."""
 
     @attributes.of_prior_precision
     def prior_precision(self) -> Any:
@@ -524,7 +524,7 @@ class ELLALaplace(ParametricLaplace):
 
     @property
     def _H_factor(self) -> Tensor:
-        return self._posterior.setting.curvature_factor
+        return self._posterior.curvature_factor
 
     @property
     def _dtype(self) -> torch.dtype:

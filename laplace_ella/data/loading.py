@@ -29,8 +29,8 @@ def check_some(n: int, loader: str) -> None:
     """Require at least one input."""
     if not n:
         raise ValueError(
-            f"The {loader} yielded no data; at least one input is needed. A generator that was read before is empty: "
-            "pass a fresh one."
+            f"The {loader} yielded no data; at least one input is needed, with a target that is not ignored (-100). A generator "
+            "that was read before is empty: pass a fresh one."
         )
 
 

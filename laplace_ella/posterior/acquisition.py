@@ -286,7 +286,7 @@ def check_labels(posterior: Posterior, n_labellings: int) -> None:
     if posterior.variance != "ella":
         raise ValueError(
             f"batch_bald() samples functions of ELLA's posterior, and with variance={posterior.variance!r} inputs share no such "
-            "functions. Assign la.variance = 'ella' first."
+            "functions. Assign la.variance = 'ella' and a temperature first, or tune ELLA: optimize_hyperparameters(val_loader)."
         )
     if posterior.residual.in_weights:
         raise ValueError(

@@ -169,7 +169,7 @@ def _covariance_error(
             G += root.T @ root
     check_some(ranks.greatest(n, "the training data"), "train_loader")
     setting = posterior.setting
-    precision = setting.curvature_factor * ranks.total(G) + exact.project_precision(setting.prior_precision)
+    precision = posterior.curvature_factor * ranks.total(G) + exact.project_precision(setting.prior_precision)
     phi, f = features(engine, exact, x)
     theirs = Linearised(f, phi).outputs(posterior_scale(precision)).covariance().double()
     ours = posterior.outputs(linearise(posterior, engine, x, backprop)).covariance().double()

@@ -24,7 +24,7 @@ from .kept import Memory
 from .likelihoods import Likelihood
 from .residual import RESIDUALS, Residual
 from .setting import Setting
-from .variances import VARIANCES, simple_outputs
+from .variances import VARIANCES, WITH_SIZE, simple_outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +164,13 @@ class Posterior:
         """Return the posterior without the graphs of its setting, which deepcopy refuses."""
         return replace(self, setting=self.setting.detached(), prior_mean=self.prior_mean.detach())
 
+    def of_ella(self) -> Posterior:
+        """Return the posterior that predicts with ELLA's variance; a temperature that was the size of another is 1 again."""
+        is_size = self.variance in WITH_SIZE and not self.temperature_fixed
+        return replace(
+            self, variance="ella", setting=self.setting.at(temperature=1.0) if is_size else self.setting
+        )
+
     # ------------------------------------------------------------------ the K coordinates
 
     @property
@@ -178,9 +185,15 @@ class Posterior:
         return projected[: self.rank, : self.rank]
 
     @property
+    def curvature_factor(self) -> Tensor:
+        r""":math:`h = 1 / (\sigma^2 T)`, float64; where T is the size of another variance, it divides no curvature."""
+        factor = self.setting.curvature_factor
+        return factor * self.setting.temperature if self.variance in WITH_SIZE else factor
+
+    @property
     def precision(self) -> Tensor:
         """A (K', K'), float64; differentiable in prior precision, noise and temperature."""
-        return self.setting.curvature_factor * self.curvature + self.prior
+        return self.curvature_factor * self.curvature + self.prior
 
     @property
     def scale(self) -> Tensor:
@@ -194,7 +207,7 @@ class Posterior:
             If prior precision or noise have got a value that would have been refused.
         """
         s = self.setting
-        small = (s.prior_precision, s.sigma_noise, s.temperature, self.curvature)
+        small = (s.prior_precision, s.sigma_noise, self.curvature_factor.detach(), self.curvature)
         # The directions enter through V^T Delta V.
         large = self.fit.basis.directions.values() if s.prior_precision.numel() > 1 else ()
         return self._kept("scale", self._scale, small, large)
@@ -237,7 +250,7 @@ class Posterior:
         """Log likelihood of the training data."""
         s, fit = self.setting, self.fit
         normaliser = fit.n_predictions * fit.n_outputs * self.likelihood.log_normaliser(s.sigma_noise)
-        return -s.curvature_factor * fit.loss - normaliser
+        return -self.curvature_factor * fit.loss - normaliser
 
     @property
     def log_det_prior_precision(self) -> Tensor:

@@ -28,6 +28,9 @@ VARIANCES: dict[str, Callable[[Linearised], Tensor] | None] = {
     "last_layer": _of_last_layer,
 }
 
+# Those whose size T is: the posterior of the weights, and its evidence, are then those at T = 1.
+WITH_SIZE = ("constant", "last_layer")
+
 
 def simple_outputs(seen: Linearised, setting: Setting, variance: Callable[[Linearised], Tensor]) -> Outputs:
     """Return a Gaussian over the outputs with variance T v of all of an input's, and without features.

@@ -3,7 +3,6 @@ r"""Choosing a method: the simplest one that is as good as the best on data held
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from ..data.checks import check_choice, shown
@@ -16,9 +15,10 @@ from ..posterior.posterior import Posterior
 from ..posterior.setting import PER_CLASS
 from . import joint
 from .baselines import baseline, simpler_methods
-from .comparison import few_inputs, judged
+from .comparison import EQUAL, few_inputs, judged
 from .methods import FEWEST, Method, Scores, Tuned, tuned
 from .result import TuningResult
+from .scorer import HeldOut
 from .search import FLAT
 
 
@@ -32,7 +32,7 @@ def searched(
     ValueError
         If no setting has a finite loss, or there are too few data to choose.
     """
-    posterior = replace(posterior, variance="ella")  # whose features are looked at
+    posterior = posterior.of_ella()  # whose features are looked at
     if not search.auto:
         return joint.tuned(posterior, engine, stream, ranks, search)
     scores, predict_from = joint.scores_of(posterior, engine, stream, ranks, search)
@@ -150,36 +150,40 @@ def _choice(done: Mapping[str, Tuned], asked: str | None) -> tuple[str, str, str
     """Return the method to use, the one with the smallest loss on data held out, and why.
 
     The one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984) takes the simplest method
-    whose loss is at most one standard error above the smallest, the two being paired. MAP is the choice only if the next
-    method's loss is the same: the one number of temperature scaling is tuned well enough by few data, and the rule would
-    give it up wherever what it gains is less than a standard error, which is large on few data.
+    whose loss is at most one standard error above the smallest, the two being paired; a difference that is a ten-thousandth of
+    the loss is none, however small its error. MAP is the choice only if the next method's loss is the same: the one number
+    of temperature scaling is tuned well enough by few data, and the rule would give it up wherever what it gains is less
+    than a standard error, which is large on few data. Where MAP is the best, the next method is taken, and not one that
+    predicts as MAP does at a higher price.
     """
     compared = {k: m.held_out for k, m in done.items() if m.held_out is not None}
-    best = min(compared, key=lambda k: compared[k].score) if compared else str(asked)
+    best = _first_of_the_best(compared) if compared else str(asked)
     if asked is not None:
         return asked, best, "It was asked for."
     simplest, following, *_ = compared
+    if best == simplest:
+        next_one = f"{following[0].upper()}{following[1:]}"
+        gain = done[simplest].score - done[following].score
+        if gain <= FLAT * abs(done[simplest].score):
+            return simplest, best, f"{next_one} changes nothing, and no other method is better."
+        difference, error = compared[following].minus(compared[simplest])
+        reason = f"{simplest} is the best on data held out, and it is the next method"
+        return following, best, f"{reason} ({difference:+.4f} +- {error:.4f})."
     others = {k: v for k, v in compared.items() if k != simplest}
-    lowest = min(others, key=lambda k: others[k].score)
-    gain = done[simplest].score - done[following].score
-    if best == simplest and gain <= FLAT * abs(done[simplest].score):
-        return (
-            simplest,
-            best,
-            f"{following[0].upper()}{following[1:]} changes nothing, and no other method is better.",
-        )
-    name, found = next(
-        (k, d) for k in others if (d := others[k].minus(others[lowest]))[0] <= d[1] or k == lowest
-    )
-    if name == lowest:
-        return (
-            name,
-            best,
-            "It is the best on data held out, and no simpler method is within a standard error of it.",
-        )
-    behind = f"{lowest} ({found[0]:+.4f} +- {found[1]:.4f})"
+    rounding = EQUAL * abs(others[best].score)
+    name, found = next((k, d) for k in others if (d := others[k].minus(others[best]))[0] <= d[1] + rounding)
+    if name == best:
+        reason = "It is the best on data held out, and no simpler method that is tuned is within a standard error of it."
+        return name, best, reason
+    behind = f"{best} ({found[0]:+.4f} +- {found[1]:.4f})"
     return (
         name,
         best,
-        f"It is the simplest method within one standard error of the best on data held out, {behind}.",
+        f"It is the simplest method that is tuned within one standard error of the best on data held out, {behind}.",
     )
+
+
+def _first_of_the_best(compared: Mapping[str, HeldOut]) -> str:
+    """Return the simplest method whose loss on data held out differs from the smallest by nothing that counts."""
+    lowest = min(found.score for found in compared.values())
+    return next(k for k, found in compared.items() if found.score - lowest <= EQUAL * abs(lowest))

@@ -10,6 +10,8 @@ from .metrics import metrics, reliability
 
 # Fewer validation inputs leave the optimum to chance (docs/tuning.md).
 ENOUGH_INPUTS = 200
+# Methods whose losses differ by less than this share of them are as good, however small the standard error.
+EQUAL = 1e-4
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def _verdicts(held_out: Mapping[str, HeldOutScore]) -> list[str]:
     for name, found in held_out.items():
         if name == "ELLA":
             continue
-        rounding = 1e-6 * abs(found.score)
+        rounding = EQUAL * abs(found.score)
         if found.difference < -2 * found.standard_error - rounding:
             better.append(f"{name} (by {-found.difference:.4f} +- {found.standard_error:.4f})")
         elif found.difference <= found.standard_error + rounding:

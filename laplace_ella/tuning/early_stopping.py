@@ -23,7 +23,7 @@ def stopped_early(
     dict
         The fit, with the scores in its history, and the values of the setting.
     """
-    posterior = replace(posterior, variance="ella")
+    posterior = posterior.of_ella()
     fit, setting = posterior.fit, posterior.setting
     require_same_search(posterior, ranks, "fit()", link_approx=name_of(link))
     scorer = scorer_of(posterior, engine, stream, ranks)
@@ -50,5 +50,7 @@ def stopped_early(
     history = {"processed_examples": [float(n) for n in scores], "val_nll": list(scores.values())}
     names = ("prior_precision", "temperature", "residual_scale") if free else ()
     values = {name: getattr(best.setting, name) for name in names}
-    changes = {"link": name_of(link)} if free and posterior.likelihood.has_probabilities else {}
+    changes = {"variance": "ella"} if free else {}
+    if free and posterior.likelihood.has_probabilities:
+        changes["link"] = name_of(link)
     return {"current": replace(best.fit, history=history), "setting": values, **changes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -117,7 +117,7 @@ def tuned_prior(
     ValueError
         If no candidate has a finite loss.
     """
-    posterior = replace(posterior, variance="ella")
+    posterior = posterior.of_ella()
     options: dict[str, Any] = {
         "grid": search.priors,
         "pred_type": search.pred_type,
@@ -274,6 +274,10 @@ def quiet_host() -> Iterator[None]:
 
 def remarks_on_evidence(posterior: Posterior) -> list[str]:
     """Return what is to be said after the evidence was maximised."""
+    if posterior.variance != "ella":
+        other = f"Predictions are those of variance={posterior.variance!r}, which have no prior"
+        ella = "Tune ELLA with optimize_hyperparameters(val_loader) to predict with it"
+        return [f"{other}: its precision is changed, and they are not. {ella}."]
     if posterior.temperature_fixed:
         return []
     stays = f"the temperature stays {posterior.setting.temperature:.4g}"

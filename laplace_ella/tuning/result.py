@@ -69,7 +69,8 @@ class TuningResult:
         data = f"{self.n_inputs} validation inputs"
         if self.held_out:
             data += ", by cross-validation: each fifth is predicted with what was tuned on the others"
-        others = [k for k in SETTING_NAMES if k not in (*self.searched, *PER_CLASS)]
+        per_class = [k for k in PER_CLASS if getattr(self.best, k) is None]
+        others = [k for k in SETTING_NAMES if k not in (*self.searched, *per_class)]
         held = ", ".join(f"{k} = {shown(getattr(self.best, k))}" for k in others)
         lines = [
             f"{self.loss} on {data} ({len(self.table)} settings)",

@@ -145,7 +145,12 @@ def _on_device(prediction: Prediction, y: Tensor, device: Any) -> tuple[Predicti
 def _joined_score(loss: Any, pairs: Iterable[tuple[Prediction, Tensor]]) -> float:
     predictions, targets = zip(*pairs)
     columns = zip(*(p if isinstance(p, tuple) else (p,) for p in predictions))
-    return float(loss(*(torch.cat(column) for column in columns), torch.cat(targets)))
+    found = loss(*(torch.cat(column) for column in columns), torch.cat(targets))
+    if isinstance(found, Tensor) and found.numel() != 1:
+        raise ValueError(
+            f"loss must return one number for all predictions together; got a tensor of shape {tuple(found.shape)}. Take the mean."
+        )
+    return float(found)
 
 
 def _metric_score(loss: Any, pairs: Iterable[tuple[Prediction, Tensor]]) -> float:

@@ -190,6 +190,9 @@ CASES = {
     "the simplest within an error": ({"a": [3, 3, 3], "b": [1, 1.2, 1], "c": [1.1, 1.0, 1]}, "b"),
     "the best, if it is clearly better": ({"a": [3, 3, 3], "b": [2, 2.1, 2], "c": [1, 1.1, 1]}, "c"),
     "not the first": ({"a": [1, 1, 1], "b": [1.1, 1.1, 1.1], "c": [1.2, 1.3, 1.4]}, "b"),
+    "not one that is the first again": ({"a": [1, 1, 1], "b": [1.1, 1.1, 1.1], "c": [1, 1, 1]}, "b"),
+    "nor one that nearly is": ({"a": [1, 1, 1], "b": [1.1, 1.1, 1.1], "c": [1 - 1e-6] * 3}, "b"),
+    "not one that is better by nothing": ({"a": [3, 3, 3], "b": [1, 1, 1], "c": [1 - 1e-6] * 3}, "b"),
 }
 
 
@@ -208,3 +211,35 @@ def test_tuning_ella_afterwards_predicts_with_ella_again(chosen):
     la.optimize_hyperparameters(val, {"temperature": [30.0]}, **FAST)
     assert la.variance == "ella"
     assert state(la)["variance"] == "ella"
+
+
+@pytest.mark.parametrize("name", ["constant variance", "last-layer variance"])
+def test_a_temperature_that_is_the_size_of_another_variance_divides_no_curvature(chosen, name):
+    p, val, _, _ = chosen
+    la = fit(p)
+    evidence, scale = la.log_marginal_likelihood(), la.posterior_scale
+    la.optimize_hyperparameters(val, "auto", method=name, **FAST)
+    assert la.temperature != 1
+    torch.testing.assert_close(la.log_marginal_likelihood(), evidence)
+    torch.testing.assert_close(la.posterior_scale, scale)
+    with pytest.warns(UserWarning, match="have no prior"):
+        la.optimize_prior_precision(n_steps=1)
+    la.optimize_hyperparameters(val, ["logit_scale"], **FAST)
+    assert (la.variance, la.temperature) == ("ella", 1)
+
+
+def test_a_loss_of_many_numbers_is_refused(chosen):
+    p, val, _, _ = chosen
+    with pytest.raises(ValueError, match="one number for all predictions"):
+        fit(p).optimize_hyperparameters(val, ["temperature"], loss=lambda p, y: p[:, 0])
+
+
+def test_early_stopping_afterwards_predicts_with_ella_again(chosen):
+    p, val, _, _ = chosen
+    la, fresh = fit(p), fit(p)
+    la.optimize_hyperparameters(val, "auto", method="last-layer variance", **FAST)
+    la.logit_scale = 1.0
+    for each in (la, fresh):
+        each.fit(validation(p), val_loader=val)
+    assert la.variance == "ella"
+    torch.testing.assert_close(la(X[:, :2]), fresh(X[:, :2]))
