@@ -135,7 +135,9 @@ def features_in_chunks(
 ) -> Any:
     """Compute features by the way that the backend's user named, in other chunks than it chooses."""
     engine, chunks = backend.engine, Chunks(inputs, 1 if way == "contraction" else directions)
-    return safely(backend.model, lambda: engine.bound(way, x, basis.directions)(x, chunks))
+    phi, f = safely(backend.model, lambda: engine.bound(way, x, basis.directions)(x, chunks))
+    n_outputs = engine.facts(x).n_outputs
+    return phi.reshape(-1, n_outputs, basis.rank), f.reshape(-1, n_outputs)
 
 
 def curvature(backend: Any, phi: Tensor, f: Tensor) -> Tensor:

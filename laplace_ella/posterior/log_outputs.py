@@ -155,7 +155,9 @@ class Heteroscedastic(Likelihood):
 
     def target_moments(self, mean: Tensor, spread: Tensor, n_outputs: int) -> tuple[Tensor, Tensor]:
         """Return the moments of targets: to the (co)variance of a mean comes the mean of its log-normal variance."""
-        of_means = torch.arange(mean.shape[-1], device=mean.device) % n_outputs < n_outputs // 2
+        of_means = (
+            torch.arange(mean.shape[-1], dtype=torch.int64, device=mean.device) % n_outputs < n_outputs // 2
+        )
         is_matrix = spread.ndim > mean.ndim
         variance = spread.diagonal(dim1=-2, dim2=-1) if is_matrix else spread
         noise = finite((mean + variance / 2).exp())[..., ~of_means]

@@ -115,7 +115,8 @@ def _setting(posterior: Posterior) -> list[Any]:
     more = [digest(prior)] if prior.numel() > 1 else []
     of_residual = posterior.residual.name, posterior.residual_samples, posterior.seed
     plain = posterior.plain
-    more += [digest(torch.tensor(v)) for k in PER_CLASS if (v := getattr(plain, k)) is not None]
+    per_class = (getattr(plain, k) for k in PER_CLASS)
+    more += [digest(torch.tensor(v, dtype=torch.float64, device="cpu")) for v in per_class if v is not None]
     more += [] if posterior.variance == "ella" else [posterior.variance]
     return [*(getattr(plain, k) for k in SETTING_NAMES if k not in PER_CLASS), *of_residual, *more]
 

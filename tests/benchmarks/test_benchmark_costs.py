@@ -107,9 +107,14 @@ def test_tables_of_chunks_plans_and_latencies():
         assert write({}) == report.NOTHING
 
 
-def recorded(compute, used, *args):
-    used.append(args[-1])
-    return compute(*args)
+def recorded(bind, used, *args):
+    compute = bind(*args)
+
+    def run(x, chunks):
+        used.append(chunks)
+        return compute(x, chunks)
+
+    return run
 
 
 def test_chunks_are_overridden_and_then_chosen_again():
@@ -122,8 +127,7 @@ def test_chunks_are_overridden_and_then_chosen_again():
         expected = backend.features(x, basis)
         chosen = inside.chunks(backend, way, x, 4)
         used = []
-        compute = backend.engine._compute
-        backend.engine._compute = partial(recorded, compute, used)
+        backend.engine.bound = partial(recorded, backend.engine.bound, used)
         found = inside.features_in_chunks(backend, way, x, basis, 2, 3)
         assert_close(found, expected)
         assert (used[0].inputs, used[0].directions) == (2, 3 if way == "forward" else 1)

@@ -71,7 +71,7 @@ def bad_targets(likelihood):
             f * NAN,
             f / (f > 0),
         ],
-        "classification": [y.double(), y > 0, y + C, y - C, y * 0 - 100, p[:, :2], p[..., None], p / (p > 0)],
+        "classification": [y.double(), y > 0, y + C, y - C, y * 0 - 101, p[:, :2], p[..., None], p / (p > 0)],
         "bernoulli": [y, p.repeat(1, 2), 2 * p - 1, p / (p > 0), p.to(torch.complex128)],
     }[likelihood]
 

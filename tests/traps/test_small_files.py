@@ -129,7 +129,7 @@ def test_directions_without_landmarks_are_not_saved_as_such(tmp_path):
     with pytest.raises(ValueError, match="this basis has none: it was restored"):
         other.state_dict(directions="landmarks")
     model, data = mlp(dtype=torch.float32), train_loader(dtype=torch.float32)
-    la = fitted(model=model, data=data, memory_budget=2000, spill="cpu")
+    la = fitted(model=model, data=data, memory_budget=500, spill="cpu")
     with pytest.raises(ValueError, match="spilled in a lower precision"):
         la.state_dict(directions="landmarks")
     la.state_dict(directions="half")
