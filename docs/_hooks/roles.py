@@ -19,7 +19,13 @@ _COMMANDS = {
             ["alpha", "delta", "epsilon", "theta", "lambda", "mu", "rho", "sigma", "phi", "psi"], "αδεθλμρσφψ"
         )
     ),
-    **dict(zip(["Delta", "Lambda", "Phi", "sum", "sim", "mapsto", "langle", "rangle"], "ΔΛΦΣ~↦⟨⟩")),
+    "log": "log",
+    "sinh": "sinh",
+    "int": "∫",
+    "cdot": "·",
+    "approx": "≈",
+    "mid": "|",
+    **dict(zip(["Delta", "Lambda", "Phi", "sum", "sim", "mapsto", "langle", "rangle", "pm"], "ΔΛΦΣ~↦⟨⟩±")),
 }
 
 
@@ -31,7 +37,7 @@ def html(tex: str) -> str:
     ValueError
         On what is not known here.
     """
-    found = re.sub(r"\\operatorname{(\w+)}", r"\1", tex)
+    found = re.sub(r"\\(?:operatorname|mathrm|text){(\w+)}", r"\1", tex).replace(r"\,", " ")
     found = re.sub(r"\\sqrt{([^}]*)}", r"√(\1)", found)
     found = re.sub(r"\\([a-zA-Z]+)", lambda m: _COMMANDS.get(m[1], m[0]), found)
     for mark, tag in (("^", "sup"), ("_", "sub")):

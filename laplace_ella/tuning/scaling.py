@@ -1,7 +1,7 @@
 r"""Scales and biases of classes, tuned by gradients of the NLL with everything else, and a ridge that keeps them small.
 
-Minimised is the mean NLL plus :math:`\lambda / n \, (\sum_c (v_c - \bar v)^2 + \sum_c b_c^2)`, with
-:math:`v = \log w` and n validation inputs (or positions). Scales have the geometric mean 1; what they have in common is the
+Minimised is the mean NLL plus :math:`\lambda (\sum_c (v_c - m)^2 + \sum_c b_c^2) / n`, with
+the logarithms v of the scales, m their mean, and n validation inputs (or positions). Scales have the geometric mean 1; what they have in common is the
 logit scale's.
 """
 
