@@ -2,6 +2,7 @@ r"""Choosing a method: the simplest one that is as good as the best on data held
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -151,7 +152,7 @@ def _choice(done: Mapping[str, Tuned], asked: str | None) -> tuple[str, str, str
 
     The one-standard-error rule (Breiman et al., Classification and Regression Trees, 1984) takes the simplest method
     whose loss is at most one standard error above the smallest, the two being paired; a difference that is a ten-thousandth of
-    the loss is none, however small its error. MAP is the choice only if the next method's loss is the same: the one number
+    the loss is none, however small its error. A method that is worse than a simpler one is passed over, whatever its error. MAP is the choice only if the next method's loss is the same: the one number
     of temperature scaling is tuned well enough by few data, and the rule would give it up wherever what it gains is less
     than a standard error, which is large on few data. Where MAP is the best, the next method is taken, and not one that
     predicts as MAP does at a higher price.
@@ -170,8 +171,7 @@ def _choice(done: Mapping[str, Tuned], asked: str | None) -> tuple[str, str, str
         reason = f"{simplest} is the best on data held out, and it is the next method"
         return following, best, f"{reason} ({difference:+.4f} +- {error:.4f})."
     others = {k: v for k, v in compared.items() if k != simplest}
-    rounding = EQUAL * abs(others[best].score)
-    name, found = next((k, d) for k in others if (d := others[k].minus(others[best]))[0] <= d[1] + rounding)
+    name, found = _first_within_an_error(others, best)
     if name == best:
         reason = "It is the best on data held out, and no simpler method that is tuned is within a standard error of it."
         return name, best, reason
@@ -181,6 +181,17 @@ def _choice(done: Mapping[str, Tuned], asked: str | None) -> tuple[str, str, str
         best,
         f"It is the simplest method that is tuned within one standard error of the best on data held out, {behind}.",
     )
+
+
+def _first_within_an_error(compared: Mapping[str, HeldOut], best: str) -> tuple[str, tuple[float, float]]:
+    """Return the simplest method within a standard error of the best, and no worse than a simpler one; and how far behind it is."""
+    rounding, lowest = EQUAL * abs(compared[best].score), math.inf
+    for name, method in compared.items():
+        found = method.minus(compared[best])
+        if found[0] <= found[1] + rounding and method.score <= lowest + rounding:
+            return name, found
+        lowest = min(lowest, method.score)
+    return best, (0.0, 0.0)
 
 
 def _first_of_the_best(compared: Mapping[str, HeldOut]) -> str:

@@ -187,6 +187,10 @@ class Fixed:
 
 
 CASES = {
+    "worse than a simpler one": (
+        {"a": [3, 3, 3], "b": [1.1, 1.1, 1.11], "c": [0.2, 2, 1.2], "d": [1, 1, 1]},
+        "d",
+    ),
     "the simplest within an error": ({"a": [3, 3, 3], "b": [1, 1.2, 1], "c": [1.1, 1.0, 1]}, "b"),
     "the best, if it is clearly better": ({"a": [3, 3, 3], "b": [2, 2.1, 2], "c": [1, 1.1, 1]}, "c"),
     "not the first": ({"a": [1, 1, 1], "b": [1.1, 1.1, 1.1], "c": [1.2, 1.3, 1.4]}, "b"),
