@@ -131,7 +131,7 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
     ladder = [k for k, w in allowed.items() if w.gradients in (None, gradients)]
     tangents = normal_like(weights, 2, seed=0)
     name, phi, why = _probe_features(model, weights, x, tangents, ladder)
-    if name is None:
+    if name is None:  # the last way takes the least, so that it says what is in the way
         *others, last = map(repr, AUTODIFF)
         raise ValueError(
             f"{'This model' if mode == 'auto' else f'autodiff={mode!r}'} cannot be differentiated: {why}. "
@@ -170,8 +170,11 @@ def _probe_gradients(model: FunctionalModel, weights: Weights, x: Input) -> tupl
 def _probe_features(
     model: FunctionalModel, weights: Weights, x: Input, tangents: Weights, ladder: list[str]
 ) -> tuple[str | None, Any, str]:
-    """Return the first way that works, its features of two directions, and why the first of all did not."""
-    reason = ""
+    """Return the first way that works, its features of two directions, and why the first of all did not.
+
+    If none does: nothing, and why the last did not.
+    """
+    reason = why = ""
     for name in ladder:
         way = FEATURES[name]
         compute = partial(way, model, weights, tangents, x, PAIR)
@@ -179,7 +182,7 @@ def _probe_features(
         if found is not None:
             return name, found[0], reason
         reason = reason or why
-    return None, None, reason
+    return None, None, why
 
 
 def _warn_of_batch_statistics(module: nn.Module) -> None:

@@ -160,6 +160,25 @@ def test_gradients_through_a_re_entrant_checkpoint_are_an_error_and_not_a_consta
         la.features(X.clone().requires_grad_())
 
 
+class OldStyle(torch.autograd.Function):
+    """The identity, which torch.func refuses and whose backward pass fails."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("gradients are not written yet")
+
+
+@pytest.mark.parametrize("mode", ["auto", "reverse"])
+def test_a_model_that_has_no_backward_pass_is_refused_with_that_as_the_reason(mode):
+    model = Applied(lambda net, x: OldStyle.apply(net(x)))
+    with pytest.raises(ValueError, match="cannot be differentiated: .*gradients are not written yet"):
+        fitted(model=model, autodiff=mode)
+
+
 def test_a_mode_is_chosen_by_outputs_directions_and_the_kind_of_network():
     model, x = ConvNet().double().eval(), images(7)
     engine = NystromGGN(model, "classification").engine

@@ -162,6 +162,7 @@ def test_other_weights_under_the_same_names_are_refused_unless_they_fit():
 
 
 @pytest.mark.filterwarnings("ignore:This model:UserWarning", "ignore:None of the inputs:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # of checkpoints in torch 2.4
 def test_parameters_unfrozen_later_get_no_gradients():
     torch.manual_seed(0)
     model = Checkpointed(use_reentrant=True).double()
