@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -21,15 +21,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 @contextmanager
 def process_state(dtype: torch.dtype | None = None, device: str | None = None) -> Iterator[None]:
-    """Set a default dtype and device, as a program that uses the package may; with nothing cached from before."""
+    """Set a default dtype and device, as a program that uses the package may; with nothing cached from before.
+
+    Of a device set by ``torch.set_default_device`` torch 2.4 keeps a trace: ``torch.get_default_device`` fails
+    in that thread once it is unset.
+    """
     before = torch.get_default_dtype()
     quasi_normal.cache_clear()
     try:
         torch.set_default_dtype(dtype or before)
-        torch.set_default_device(device)
-        yield
+        with nullcontext() if device is None else torch.device(device):
+            yield
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(before)
         quasi_normal.cache_clear()
 
@@ -160,6 +163,14 @@ def test_default_dtype_and_device_change_no_fit(name, tmp_path):
     with process_state(torch.float64, "meta"):
         found = fit_numbers(*arguments)
     assert_same_bits(found, expected)
+
+
+def test_the_state_of_the_process_comes_back():
+    before = torch.get_default_dtype(), torch.get_default_device()
+    with process_state(torch.float64, "meta"):
+        made = torch.empty(1)
+        assert (made.dtype, made.is_meta) == (torch.float64, True)
+    assert (torch.get_default_dtype(), torch.get_default_device()) == before
 
 
 def test_a_half_default_dtype_leaves_quasi_random_points_finite():
