@@ -18,16 +18,22 @@ def over_confident(likelihood):
 
 
 def validation(problem, n=N_VAL, size=53):
-    """Labels from the model's own logits at a temperature, so that confidence matters."""
+    """Labels from the model's own logits at a temperature, so that confidence matters; the same in all versions of torch."""
     generator = torch.Generator().manual_seed(17)
     x = 2 * torch.randn(n, 2, generator=generator, dtype=F64)
     with torch.no_grad():
         f = problem.model(x)
     if problem.likelihood == "classification":
-        y = torch.multinomial((f / 2.5).softmax(-1), 1, generator=generator)[:, 0]
+        y = drawn((f / 2.5).softmax(-1), generator)
     else:
         y = f + 1.1 * torch.randn(n, C, generator=generator, dtype=F64)
     return list(zip(x.split(size), y.split(size)))
+
+
+def drawn(p, generator):
+    """A class (B,) of each row of probabilities (B, C): what torch.multinomial draws depends on its version."""
+    u = torch.rand(len(p), 1, generator=generator, dtype=F64)
+    return (p.cumsum(-1)[:, :-1] < u).sum(-1)
 
 
 def fit(problem, **options):

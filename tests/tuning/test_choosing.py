@@ -69,6 +69,7 @@ def test_scores_held_out_are_those_of_folds_tuned_by_hand(chosen):
         values[folds == fold] = F.cross_entropy(s * f[folds == fold], y[folds == fold], reduction="none")
     found = result.held_out["temperature scaling"]
     assert found.score == pytest.approx(values.mean().item(), abs=1e-4)
+    assert result.reference == "temperature scaling"
     difference = F.cross_entropy(f, y, reduction="none") - values
     error = difference.std().item() / len(y) ** 0.5
     assert result.held_out["MAP"].difference == pytest.approx(difference.mean().item(), abs=1e-4)

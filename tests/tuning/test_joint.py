@@ -9,7 +9,7 @@ import torch
 from conftest import K, assert_close
 from helpers import C, D, Snapshot, fitted, inputs, loader, mlp, nll_of_calls, train_loader, val_loader
 from models import Counting
-from searching import N_VAL, fit, over_confident, state, validation, whole
+from searching import N_VAL, drawn, fit, over_confident, state, validation, whole
 from torch import nn
 
 # Of few validation data, and of simpler methods that are as good: test_result.py asks for both.
@@ -294,7 +294,7 @@ def test_a_search_of_many_parameters_is_no_worse_than_scaled_logits(seed, prior)
     model, x = mlp(seed=seed), inputs(300, seed=3)
     with torch.no_grad():
         model[-1].weight.mul_(5)
-        labels = torch.multinomial((model(x) / 3).softmax(-1), 1, generator=torch.Generator().manual_seed(0))
+        labels = drawn((model(x) / 3).softmax(-1), torch.Generator().manual_seed(0))
     la = free(model=model, residual="isotropic", seed=seed, prior_precision=prior)
-    result = la.optimize_hyperparameters(loader(x, labels[:, 0], 100), SEARCH, n_samples=32)
+    result = la.optimize_hyperparameters(loader(x, labels, 100), SEARCH, n_samples=32)
     assert result.score <= result.baselines["temperature scaling"].score + 1e-4
