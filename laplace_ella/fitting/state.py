@@ -78,6 +78,8 @@ def assigned(estimator: Any, now: Posterior, state: dict[str, Any]) -> Posterior
     checks.check_sharding(estimator.shard_directions, prior, estimator.n_params, graphs)
     like = now.setting.sigma_noise
     _, likelihood = checks.checked_noise(state["sigma_noise"], now.likelihood, like)
+    if state["link"] is not None:
+        checks.check_link(likelihood, state["link"])
     of_state = {name: state[name] for name in _OF_POSTERIOR}
     new = replace(now, current=None, likelihood=likelihood, residual=residual, **of_state)
     setting = {name: attributes.checked(estimator, name, state[name], new) for name in _OF_SETTING}

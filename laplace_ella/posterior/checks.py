@@ -198,12 +198,18 @@ def check_sharding(sharded: Any, prior_precision: Any, n_params: int, enable_bac
 
 
 def check_link(likelihood: Likelihood, link: Any) -> None:
-    """Require a link that a likelihood has."""
+    """Require a link that a likelihood has; laplace-torch's own regression takes any, and uses none."""
     check_choice("link_approx", link, LINKS)
-    if LINKS[link].of_classes and likelihood.has_probabilities and not likelihood.has_classes:
+    is_the_hosts = likelihood.name == likelihood.host_name
+    if LINKS[link].of_classes and not likelihood.has_classes and not is_the_hosts:
+        others = (
+            "those of {} do not. Use 'probit' or 'mc'."
+            if likelihood.has_probabilities
+            else "{} has not: its predictions are moments, which need no link. Leave link_approx out."
+        )
         raise ValueError(
-            f"link_approx={link!r} makes probabilities that sum to one over the classes, which those of "
-            f"likelihood={likelihood.name!r} do not. Use 'probit' or 'mc'."
+            f"link_approx={link!r} makes probabilities that sum to one over the classes, which "
+            + others.format(f"likelihood={likelihood.name!r}")
         )
 
 

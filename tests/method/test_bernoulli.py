@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import B, K, M, assert_close
-from helpers import inputs, loader, mlp, moments
+from helpers import edited, inputs, loader, mlp, moments
 from models import Applied
 from scipy.integrate import quad
 from searching import by_loop, grid_search
@@ -75,6 +75,8 @@ def test_what_is_of_other_likelihoods_is_refused():
             la(X, link_approx=link)
         with pytest.raises(ValueError, match="bridge"):
             grid_search(la, loader(inputs(), labels(3)), link_approx=link)
+        with pytest.raises(ValueError, match="bridge"):
+            fit(3).load_state_dict(edited(la.state_dict(), link=link))
 
 
 @pytest.mark.parametrize("n_outputs", WIDTHS)

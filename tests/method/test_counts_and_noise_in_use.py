@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import K, M, assert_close
-from helpers import Snapshot, assert_same, inputs, loader, mlp
+from helpers import Snapshot, assert_same, edited, inputs, loader, mlp
 from models import Applied, Sequence
 from searching import by_loop, grid_search
 from sklearn.base import clone
@@ -253,6 +253,26 @@ def test_extreme_variances_give_finite_predictions(name):
 def test_a_residual_widens_the_outputs(name, residual):
     la, plain = small(name, residual=residual), small(name)
     assert bool((la(X)[1].diagonal(dim1=1, dim2=2) >= plain(X)[1].diagonal(dim1=1, dim2=2)).all())
+
+
+@pytest.mark.parametrize("link", ["bridge", "bridge_norm"])
+@pytest.mark.parametrize("name", NAMES)
+def test_links_of_class_probabilities_are_refused_wherever_one_is_named(name, link):
+    la, data = small(name), val(name)
+    before = Snapshot(la, X)
+    uses = {
+        "call": lambda: la(X, link_approx=link),
+        "predictive": lambda: la.predictive(X, link_approx=link),
+        "attribute": lambda: setattr(la, "link_approx", link),
+        "constructor": lambda: build(name, 4, link_approx=link),
+        "search": lambda: la.optimize_hyperparameters(data, ["prior_precision"], link_approx=link),
+        "grid search": lambda: grid_search(la, data, link_approx=link),
+        "state": lambda: la.load_state_dict(edited(la.state_dict(), link=link)),
+    }
+    for use in uses.values():
+        with pytest.raises(ValueError, match=f"{link}.*{name}.*moments, which need no link"):
+            use()
+    before.check()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import laplace_ella
+from laplace_ella.fitting.checkpoint import digest_of_state
 
 __all__ = ["C", "D", "DictModel", "H", "RewardModel", "mlp"]
 
@@ -50,6 +51,12 @@ def fitted(likelihood="classification", model=None, data=None, **kwargs):
     la = build(likelihood, model, **kwargs)
     la.fit(train_loader(likelihood) if data is None else data)
     return la
+
+
+def edited(state, **entries):
+    """A saved state with other entries, as if it had been saved with them."""
+    state = {**state, **entries}
+    return {**state, "digest": digest_of_state(state)}
 
 
 def fit_problem(problem, arguments=None, batch=5, **options):
