@@ -8,7 +8,7 @@ they change with V, are computed once for a basis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -67,7 +67,7 @@ def stamp_of(tensors: Weights, sources: Collection[str], before: Stamp | None = 
     """
     places = tuple((t.data_ptr(), t.shape, t.stride()) for t in tensors.values())
     read = [t for k, t in tensors.items() if k in sources or not is_dense(t)]
-    writes = tuple(0 if t.is_inference() else t._version for t in read)
+    writes = writes_of(read)
     views = before.views if before and before.places == places else tuple(map(_some_entries, read))
     alike: dict[Any, list[Tensor]] = {}
     for view in views:
@@ -75,6 +75,11 @@ def stamp_of(tensors: Weights, sources: Collection[str], before: Stamp | None = 
     # Bytes are compared, as NaN equals nothing.
     samples = tuple(torch.cat(group).view(torch.uint8) for group in alike.values())
     return Stamp(places, writes, views, samples)
+
+
+def writes_of(tensors: Iterable[Tensor]) -> tuple[int, ...]:
+    """Return how often tensors were written to: 0 of those made in inference mode, where nobody counts."""
+    return tuple(0 if t.is_inference() else t._version for t in tensors)
 
 
 def _some_entries(t: Tensor) -> Tensor:

@@ -175,7 +175,7 @@ class OldStyle(torch.autograd.Function):
 @pytest.mark.parametrize("mode", ["auto", "reverse"])
 def test_a_model_that_has_no_backward_pass_is_refused_with_that_as_the_reason(mode):
     model = Applied(lambda net, x: OldStyle.apply(net(x)))
-    with pytest.raises(ValueError, match="cannot be differentiated: .*gradients are not written yet"):
+    with pytest.raises(ValueError, match=r"cannot be differentiated: .*gradients are not written yet"):
         fitted(model=model, autodiff=mode)
 
 
