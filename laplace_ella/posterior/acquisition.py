@@ -286,7 +286,8 @@ def check_labels(posterior: Posterior, n_labellings: int) -> None:
     if posterior.variance != "ella":
         raise ValueError(
             f"batch_bald() samples functions of ELLA's posterior, and with variance={posterior.variance!r} inputs share no such "
-            "functions. Assign la.variance = 'ella' and a temperature first, or tune ELLA: optimize_hyperparameters(val_loader)."
+            "functions, nor is ELLA's temperature tuned. Tune it: la.optimize_hyperparameters(val_loader, 'auto', method='ELLA (T)'); or "
+            "do that with twin = copy.deepcopy(la), and call twin.batch_bald(), so that la goes on predicting as it does."
         )
     if posterior.residual.in_weights:
         raise ValueError(

@@ -253,7 +253,11 @@ REFUSED = {
     "regression": ("regression", {}, "labels.*'regression'.*uncertainty"),
     "many targets": ("bernoulli", {}, "binary targets together have 8; n_labellings=7"),
     "residual": ("classification", {"residual": "exact"}, "residual='exact'.*isotropic"),
-    "no features": ("classification", {"variance": "constant"}, "variance='constant'.*la.variance = 'ella'"),
+    "no features": (
+        "classification",
+        {"variance": "constant"},
+        "variance='constant'.*method='ELLA .T.'.*deepcopy",
+    ),
 }
 
 
