@@ -406,7 +406,11 @@ class ELLALaplace(ParametricLaplace):
 
     @attributes.of_variance
     def variance(self) -> Any:
-        """Where the variance of predicted outputs comes from: "ella", "none", "constant" or "last_layer"."""
+        """Where the variance of predicted outputs comes from: "ella", "none", "constant" or "last_layer".
+
+        Assigned, it makes a temperature that was tuned for a variance of another kind 1 again, with a warning; one that is
+        fixed stays.
+        """
 
     @attributes.of_link
     def link_approx(self) -> Any:
@@ -1449,7 +1453,7 @@ class ELLALaplace(ParametricLaplace):
         apply : bool
             Give the estimator the best setting; K' becomes ``n_directions``.
         progress_bar : bool
-            Show the progress.
+            Show the progress; with "auto", and how long methods take, before the first of them.
 
         Returns
         -------

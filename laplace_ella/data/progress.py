@@ -20,3 +20,12 @@ def progress_bars(enabled: bool) -> Progress:
 def no_progress(iterable: Iterable[Any], name: str) -> Iterable[Any]:
     """Return an iterable as it is."""
     return iterable
+
+
+def duration(seconds: float) -> str:
+    """Write seconds for people."""
+    if seconds < 1:
+        return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..data.batches import Input, batch_size, inputs_between, n_bytes
 from ..data.loading import Prepare, named_batches
+from ..data.progress import duration
 from ..network.engine import Engine
 from ..network.features import FEATURES
 from ..network.memory import Chunks, gigabytes
@@ -130,15 +131,6 @@ class Plan:
             f"features by {self.mode} mode; memory budget {gigabytes(self.budget)}"
         )
         return "\n".join([head, *lines])
-
-
-def duration(seconds: float) -> str:
-    """Write seconds for people."""
-    if seconds < 1:
-        return f"{1e3 * seconds:.0f} ms" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def first_batch(loader: Any, dict_key_x: str, dict_key_y: str, prepare: Prepare) -> Input:

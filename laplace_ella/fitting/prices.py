@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..data.batches import Input, Raw, batch_size, inputs_between
+from ..data.progress import duration
 from ..network.engine import Engine
 from ..network.features import FEATURES
 from ..network.memory import Chunks, gigabytes
@@ -15,7 +16,7 @@ from ..posterior.links import Noise
 from ..posterior.posterior import Posterior
 from ..posterior.prediction import of_call
 from ..posterior.setting import USUAL_RANKS
-from .plan import GRADIENT_COST, duration
+from .plan import GRADIENT_COST
 from .rehearsal import seconds_of
 
 

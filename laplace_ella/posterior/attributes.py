@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data.checks import check_choice, integer, positive_number
+from ..data.notices import warn_user
 from ..nystrom.caching import outside_inference, without_inference
 from . import checks
 from .fit import Fit
@@ -203,13 +204,22 @@ def of_link(stub: Callable[..., Any]) -> Any:
 
 
 def of_variance(stub: Callable[..., Any]) -> Any:
-    """Make the property of where the variance of predictions comes from."""
+    """Make the property of where the variance of predictions comes from, for which alone a temperature is tuned."""
 
-    def changes(estimator: Any, value: Any) -> dict[str, Any]:
+    def write(estimator: Any, value: Any) -> None:
         check_choice("variance", value, VARIANCES)
-        return {"variance": value}
+        with SWAP:  # no other thread tunes the temperature between the two
+            before = estimator._posterior
+            exchange(estimator, before.with_variance(value))
+            after = estimator._posterior
+        lost = before.setting.temperature
+        if after.setting.temperature != lost:
+            warn_user(
+                f"The temperature {lost:.4g} was found with variance={before.variance!r} and means something else with {value!r}: "
+                "it is 1 again. Assign la.temperature, or tune it: optimize_hyperparameters(val_loader)."
+            )
 
-    return _property(stub, lambda p: p.variance, changes)
+    return property(lambda estimator: estimator._posterior.variance, write, doc=stub.__doc__)
 
 
 def of_prior_mean(stub: Callable[..., Any]) -> Any:

@@ -164,11 +164,12 @@ class Posterior:
         """Return the posterior without the graphs of its setting, which deepcopy refuses."""
         return replace(self, setting=self.setting.detached(), prior_mean=self.prior_mean.detach())
 
-    def of_ella(self) -> Posterior:
-        """Return the posterior that predicts with ELLA's variance; a temperature that was the size of another is 1 again."""
-        is_size = self.variance in WITH_SIZE and not self.temperature_fixed
+    def with_variance(self, kind: str) -> Posterior:
+        """Return the posterior with another variance; a temperature that was tuned for what it means no more is 1 again."""
+        means_another = kind != self.variance and not {kind, self.variance}.isdisjoint(WITH_SIZE)
+        is_lost = means_another and not self.temperature_fixed
         return replace(
-            self, variance="ella", setting=self.setting.at(temperature=1.0) if is_size else self.setting
+            self, variance=kind, setting=self.setting.at(temperature=1.0) if is_lost else self.setting
         )
 
     # ------------------------------------------------------------------ the K coordinates

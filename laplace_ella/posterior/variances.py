@@ -28,6 +28,13 @@ VARIANCES: dict[str, Callable[[Linearised], Tensor] | None] = {
     "last_layer": _of_last_layer,
 }
 
+IN_WORDS = {
+    "ella": "the variance in the span of the basis",
+    "none": "no variance",
+    "constant": "a constant variance",
+    "last_layer": "the variance from the last layer's inputs",
+}
+
 # Those whose size T is: the posterior of the weights, and its evidence, are then those at T = 1.
 WITH_SIZE = ("constant", "last_layer")
 

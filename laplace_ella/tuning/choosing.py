@@ -3,23 +3,27 @@ r"""Choosing a method: the simplest one that is as good as the best on data held
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from time import perf_counter
 from typing import Any
 
 from ..data.checks import check_choice, shown
+from ..data.progress import duration
 from ..data.stream import Stream
 from ..network.engine import Engine
 from ..parallel.ranks import Ranks
 from ..posterior.gaussian import Outputs
 from ..posterior.likelihoods import Prediction
 from ..posterior.posterior import Posterior
-from ..posterior.setting import PER_CLASS
+from ..posterior.setting import PER_CLASS, Setting
 from . import joint
 from .baselines import baseline, simpler_methods
 from .comparison import EQUAL, few_inputs, judged
 from .methods import FEWEST, Method, Scores, Tuned, tuned
 from .result import TuningResult
 from .scorer import HeldOut
+from .scoring import SKIPPED
 from .search import FLAT
 
 
@@ -33,7 +37,7 @@ def searched(
     ValueError
         If no setting has a finite loss, or there are too few data to choose.
     """
-    posterior = posterior.of_ella()  # whose features are looked at
+    posterior = posterior.with_variance("ella")  # whose features are looked at
     if not search.auto:
         return joint.tuned(posterior, engine, stream, ranks, search)
     scores, predict_from = joint.scores_of(posterior, engine, stream, ranks, search)
@@ -45,7 +49,8 @@ def searched(
         )
     methods = all_methods(posterior, scores, predict_from)
     available = [m for m in methods.values() if m is not None]
-    done = {m.name: tuned(m) for m in stream.progress(available, "Methods")}
+    title = f"Methods{_price(available, scores, posterior.plain)}"
+    done = {m.name: tuned(m) for m in stream.progress(available, title)}
     if search.method is not None and search.method not in done:
         raise ValueError(f"method={search.method!r} is not available here; there are {list(done)}.")
     name, reference, reason = _choice(done, search.method)
@@ -61,7 +66,7 @@ def searched(
         n_inputs=n_inputs,
         loss=scores.scorer.name,
         applied=search.apply,
-        notes=few_inputs(n_inputs),
+        notes=(*filter(None, joint.remarks_on_values(chosen)), *few_inputs(n_inputs)),
         held_out=judged(done, reference),
         chosen=name,
         reference=reference,
@@ -139,6 +144,19 @@ def all_methods(
         )
         found[name] = Method(name, scores, starts, searched, per_class, n_outputs)
     return found
+
+
+def _price(methods: Sequence[Method], scores: Scores, setting: Setting) -> str:
+    """Say how long tuning the methods takes, from the time of one prediction of all data; nothing with a loss of the user's."""
+    if scores.scorer.loss is not None:
+        return ""
+    began = 0.0
+    with suppress(*SKIPPED):
+        for _ in range(2):  # samples are drawn the first time
+            began = perf_counter()
+            scores.scorer(scores.predictor, setting)
+    n_predictions = sum(m.n_predictions for m in methods if m.variance != "none")
+    return f", about {duration(n_predictions * (perf_counter() - began))}"
 
 
 def _has(posterior: Posterior, name: str) -> bool:

@@ -23,7 +23,7 @@ def stopped_early(
     dict
         The fit, with the scores in its history, and the values of the setting.
     """
-    posterior = posterior.of_ella()
+    posterior = posterior.with_variance("ella")
     fit, setting = posterior.fit, posterior.setting
     require_same_search(posterior, ranks, "fit()", link_approx=name_of(link))
     scorer = scorer_of(posterior, engine, stream, ranks)

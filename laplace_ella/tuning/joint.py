@@ -16,6 +16,7 @@ from ..posterior.gaussian import Outputs
 from ..posterior.likelihoods import Prediction
 from ..posterior.posterior import Posterior
 from ..posterior.setting import PER_CLASS, SETTING_NAMES, USUAL_RANKS, Setting
+from ..posterior.variances import IN_WORDS
 from .baselines import baseline, simpler_methods
 from .candidates import link_of, predictor_of, require_same_search, scorer_of
 from .checks import by_name, check_no_values, check_search, check_values
@@ -82,7 +83,7 @@ def tuned(
     others = {m.name: tune(m) for m in progress(list(filter(None, simpler.values())), "Simpler methods")}
     each = scorer.each(scores.predictor, ours.best)
     held_out = judged({"ELLA": ours, **others}, "ELLA")
-    of_values = _remarks_on_values(ours, grids)
+    of_values = remarks_on_values(ours)
     is_map = _equals_map(scorer, scores.predictor, start, ours.best)
     result = TuningResult(
         best=ours.best,
@@ -202,14 +203,14 @@ def _equals_map(scorer: Scorer, predictor: Predictor, start: Setting, best: Sett
     return not scorer.ranks.any(differs, "the comparison with MAP")
 
 
-def _remarks_on_values(ours: Tuned, grids: Mapping[str, Sequence[Any]]) -> list[str]:
+def remarks_on_values(ours: Tuned) -> list[str]:
     """Say where the best values lie on edges, which parameters the loss ignores, and whether the prior is another one."""
-    best, start = ours.best, ours.method.starts[0]
+    best, start, grids = ours.best, ours.method.starts[0], ours.method.grids
     values = {k: sorted(v) for k, v in grids.items() if k not in (*DISCRETE, *ours.ignored)}
     temperatures = values.get("temperature", [])
     if len(temperatures) > 1 and best.temperature <= 1.01 * temperatures[0]:
         notes = [
-            "The best temperature is the smallest: the variance in the span of the basis does not help on these data."
+            f"The best temperature is the smallest: {IN_WORDS[ours.method.variance]} does not help on these data."
         ]
     else:
         notes = [ours.search.edge(k, v, best) for k, v in values.items()]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 from torch import Tensor
@@ -82,6 +83,14 @@ class Method:
     per_class: tuple[str, ...] = ()
     n_outputs: int = 0
     variance: str = "ella"
+
+    @property
+    def n_predictions(self) -> int:
+        """About how many times tuning with the NLL predicts all data, a gradient counted as three: what candidates took where it was counted."""
+        sizes = [len(values) for values in self.grids.values()]
+        pairs = [math.prod(pair) for pair in combinations(sizes, 2)] or [math.prod(sizes)]
+        cells = sum(pairs) * (2 if len(pairs) > 1 else 1)
+        return cells + 3 * (25 * len(self.grids) + 100 * bool(self.per_class))
 
 
 @dataclass(frozen=True)

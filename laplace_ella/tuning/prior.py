@@ -117,7 +117,7 @@ def tuned_prior(
     ValueError
         If no candidate has a finite loss.
     """
-    posterior = posterior.of_ella()
+    posterior = posterior.with_variance("ella")
     options: dict[str, Any] = {
         "grid": search.priors,
         "pred_type": search.pred_type,

@@ -2,19 +2,21 @@
 
 import copy
 import dataclasses
+import re
+import warnings
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from helpers import Snapshot, fitted, inputs, nll_of_calls, val_loader
+from helpers import Snapshot, edited, fitted, inputs, nll_of_calls, val_loader
 from matplotlib import pyplot
 from models import Counting
 from searching import brier, fit, over_confident, state, validation, whole
 from torch.nn import functional as F
 
 from laplace_ella.tuning import choosing
-from laplace_ella.tuning.scorer import HeldOut
+from laplace_ella.tuning.scorer import HeldOut, Scorer
 
 mpl.use("Agg")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -154,6 +156,29 @@ def test_one_pass_over_the_model_serves_all_folds_and_methods(chosen):
     assert calls[0] == calls[1] > 0
 
 
+def test_the_bar_says_how_long_methods_take_and_they_predict_as_often_as_that_assumes(
+    chosen, monkeypatch, capsys
+):
+    p, val, _, _ = chosen
+    counted, tuned, expected = [], choosing.tuned, []
+
+    def count(name, each):
+        method = getattr(Scorer, name)
+        monkeypatch.setattr(Scorer, name, lambda *args: counted.append(each) or method(*args))
+
+    def counting(method):
+        before, found = sum(counted), tuned(method)
+        expected.append(method.n_predictions if method.variance != "none" else sum(counted) - before)
+        return found
+
+    count("nll_by_fold", 1)
+    count("mean_and_gradient", 3)
+    monkeypatch.setattr(choosing, "tuned", counting)
+    fit(p).optimize_hyperparameters(val, "auto", progress_bar=True, **FAST)
+    assert re.search(r"Methods, about [\d.]+ (ms|s|min)", capsys.readouterr().err)
+    assert 0.5 < sum(counted) / sum(expected) < 2
+
+
 def test_too_few_data_and_unknown_methods_are_refused_and_change_nothing():
     la = fitted(temperature=None)
     before = Snapshot(la, X)
@@ -206,6 +231,46 @@ def test_the_one_standard_error_rule(name):
     losses, expected = CASES[name]
     done = {k: Fixed(v, 1.0 - 0.1 * i) for i, (k, v) in enumerate(losses.items())}
     assert choosing._choice(done, None)[0] == expected
+
+
+EDGES = {
+    "temperature scaling": "logit_scale, 10, lies on an edge of its grid .*the loss still falls above it",
+    "constant variance": "The best temperature is the smallest: a constant variance does not help",
+    "ELLA (T)": "The best temperature is the smallest: the variance in the span of the basis does not help",
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_what_lies_on_an_edge_of_its_grid_is_said_of_the_chosen_method_too(name):
+    p = over_confident("classification")
+    with torch.no_grad():
+        p.model[-1].weight.mul_(1e-3)
+        p.model[-1].bias.zero_()
+        x, _ = whole(validation(p))
+        y = p.model(x).argmax(-1)  # of which no scale of the logits is sure enough
+    la = fit(p)
+    with pytest.warns(UserWarning, match=EDGES[name]):
+        result = la.optimize_hyperparameters([(x, y)], "auto", method=name, **FAST)
+    assert re.search(EDGES[name], result.summary())
+
+
+OTHERS = [("constant", "ella"), ("ella", "constant"), ("last_layer", "constant"), ("constant", "none")]
+ALIKE = [("ella", "none"), ("none", "ella"), ("constant", "constant"), ("last_layer", "last_layer")]
+
+
+@pytest.mark.parametrize(("before", "after"), OTHERS + ALIKE)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_temperature_that_was_tuned_for_one_variance_serves_no_other(before, after, fixed):
+    la = fitted()
+    found = {"temperature": 3.0, "temperature_fixed": fixed, "variance": before}
+    la.load_state_dict(edited(la.state_dict(), **found))
+    is_lost = (before, after) in OTHERS and not fixed
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        la.variance = after
+    assert ["temperature 3 was found with variance=" in str(w.message) for w in caught] == [True] * is_lost
+    assert (la.variance, la.temperature, la.temperature_fixed) == (after, 1.0 if is_lost else 3.0, fixed)
+    assert torch.equal(la(X), fitted(temperature=la.temperature, variance=after)(X))
 
 
 def test_tuning_ella_afterwards_predicts_with_ella_again(chosen):
