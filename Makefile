@@ -61,6 +61,7 @@ examples: $(VENV)/.installed-examples  ## run the examples, with their assertion
 	$(RUN)/python $(QUIET) examples/active_learning.py --quick
 	$(RUN)/python $(QUIET) examples/migrating.py --quick
 	PYTHONWARNINGS=ignore $(RUN)/torchrun --nproc-per-node 2 examples/distributed.py --quick
+	OMP_NUM_THREADS=1 $(RUN)/python $(QUIET) examples/notebooks/convert.py --run
 
 bench: $(VENV)/.installed-bench  ## costs on this machine, as JSON
 	$(RUN)/python -m benchmarks.run --quick

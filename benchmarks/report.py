@@ -1,4 +1,4 @@
-"""Write the README's cost table and the tables and plots of docs/performance.md from the JSON of run.py.
+"""Write the README's numbers, the targets of benchmarks/README.md, and docs/performance.md, from the JSON of run.py.
 
     python -m benchmarks.report [FOLDER]
 
@@ -17,9 +17,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 PAGE = HERE.parent / "docs" / "performance.md"
+TARGETS = HERE / "README.md"
 IMAGES = HERE.parent / "docs" / "images"
-START = "<!-- costs: written by benchmarks/report.py -->\n"
-END = "<!-- end of costs -->"
 
 Row = dict[str, Any]
 Runs = dict[
@@ -31,17 +30,38 @@ WAYS = ("forward", "contraction", "reverse")
 NOTHING = "Not measured yet.\n"
 
 
-def cost_table(runs: Runs) -> str:
-    """Return the headline results as a Markdown table with a line on where they were measured."""
-    about = runs["quick"]["environment"]
-    head = (
-        f"ResNet-20 (272 474 weights) on {about['images']}, {about['dtype']}, {about['threads']} threads, "
-        f"torch {about['torch']}, laplace-torch {about['laplace-torch']}; medians, each ratio of one run.\n\n"
-    )
+# What the README says of each number, by the title of its row.
+NUMBERS = {
+    "features, ResNet-20, K = 20, C = 10": "a prediction, with K = 20 directions and C = 10 outputs",
+    "prediction against laplace-torch's own ELLA": "a prediction, against laplace-torch's own ELLA",
+    "fit to 50 000 inputs against laplace-torch's own ELLA (composed)": "a fit to 50 000 inputs, against the same",
+}
+
+
+def numbers(runs: Runs) -> str:
+    """Return what the README says about costs."""
+    found = {row["case"]: row for row in headlines(runs)}
+    lines = [[words, f"**{value(found.get(case))}**"] for case, words in NUMBERS.items()]
+    return f"{on_resnet(runs)}\n\n" + table(["", ""], lines) if "quick" in runs else NOTHING
+
+
+def targets(runs: Runs) -> str:
+    """Return the headline results beside their targets."""
+    lines = [[row["case"], value(row), target(row)] for row in headlines(runs)]
+    return f"{on_resnet(runs)}\n\n" + table(["what", "measured", "target"], lines) if lines else NOTHING
+
+
+def headlines(runs: Runs) -> list[Row]:
     found = [row for name in ("quick", "quick_tuning") for row in runs.get(name, {}).get("results", [])]
-    rows = [row for row in found if row.get("headline", True)]
-    lines = [[row["case"], value(row), target(row)] for row in rows]
-    return head + table(["what", "measured", "target"], lines)
+    return [row for row in found if row.get("headline", True)]
+
+
+def on_resnet(runs: Runs) -> str:
+    about = runs["quick"]["environment"]
+    return (
+        f"ResNet-20 (272 474 weights) on {about['images']}, {about['dtype']}, {about['threads']} threads, "
+        f"torch {about['torch']}, laplace-torch {about['laplace-torch']}; medians, each ratio of one run."
+    )
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -336,6 +356,9 @@ TABLES: dict[str, Callable[[Runs], str]] = {
 }
 
 
+PAGES = {README: {"numbers": numbers}, TARGETS: {"targets": targets}, PAGE: TABLES}
+
+
 def of_run(name: str, write: Callable[[Any], str], runs: dict[str, Any]) -> str:
     """Write a table of one run, if there was one."""
     return write(runs[name]) if name in runs else NOTHING
@@ -423,13 +446,9 @@ def read(folder: Path) -> Runs:
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results"
     runs = read(folder)
-    if "quick" in runs:
-        before, rest = README.read_text().split(START)
-        _, after = rest.split(END)
-        README.write_text(before + START + cost_table(runs) + END + after)
-        print(f"{README.name}: table of {folder / 'quick.json'} written")
-    PAGE.write_text(with_tables(PAGE.read_text(), runs))
-    print(f"{PAGE.name}: tables of {', '.join(runs) or 'nothing'} written")
+    for page, tables in PAGES.items():
+        page.write_text(with_tables(page.read_text(), runs, tables))
+        print(f"{page.relative_to(HERE.parent)}: tables of {', '.join(runs) or 'nothing'} written")
     for name, (draw, groups) in PLOTS.items():
         if of_group(runs.get("quick"), *groups):
             draw(runs, IMAGES / name)

@@ -5,5 +5,5 @@
 
 Every method is tuned on the same validation images, which the network was not fitted to, and scored on
 test images. The seed changes the split, ELLA's landmarks and curvature inputs, and the network where it
-is trained here. The report writes docs/evidence.md, and the comparison and the figure of README.md.
+is trained here. The report writes docs/evidence.md, the comparison of docs/when_not.md, and the figure of README.md.
 """

@@ -1,4 +1,4 @@
-"""The figure of the project's README, and its comparison, from the JSON of this study and of benchmarks.run."""
+"""The figure of the project's README, and the comparison of docs/when_not.md, from the JSON of this study and of benchmarks.run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import NOTHING, README, table
+from benchmarks.report import HERE, NOTHING, table
 from benchmarks.studies.common import results
 from benchmarks.studies.common.results import IMAGES, write_page
 from benchmarks.studies.common.tables import SCORES, Run, over_seeds
 from benchmarks.studies.quality.costs import STAGES, by_stage, stage_cell
 from benchmarks.studies.quality.report import COSTS, Found, read, sets
 
-PAGE = README
+PAGE = HERE.parent / "docs" / "when_not.md"
 CASE = "cifar10-jpeg"
 METHODS = {
     "MAP": "network as trained",
