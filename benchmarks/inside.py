@@ -20,9 +20,11 @@ from laplace_ella.network.safety import safely
 from laplace_ella.nystrom.basis import NystromBasis
 from laplace_ella.nystrom.gram import choose_rows
 from laplace_ella.nystrom.jacobian import row_source
+from laplace_ella.nystrom.kernels import kernel_way, kernels_of_layers
 from laplace_ella.nystrom.rows import inner_products
 from laplace_ella.posterior.likelihoods import LIKELIHOODS
 from laplace_ella.posterior.links import quasi_normal
+from laplace_ella.posterior.residual import kernels_from_rows
 
 __all__ = [
     "ENGINES",
@@ -33,6 +35,7 @@ __all__ = [
     "fit_curvature",
     "forget_points",
     "inner_products",
+    "kernels",
     "landmark_gram",
     "landmark_rows",
     "mode",
@@ -74,6 +77,14 @@ def landmark_gram(
     source = safely(backend.model, lambda: row_source(engine, landmarks, by_layer=by_layer))
     rows = choose_rows(source, engine.budget())
     return lambda: safely(backend.model, lambda: rows.gram(no_progress))
+
+
+def kernels(backend: Any, x: Tensor, by_layer: bool = True) -> Callable[[], Tensor]:
+    """Return what computes the kernels J J^T (B, C, C) of inputs, as the exact residual does: layer by layer, or from rows."""
+    engine, compute = backend.engine, kernels_of_layers if by_layer else kernels_from_rows
+    if by_layer and safely(backend.model, lambda: kernel_way(engine, x)).layers is None:
+        raise ValueError("rows of P numbers are counted as cheaper, so that they are taken")
+    return lambda: safely(backend.model, lambda: compute(engine, x))
 
 
 def scan(backend: Any, x: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def of_group(run: dict[str, Any] | None, *groups: str) -> dict[str, Row]:
 
 def _with_floor(row: Row) -> Row:
     # One pass forwards and about two backwards; other rows bring theirs.
-    if row.get("group") != "gradients" or row["value"] is None:
+    if row.get("group") != "gradients" or row["value"] is None or row["unit"] != "forwards a landmark":
         return row
     return {"floor": 3, "over_floor": row["value"] / 3, **row}
 

@@ -19,7 +19,14 @@ from benchmarks.methods import METHODS
 CASES: dict[str, dict[str, Part]] = {
     "gradients": {
         **{name: partial(features.gradients, name=name) for name in setting.BATCHES},
-        **{f"{name}, Gram matrix": partial(features.gram, name=name) for name in features.LANDMARKS},
+        **{
+            f"{k}, Gram matrix": partial(features.gram, name=k, size=m) for k, m in features.LANDMARKS.items()
+        },
+        **{
+            f"{k}, Gram matrix, M = {m}": partial(features.gram, name=k, size=m, ways=("fit",))
+            for k, m in features.MANY_LANDMARKS.items()
+        },
+        **{f"{name}, exact residual": partial(features.kernels, name=name) for name in features.KERNELS},
     },
     "features": {
         f"{name}-{c}-{k}": partial(features.features, name=name, n_outputs=c, rank=k)

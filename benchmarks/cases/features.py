@@ -26,6 +26,10 @@ WAYS: dict[str, Callable[[int, int], int]] = {
 }
 # Whose Gram matrix is computed, in a minute from rows.
 LANDMARKS = {"resnet20": 50, "vit": 16, "mlp": 200}
+# So many landmarks as a large fit has, without rows, whose products would take minutes.
+MANY_LANDMARKS = {"mlp": 2000}
+# Of whose outputs the kernels of the exact residual are computed at once.
+KERNELS = {"resnet20": 8, "vit": 2, "mlp": 4}
 # Network, C, K -> what features may cost by the way that is chosen, in forwards an input.
 FEATURES: dict[tuple[str, int, int], float | None] = {
     ("resnet20", 10, 20): 25,
@@ -97,9 +101,9 @@ def gradients(args: argparse.Namespace, name: str) -> Rows:
     ] + rows
 
 
-def gram(args: argparse.Namespace, name: str) -> Rows:
+def gram(args: argparse.Namespace, name: str, size: int, ways: tuple[str, ...] = ("fit", "rows")) -> Rows:
     """Gradients and Gram matrix of M landmarks, as a fit computes them and from rows, in one batch's share of forwards."""
-    size, batch = LANDMARKS[name], BATCHES[name]
+    batch = BATCHES[name]
     model = network(name, args.data, args.device)
     x = on_device(name, size, args)[0]
     outputs = torch.arange(size, device=args.device) % 10
@@ -107,8 +111,7 @@ def gram(args: argparse.Namespace, name: str) -> Rows:
     forward = [plain(model, part) for part in x.split(batch)]
     functions = {
         "forward": lambda: [compute() for compute in forward],
-        "fit": inside.landmark_gram(backend, x.split(1), outputs),
-        "rows": inside.landmark_gram(backend, x.split(1), outputs, by_layer=False),
+        **{way: inside.landmark_gram(backend, x.split(1), outputs, by_layer=way == "fit") for way in ways},
     }
     calls = interleaved(functions, repeats(args, 2, 7), args.device, within=WITHIN)
     return [
@@ -116,14 +119,41 @@ def gram(args: argparse.Namespace, name: str) -> Rows:
             f"landmark gradients and Gram matrix, {TITLES[name]}, M = {size}, {way}",
             "forwards a landmark",
             ratios(calls, way, "forward")["median"],
-            12 if (name, way) == ("mlp", "fit") else None,
+            12 if (name, size, way) == ("mlp", LANDMARKS["mlp"], "fit") else None,
             problem=name,
             engine=way,
             M=size,
             spread=ratios(calls, way, "forward"),
         )
-        for way in ("fit", "rows")
+        for way in ways
     ]
+
+
+def kernels(args: argparse.Namespace, name: str) -> Rows:
+    """The kernels J J^T that the exact residual takes, layer by layer and from rows."""
+    size, unit = KERNELS[name], "forwards an input"
+    model = network(name, args.data, args.device)
+    x = on_device(name, size, args)[0]
+    backend = laplace_ella.NystromGGN(model, "classification")
+
+    def title(way: str) -> str:
+        return f"exact residual, {TITLES[name]}, {way}"
+
+    functions: dict[str, Callable[[], Any]] = {"forward": plain(model, x)}
+    rows = []
+    for way in ("layer by layer", "rows"):
+        try:
+            functions[way] = inside.kernels(backend, x, way != "rows")
+        except ValueError as error:
+            rows.append(failure(title(way), unit, error, problem=name, engine=way))
+    calls = interleaved(functions, repeats(args, 2, 7), args.device, within=WITHIN)
+    about = {"problem": name, "batch": size}
+    return [
+        result(title(way), unit, of["median"], engine=way, spread=of, **about)
+        for way in functions
+        if way != "forward"
+        for of in [ratios(calls, way, "forward")]
+    ] + rows
 
 
 def features(args: argparse.Namespace, name: str, n_outputs: int, rank: int) -> Rows:

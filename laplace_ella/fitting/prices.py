@@ -12,11 +12,11 @@ from ..network.engine import Engine
 from ..network.features import FEATURES
 from ..network.memory import Chunks, gigabytes
 from ..network.safety import safely
+from ..nystrom.kernels import kernel_way
 from ..posterior.links import Noise
 from ..posterior.posterior import Posterior
 from ..posterior.prediction import of_call
 from ..posterior.setting import USUAL_RANKS
-from .plan import GRADIENT_COST
 from .rehearsal import seconds_of
 
 
@@ -184,9 +184,11 @@ def _counted(at: Posterior, engine: Engine, x: Input) -> tuple[str, Chunks, floa
         _, _, more, at_once = _pushed(engine, x, n_tangents)
         forwards, n_bytes = forwards + more, max(n_bytes, at_once)
     if n_rows:
+        way = kernel_way(engine, x)
         rows = min(size * n_rows * engine.row_size(), engine.budget() // 4)
-        forwards += GRADIENT_COST * n_rows
-        n_bytes = max(n_bytes, rows + engine.choice(x).gradient_bytes(size * n_rows))
+        of_rows = rows + engine.choice(x).gradient_bytes(size * n_rows)
+        forwards += way.forwards
+        n_bytes = max(n_bytes, min(size, way.inputs) * way.bytes_per_input if way.layers else of_rows)
     kept = (
         8 * size * n_coordinates * (at.rank + n_tangents + at.residual.numbers_per_output(at.fit.n_outputs))
     )

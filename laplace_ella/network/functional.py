@@ -14,7 +14,7 @@ from ..data.batches import Input, Nested, batch_size, detached, doubled
 from .interrupts import raise_held_back
 from .lookups import Lookups
 from .memory import attempt
-from .places import Places, places_of
+from .places import Places, Tree
 from .safety import LOCK
 
 Weights = dict[str, Tensor]
@@ -94,9 +94,9 @@ class FunctionalModel:
     """
 
     def __init__(self, module: nn.Module, names: Collection[str] | None = None) -> None:
-        self.module = module
+        self.module, self.tree = module, Tree(module)
         with LOCK:  # while another thread has them exchanged, none requires grad
-            trainable = {k for k, p in places_of(module).parameters.items() if p.requires_grad}
+            trainable = {k for k, p in self.tree.places().parameters.items() if p.requires_grad}
         found = trainable if names is None else names
         self.names = frozenset(found)
         self.in_pairs = False  # whether single rows are doubled, for a model that squeezes
@@ -109,7 +109,7 @@ class FunctionalModel:
         no tangents for tensors that overlap in memory.
         """
         with LOCK:
-            found = {k: p.detach() for k, p in places_of(self.module).parameters.items() if k in self.names}
+            found = {k: p.detach() for k, p in self.tree.places().parameters.items() if k in self.names}
         return {k: w if is_dense(w) else w.contiguous() for k, w in found.items()}
 
     def flat_weights(self) -> Tensor:
@@ -120,17 +120,17 @@ class FunctionalModel:
     def own_weights(self) -> dict[str, nn.Parameter]:
         """Return the module's own parameters that are the weights: not what stands in their places."""
         with LOCK:
-            return {k: p for k, p in places_of(self.module).parameters.items() if k in self.names}
+            return {k: p for k, p in self.tree.places().parameters.items() if k in self.names}
 
     def buffers(self) -> Weights:
         """Return copies of the buffers."""
         with LOCK:
-            return _copies(places_of(self.module).buffers)
+            return _copies(self.tree.places().buffers)
 
     def placed(self, weights: Weights, places: Places | None = None) -> Weights:
         """Return all that calls see: these weights, copies of the buffers, and the other parameters, without gradients."""
         with LOCK:
-            places = places_of(self.module) if places is None else places
+            places = self.tree.places() if places is None else places
             others = {
                 k: p.detach() if p.requires_grad else p
                 for k, p in places.parameters.items()
@@ -147,7 +147,7 @@ class FunctionalModel:
         """
         raise_held_back()
         with LOCK:
-            places = places_of(self.module)
+            places = self.tree.places()
             placed = _copies(places.buffers) if weights is None else self.placed(weights, places)
         found = [place for place in places.holders if place[2] in placed]
         before = [holder[key] for holder, key, _ in found]

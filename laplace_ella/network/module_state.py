@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from operator import is_
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,8 @@ from .caches import MAPPINGS, MISSING, OF_TORCH, holds_tensors
 
 _LISTS = (list, deque)
 _CONTAINERS = frozenset([*MAPPINGS, *_LISTS])
+_TENSORS = attrgetter("_parameters", "_buffers")
+_VALUES = methodcaller("values")
 
 
 class ModuleState:
@@ -21,16 +25,16 @@ class ModuleState:
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
+        # All of this is asked of every module at every call.
         self._training = [(m, m.training) for m in modules]
-        self._mappings: list[tuple[Any, dict[Any, Any]]] = []
-        self._lists: list[tuple[Any, list[Any]]] = []
-        for m in modules:
-            attributes = vars(m)
-            # Parameters and buffers are noted by themselves; submodules and hooks are left alone.
-            own = [v for k, v in attributes.items() if type(v) in _CONTAINERS and k not in OF_TORCH]
-            self._mappings += [(v, dict(v)) for v in (m._parameters, m._buffers, attributes)]
-            self._mappings += [(v, dict(v)) for v in own if not isinstance(v, _LISTS)]
-            self._lists += [(v, list(v)) for v in own if isinstance(v, _LISTS)]
+        attributes = list(map(vars, modules))
+        # Parameters and buffers are noted by themselves; submodules and hooks are left alone.
+        own = [a[k] for a in attributes for k in {*a} - OF_TORCH]
+        containers = [v for v in own if type(v) in _CONTAINERS]
+        mappings = [*chain.from_iterable(map(_TENSORS, modules)), *attributes]
+        mappings += [v for v in containers if not isinstance(v, _LISTS)]
+        self._mappings: list[tuple[Any, dict[Any, Any]]] = list(zip(mappings, map(dict, mappings)))
+        self._lists = [(v, list(v)) for v in containers if isinstance(v, _LISTS)]
 
     def evaluate(self) -> None:
         """Switch to evaluation mode.
@@ -38,20 +42,26 @@ class ModuleState:
         The flag itself, not ``.eval()``: modules may override ``train()`` with side effects
         (LoRA layers merge their weights there), and each keeps its own flag.
         """
-        for m, _ in self._training:
-            _set_training(m, False)
+        for m, training in self._training:
+            if training is not False:
+                _set_training(m, False)
 
     def restore(self) -> None:
         """Take out the tensors that came in, and put back those that went; all else stays, such as counts."""
         for m, training in self._training:
-            _set_training(m, training)
-        for mapping, before in self._mappings:
-            # This is asked of every module at every call.
-            if len(mapping) != len(before) or not all(map(is_, mapping.values(), before.values())):
-                _restore_mapping(mapping, before)
+            if m.training is not training:
+                _set_training(m, training)
+        now, before = zip(*self._mappings)
+        if list(map(len, now)) != list(map(len, before)) or not all(map(is_, _values(now), _values(before))):
+            for mapping, old in self._mappings:
+                _restore_mapping(mapping, old)
         for values, old in self._lists:
             if len(values) != len(old) or not all(map(is_, values, old)):
                 _restore_list(values, old)
+
+
+def _values(mappings: Iterable[Any]) -> Iterator[Any]:
+    return chain.from_iterable(map(_VALUES, filter(None, mappings)))
 
 
 def _set_training(m: nn.Module, training: bool) -> None:

@@ -77,7 +77,7 @@ class RewrittenModel(FunctionalModel):
 
     def __init__(self, model: FunctionalModel, rewrites: Rewrites) -> None:
         super().__init__(model.module, model.names)
-        self.rewrites, self.in_pairs = rewrites, model.in_pairs
+        self.rewrites, self.in_pairs, self.tree = rewrites, model.in_pairs, model.tree
 
     def called(self, module: nn.Module, placed: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) of the module, in whose places ``placed`` stands now."""

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from .interrupts import ctrl_c_held_back
 from .module_state import ModuleState
 from .norms import ElementaryNorms
+from .places import modules_of
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Result = TypeVar("Result")
@@ -62,7 +63,7 @@ def safely(module: nn.Module, action: Callable[[], Result], enable_backprop: boo
         Record a graph, so that gradients can reach the inputs.
     """
     with LOCK, ctrl_c_held_back(), ExitStack() as stack:
-        modules = list(module.modules())
+        modules = modules_of(module)
         state = ModuleState(modules)
         stack.callback(state.restore)
         for context in _contexts(modules, enable_backprop):

@@ -10,18 +10,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from ..data.batches import Input, Raw, batch_size, inputs_between, n_bytes
+from ..data.batches import Input, Raw, n_bytes
 from ..data.landmarks import Landmarks
 from ..data.packing import packed
 from ..data.progress import Progress
 from ..network.by_layer import (
     Gradients,
     Matrices,
-    kernels_by_layer,
-    numbers_at_once,
     outer_matrices,
     outer_numbers,
     rows_by_layer,
@@ -31,7 +28,6 @@ from ..network.calls import DivergedError
 from ..network.costs import of_gradients, of_gradients_by_layer
 from ..network.engine import Engine
 from ..network.functional import Weights
-from ..network.memory import LIVE_TENSORS, Chunks, with_smaller_chunks
 from ..network.safety import safely
 from ..parallel.ranks import ALONE, Ranks
 from ..parallel.sharding import for_everyone
@@ -167,35 +163,6 @@ def from_rows(
         with suppress(DivergedError):
             return safely(engine.module, lambda: compute(first))
     return safely(engine.module, lambda: compute(source(False)))
-
-
-def kernels_of_layers(engine: Engine, x: Input) -> Tensor | None:
-    """Compute :math:`J J^T` (B L, C, C) of each input and position layer by layer; None if that is not cheaper, or does not fit.
-
-    Inside ``safely``.
-
-    Raises
-    ------
-    DivergedError
-        If a pass does not follow the record.
-    """
-    layers = None if engine.row_engine else engine.layers(x)
-    if layers is None:
-        return None
-    facts, counts = engine.facts(x), engine.choice(x).counts
-    n, met = facts.n_coordinates, facts.n_outputs
-    cost = of_gradients_by_layer(counts, n, met, *outer_numbers(outer_matrices(layers)))
-    each = 2 * facts.graph_bytes + n * (LIVE_TENSORS * facts.input_bytes + 24 * numbers_at_once(layers))
-    if each > engine.budget() // 4 or cost >= of_gradients(counts, n, met):
-        return None
-    inputs, positions = engine.choice(x).inputs_within_budget(each, n), n // facts.n_outputs
-
-    def compute(chunks: Chunks) -> Tensor:
-        parts = (inputs_between(x, a, a + chunks.inputs) for a in range(0, batch_size(x), chunks.inputs))
-        return torch.cat([kernels_by_layer(layers, part, positions, facts.n_outputs) for part in parts])
-
-    found, _ = with_smaller_chunks(compute, Chunks(inputs, 1), engine.device, lambda c: c.inputs * each)
-    return found.flatten(0, 1)
 
 
 def basis_of(

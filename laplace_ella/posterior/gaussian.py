@@ -29,7 +29,12 @@ def without_autocast(function: Function) -> Function:
 
     @wraps(function)
     def run(first: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(first.device.type, enabled=False):
+        kind = first.device.type
+        if not torch.is_autocast_enabled(
+            kind
+        ):  # as for nearly all, and entering a context takes longer than a product
+            return function(first, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
             return function(first, *args, **kwargs)
 
     return run  # type: ignore[return-value]

@@ -25,7 +25,8 @@ from ..network.functional import Weights
 from ..network.safety import exclusively, safely
 from ..nystrom.basis import NystromBasis
 from ..nystrom.gram import choose_rows
-from ..nystrom.jacobian import from_rows, kernels_of_layers, row_source
+from ..nystrom.jacobian import from_rows, row_source
+from ..nystrom.kernels import kernels_of_layers
 from ..nystrom.rows import kernels as kernels_of_rows
 from .gaussian import Linearised
 from .kept import Memory
@@ -190,6 +191,11 @@ def _kernels(engine: Engine, x: Input) -> Tensor:
         found = kernels_of_layers(engine, engine.to_model(x))
         if found is not None:
             return found
+    return kernels_from_rows(engine, x)
+
+
+def kernels_from_rows(engine: Engine, x: Input) -> Tensor:
+    """Compute what :func:`kernels` does from rows of P numbers; inside ``safely``."""
     facts, budget = engine.facts(engine.to_model(x)), engine.budget()
     n_coordinates, n_outputs = facts.n_coordinates, facts.n_outputs
     pairs = _all_pairs(x, n_coordinates)

@@ -9,8 +9,13 @@ from models import Applied, Counting
 from torch import nn
 
 from laplace_ella.fitting import prices, rehearsal
+from laplace_ella.network import by_layer as by_layer_of
 from laplace_ella.network import choice
+from laplace_ella.network import costs as costs_of
 from laplace_ella.network.features import FEATURES
+from laplace_ella.nystrom import kernels
+from laplace_ella.nystrom.kernels import kernel_way
+from laplace_ella.posterior import residual as posterior_residual
 from laplace_ella.posterior.setting import USUAL_RANKS
 
 X = inputs(7, seed=7)
@@ -83,7 +88,7 @@ def counted(**options):
 
 
 def test_forward_passes_are_counted_with_those_of_the_residual():
-    """A direction costs two forward passes more; two tangents as much as two directions; C gradients five each."""
+    """A direction costs two forward passes more; two tangents as much as two directions; C gradients as the kernel's way says."""
     plain, isotropic, exact = (
         counted(autodiff="forward", residual=residual, residual_samples=2)
         for residual in ("none", "isotropic", "exact")
@@ -92,8 +97,40 @@ def test_forward_passes_are_counted_with_those_of_the_residual():
         assert count >= 1 + 2 * rank
         assert count - plain[0] == pytest.approx((rank - 1) * (plain[1] - plain[0]))
     assert [a - b for a, b in zip(isotropic, plain)] == pytest.approx([plain[1]] * 3)
-    assert [a - b for a, b in zip(exact, plain)] == pytest.approx([5 * C] * 3)
+    la = fitted(residual="exact")
+    way = kernel_way(la.backend.engine, X)
+    assert [a - b for a, b in zip(exact, plain)] == pytest.approx([way.forwards] * 3)
     assert counted(autodiff="reverse") == [1 + 4 * C] * 3
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_exact_residual_is_priced_in_the_way_in_which_it_is_computed(monkeypatch, fits):
+    if not fits:
+        monkeypatch.setattr(kernels, "numbers_at_once", lambda model: 10**15)
+    la, done = fitted(residual="exact"), []
+
+    def noting(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: done.append(name) or function(*args))
+
+    noting(kernels, "kernels_by_layer")
+    noting(posterior_residual, "row_source")
+    la(X)
+    engine = la.backend.engine
+    way, counts = kernel_way(engine, X), engine.choice(X).counts
+    by_layer = set(done) == {"kernels_by_layer"}
+    assert by_layer == fits
+    assert by_layer == (way.layers is not None)
+    outer = by_layer_of.outer_numbers(by_layer_of.outer_matrices(engine.layers(X)))
+    costs = {
+        True: costs_of.of_gradients_by_layer(counts, C, C, *outer),
+        False: costs_of.of_gradients(counts, C, C),
+    }
+    assert way.forwards * counts.forward == pytest.approx(costs[by_layer])
+    with torch.no_grad():
+        features = engine.choice(X).cost("forward", 1) / counts.forward
+    named = fitted(residual="exact", autodiff="forward")
+    assert named.predict_plan(X, verbose=False).prices[0].counted == pytest.approx(way.forwards + features)
 
 
 def test_bytes_grow_with_directions_inputs_and_residual():

@@ -6,7 +6,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from laplace_ella.network.functional import FunctionalModel
-from laplace_ella.network.places import named, places_of
+from laplace_ella.network.places import Tree, modules_of, named, places_of
 from laplace_ella.network.rewriting import folded
 
 
@@ -89,3 +89,60 @@ def test_a_folded_normalisation_is_one_call_of_other_modes():
         weight, bias = folded(conv.weight, conv.bias, *of_norm, norm.eps)
     assert seen == [folded]
     torch.testing.assert_close(torch.conv2d(x, weight, bias), norm(conv(x)))
+
+
+def replaced(model):
+    model.scale = nn.Parameter(torch.zeros(3))
+
+
+def renamed(model):
+    model.last._parameters["other"] = model.last._parameters.pop("weight")
+
+
+def given_another_mapping(model):
+    model.norm._buffers = dict(model.norm._buffers)
+
+
+def given_another_layer(model):
+    model.last = nn.Linear(3, 3)
+
+
+def moved_to_buffers(model):
+    model.norm.bias, bias = None, model.norm.bias
+    model.norm._parameters.pop("bias")
+    model.norm._buffers = {"bias": bias, **model.norm._buffers}
+
+
+def untied(model):
+    model.again = nn.Linear(3, 3)
+
+
+def taken_out(model):
+    model.first.bias = None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [replaced, renamed, given_another_mapping, given_another_layer, moved_to_buffers, untied, taken_out],
+)
+def test_what_has_changed_is_found_anew(change):
+    model = Shared()
+    tree = Tree(model)
+    assert tree.places() is tree.places(), "a walk would take as long as a small pass"
+    change(model)
+    found, expected = tree.places(), places_of(model)
+    for kind in ("parameters", "buffers"):
+        assert _ids(getattr(found, kind).items()) == _ids(getattr(expected, kind).items())
+    assert [(id(m), *more) for m, *more in found.holders] == [(id(m), *more) for m, *more in expected.holders]
+    assert list(map(id, found.modules)) == list(map(id, model.modules()))
+
+
+def test_modules_are_those_of_torch():
+    model = nn.Sequential(Shared(), nn.ModuleDict({"a": nn.ReLU(), "b": nn.Sequential(nn.Tanh())}))
+    model.append(model[0])
+    model.register_module("missing", None)
+    assert list(map(id, modules_of(model))) == list(map(id, model.modules()))
+
+
+def _ids(entries):
+    return [(k, id(t)) for k, t in entries]
