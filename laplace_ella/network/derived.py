@@ -39,7 +39,7 @@ class Stamp:
         The name, the address, the shape and the strides of each tensor.
     read : tuple of str
         Those that others are made of.
-    writes : list of int
+    writes : tuple of int
         How often these were written to.
     views : list of list of Tensor
         Some of their entries, in lists of views that are alike. Writes through ``.data``, as optimisers and moving
@@ -50,7 +50,7 @@ class Stamp:
 
     places: list[Any]
     read: tuple[str, ...]
-    writes: list[int]
+    writes: tuple[int, ...]
     views: list[list[Tensor]]
     samples: list[Tensor]
 

@@ -15,7 +15,7 @@ from .caches import MAPPINGS, MISSING, OF_TORCH, holds_tensors
 _LISTS = (list, deque)
 _CONTAINERS = frozenset([*MAPPINGS, *_LISTS])
 _TENSORS = attrgetter("_parameters", "_buffers")
-_VALUES = methodcaller("values")
+_ITEMS = methodcaller("items")
 
 
 class ModuleState:
@@ -52,16 +52,16 @@ class ModuleState:
             if m.training is not training:
                 _set_training(m, training)
         now, before = zip(*self._mappings)
-        if list(map(len, now)) != list(map(len, before)) or not all(map(is_, _values(now), _values(before))):
+        if list(map(len, now)) != list(map(len, before)) or not all(map(is_, _entries(now), _entries(before))):
             for mapping, old in self._mappings:
                 _restore_mapping(mapping, old)
-        for values, old in self._lists:
-            if len(values) != len(old) or not all(map(is_, values, old)):
-                _restore_list(values, old)
+        for values, kept in self._lists:
+            if len(values) != len(kept) or not all(map(is_, values, kept)):
+                _restore_list(values, kept)
 
 
-def _values(mappings: Iterable[Any]) -> Iterator[Any]:
-    return chain.from_iterable(map(_VALUES, filter(None, mappings)))
+def _entries(mappings: Iterable[Any]) -> Iterator[Any]:
+    return chain.from_iterable(chain.from_iterable(map(_ITEMS, filter(None, mappings))))
 
 
 def _set_training(m: nn.Module, training: bool) -> None:
