@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..data.batches import Input, batch_size, each_cut, tensors
 from .functional import FunctionalModel, Weights
+from .layouts import Layout, layout_of
 from .places import named
 
 # Questions about a tensor that do not read its values.
@@ -98,11 +99,14 @@ class Record:
         The weights that each tensor was made from, those that directions exist for; none for a buffer.
     key : str
         Equal for records whose derived tensors are computed alike.
+    layouts : dict of int to Layout
+        Where the inputs of a batch are in the output of a call of kind "use", by its number, where that is clear.
     """
 
     calls: tuple[Call, ...]
     sources: Mapping[str, frozenset[str]]
     key: str
+    layouts: Mapping[int, Layout]
 
     def slot(self, names: Mapping[int, str], value: Any) -> str | None:
         """Return the name of a tensor that directions exist for, by its id; None for any other value."""
@@ -168,6 +172,7 @@ class _Recorder(TorchFunctionMode):
         self.entered = {id(t): t for t in tensors(x)}  # all that depends on the input; kept, so that ids stay
         self.kept: list[Tensor] = []
         self.calls: list[Call] = []
+        self.layouts: dict[int, Layout] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -191,7 +196,7 @@ class _Recorder(TorchFunctionMode):
                 written = [args[0]] if func is Tensor.__setitem__ else []
                 self._enter([*made, *written, *(t._base for t in (*made, *written) if t._base is not None)])
             if slots:
-                self.calls.append(Call(func, slots, "use" if self._of_weights(slots) else "other"))
+                self._met(func, slots, self._of_weights(slots), out)
             return out
         repeats = func in REPEATING and any(self._per_input(t) for t in made)
         if repeats:
@@ -199,7 +204,7 @@ class _Recorder(TorchFunctionMode):
         if self._of_weights(slots) and any(t._version != n for t, n in zip(taken, before)):
             raise ValueError("a tensor is written to, of weights or with them")
         if repeats or len(fresh) < len(made) or not made:
-            self.calls.append(Call(func, slots, "use" if repeats and self._of_weights(slots) else "other"))
+            self._met(func, slots, repeats and self._of_weights(slots), out)
             return out
         arguments = mapped((args, kwargs), self._kept_as)
         number = len(self.calls)
@@ -210,6 +215,13 @@ class _Recorder(TorchFunctionMode):
             self.kept.append(t)
         self.calls.append(Call(func, slots, "derive", arguments, new))
         return out
+
+    def _met(self, func: Any, slots: tuple[str, ...], is_use: bool, out: Any) -> None:
+        """Record a call that derives nothing."""
+        layout = layout_of(out, self.size) if is_use and isinstance(out, Tensor) else None
+        if layout is not None:
+            self.layouts[len(self.calls)] = layout
+        self.calls.append(Call(func, slots, "use" if is_use else "other"))
 
     def _require_order(self, func: Any, args: Any, kwargs: Any) -> None:
         """Require that a call does not take inputs of the batch in an order that depends on them."""
@@ -283,7 +295,7 @@ def record(model: FunctionalModel, x: Input) -> Record:
         recorder = _Recorder({id(t): k for k, t in placed.items()}, frozenset(weights), x)
         with recorder:
             model.called(module, placed, x)
-        return Record(tuple(recorder.calls), recorder.sources, _key(recorder.calls))
+        return Record(tuple(recorder.calls), recorder.sources, _key(recorder.calls), recorder.layouts)
 
     return model.within(weights, run)
 

@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.func import vmap
 
-from ..data.batches import Input, batch_size, detached
-from .calls import Call, DivergedError, Record, record, repeated
+from ..data.batches import Input, batch_size, detached, doubled, inputs_between
+from .calls import Call, DivergedError, Record, record
 from .context import Context, UnknownUseError
 from .derived import DerivedModel
 from .functional import FunctionalModel, Weights
-from .layouts import Layout, layout_of
+from .layouts import Layout
 from .memory import Chunks, Result, attempt
 from .pulling import in_blocks, pulled
 from .rewriting import RewrittenModel
@@ -252,29 +252,28 @@ def contracted_model(model: FunctionalModel, x: Input, one_by_one: bool = False)
     ------
     Exception
         Whatever the model raises when it is run on several copies of the first input of ``x``.
+
+    Notes
+    -----
+    Cost: a pass of five copies or more, which shows where inputs are in each call's output, and one of two for the rules.
     """
     made = ContractedModel(model, record(model, x), one_by_one)
-    x = repeated(model, x)
-    size, sources = batch_size(x), made.record.sources
+    x, sources = doubled(inputs_between(x, 0, 1)), made.record.sources
     uncovered: set[str] = set()
     outputs: list[tuple[int, Tensor, int]] = []
 
     def use(number: int, call: Call, names: dict[int, str], args: Any, kwargs: Any) -> Any:
-        y = call.function(*args, **kwargs)
-        layout = layout_of(y, size) if isinstance(y, Tensor) else None
-        uses = None
+        layout = made.record.layouts.get(number)
         if layout is not None and call.function in RULES:
             context = Context(partial(made.record.slot, names), layout)
             with suppress(UnknownUseError):
-                uses = used(call.function, context, args, kwargs)[1]
-        if uses is None:
-            uncovered.update(*(sources[s] for s in call.slots))
-        else:
-            assert layout is not None
-            made.layouts[number] = layout
-            made.uses += [u.without_input() for u in uses]
-            outputs.append((number, y, y._version))
-        return y
+                y, uses = used(call.function, context, args, kwargs)
+                made.layouts[number] = layout
+                made.uses += [u.without_input() for u in uses]
+                outputs.append((number, y, y._version))
+                return y
+        uncovered.update(*(sources[s] for s in call.slots))
+        return call.function(*args, **kwargs)
 
     made.followed(*made.parts(made.ready()), x, use)
     made.written = frozenset(number for number, y, version in outputs if y._version != version)
@@ -290,7 +289,12 @@ def contracted_model(model: FunctionalModel, x: Input, one_by_one: bool = False)
 
 
 def contracted_features(
-    model: FunctionalModel, weights: Weights, directions: Weights, x: Input, chunks: Chunks
+    model: FunctionalModel,
+    weights: Weights,
+    directions: Weights,
+    x: Input,
+    chunks: Chunks,
+    *cotangents: Tensor,
 ) -> tuple[Tensor, Tensor]:
     r"""Compute :math:`\phi(x)` layer by layer, from C backward passes with respect to activations.
 
@@ -300,6 +304,8 @@ def contracted_features(
         Best a :class:`ContractedModel`; of others, it is recorded first.
     weights, directions : dict of Tensor
         With what is derived and prepared, if the model is a :class:`ContractedModel`.
+    cotangents : Tensor (B, n, L C), optional
+        u, for :math:`V^T J(x)^T u` (B, n, K) in place of features.
 
     Notes
     -----
@@ -310,7 +316,16 @@ def contracted_features(
     if not isinstance(model, ContractedModel):
         model = contracted_model(model, x)
         weights, directions = model.ready(), {**directions, **model.prepared(directions)}
-    return _contracted(model, weights, directions, x, chunks)
+    other = {k: directions[k] for k in model.uncovered}
+
+    def compute(block: Input, *us: Tensor) -> tuple[Tensor, Tensor]:
+        phi, f = _of_layers(model, weights, directions, block, *us)
+        if other:
+            own = {k: weights[k] for k in other}
+            phi = phi + pulled(model.model, None if model.one_by_one else own, other, block, len(f), *us)[0]
+        return phi, f
+
+    return in_blocks(compute, chunks.inputs, x, *cotangents)
 
 
 def contracted_cotangents(
@@ -322,27 +337,7 @@ def contracted_cotangents(
     chunks: Chunks,
 ) -> Tensor:
     r"""Compute :math:`V^T J(x)^T u` (B, n, K) of n cotangents u (B, n, L C) per input, layer by layer."""
-    return _contracted(model, weights, directions, x, chunks, cotangents)[0]
-
-
-def _contracted(
-    model: ContractedModel,
-    weights: Weights,
-    directions: Weights,
-    x: Input,
-    chunks: Chunks,
-    *cotangents: Tensor,
-) -> tuple[Tensor, Tensor]:
-    other = {k: directions[k] for k in model.uncovered}
-
-    def compute(block: Input, *us: Tensor) -> tuple[Tensor, Tensor]:
-        phi, f = _of_layers(model, weights, directions, block, *us)
-        if other:
-            own = {k: weights[k] for k in other}
-            phi = phi + pulled(model.model, None if model.one_by_one else own, other, block, len(f), *us)[0]
-        return phi, f
-
-    return in_blocks(compute, chunks.inputs, x, *cotangents)
+    return contracted_features(model, weights, directions, x, chunks, cotangents)[0]
 
 
 def _of_layers(

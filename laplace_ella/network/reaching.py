@@ -10,8 +10,10 @@ exactly that share.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from ..data.batches import Input
 from .caches import caches_emptied
 from .functional import FunctionalModel, Pull, Weights, backward_passes
 from .memory import attempt
+
+# Names of the nodes in a graph that torch's own operators leave.
+OWN_NODES = re.compile(r"\w+Backward\d+|AccumulateGrad")
 
 
 def check_reached(model: FunctionalModel, x: Input, plain: Tensor) -> None:
@@ -43,7 +48,7 @@ def check_reached(model: FunctionalModel, x: Input, plain: Tensor) -> None:
 
     Notes
     -----
-    Cost: a forward and a backward pass. The gradients and hooks of the module's own weights stay out of it.
+    Cost: a forward pass; a backward pass too, where functions that are not torch's own may hide graphs. The gradients and hooks of the module's own weights stay out of it.
     """
     own = model.own_weights()
     missed = _missed(model, x, own)
@@ -64,7 +69,7 @@ def _missed(model: FunctionalModel, x: Input, own: dict[str, nn.Parameter]) -> l
 
     def found(f: Tensor, leaves: Weights, pull: Pull) -> list[str]:
         names = _in_graph(f, own)
-        if names:
+        if names or not _hides_graphs(f):
             return names
         _, error = attempt(
             lambda: torch.autograd.grad(f.sum(), list(leaves.values()), retain_graph=True, allow_unused=True)
@@ -90,18 +95,28 @@ def _by_backward(f: Tensor, own: dict[str, nn.Parameter], pull: Pull) -> list[st
             p.grad = gradient
 
 
-def _in_graph(f: Tensor, own: dict[str, nn.Parameter]) -> list[str]:
-    """Return the names of weights that lead to ``f``, without a backward pass."""
-    seen, waiting, reached = set(), [f.grad_fn], set()
+def _nodes(f: Tensor) -> set[Any]:
+    """Return the nodes of the graph that leads to ``f``."""
+    seen, waiting = set(), [f.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        # Nodes that accumulate the gradient of a leaf have it as their variable.
-        reached.add(id(getattr(node, "variable", None)))
-        waiting += [before for before, _ in node.next_functions]
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return seen
+
+
+def _in_graph(f: Tensor, own: dict[str, nn.Parameter]) -> list[str]:
+    """Return the names of weights that lead to ``f``, without a backward pass."""
+    # Nodes that accumulate the gradient of a leaf have it as their variable.
+    reached = {id(getattr(node, "variable", None)) for node in _nodes(f)}
     return [k for k, p in own.items() if id(p) in reached]
+
+
+def _hides_graphs(f: Tensor) -> bool:
+    """Tell whether there may be a graph within the graph: in functions other than torch's own, as a checkpoint is one."""
+    kinds = {type(node) for node in _nodes(f)}
+    return any(kind.__module__ != "builtins" or not OWN_NODES.fullmatch(kind.__name__) for kind in kinds)
 
 
 def _warn_of_constants(model: FunctionalModel, x: Input, plain: Tensor, own: dict[str, nn.Parameter]) -> None:

@@ -233,11 +233,11 @@ def rewritten(model: FunctionalModel, pair: Input, precision: torch.dtype) -> Fu
     return model
 
 
-def agree(left: Tensor, right: Tensor, precision: torch.dtype) -> bool:
-    """Tell whether two results are equal up to rounding, of which the coarsest precision on the way is known."""
+def agree(left: Tensor, right: Tensor, precision: torch.dtype, times: float = 1) -> bool:
+    """Tell whether two results are equal up to (some times) rounding, of which the coarsest precision on the way is known."""
     if not right.isfinite().all():
         return torch.equal(left.isfinite(), right.isfinite())
-    return bool((left - right).norm() <= tolerance(right.dtype, precision) * right.norm())
+    return bool((left - right).norm() <= times * tolerance(right.dtype, precision) * right.norm())
 
 
 def _contiguous(values: Any) -> list[Any]:
