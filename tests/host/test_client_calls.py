@@ -25,7 +25,7 @@ def test_torch_uncertainty_fits_by_the_hosts_keywords(task):
     la.optimize_prior_precision(method="marglik", pred_type="glm", link_approx="probit")
     found = la(X, pred_type="glm", link_approx="probit", n_samples=100)
     assert isinstance(found, tuple) == (task == "regression")
-    assert la.prior_precision.shape == (la.n_params,)
+    assert la.prior_precision.item() != 1
 
 
 @pytest.mark.parametrize("backend", [CurvlinopsGGN, BackPackGGN, AsdlGGN, NystromGGN, ReverseNystromGGN])

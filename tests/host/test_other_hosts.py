@@ -24,7 +24,7 @@ CONTRACT = "every_form or class_probabilities or regression_moments or reward or
 def run_with_the_stand_in(variant, *arguments):
     path = os.pathsep.join([str(STAND_IN), str(Path(laplace_ella.__file__).parents[1])])
     env = {**os.environ, "STAND_IN": variant, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-p", "no:cacheprovider", "-n", "0"]
+    options = ["-q", "-p", "no:cacheprovider"]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, STAND_IN / "check_stand_in.py", *arguments],
         cwd=ROOT,
