@@ -10,7 +10,7 @@ PYTEST := python -m pytest -n logical --maxprocesses 4 --dist worksteal
 # A warning of torch about a dependency's import, of no use to readers of an example.
 QUIET := -W 'ignore:`torch.jit:FutureWarning'
 
-.PHONY: help demo test test-oldest test-zoo check format lint types docs examples bench release clean
+.PHONY: help demo test test-oldest test-zoo test-clients check format lint types docs examples bench release clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -29,6 +29,16 @@ test: $(VENV)/.installed-test  ## all tests
 
 test-zoo: $(VENV)/.installed-zoo  ## published architectures (torchvision, timm, transformers, peft)
 	$(RUN)/python -m pytest -m zoo
+
+# In an environment of their own, for what they bring. torch-uncertainty's extra `others` is left out: it wants
+# curvlinops-for-pytorch < 3 and scikit-learn < 1.7, which laplace-torch 0.3 and the tests do not.
+.venv-clients/.installed: setup.cfg pyproject.toml
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --editable ".[clients]"
+	touch $@
+
+test-clients: .venv-clients/.installed  ## libraries that use laplace-torch (torch-uncertainty, lightning-uq-box, BoTorch, ...)
+	OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -m clients
 
 check: format lint types docs test examples  ## everything CI runs
 

@@ -12,24 +12,17 @@ from os import PathLike
 from typing import Any, ClassVar
 
 import torch
-from laplace.curvature import (
-    AsdlGGN,
-    BackPackGGN,
-    CurvatureInterface,
-    CurvlinopsGGN,
-    EFInterface,
-    GGNInterface,
-)
 from torch import Tensor, nn
 
 from .data.batches import Input
 from .data.checks import check_choice, check_flag, check_size, shown
 from .fitting.checkpoint import check_dtypes
 from .fitting.curvature import curvature
+from .host import CurvatureInterface, GGNInterface
 from .network.checks import check_finite_features, check_module, check_weights, check_whole
 from .network.engine import AUTODIFF, Engine
 from .network.functional import unwrap
-from .network.gradients import asdl_rows, backpack_rows
+from .network.gradients import asdl_library, asdl_rows, backpack_library, backpack_rows
 from .network.probing import Support
 from .network.safety import LOCK
 from .nystrom.basis import NystromBasis
@@ -109,8 +102,8 @@ class NystromGGN(GGNInterface):
         check_whole(model)
         check_choice("likelihood", likelihood, LIKELIHOODS)
         known = LIKELIHOODS[name_of(likelihood)]
-        super().__init__(unwrap(model), known.host_name, dict_key_x=dict_key_x, dict_key_y=dict_key_y)
-        self.likelihood = likelihood
+        super().__init__(unwrap(model), known.host_name)
+        self.likelihood, self.dict_key_x, self.dict_key_y = likelihood, dict_key_x, dict_key_y
         given = (chunk_size, memory_budget, autodiff, compile, spill, spill_dtype)
         self.options = dict(zip(OPTIONS, given))
         autodiff = self.default_autodiff if autodiff is None else autodiff
@@ -205,11 +198,12 @@ class ReverseNystromGGN(NystromGGN):
 
 
 class BackPackNystromGGN(NystromGGN):
-    """:class:`NystromGGN` with landmark gradients from BackPACK."""
+    """:class:`NystromGGN` with landmark gradients from BackPACK, of which it raises an ImportError if it is missing."""
 
     row_engine = staticmethod(backpack_rows)
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        backpack_library()
         check_module(model)
         if not all(p.requires_grad for p in model.parameters()):
             raise ValueError(
@@ -220,17 +214,21 @@ class BackPackNystromGGN(NystromGGN):
 
 
 class AsdlNystromGGN(NystromGGN):
-    """:class:`NystromGGN` with landmark gradients from ASDL."""
+    """:class:`NystromGGN` with landmark gradients from ASDL, of which it raises an ImportError if it is missing."""
 
     row_engine = staticmethod(asdl_rows)
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        asdl_library()
+        super().__init__(*args, **kwargs)
 
-_BACKENDS: list[tuple[type, type[NystromGGN]]] = [
-    (NystromGGN, NystromGGN),
-    (BackPackGGN, BackPackNystromGGN),
-    (AsdlGGN, AsdlNystromGGN),
-    (CurvlinopsGGN, NystromGGN),
-]
+
+# By what laplace-torch calls its own, which it need not have.
+_BACKENDS: dict[str, type[NystromGGN]] = {
+    "CurvlinopsGGN": NystromGGN,
+    "BackPackGGN": BackPackNystromGGN,
+    "AsdlGGN": AsdlNystromGGN,
+}
 
 
 def nystrom_backend(backend: Any) -> type[NystromGGN]:
@@ -245,16 +243,17 @@ def nystrom_backend(backend: Any) -> type[NystromGGN]:
         backend = type(backend)
     if backend is None or backend is GGNInterface:
         return NystromGGN
-    if isinstance(backend, type):
-        if issubclass(backend, NystromGGN):
-            return backend
-        for theirs, ours in _BACKENDS:
-            if issubclass(backend, theirs) and not issubclass(backend, EFInterface):
-                return ours
+    is_backend = isinstance(backend, type) and issubclass(backend, CurvatureInterface)
+    names = [base.__name__ for base in backend.__mro__] if is_backend else []
+    of_fisher = "EFInterface" in names
+    if is_backend and issubclass(backend, NystromGGN):
+        return backend
+    if not of_fisher and (known := [_BACKENDS[name] for name in names if name in _BACKENDS]):
+        return known[0]
     name = getattr(backend, "__name__", repr(backend))
     reason = (
         "the empirical Fisher is not the curvature ELLA needs"
-        if isinstance(backend, type) and issubclass(backend, EFInterface)
+        if of_fisher
         else "it has no generalised Gauss-Newton curvature that is known here"
     )
     raise ValueError(

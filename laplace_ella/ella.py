@@ -10,14 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
 from os import PathLike
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
-import laplace
 import torch
-from laplace import ParametricLaplace
-from laplace.curvature import CurvatureInterface
 from torch import Tensor, nn
 
+from . import host
 from .backends import OPTIONS, backend_options, nystrom_backend
 from .data.batches import Input, Raw
 from .data.checks import check_choice, check_flag, check_key, check_options, integer
@@ -32,6 +30,7 @@ from .fitting.fit import FitInterrupted, fit
 from .fitting.plan import Plan
 from .fitting.prices import PredictionPlan
 from .fitting.state import assigned, posterior_of, state_of
+from .host import BaseLaplace, CurvatureInterface, ParametricLaplace
 from .network.checks import check_model, check_module
 from .network.engine import Engine
 from .network.functional import n_trainable, unwrap
@@ -59,6 +58,33 @@ from .tuning.scoring import Loss
 Self = TypeVar("Self", bound="ELLALaplace")
 
 
+@overload
+def Laplace(
+    model: nn.Module,
+    likelihood: str = ...,
+    subset_of_weights: str = ...,
+    *,
+    hessian_structure: Literal["ella"],
+    **kwargs: Any,
+) -> ELLALaplace: ...
+@overload
+def Laplace(
+    model: nn.Module,
+    likelihood: str,
+    subset_of_weights: str,
+    hessian_structure: Literal["ella"],
+    *args: Any,
+    **kwargs: Any,
+) -> ELLALaplace: ...
+@overload
+def Laplace(
+    model: nn.Module,
+    likelihood: str = ...,
+    subset_of_weights: str = ...,
+    hessian_structure: str = ...,
+    *args: Any,
+    **kwargs: Any,
+) -> BaseLaplace: ...
 def Laplace(
     model: nn.Module,
     likelihood: str = "classification",
@@ -66,11 +92,12 @@ def Laplace(
     hessian_structure: str = "kron",
     *args: Any,
     **kwargs: Any,
-) -> laplace.BaseLaplace:
+) -> BaseLaplace:
     """Build any flavour of laplace-torch, ELLA among them.
 
     :func:`laplace.Laplace` with a default likelihood, so that
-    ``Laplace(model, subset_of_weights="all", hessian_structure="ella")`` is complete.
+    ``Laplace(model, subset_of_weights="all", hessian_structure="ella")`` is complete. It builds ELLA itself, also where
+    the host's factory would not find it.
 
     Parameters
     ----------
@@ -81,23 +108,26 @@ def Laplace(
     subset_of_weights : {"last_layer", "subnetwork", "all"}
         "ella" needs "all".
     hessian_structure : {"kron", "diag", "full", "lowrank", "gp", "ella"}
-        "ella" returns an :class:`ELLALaplace`.
+        "ella" returns an :class:`ELLALaplace`, for type checkers too.
     *args, **kwargs
         Passed to the estimator.
     """
     check_module(model)
     check_choice("subset_of_weights", subset_of_weights, ("last_layer", "subnetwork", "all"))
-    check_choice("hessian_structure", hessian_structure, _structures())
-    if hessian_structure == "ella" and subset_of_weights != "all":
-        raise ValueError(
-            f"hessian_structure='ella' needs subset_of_weights='all'; got {subset_of_weights!r}. Pass both."
-        )
-    return laplace.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
+    if hessian_structure == "ella":
+        if subset_of_weights != "all":
+            raise ValueError(
+                f"hessian_structure='ella' needs subset_of_weights='all'; got {subset_of_weights!r}. Pass both."
+            )
+        return ELLALaplace(model, likelihood, *args, **kwargs)
+    if host.FINDS_SUBCLASSES:
+        check_choice("hessian_structure", hessian_structure, _structures())
+    return host.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
 
 
 def _structures() -> list[str]:
     """Return the structures of the Hessian that are known: laplace-torch's, and those that subclasses name."""
-    classes, found = [laplace.baselaplace.BaseLaplace], {"gp"}
+    classes, found = [BaseLaplace], {"gp"}
     while classes:
         cls = classes.pop()
         classes += cls.__subclasses__()
@@ -300,20 +330,17 @@ class ELLALaplace(ParametricLaplace):
             self.process_group, self.shard_directions = process_group, bool(shard_directions)
             self.backend_kwargs = check_options("backend_kwargs", backend_kwargs)
             self.asdl_fisher_kwargs = check_options("asdl_fisher_kwargs", asdl_fisher_kwargs)
-            super().__init__(
-                unwrap(model),
-                self._posterior.likelihood.host_name,
-                1.0,  # the host's constructor knows no noise of several outputs
-                prior_precision,
-                prior_mean,
-                temperature,
+            # Only what every host takes: others may add, rename or move their arguments.
+            super().__init__(unwrap(model), self._posterior.likelihood.host_name)
+            self.prior_precision, self.prior_mean, self.temperature = prior_precision, prior_mean, temperature
+            self.enable_backprop, self.dict_key_x, self.dict_key_y = (
                 bool(enable_backprop),
                 dict_key_x,
                 dict_key_y,
-                nystrom_backend(backend),
-                backend_options(backend, vars(self), self.backend_kwargs),
-                self.asdl_fisher_kwargs,
             )
+            self._backend: Any = None
+            self._backend_cls = nystrom_backend(backend)
+            self._backend_kwargs = backend_options(backend, vars(self), self.backend_kwargs)
             self.likelihood, self.link_approx = likelihood, link_approx
             self.sigma_noise = sigma_noise
             self.logit_scale, self.residual_scale = logit_scale, residual_scale
@@ -531,14 +558,27 @@ class ELLALaplace(ParametricLaplace):
         return self._posterior.curvature_factor
 
     @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
     def _dtype(self) -> torch.dtype:
         # fp16 holds no number above 65504, so hyperparameters of such models are fp32.
-        return torch.promote_types(super()._dtype, torch.float32)
+        return torch.promote_types(next(self.model.parameters()).dtype, torch.float32)
 
     @property
     def backend(self) -> Any:
         """The backend, with the basis of the last fit."""
-        backend, now = super().backend, self._posterior.current
+        if self._backend is None:
+            of_pairs = self.likelihood == "reward_modeling"
+            self._backend = self._backend_cls(
+                self.model,
+                "classification" if of_pairs else self.likelihood,
+                self.dict_key_x,
+                self.dict_key_y,
+                **self._backend_kwargs,
+            )
+        backend, now = self._backend, self._posterior.current
         backend.basis = None if now is None else self._posterior.basis
         backend.observed = self._posterior.likelihood
         return backend
@@ -578,7 +618,7 @@ class ELLALaplace(ParametricLaplace):
         """
         now = self._now()
         if now.current is None:
-            super()._check_H_init()
+            raise AttributeError("Laplace not fitted. Run fit() first.")
         checkpoints.check_dtypes(now.fit.basis, self.params)
         return now
 
@@ -1405,7 +1445,8 @@ class ELLALaplace(ParametricLaplace):
         twin = copy(self)
         # The host's optimiser keeps its steps on the default device.
         with prior.quiet_host(), torch.enable_grad(), self._device:
-            super(ELLALaplace, twin).optimize_prior_precision("glm", "marglik", *steps, **more)
+            options = dict(zip(("n_steps", "lr", "init_prior_prec", "prior_structure"), steps))
+            super(ELLALaplace, twin).optimize_prior_precision("glm", "marglik", **options, **more)
         return prior.replaced(self._posterior, twin._posterior), prior.remarks_on_evidence(twin._posterior)
 
     def optimize_hyperparameters(

@@ -7,16 +7,13 @@ libraries compute the same rows; torch.func is the one that needs no layer rules
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
 import torch
-from asdl.core import extend as asdl_extend
-from asdl.operations import OP_BATCH_GRADS
-from backpack import backpack, extend
-from backpack.extensions import BatchGrad
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
@@ -87,6 +84,33 @@ def looped_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Ten
     return {k: torch.stack([g[k] for g in gradients]) for k in weights}
 
 
+@contextmanager
+def _imports(library: str, package: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"This backend takes its gradients from {library}, which cannot be imported ({error}). Install it with "
+            f"`pip install {package}`, or leave `backend` out: torch.func needs no other library."
+        ) from error
+
+
+def backpack_library() -> tuple[Any, Any, Any]:
+    """Return ``backpack``, ``extend`` and ``BatchGrad`` of BackPACK, or raise an ImportError that says what to install."""
+    with _imports("BackPACK", "backpack-for-pytorch"):
+        from backpack import backpack, extend
+        from backpack.extensions import BatchGrad
+    return backpack, extend, BatchGrad
+
+
+def asdl_library() -> tuple[Any, Any]:
+    """Return ``extend`` and ``OP_BATCH_GRADS`` of ASDL, or raise an ImportError that says what to install."""
+    with _imports("ASDL", "asdfghjkl"):
+        from asdl.core import extend
+        from asdl.operations import OP_BATCH_GRADS
+    return extend, OP_BATCH_GRADS
+
+
 def backpack_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tensor) -> Weights:
     """Compute what :func:`gradient_rows` does with BackPACK's ``BatchGrad``.
 
@@ -97,8 +121,9 @@ def backpack_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
     ValueError
         If BackPACK cannot run the model, or has no correct gradient for a weight.
     """
+    backpack, extend, batch_grad = backpack_library()
     module = extend(_copy(model))
-    with warnings.catch_warnings(), backpack(BatchGrad()):
+    with warnings.catch_warnings(), backpack(batch_grad()):
         # It is said of every module that holds others; _verified names the weights that matter.
         warnings.filterwarnings("ignore", "Extension saving to grad_batch does not have", UserWarning)
         padding = _backward_of_outputs("BackPACK", module, x, outputs)
@@ -116,9 +141,10 @@ def asdl_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tenso
     ValueError
         If ASDL cannot run the model, or has no correct gradient for a weight.
     """
+    extend, batch_grads = asdl_library()
     module = _copy(model)
     found: dict[str, Any] = {}
-    with warnings.catch_warnings(), asdl_extend(module, OP_BATCH_GRADS) as context:
+    with warnings.catch_warnings(), extend(module, batch_grads) as context:
         # ASDL's kind of hook is deprecated; _verified catches what it could miss.
         warnings.filterwarnings("ignore", "Using a non-full backward hook", FutureWarning)
         padding = _backward_of_outputs("ASDL", module, x, outputs)

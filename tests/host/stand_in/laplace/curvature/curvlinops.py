@@ -1,0 +1,9 @@
+from laplace.curvature.curvature import EFInterface, GGNInterface
+
+
+class CurvlinopsGGN(GGNInterface):
+    pass
+
+
+class CurvlinopsEF(EFInterface):
+    pass
