@@ -165,5 +165,3 @@ SCHEMES: dict[str, Scheme] = {
     "leverage": leverage,
     "k-means": clustered,
 }
-# Those that need the gradients of a pool, and what the others need beyond those of their landmarks.
-OF_POOL = ("pivoted Cholesky", "pivoted Cholesky, random", "leverage")
