@@ -109,15 +109,12 @@ def cost(runs: dict[str, Run]) -> str:
     first = next(iter(runs.values()))
     lines = []
     for name in first["seeds"][0]["seconds"]:
-        gradients = "M"
-        if name in OF_POOL:
-            gradients = "the pool's; most landmarks' twice"
+        gradients = "the pool's, and M in the fit" if name in OF_POOL else "M in the fit"
         cells = []
         for run in runs.values():
             pool = [seed["kernel"] if name in OF_POOL else 0.0 for seed in run["seeds"]]
-            cells.append(
-                f"{statistics.fmean(s['seconds'][name] + p for s, p in zip(run['seeds'], pool)):.2g}"
-            )
+            seconds = statistics.fmean(s["seconds"][name] + p for s, p in zip(run["seeds"], pool))
+            cells.append(f"{seconds:.2f}")
         lines.append([name, gradients, *cells])
     head = [f"s, {run['title']}, M = {run['M'][-1]}" for run in runs.values()]
     return table(["landmarks", "gradients", *head], lines)
