@@ -89,14 +89,7 @@ def setting(run: Run) -> str:
     exact = ""
     if run["exact"]:
         exact = f"exact covariance of {run['exact']}, at {run['compared']} test images; "
-    used = ", ".join(
-        f"{counts[key]} {name}"
-        for key, name in {
-            "train": "training images",
-            "curvature": "curvature inputs",
-            "validation": "validation",
-        }.items()
-    )
+    used = f"{counts['train']} training images, {counts['curvature']} curvature inputs, {counts['validation']} validation"
     return (
         f"{run['title']}, {run['parameters']} weights; {used} and {counts['test']} test images of {run['images']}; a pool of "
         f"{counts['pool']}; {exact}{len(run['seeds'])} seeds. NLL of MAP {simple['MAP']['nll']:.4f}, of temperature scaling "
