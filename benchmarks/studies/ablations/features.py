@@ -6,9 +6,9 @@ side by side, and each basis takes its columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from benchmarks.methods import ours
 from laplace_ella import NystromBasis
 
 Pair = tuple[Tensor, Tensor]
+Key = TypeVar("Key", bound=Hashable)
 BATCH = 50
 
 
@@ -58,19 +59,22 @@ class Spectrum:
 
 
 def stacked_bases(
-    model: nn.Module, draws: Sequence[Draw], data: Pair, n_outputs: int
-) -> tuple[NystromBasis, dict[Draw, tuple[slice, Spectrum]]]:
-    """Return the directions of all draws side by side, and where each has its own."""
+    model: nn.Module, given: Iterable[tuple[Key, Pair, int]], few: Pair
+) -> tuple[NystromBasis, dict[Key, tuple[slice, Spectrum]]]:
+    """Return the directions of all landmarks side by side, and where those of each key are.
+
+    ``given`` are keys with landmarks, and how many directions are made of them; ``few`` inputs and labels to fit to, of
+    which the bases do not depend.
+    """
     blocks: dict[str, list[Tensor]] = {}
     found, start = {}, 0
-    few = loader(data[0][:BATCH], data[1][:BATCH], BATCH)  # of which the basis does not depend
-    for draw in draws:
-        la = ours(model, subsample_size=draw.M, n_eigenvalues=draw.K)
-        la.fit(few, landmarks=landmarks(draw, data, n_outputs))
+    for key, pair, rank in given:
+        la = ours(model, subsample_size=len(pair[1]), n_eigenvalues=rank)
+        la.fit(loader(*few, BATCH), landmarks=pair)
         basis = la.basis
         for name, directions in basis.directions.items():
             blocks.setdefault(name, []).append(directions)
-        found[draw] = slice(start, start + basis.rank), Spectrum(basis.rank, basis.spectrum.clamp_min(0))
+        found[key] = slice(start, start + basis.rank), Spectrum(basis.rank, basis.spectrum.clamp_min(0))
         start += basis.rank
     ones = torch.ones(start, dtype=torch.float64)
     directions = {name: torch.cat(blocks.pop(name)) for name in list(blocks)}

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 import laplace_ella
 from benchmarks.networks import SmallCNN
 from benchmarks.problems import network
-from benchmarks.studies.ablations.features import Draw, Pair, Spectrum, features, snapshots, stacked_bases
+from benchmarks.studies.ablations.features import (
+    BATCH,
+    Draw,
+    Pair,
+    Spectrum,
+    features,
+    landmarks,
+    snapshots,
+    stacked_bases,
+)
 from benchmarks.studies.common import baselines, scores
 from benchmarks.studies.common.grid_search import Setting
 from benchmarks.studies.common.images import Counts, Data, cifar_data, fashion_data, parts
@@ -332,9 +341,10 @@ def run_case(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "validation": data.validation,
         "test": data.test,
     }
-    basis, where = stacked_bases(model, chosen, data.train, 10)
+    given = ((draw, landmarks(draw, data.train, 10), draw.K) for draw in chosen)
+    basis, where = stacked_bases(model, given, (data.train[0][:BATCH], data.train[1][:BATCH]))
     of_bases = time.process_time() - start
-    seen = {key: _seen(backend, pair, basis) for key, pair in sets.items()}
+    seen = {key: seen_by(backend, pair, basis) for key, pair in sets.items()}
     of_features = time.process_time() - start
     outputs = {key: baselines.outputs(model, pair[0]) for key, pair in sets.items() if key != "curvature"}
     sweeps = Sweeps(case, where, **seen)
@@ -356,6 +366,6 @@ def run_case(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return found | {"seconds": {"bases": of_bases, "features": of_features - of_bases, "all": ended}}
 
 
-def _seen(backend: Any, pair: Pair, basis: Any) -> Seen:
+def seen_by(backend: Any, pair: Pair, basis: Any) -> Seen:
     phi, f = features(backend, pair[0], basis)
     return Seen(phi, f, pair[1])

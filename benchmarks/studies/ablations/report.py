@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.report import NOTHING, table
+from benchmarks.studies.ablations import report_landmarks
 from benchmarks.studies.common import results, tables
 from benchmarks.studies.common.results import DOCS, IMAGES, write_page
 from benchmarks.studies.common.scores import mean_and_error
@@ -14,7 +15,8 @@ from benchmarks.studies.common.tables import Run, Runs
 
 PAGE, CHOOSING = DOCS / "ablations.md", DOCS / "choosing.md"
 CASES = ("cifar10-jpeg", "fashion-cnn")
-NAMES = ("error", *(f"quality_{case}" for case in CASES), "cost", "price", "directions")
+OF_LANDMARKS = {f"landmarks_{case}": case for case in report_landmarks.CASES}
+NAMES = ("error", *(f"quality_{case}" for case in CASES), "cost", "price", "directions", *OF_LANDMARKS)
 
 METHODS = {"T = 1": "T = 1", "stopped": "stopped early", "T": "T tuned", "T, s": "T and s tuned"}
 SIMPLE = ("MAP", "temperature scaling", "vector scaling")
@@ -270,6 +272,11 @@ def of_part(part: str, write: Callable[[Run], str], runs: Runs) -> str:
     return write(runs[part]) if part in runs else NOTHING
 
 
+def choosing_landmarks(runs: Runs) -> str:
+    found = {case: runs[name] for name, case in OF_LANDMARKS.items() if name in runs}
+    return report_landmarks.cost(found) if found else NOTHING
+
+
 def figure(name: str, caption: str, part: str, runs: Runs) -> str:
     """Show a figure, if what it is drawn from was measured."""
     return f"![{caption}](images/ablation_{name}.png)\n" if part in runs else NOTHING
@@ -299,6 +306,12 @@ TABLES: dict[str, Callable[[Runs], str]] = {
         for case in CASES
         for name, write in OF_CASE.items()
     },
+    **{
+        f"landmarks {case}{suffix}": partial(of_part, name, write)
+        for name, case in OF_LANDMARKS.items()
+        for suffix, write in {" setting": report_landmarks.setting, "": report_landmarks.compared}.items()
+    },
+    "choosing landmarks": choosing_landmarks,
     "base costs": partial(of_part, "cost", base_costs),
     "exponents": partial(of_part, "cost", exponents),
     "where": where,
