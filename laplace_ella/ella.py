@@ -117,8 +117,8 @@ class ELLALaplace(ParametricLaplace):
     ----------
     model : torch.nn.Module
         The trained network. The posterior is over its parameters that require grad now; they may be
-        frozen later. Outputs may be (B, ..., C): positions in a sequence or an image are
-        flattened into the batch. DataParallel, DistributedDataParallel and torch.compile wrappers
+        frozen later. Outputs may be (B, ..., C), (B, C, ...) or (B,), in an object with ``.logits``, a mapping
+        or a tuple: see ``channel_axis``. DataParallel, DistributedDataParallel and torch.compile wrappers
         are taken off.
     likelihood : str
         "classification", "regression" or "reward_modeling", as in :class:`laplace.ParametricLaplace`;
@@ -207,6 +207,12 @@ class ELLALaplace(ParametricLaplace):
         from ELLA's posterior with any of them.
     link_approx : {"probit", "mc", "bridge", "bridge_norm"}, optional
         The link of calls that name none. None: the one that tuning was for, and "probit" before.
+    channel_axis : {None, 1, -1}
+        Where outputs with positions have their channels (classes): 1 for (B, C, ...), as convolutions and ``nn.CrossEntropyLoss`` have
+        them, -1 for (B, ..., C). Predictions then have the axes of the network's outputs. None: ``fit`` finds out from the targets
+        of the first batch. If the channels are last, predictions have a row for each position, input by input: (B L, C).
+    curvature_positions : int, optional
+        At how many of its positions, drawn from the seed, each curvature input is looked at, without bias. None: at all.
 
     Attributes
     ----------
@@ -279,6 +285,8 @@ class ELLALaplace(ParametricLaplace):
         class_biases: Sequence[float] | Tensor | None = None,
         variance: str = "ella",
         link_approx: str | None = None,
+        channel_axis: int | None = None,
+        curvature_positions: int | None = None,
     ) -> None:
         with LOCK:  # while another thread has the model's weights exchanged, none requires grad
             check_model(model)
@@ -294,6 +302,7 @@ class ELLALaplace(ParametricLaplace):
             self.curvature_size, self.seed = curvature_size, seed
             self.curvature, self.curvature_samples = curvature, curvature_samples
             self.residual_samples = residual_samples
+            self.channel_axis, self.curvature_positions = channel_axis, curvature_positions
             self.chunk_size, self.memory_budget, self.autodiff = chunk_size, memory_budget, autodiff
             self.compile, self.spill, self.spill_dtype = compile, spill, spill_dtype
             asked.checked_sizes(self)
@@ -533,8 +542,9 @@ class ELLALaplace(ParametricLaplace):
 
     @property
     def backend(self) -> Any:
-        """The backend, with the basis of the last fit."""
+        """The backend, with the basis of the last fit, whose outputs it reads as those of that fit."""
         backend, now = super().backend, self._posterior.current
+        backend.engine = backend.engine.along(self.channel_axis if now is None else now.channel_axis)
         backend.basis = None if now is None else self._posterior.basis
         backend.observed = self._posterior.likelihood
         return backend
@@ -596,10 +606,13 @@ class ELLALaplace(ParametricLaplace):
         checkpoints.check_unchanged(now.fit.fingerprint, self.model)
         return now
 
-    def _stream(self, loader: Iterable[Any], progress_bar: bool = False, **more: Any) -> Stream:
+    def _stream(
+        self, loader: Iterable[Any], progress_bar: bool = False, engine: Engine | None = None, **more: Any
+    ) -> Stream:
         ranks = self._ranks
         bars = progress_bars(progress_bar and ranks.rank == 0)
-        return Stream(loader, self.dict_key_x, self.dict_key_y, self._engine.inputs, ranks, bars, **more)
+        inputs = (engine or self._engine).inputs
+        return Stream(loader, self.dict_key_x, self.dict_key_y, inputs, ranks, bars, **more)
 
     # ------------------------------------------------------------------ fitting
 
@@ -720,10 +733,10 @@ class ELLALaplace(ParametricLaplace):
         """Return what the estimator is to take over after a fit, having chosen among snapshots of G."""
         if request.val_loader is None:
             return {"current": fit}
-        now = self._posterior.fitted(fit)
-        stream = self._stream(request.val_loader, request.progress_bar)
+        now, engine = self._posterior.fitted(fit), self._engine.along(fit.channel_axis)
+        stream = self._stream(request.val_loader, request.progress_bar, engine)
         free = fresh and not now.temperature_fixed
-        return early_stopping.stopped_early(now, self._engine, stream, ranks, request.link_approx, free)
+        return early_stopping.stopped_early(now, engine, stream, ranks, request.link_approx, free)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -1526,6 +1539,8 @@ class ELLALaplace(ParametricLaplace):
         now = self._unchanged()
         own = {name: getattr(self, name) for name in checkpoints.OF_ESTIMATOR}
         own |= {"cls_name": type(self).__name__, "named_by_user": sorted(self._named_by_user)}
+        if self.curvature_positions is not None:
+            own["curvature_positions"] = self.curvature_positions
         return checkpoints.whole_state({**state_of(now), **own}, now.fit.basis, directions)
 
     @exclusively
@@ -1553,11 +1568,13 @@ class ELLALaplace(ParametricLaplace):
         for remark in checkpoints.differences(state_dict, self.enable_backprop, chosen):
             warn_user(remark)
         engine.forget()
+        engine = engine.along(checkpoints.read_along(state_dict, self.channel_axis))
         with outside_inference():  # what is loaded may meet a graph later
             state = without_inference(state_dict)
             basis = checkpoints.unpack_saved_basis(state["basis"], engine, ranks)
             new = posterior_of(state, basis, like, engine.function.flat_weights())
         own = {name: state[name] for name in checkpoints.OF_ESTIMATOR}
+        own["curvature_positions"] = state.get("curvature_positions")
         attributes.exchange(self, new, **own, _named_by_user=set(state["named_by_user"]))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:

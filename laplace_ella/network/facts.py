@@ -18,6 +18,7 @@ from .features import forward_pass
 from .functional import FunctionalModel, Pull, Weights, backward_passes, first_weight
 from .gradients import looped_rows
 from .memory import Chunks, attempt
+from .outputs import Axes
 from .pulling import pulled
 from .rewriting import agree, rewritten
 
@@ -28,8 +29,8 @@ class InputFacts:
 
     Attributes
     ----------
-    positions : tuple of int
-        The axes of the outputs between batch and C: () for one prediction per input.
+    axes : Axes
+        Of the outputs, which say what their positions are.
     n_outputs : int
         C.
     input_bytes : int
@@ -44,7 +45,7 @@ class InputFacts:
         Why not, then.
     """
 
-    positions: tuple[int, ...]
+    axes: Axes
     n_outputs: int
     input_bytes: int
     graph_bytes: int
@@ -55,7 +56,7 @@ class InputFacts:
     @property
     def n_coordinates(self) -> int:
         """Outputs of one input: C times the positions."""
-        return math.prod(self.positions) * self.n_outputs
+        return math.prod(self.axes.positions) * self.n_outputs
 
 
 def find_facts(
@@ -77,9 +78,9 @@ def find_facts(
     -----
     Cost: some twenty passes of a row or two. Call it inside :func:`laplace_ella.network.safety.safely`.
     """
-    shape = model.outputs(model.weights(), pair).shape
+    f = model.outputs(model.weights(), pair)
     input_bytes, graph_bytes = activation_bytes(model, pair)
-    plain = InputFacts(tuple(shape[1:-1]), shape[-1], input_bytes, graph_bytes, model)
+    plain = InputFacts(model.axes_of(f), f.shape[-1], input_bytes, graph_bytes, model)
     if not derivable:
         return replace(plain, why_not="the model is compiled")
     rewrite, _ = attempt(lambda: rewritten(model, pair, precision))
