@@ -915,7 +915,9 @@ class ELLALaplace(ParametricLaplace):
             (B, C) with ``diagonal_output``, or (BC,) and (BC, BC) with ``joint``. These are moments
             of the outputs in regression, where ``sigma_noise`` is not included; and of the targets with
             "poisson" and "heteroscedastic" (D = C / 2 of them), whose noise follows from the outputs. With
-            outputs (B, ..., C), B counts positions.
+            outputs (B, ..., C), B counts positions. With ``channel_axis``, named or found to be 1, predictions have the axes of
+            the network's outputs: (B, C, ...) and (B, C, C, ...), or (B, ..., C) and (B, ..., C, C); with outputs (B,), they are (B,).
+            ``joint`` counts positions in any case.
 
         Raises
         ------
@@ -935,11 +937,12 @@ class ELLALaplace(ParametricLaplace):
             sampling.check_enough(likelihood, n_samples)
             offsets = sampling.weight_offsets(now, Draws(n_samples, generator))
             samples = sampling.outputs_at(engine, offsets, x, self.enable_backprop, **model_kwargs)
-            return sampling.averaged(samples, likelihood)
+            return prediction.as_network(engine, x, sampling.averaged(samples, likelihood))
         draws = generator if likelihood.has_probabilities else None  # moments take nothing from it
         noise = Noise.seeded(n_samples, draws, now.seed, diagonal_output)
         options = (likelihood, link_approx, noise, joint, self.enable_backprop)
-        return prediction.of_call(now, engine, x, *options)
+        found = prediction.of_call(now, engine, x, *options)
+        return found if joint else prediction.as_network(engine, x, found)
 
     def predictive(
         self, x: Input, pred_type: str = "glm", link_approx: str | None = None, n_samples: int = 100
@@ -1012,7 +1015,7 @@ class ELLALaplace(ParametricLaplace):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw functions, evaluated at the inputs: (S, B, C).
+        """Draw functions, evaluated at the inputs: (S, B, C); with ``channel_axis``, as for a call, (S, B, C, ...).
 
         Each draw uses one noise vector for all inputs, in the K dimensions of the span and in
         those of the residual, so that a function is smooth, and two calls with equal
@@ -1037,7 +1040,7 @@ class ELLALaplace(ParametricLaplace):
             As for a call.
         """
         samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
-        return samples.to(dtype)
+        return prediction.as_network(self._engine, x, samples.to(dtype), lead=1)
 
     def predictive_samples(
         self,
@@ -1050,7 +1053,8 @@ class ELLALaplace(ParametricLaplace):
         """Draw :meth:`functional_samples`, turned into probabilities, rates, or means and variances (S, B, C)."""
         samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
         # Before they are rounded: fp16 holds no logit above 65504.
-        return self._posterior.likelihood.of_calls.inverse_link(samples).to(dtype)
+        found = self._posterior.likelihood.of_calls.inverse_link(samples).to(dtype)
+        return prediction.as_network(self._engine, x, found, lead=1)
 
     def _functions(
         self, x: Input, pred_type: str, n_samples: int, diagonal_output: bool, generator: Any
@@ -1088,7 +1092,7 @@ class ELLALaplace(ParametricLaplace):
         -------
         Uncertainty
             ``total``, ``aleatoric`` and ``epistemic``: Tensor (B,) for classification, else (B, C). With outputs (B, ..., C), B counts
-            positions. Differentiable with respect to the inputs with ``enable_backprop``.
+            positions; with ``channel_axis``, as for a call, they are (B, ...), and (B, C, ...) or (B, ..., C). Differentiable with respect to the inputs with ``enable_backprop``.
 
         Raises
         ------
@@ -1106,7 +1110,9 @@ class ELLALaplace(ParametricLaplace):
         checks.check_prediction("glm", "mc", n_samples, generator, self._device)
         now, engine = self._fitted(), self._engine
         noise = Noise.seeded(n_samples, generator, now.seed, diagonal_output=False)
-        return uncertainty.uncertainty(now, engine, x, now.likelihood.of_calls, noise, self.enable_backprop)
+        likelihood = now.likelihood.of_calls
+        found = uncertainty.uncertainty(now, engine, x, likelihood, noise, self.enable_backprop)
+        return Uncertainty(*(prediction.as_network(engine, x, part, part.ndim - 1) for part in found))
 
     def interval(
         self, x: Input, level: float = 0.95, observation_noise: bool = True
@@ -1127,7 +1133,7 @@ class ELLALaplace(ParametricLaplace):
         Returns
         -------
         lower, upper : Tensor (B, C)
-            Of each output by itself. With outputs (B, ..., C), B counts positions. Differentiable with respect to the
+            Of each output by itself. With outputs (B, ..., C), B counts positions; with ``channel_axis``, as for a call. Differentiable with respect to the
             inputs with ``enable_backprop``.
 
         Raises
@@ -1146,7 +1152,8 @@ class ELLALaplace(ParametricLaplace):
         uncertainty.check_numbers_predicted(self._posterior.likelihood)
         now, engine = self._fitted(), self._engine
         likelihood = now.likelihood.of_calls
-        return uncertainty.interval(now, engine, x, likelihood, level, with_noise, self.enable_backprop)
+        found = uncertainty.interval(now, engine, x, likelihood, level, with_noise, self.enable_backprop)
+        return prediction.as_network(engine, x, found)
 
     def batch_bald(
         self,
@@ -1230,7 +1237,7 @@ class ELLALaplace(ParametricLaplace):
         Cost: features, plus 1 + 2S forward passes for each input (exact: about 5C).
         """
         seen = novelty.seen_with_shares(self._fitted(), self._engine, x, self.enable_backprop)
-        return seen.residual_share.to(seen.f.dtype)
+        return prediction.as_network(self._engine, x, seen.residual_share.to(seen.f.dtype), 0)
 
     @torch.no_grad()
     def novelty(self, x: Input) -> Tensor:
@@ -1245,7 +1252,8 @@ class ELLALaplace(ParametricLaplace):
         AttributeError, ValueError
             As for a call; ValueError also if the setting has changed since the calibration.
         """
-        return novelty.novelty(self._fitted(), self._engine, x, self.enable_backprop)
+        found = novelty.novelty(self._fitted(), self._engine, x, self.enable_backprop)
+        return prediction.as_network(self._engine, x, found, 0)
 
     @torch.no_grad()
     def calibrate_novelty(self, in_distribution_loader: Iterable[Any]) -> None:

@@ -141,7 +141,9 @@ def drawn_positions(part: Part, n_positions: int, n: int, seed: int) -> tuple[Te
     ones = torch.ones(size, n_positions, dtype=torch.float64, device="cpu")
     weights = ones if part.weights is None else part.weights.to(ones).expand(size, n_positions)
     counted = weights > 0
-    keys = uniforms(seed, POSITION, part.positions, n_positions) + ~counted  # those that do not count come last
+    keys = (
+        uniforms(seed, POSITION, part.positions, n_positions) + ~counted
+    )  # those that do not count come last
     drawn = keys.topk(n, largest=False).indices
     n_counted = counted.sum(1, keepdim=True)
     share = n_counted / n_counted.clamp(1, n)
@@ -186,24 +188,24 @@ class Curvature:
             if self.basis.sharded:
                 answer_others(self.engine, self.basis, self.labels)
             return torch.zeros(rank, rank, dtype=torch.float64, device=device)
-        part = self._at_some_positions(part)
+        part = self._at_some_positions(part, part.x)
         if self.labels:
             return self._sampled(part)
+        assert part.x is not None
         phi, f = features(self.engine, self.basis, part.x)
         check_finite_features(phi, f, part.name)
         return curvature(self.likelihood, phi, f, part.weights)
 
-    def _at_some_positions(self, part: Part) -> Part:
+    def _at_some_positions(self, part: Part, x: Input) -> Part:
         """Draw positions of each input, and give them the weights of all; a part with no more positions stays as it is."""
-        assert part.x is not None
         if self.positions is None:
             return part
-        n_positions = math.prod(self.engine.axes(part.x).positions)
+        n_positions = math.prod(self.engine.axes(x).positions)
         if n_positions <= self.positions:
             return part
         drawn, weights = drawn_positions(part, n_positions, self.positions, self.seed)
-        x = self.engine.to_model(part.x)
-        return replace(part, x=at_positions(x, drawn.to(self.engine.device)), weights=weights)
+        picked = at_positions(self.engine.to_model(x), drawn.to(self.engine.device))
+        return replace(part, x=picked, weights=weights)
 
     def _sampled(self, part: Part) -> Tensor:
         r"""Estimate the curvature from labels drawn from the model's own predictions.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..data.batches import inputs_between
+from ..data.batches import Input, inputs_between
 from ..data.landmarks import BottomK, Scheme, check_coordinates, draw_outputs, explicit_landmarks
 from ..data.loading import check_total
 from ..data.notices import warn_user
