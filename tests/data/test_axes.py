@@ -57,7 +57,10 @@ def sequences(*lengths):
 
 def test_targets_tell_which_axis_holds_the_classes():
     build(model=channels(last=False)).fit(sequences(5))
-    with pytest.warns(UserWarning, match="last axis"), pytest.raises(ValueError, match="batch 1.*channel_axis=1"):
+    with (
+        pytest.warns(UserWarning, match="last axis"),
+        pytest.raises(ValueError, match=r"batch 1.*channel_axis=1"),
+    ):
         build(model=channels(last=False)).fit(sequences(C, 5))
     build(model=channels(last=False), channel_axis=1).fit(sequences(C, 5))
     for last in (False, True):

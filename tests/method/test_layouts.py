@@ -205,7 +205,10 @@ def test_outputs_without_channels(likelihood):
     x, new = torch.randn(N, 2, dtype=F64), torch.randn(B, 2, dtype=F64)
     y = (x[:, 0] > 0).double()
     bare, usual = Applied(lambda net, x: net(x).squeeze(-1), net), net
-    la, expected = (fit(m, y, likelihood, [(x, t)], full=False, subsample_size=5) for m, t in ((bare, y), (usual, y[:, None])))
+    la, expected = (
+        fit(m, y, likelihood, [(x, t)], full=False, subsample_size=5)
+        for m, t in ((bare, y), (usual, y[:, None]))
+    )
     assert_close(la.H, expected.H)
     assert_close(la.loss, expected.loss)
     found, rows = la(new), expected(new)
