@@ -1,6 +1,6 @@
 """Label every pixel of a picture, and see where the labels are not to be trusted.
 
-A small U-Net (25 000 weights) is trained on scenes: handwritten digits of MNIST on crops of photographs. Its classes are the background
+A small U-Net (33 000 weights) is trained on scenes: handwritten digits of MNIST on crops of photographs. Its classes are the background
 and the digits 0 to 3; other digits stand in some of the test scenes, and no label is right for them. The network returns
 logits (batch, classes, height, width), as nn.CrossEntropyLoss takes them, and nothing is said about that: the targets tell. G is estimated from
 256 of the 2 304 pixels of each scene, and validation pixels are thinned out by the label -100.
