@@ -46,14 +46,14 @@ UNKNOWN = -100  # the label that nn.CrossEntropyLoss and this package ignore
 class Sizes:
     """How many scenes and epochs a run uses."""
 
-    train: int = 400
-    validation: int = 60
-    test: int = 60
-    epochs: int = 25
-    landmarks: int = 300
+    train: int = 240
+    validation: int = 30
+    test: int = 30
+    epochs: int = 20
+    landmarks: int = 150
 
 
-QUICK = Sizes(train=120, validation=20, test=16, epochs=12, landmarks=60)
+QUICK = Sizes(train=100, validation=12, test=10, epochs=12, landmarks=50)
 
 
 def digits(classes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
