@@ -65,6 +65,7 @@ examples: $(VENV)/.installed-examples  ## run the examples, with their assertion
 	$(RUN)/python $(QUIET) examples/regression.py
 	$(RUN)/python $(QUIET) examples/tuning.py --quick
 	$(RUN)/python $(QUIET) examples/ood.py --quick
+	$(RUN)/python $(QUIET) examples/segmentation.py --quick
 	$(RUN)/python $(QUIET) examples/vit.py --quick
 	$(RUN)/python $(QUIET) examples/text.py --quick
 	$(RUN)/python $(QUIET) examples/bayesian_optimisation.py --quick

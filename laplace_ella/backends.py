@@ -182,7 +182,7 @@ class NystromGGN(GGNInterface):
         phi, f = self.jacobians(x)
         check_finite_features(phi, f, "the batch given")
         likelihood = self.observed
-        targets = checked_targets(likelihood, y, f, self.engine.positions(x), "the batch given")
+        targets = checked_targets(likelihood, y, f, self.engine.axes(x), "the batch given")
         return likelihood.loss(f, targets), curvature(
             likelihood, phi, f, prediction_weights(likelihood, y, None)
         )

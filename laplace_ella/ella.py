@@ -147,8 +147,8 @@ class ELLALaplace(ParametricLaplace):
     ----------
     model : torch.nn.Module
         The trained network. The posterior is over its parameters that require grad now; they may be
-        frozen later. Outputs may be (B, ..., C): positions in a sequence or an image are
-        flattened into the batch. DataParallel, DistributedDataParallel and torch.compile wrappers
+        frozen later. Outputs may be (B, ..., C), (B, C, ...) or (B,), in an object with ``.logits``, a mapping
+        or a tuple: see ``channel_axis``. DataParallel, DistributedDataParallel and torch.compile wrappers
         are taken off.
     likelihood : str
         "classification", "regression" or "reward_modeling", as in :class:`laplace.ParametricLaplace`;
@@ -237,6 +237,12 @@ class ELLALaplace(ParametricLaplace):
         from ELLA's posterior with any of them.
     link_approx : {"probit", "mc", "bridge", "bridge_norm"}, optional
         The link of calls that name none. None: the one that tuning was for, and "probit" before.
+    channel_axis : {None, 1, -1}
+        Where outputs with positions have their channels (classes): 1 for (B, C, ...), as convolutions and ``nn.CrossEntropyLoss`` have
+        them, -1 for (B, ..., C). Predictions then have the axes of the network's outputs. None: ``fit`` finds out from the targets
+        of the first batch. If the channels are last, predictions have a row for each position, input by input: (B L, C).
+    curvature_positions : int, optional
+        At how many of its positions, drawn from the seed, each curvature input is looked at, without bias. None: at all.
 
     Attributes
     ----------
@@ -309,6 +315,8 @@ class ELLALaplace(ParametricLaplace):
         class_biases: Sequence[float] | Tensor | None = None,
         variance: str = "ella",
         link_approx: str | None = None,
+        channel_axis: int | None = None,
+        curvature_positions: int | None = None,
     ) -> None:
         with LOCK:  # while another thread has the model's weights exchanged, none requires grad
             check_model(model)
@@ -324,6 +332,7 @@ class ELLALaplace(ParametricLaplace):
             self.curvature_size, self.seed = curvature_size, seed
             self.curvature, self.curvature_samples = curvature, curvature_samples
             self.residual_samples = residual_samples
+            self.channel_axis, self.curvature_positions = channel_axis, curvature_positions
             self.chunk_size, self.memory_budget, self.autodiff = chunk_size, memory_budget, autodiff
             self.compile, self.spill, self.spill_dtype = compile, spill, spill_dtype
             asked.checked_sizes(self)
@@ -568,7 +577,7 @@ class ELLALaplace(ParametricLaplace):
 
     @property
     def backend(self) -> Any:
-        """The backend, with the basis of the last fit."""
+        """The backend, with the basis of the last fit, whose outputs it reads as those of that fit."""
         if self._backend is None:
             of_pairs = self.likelihood == "reward_modeling"
             self._backend = self._backend_cls(
@@ -579,6 +588,7 @@ class ELLALaplace(ParametricLaplace):
                 **self._backend_kwargs,
             )
         backend, now = self._backend, self._posterior.current
+        backend.engine = backend.engine.along(self.channel_axis if now is None else now.channel_axis)
         backend.basis = None if now is None else self._posterior.basis
         backend.observed = self._posterior.likelihood
         return backend
@@ -640,10 +650,13 @@ class ELLALaplace(ParametricLaplace):
         checkpoints.check_unchanged(now.fit.fingerprint, self.model)
         return now
 
-    def _stream(self, loader: Iterable[Any], progress_bar: bool = False, **more: Any) -> Stream:
+    def _stream(
+        self, loader: Iterable[Any], progress_bar: bool = False, engine: Engine | None = None, **more: Any
+    ) -> Stream:
         ranks = self._ranks
         bars = progress_bars(progress_bar and ranks.rank == 0)
-        return Stream(loader, self.dict_key_x, self.dict_key_y, self._engine.inputs, ranks, bars, **more)
+        inputs = (engine or self._engine).inputs
+        return Stream(loader, self.dict_key_x, self.dict_key_y, inputs, ranks, bars, **more)
 
     # ------------------------------------------------------------------ fitting
 
@@ -764,10 +777,10 @@ class ELLALaplace(ParametricLaplace):
         """Return what the estimator is to take over after a fit, having chosen among snapshots of G."""
         if request.val_loader is None:
             return {"current": fit}
-        now = self._posterior.fitted(fit)
-        stream = self._stream(request.val_loader, request.progress_bar)
+        now, engine = self._posterior.fitted(fit), self._engine.along(fit.channel_axis)
+        stream = self._stream(request.val_loader, request.progress_bar, engine)
         free = fresh and not now.temperature_fixed
-        return early_stopping.stopped_early(now, self._engine, stream, ranks, request.link_approx, free)
+        return early_stopping.stopped_early(now, engine, stream, ranks, request.link_approx, free)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -946,7 +959,9 @@ class ELLALaplace(ParametricLaplace):
             (B, C) with ``diagonal_output``, or (BC,) and (BC, BC) with ``joint``. These are moments
             of the outputs in regression, where ``sigma_noise`` is not included; and of the targets with
             "poisson" and "heteroscedastic" (D = C / 2 of them), whose noise follows from the outputs. With
-            outputs (B, ..., C), B counts positions.
+            outputs (B, ..., C), B counts positions. With ``channel_axis``, named or found to be 1, predictions have the axes of
+            the network's outputs: (B, C, ...) and (B, C, C, ...), or (B, ..., C) and (B, ..., C, C); with outputs (B,), they are (B,).
+            ``joint`` counts positions in any case.
 
         Raises
         ------
@@ -966,11 +981,12 @@ class ELLALaplace(ParametricLaplace):
             sampling.check_enough(likelihood, n_samples)
             offsets = sampling.weight_offsets(now, Draws(n_samples, generator))
             samples = sampling.outputs_at(engine, offsets, x, self.enable_backprop, **model_kwargs)
-            return sampling.averaged(samples, likelihood)
+            return prediction.as_network(engine, x, sampling.averaged(samples, likelihood))
         draws = generator if likelihood.has_probabilities else None  # moments take nothing from it
         noise = Noise.seeded(n_samples, draws, now.seed, diagonal_output)
         options = (likelihood, link_approx, noise, joint, self.enable_backprop)
-        return prediction.of_call(now, engine, x, *options)
+        found = prediction.of_call(now, engine, x, *options)
+        return found if joint else prediction.as_network(engine, x, found)
 
     def predictive(
         self, x: Input, pred_type: str = "glm", link_approx: str | None = None, n_samples: int = 100
@@ -1043,7 +1059,7 @@ class ELLALaplace(ParametricLaplace):
         diagonal_output: bool = False,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw functions, evaluated at the inputs: (S, B, C).
+        """Draw functions, evaluated at the inputs: (S, B, C); with ``channel_axis``, as for a call, (S, B, C, ...).
 
         Each draw uses one noise vector for all inputs, in the K dimensions of the span and in
         those of the residual, so that a function is smooth, and two calls with equal
@@ -1068,7 +1084,7 @@ class ELLALaplace(ParametricLaplace):
             As for a call.
         """
         samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
-        return samples.to(dtype)
+        return prediction.as_network(self._engine, x, samples.to(dtype), lead=1)
 
     def predictive_samples(
         self,
@@ -1081,7 +1097,8 @@ class ELLALaplace(ParametricLaplace):
         """Draw :meth:`functional_samples`, turned into probabilities, rates, or means and variances (S, B, C)."""
         samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
         # Before they are rounded: fp16 holds no logit above 65504.
-        return self._posterior.likelihood.of_calls.inverse_link(samples).to(dtype)
+        found = self._posterior.likelihood.of_calls.inverse_link(samples).to(dtype)
+        return prediction.as_network(self._engine, x, found, lead=1)
 
     def _functions(
         self, x: Input, pred_type: str, n_samples: int, diagonal_output: bool, generator: Any
@@ -1119,7 +1136,7 @@ class ELLALaplace(ParametricLaplace):
         -------
         Uncertainty
             ``total``, ``aleatoric`` and ``epistemic``: Tensor (B,) for classification, else (B, C). With outputs (B, ..., C), B counts
-            positions. Differentiable with respect to the inputs with ``enable_backprop``.
+            positions; with ``channel_axis``, as for a call, they are (B, ...), and (B, C, ...) or (B, ..., C). Differentiable with respect to the inputs with ``enable_backprop``.
 
         Raises
         ------
@@ -1137,7 +1154,9 @@ class ELLALaplace(ParametricLaplace):
         checks.check_prediction("glm", "mc", n_samples, generator, self._device)
         now, engine = self._fitted(), self._engine
         noise = Noise.seeded(n_samples, generator, now.seed, diagonal_output=False)
-        return uncertainty.uncertainty(now, engine, x, now.likelihood.of_calls, noise, self.enable_backprop)
+        likelihood = now.likelihood.of_calls
+        found = uncertainty.uncertainty(now, engine, x, likelihood, noise, self.enable_backprop)
+        return Uncertainty(*(prediction.as_network(engine, x, part, part.ndim - 1) for part in found))
 
     def interval(
         self, x: Input, level: float = 0.95, observation_noise: bool = True
@@ -1158,7 +1177,7 @@ class ELLALaplace(ParametricLaplace):
         Returns
         -------
         lower, upper : Tensor (B, C)
-            Of each output by itself. With outputs (B, ..., C), B counts positions. Differentiable with respect to the
+            Of each output by itself. With outputs (B, ..., C), B counts positions; with ``channel_axis``, as for a call. Differentiable with respect to the
             inputs with ``enable_backprop``.
 
         Raises
@@ -1177,7 +1196,8 @@ class ELLALaplace(ParametricLaplace):
         uncertainty.check_numbers_predicted(self._posterior.likelihood)
         now, engine = self._fitted(), self._engine
         likelihood = now.likelihood.of_calls
-        return uncertainty.interval(now, engine, x, likelihood, level, with_noise, self.enable_backprop)
+        found = uncertainty.interval(now, engine, x, likelihood, level, with_noise, self.enable_backprop)
+        return prediction.as_network(engine, x, found)
 
     def batch_bald(
         self,
@@ -1261,7 +1281,7 @@ class ELLALaplace(ParametricLaplace):
         Cost: features, plus 1 + 2S forward passes for each input (exact: about 5C).
         """
         seen = novelty.seen_with_shares(self._fitted(), self._engine, x, self.enable_backprop)
-        return seen.residual_share.to(seen.f.dtype)
+        return prediction.as_network(self._engine, x, seen.residual_share.to(seen.f.dtype), 0)
 
     @torch.no_grad()
     def novelty(self, x: Input) -> Tensor:
@@ -1276,7 +1296,8 @@ class ELLALaplace(ParametricLaplace):
         AttributeError, ValueError
             As for a call; ValueError also if the setting has changed since the calibration.
         """
-        return novelty.novelty(self._fitted(), self._engine, x, self.enable_backprop)
+        found = novelty.novelty(self._fitted(), self._engine, x, self.enable_backprop)
+        return prediction.as_network(self._engine, x, found, 0)
 
     @torch.no_grad()
     def calibrate_novelty(self, in_distribution_loader: Iterable[Any]) -> None:
@@ -1571,6 +1592,8 @@ class ELLALaplace(ParametricLaplace):
         now = self._unchanged()
         own = {name: getattr(self, name) for name in checkpoints.OF_ESTIMATOR}
         own |= {"cls_name": type(self).__name__, "named_by_user": sorted(self._named_by_user)}
+        if self.curvature_positions is not None:
+            own["curvature_positions"] = self.curvature_positions
         return checkpoints.whole_state({**state_of(now), **own}, now.fit.basis, directions)
 
     @exclusively
@@ -1598,11 +1621,13 @@ class ELLALaplace(ParametricLaplace):
         for remark in checkpoints.differences(state_dict, self.enable_backprop, chosen):
             warn_user(remark)
         engine.forget()
+        engine = engine.along(checkpoints.read_along(state_dict, self.channel_axis))
         with outside_inference():  # what is loaded may meet a graph later
             state = without_inference(state_dict)
             basis = checkpoints.unpack_saved_basis(state["basis"], engine, ranks)
             new = posterior_of(state, basis, like, engine.function.flat_weights())
         own = {name: state[name] for name in checkpoints.OF_ESTIMATOR}
+        own["curvature_positions"] = state.get("curvature_positions")
         attributes.exchange(self, new, **own, _named_by_user=set(state["named_by_user"]))
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:

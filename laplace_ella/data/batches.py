@@ -42,17 +42,26 @@ class Nested:
         The tensors that are cut.
     paths : tuple of Path
         Where they stand in the container.
-    template : container
-        The container, with slots in their places.
+    template : container or Slot
+        The container, with slots in their places; the slot itself, where the input is a tensor.
+    picked : bool
+        Whether the last of the tensors, (B, n), stands nowhere in the container: it says at which positions
+        outputs are wanted; see :func:`at_positions`.
     """
 
     cut: tuple[Tensor, ...]
     paths: tuple[Path, ...]
     template: Any
+    picked: bool = False
 
     def container(self) -> Any:
         """Return the user's container, made anew at every level: a model may write into it."""
         return rebuilt(self.template, lambda path, v: self.cut[v.index] if isinstance(v, Slot) else v)
+
+    @property
+    def positions(self) -> Tensor | None:
+        """The positions (B, n) at which outputs are wanted; None: at all of them."""
+        return self.cut[-1] if self.picked else None
 
     def shared(self) -> list[tuple[Path, Any]]:
         """Return the entries that all inputs share, with their paths."""
@@ -74,6 +83,21 @@ def nested(x: Any, paths: Sequence[Path]) -> Nested:
 
     template = rebuilt(x, slot)
     return Nested(tuple(found.values()), tuple(found), template)
+
+
+def at_positions(x: Input, positions: Tensor) -> Nested:
+    """Return a batch of inputs of which only the outputs at some positions (B, n) are wanted, counted as they are flattened."""
+    where: Path = ("positions of the outputs",)
+    if isinstance(x, Tensor):
+        return Nested((x, positions), ((), where), Slot(0), True)
+    return replace(x, cut=(*x.cut, positions), paths=(*x.paths, where), picked=True)
+
+
+def bare_tensor(x: Input) -> Tensor | None:
+    """Return the tensor that a model is called with; None if that is a container."""
+    if isinstance(x, Tensor):
+        return x
+    return x.cut[0] if isinstance(x.template, Slot) else None
 
 
 def leaves(x: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -101,6 +125,8 @@ def rebuilt(x: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> An
 
     A container that the function returns as it is, is copied in turn.
     """
+    if not is_container(x):
+        return function(path, x)
 
     def copied_entry(here: Path, value: Any) -> Any:
         new = function(here, value)

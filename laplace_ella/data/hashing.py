@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # What a key is for: samples with different purposes are independent.
-LANDMARK_INPUT, CURVATURE_INPUT, LANDMARK_OUTPUT, LANDMARK_PAIR, SAMPLED_LABEL, TANGENT = range(6)
+LANDMARK_INPUT, CURVATURE_INPUT, LANDMARK_OUTPUT, LANDMARK_PAIR, SAMPLED_LABEL, TANGENT, POSITION = range(7)
 
 
 def hash_keys(seed: int, purpose: int, positions: Tensor) -> Tensor:

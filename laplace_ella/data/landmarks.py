@@ -32,6 +32,10 @@ Entry = tuple[int, int, int]
 Scheme = Callable[[Batch, int], tuple[Tensor, "Sequence[int] | None"]]
 
 
+# How many pairs of an input and an output are looked at together.
+PAIRS_AT_ONCE = 2**22
+
+
 class BottomK:
     """A sample of fixed size from a stream: the smallest keys, evenly over groups.
 
@@ -217,15 +221,30 @@ def draw_outputs(sample: BottomK, seed: int) -> Landmarks:
     if len(inputs) == sample.capacity:
         keys = hash_keys(seed, LANDMARK_OUTPUT, torch.tensor(positions, dtype=torch.int64, device="cpu"))
         return Landmarks(inputs, keys % counts, positions)
-    source = torch.arange(len(inputs), dtype=torch.int64, device="cpu").repeat_interleave(counts)
-    pairs = torch.arange(len(source), dtype=torch.int64, device="cpu")
-    outputs = pairs - (counts.cumsum(0) - counts)[source]
-    of_inputs, chosen = sample.groups(), BottomK(sample.capacity)
-    groups = [of_inputs[i] for i in source.tolist()]
-    chosen.offer(pairs, hash_keys(seed, LANDMARK_PAIR, pairs), groups, lambda i: i)
-    index = torch.tensor(chosen.items(), dtype=torch.int64, device="cpu")
-    picked = source[index].tolist()
-    return Landmarks([inputs[i] for i in picked], outputs[index], [positions[i] for i in picked])
+    pairs, ends = _drawn_pairs(counts, sample, seed), counts.cumsum(0)
+    source = torch.searchsorted(ends, pairs, right=True)
+    outputs, picked = pairs - (ends - counts)[source], source.tolist()
+    return Landmarks([inputs[i] for i in picked], outputs, [positions[i] for i in picked])
+
+
+def _drawn_pairs(counts: Tensor, sample: BottomK, seed: int) -> Tensor:
+    """Draw M of all pairs of an input and an output, counted through: images have 10^6 each.
+
+    Only those are offered that are among the M smallest keys of their group within some millions of pairs.
+    """
+    chosen, ends, capacity = BottomK(sample.capacity), counts.cumsum(0), sample.capacity
+    of_inputs = torch.tensor(sample.groups(), dtype=torch.int64, device="cpu")
+    total = int(counts.sum())
+    for start in range(0, total, PAIRS_AT_ONCE):
+        pairs = torch.arange(start, min(start + PAIRS_AT_ONCE, total), dtype=torch.int64, device="cpu")
+        keys = hash_keys(seed, LANDMARK_PAIR, pairs)
+        groups = of_inputs[torch.searchsorted(ends, pairs, right=True)]
+        for group in groups.unique().tolist():
+            own = (groups == group).nonzero()[:, 0]
+            own = own[keys[own].topk(min(capacity, len(own)), largest=False).indices]
+            some = pairs[own].tolist()
+            chosen.offer(pairs[own], keys[own], [group] * len(own), some.__getitem__)
+    return torch.tensor(chosen.items(), dtype=torch.int64, device="cpu")
 
 
 # ---------------------------------------------------------------------- given landmarks

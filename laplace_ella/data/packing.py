@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batches import Input, Nested, Slot, is_container, is_plain, items, leaves, like, name_of
+from .batches import Input, Nested, Slot, at_positions, is_container, is_plain, items, leaves, like, name_of
 
 # The names of the kinds of containers, each with its type and an empty one.
 _KINDS: dict[str, tuple[type, Any]] = {"mapping": (Mapping, {}), "list": (list, []), "tuple": (tuple, ())}
@@ -31,7 +31,8 @@ def packed(x: Input) -> Any:
             f"The inputs hold objects other than tensors and plain Python types under {foreign}, which can neither be sent "
             "to other processes nor kept in a checkpoint. Convert them in the data set."
         )
-    return {"rows": [_own(t) for t in x.cut], "template": _plain(x.template)}
+    found = {"rows": [_own(t) for t in x.cut], "template": _plain(x.template)}
+    return {**found, "picked": True} if x.picked else found
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -57,8 +58,10 @@ def unpacked(found: Any, example: Input | None) -> Input:
     template = _of_plain(found["template"], example.template if isinstance(example, Nested) else None)
     paths = {leaf.index: path for path, leaf in leaves(template) if isinstance(leaf, Slot)}
     device = example.cut[0].device if isinstance(example, Nested) else torch.device("cpu")
-    cut = tuple(t.to(device) for t in found["rows"])
-    return Nested(cut, tuple(paths[i] for i in range(len(cut))), template)
+    cut, picked = tuple(t.to(device) for t in found["rows"]), found.get("picked", False)
+    whole = cut[:-1] if picked else cut
+    x = Nested(whole, tuple(paths[i] for i in range(len(whole))), template)
+    return at_positions(x, cut[-1]) if picked else x
 
 
 def _of_plain(found: dict[str, Any], example: Any) -> Any:

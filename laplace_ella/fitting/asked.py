@@ -12,6 +12,7 @@ from ..data.hashing import digest
 from ..data.landmarks import Scheme, balanced, check_landmarks, uniform
 from ..data.loading import check_loader
 from ..network.engine import Engine
+from ..network.outputs import check_channel_axis
 from ..network.safety import exclusively
 from ..nystrom.basis import NystromBasis
 from ..nystrom.checks import check_rank
@@ -48,7 +49,9 @@ def checked_sizes(estimator: Any) -> Sizes:
         check_size("curvature_size", e.curvature_size),
         curvature,
         integer("curvature_samples", e.curvature_samples, "a positive integer", 1),
+        check_size("curvature_positions", e.curvature_positions),
     )
+    check_channel_axis(e.channel_axis)
     n_tangents = integer("residual_samples", e.residual_samples, "a positive integer", 1)
     plain = {**vars(sizes), "residual_samples": n_tangents, "seed": check_seed(e.seed)}
     for name, value in plain.items():
@@ -111,11 +114,13 @@ def prepare(estimator: Any, request: Request) -> tuple[Job, Recipe, Fit | None]:
     ------
     ValueError
     """
-    now, ranks, engine = estimator._now(), estimator._ranks, estimator._engine
+    now, ranks = estimator._now(), estimator._ranks
     with ranks.together("the arguments of fit"):
         fresh = check_flag("override", request.override) or now.current is None
         check_flag("progress_bar", request.progress_bar)
         sizes = _checked_loader(request, estimator, now.likelihood)
+        asked_axis = estimator.channel_axis
+        engine = estimator._engine.along(asked_axis if fresh else now.fit.channel_axis)
         _check_weights(engine, estimator.params, fresh)
         estimator._follow_model()
         now = estimator._posterior if fresh else estimator._unchanged()
@@ -128,14 +133,14 @@ def prepare(estimator: Any, request: Request) -> tuple[Job, Recipe, Fit | None]:
         of_files = {**arguments, **{k: str(v) for k, v in options.items()}}
         files = FitFiles(request.checkpoint, request.checkpoint_every, of_files, ranks)
         more = {"first_position": 0 if fresh else now.fit.n_data, "max_samples": request.max_samples}
-        stream = estimator._stream(request.train_loader, request.progress_bar, **more)
+        stream = estimator._stream(request.train_loader, request.progress_bar, engine, **more)
         given = request.pairs  # which are cut into single inputs
         landmarks = None if given is None else (engine.inputs(given[0], len(given[1])), given[1])
         of_user = request.scheme, request.basis, request.n_total
         named = frozenset(estimator._named_by_user)
         recipe = Recipe(sizes, estimator.shard_directions, named, landmarks, *of_user)
     ranks.require_equal({**arguments, "checkpoint": request.checkpoint is not None}, "fit()")
-    of_labels = request.every, now.seed, sizes.labels
+    of_labels = request.every, now.seed, sizes.labels, sizes.curvature_positions, fresh and asked_axis is None
     job = Job(ranks, stream, files, stream.progress, engine, now.likelihood, now.setting, *of_labels)
     return job, recipe, None if fresh else now.fit
 
@@ -218,6 +223,7 @@ def _arguments(request: Request, sizes: Sizes, estimator: Any, now: Posterior, f
         "model": checkpoint.fingerprint(estimator.model),
         "seed": now.seed,
         **vars(sizes),
+        "channel_axis": estimator.channel_axis,
         "shard_directions": estimator.shard_directions,
         "likelihood": now.likelihood.name,
         **now.likelihood.options,

@@ -113,6 +113,22 @@ def check_dtypes(basis: NystromBasis, params: Iterable[Tensor]) -> None:
             )
 
 
+def read_along(state: dict[str, Any], channel_axis: int | None) -> int | None:
+    """Return the channel axis of the outputs that a state was fitted to, which has to be that of an estimator, if it has one.
+
+    Raises
+    ------
+    ValueError
+    """
+    found: int | None = state.get("channel_axis")
+    if channel_axis in (None, found):
+        return found
+    raise ValueError(
+        f"The checkpoint is of outputs with channel_axis={found}, and this estimator has channel_axis={channel_axis}. Build it with "
+        f"channel_axis={found}, or without it."
+    )
+
+
 def check_shard(shard: tuple[int, int], ranks: Ranks, what: str) -> None:
     """Require directions that belong to this rank, of as many ranks.
 

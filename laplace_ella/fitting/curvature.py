@@ -2,6 +2,7 @@ r"""The curvature :math:`G = \sum_i \phi_i^T \Lambda_i \phi_i`: of a part of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Input, batch_size, collate, in_slices, input_digest
-from ..data.hashing import SAMPLED_LABEL, digest, uniforms
+from ..data.batches import Input, at_positions, batch_size, collate, in_slices, input_digest
+from ..data.hashing import POSITION, SAMPLED_LABEL, digest, uniforms
 from ..data.pooling import Dealt
 from ..data.stream import Batch
 from ..network.checks import check_finite_features
@@ -127,6 +128,28 @@ def curvature(likelihood: Likelihood, phi: Tensor, f: Tensor, weights: Tensor | 
     return root.T @ root
 
 
+def drawn_positions(part: Part, n_positions: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Draw n of the L positions of each input, uniformly among those that count.
+
+    Returns
+    -------
+    positions, weights : LongTensor (B, n), Tensor (B, n)
+        The weights are those of the positions times the number of positions that count, over how many of these were drawn: a sum over
+        the positions drawn is an unbiased estimate of the sum over all.
+    """
+    size = len(part.positions)
+    ones = torch.ones(size, n_positions, dtype=torch.float64, device="cpu")
+    weights = ones if part.weights is None else part.weights.to(ones).expand(size, n_positions)
+    counted = weights > 0
+    keys = (
+        uniforms(seed, POSITION, part.positions, n_positions) + ~counted
+    )  # those that do not count come last
+    drawn = keys.topk(n, largest=False).indices
+    n_counted = counted.sum(1, keepdim=True)
+    share = n_counted / n_counted.clamp(1, n)
+    return drawn, weights.gather(1, drawn) * share
+
+
 @dataclass(frozen=True)
 class Curvature:
     r"""Computes the curvature (K, K) of parts of the data, in float64.
@@ -140,7 +163,9 @@ class Curvature:
     labels : int
         How many labels are sampled for each input; 0 for the exact curvature.
     seed : int
-        Seeds the draws of those labels.
+        Seeds the draws of those labels, and of positions.
+    positions : int or None
+        At how many of its positions each input is looked at, if it has more; None: at all.
     """
 
     engine: Engine
@@ -148,9 +173,10 @@ class Curvature:
     basis: NystromBasis
     labels: int = 0
     seed: int = 0
+    positions: int | None = None
 
     def __call__(self, part: Part) -> Tensor:
-        """Return the curvature of a part.
+        """Return the curvature of a part, or an estimate of it.
 
         Raises
         ------
@@ -162,11 +188,24 @@ class Curvature:
             if self.basis.sharded:
                 answer_others(self.engine, self.basis, self.labels)
             return torch.zeros(rank, rank, dtype=torch.float64, device=device)
+        part = self._at_some_positions(part, part.x)
         if self.labels:
             return self._sampled(part)
+        assert part.x is not None
         phi, f = features(self.engine, self.basis, part.x)
         check_finite_features(phi, f, part.name)
         return curvature(self.likelihood, phi, f, part.weights)
+
+    def _at_some_positions(self, part: Part, x: Input) -> Part:
+        """Draw positions of each input, and give them the weights of all; a part with no more positions stays as it is."""
+        if self.positions is None:
+            return part
+        n_positions = math.prod(self.engine.axes(x).positions)
+        if n_positions <= self.positions:
+            return part
+        drawn, weights = drawn_positions(part, n_positions, self.positions, self.seed)
+        picked = at_positions(self.engine.to_model(x), drawn.to(self.engine.device))
+        return replace(part, x=picked, weights=weights)
 
     def _sampled(self, part: Part) -> Tensor:
         r"""Estimate the curvature from labels drawn from the model's own predictions.

@@ -14,10 +14,14 @@ from ..data.landmarks import BottomK, Scheme, check_coordinates, draw_outputs, e
 from ..data.loading import check_total
 from ..data.notices import warn_user
 from ..data.pooling import dealt
+from ..data.stream import Batch
+from ..network.engine import Engine
+from ..network.outputs import Axes, channels_last
 from ..nystrom.basis import NystromBasis
 from ..parallel.ranks import ALONE, Ranks
 from ..posterior.checks import check_classes
 from ..posterior.fit import Fit, sums_over_data
+from ..posterior.targets import channel_axis_of
 from .checkpoint import fingerprint
 from .curvature import RunningSum
 from .scan import Scan, over_all, scan
@@ -40,6 +44,8 @@ class Sizes:
         "exact" or "mc".
     curvature_samples : int
         How many labels "mc" samples for each curvature input.
+    curvature_positions : int or None
+        At how many of its positions a curvature input is looked at; None: at all.
     """
 
     subsample_size: int
@@ -47,6 +53,7 @@ class Sizes:
     curvature_size: int | None
     curvature: str
     curvature_samples: int
+    curvature_positions: int | None = None
 
     @property
     def labels(self) -> int:
@@ -124,6 +131,7 @@ def fit(
     """
     ranks = job.ranks
     own = _scan(job, recipe, draws=before is None and recipe.basis is None and recipe.landmarks is None)
+    job = replace(job, engine=job.engine.along(own.channel_axis))
     found, n_read = over_all(own, ranks), own.n_data
     check_total(recipe.n_total, found.n_data)
     sample = None if recipe.sizes.curvature_size is None else dealt(own.curvature, ranks)
@@ -149,20 +157,30 @@ def _scan(job: Job, recipe: Recipe, draws: bool) -> Scan:
     sizes = recipe.sizes
     found = Scan(BottomK(sizes.subsample_size if draws else 0), BottomK(sizes.curvature_size or 0))
     unchecked = [] if recipe.landmarks is None else [recipe.landmarks]
-    engine = job.engine
 
-    def forward(x: Input) -> Tensor:
-        f = engine.forward(x)
+    def forward(batch: Batch) -> tuple[Tensor, Axes]:
+        x = batch.x
+        f, engine = _outputs(job, found, batch)
         check_classes(job.setting, f.shape[-1])
         while unchecked:  # at the first batch, before any long work
             inputs, outputs = unchecked.pop()
             of_landmark = engine.forward(inputs_between(inputs, 0, 1)) if f.ndim > 2 else f
             check_coordinates(outputs, of_landmark.shape[1:].numel())
         engine.support_for(x)  # probes, at the first batch too
-        return f
+        return f, engine.axes_of(f)
 
     read_data(job, found, partial(scan, forward=forward, likelihood=job.likelihood, scheme=recipe.scheme))
     return found
+
+
+def _outputs(job: Job, found: Scan, batch: Batch) -> tuple[Tensor, Engine]:
+    """Return the outputs (B, ..., C) of a batch, and the engine that reads them as the first batch says."""
+    engine = job.engine.along(found.channel_axis if found.n_batches else job.engine.channel_axis)
+    f = engine.forward(batch.x)
+    if found.n_batches or not job.finds_channels:
+        return f, engine
+    axis = channel_axis_of(job.likelihood, batch.y, f, batch.name)
+    return channels_last(f, axis), engine.along(axis)
 
 
 def _new_basis(job: Job, recipe: Recipe, found: Scan) -> NystromBasis:
@@ -216,8 +234,9 @@ def _result(
     return Fit(
         basis=basis,
         n_outputs=found.n_outputs,
+        channel_axis=found.channel_axis,
         mean=engine.function.flat_weights(),
         fingerprint=fingerprint(engine.module),
-        labels_sampled=job.labels > 0,
+        labels_sampled=job.labels > 0 or found.n_positions > (job.positions or found.n_positions),
         **sums_over_data(snapshots, loss, n_data, n_predictions),
     )

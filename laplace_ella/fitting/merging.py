@@ -120,9 +120,9 @@ def _sums_over(
             return
         phi, f = features(engine, basis, batch.x)
         check_finite_features(phi, f, batch.name)
-        positions = engine.positions(batch.x)
-        y = checked_targets(likelihood, batch.y, f, positions, batch.name)
-        check_weights(batch.weights, torch.Size((len(batch.y), *positions)), batch.name)
+        axes = engine.axes(batch.x)
+        y = checked_targets(likelihood, batch.y, f, axes, batch.name)
+        check_weights(batch.weights, torch.Size((len(batch.y), *axes.positions)), batch.name)
         weights = prediction_weights(likelihood, batch.y, batch.weights)
         G.add_(curvature(likelihood, phi, f, weights))
         loss.add_(loss_of(likelihood, f, y, batch.weights))

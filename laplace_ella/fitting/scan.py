@@ -17,6 +17,7 @@ from ..data.loading import check_some
 from ..data.packing import packed, unpacked
 from ..data.pooling import pooled
 from ..data.stream import Batch
+from ..network.outputs import Axes
 from ..parallel.ranks import Ranks
 from ..posterior.likelihoods import Likelihood
 from ..posterior.targets import (
@@ -25,7 +26,6 @@ from ..posterior.targets import (
     loss,
     prediction_weights,
     sum_of_weights,
-    warn_of_two_readings,
 )
 
 
@@ -44,6 +44,10 @@ class Scan:
         Inputs times positions, without those that are ignored; with weights, their sum.
     n_outputs : int
         C.
+    channel_axis : int or None
+        Where outputs have their channels: 1 or -1; None: last, without anybody having said so.
+    n_positions : int
+        The most positions of an input seen.
     loss : Tensor ()
         Negative log likelihood summed over the data (and positions), float64.
     longest : int
@@ -57,6 +61,8 @@ class Scan:
     n_data: int = 0
     n_predictions: float = 0
     n_outputs: int = 0
+    channel_axis: int | None = None
+    n_positions: int = 0
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64, device="cpu"))
     longest: int = 0
     n_batches: int = 0
@@ -85,7 +91,7 @@ class Scan:
         self.curvature = BottomK.of(self.curvature.capacity, [e for e, *_ in state["curvature"]], inputs)
 
 
-COUNTS = ("n_data", "n_predictions", "n_outputs", "longest", "n_batches")
+COUNTS = ("n_data", "n_predictions", "n_outputs", "channel_axis", "n_positions", "longest", "n_batches")
 
 
 def _packed_pair(sample: BottomK, entry: Entry) -> tuple[Any, Any]:
@@ -99,7 +105,7 @@ def _weighted_input(x: Input, weights: Tensor | None, index: int) -> tuple[Input
 
 def scan(
     batches: Iterable[Batch],
-    forward: Callable[[Any], Tensor],
+    forward: Callable[[Batch], tuple[Tensor, Axes]],
     likelihood: Likelihood,
     *,
     found: Scan,
@@ -113,7 +119,7 @@ def scan(
     ----------
     batches : iterable of Batch
     forward : callable
-        Input -> outputs (B, ..., C), on the device it likes.
+        Batch -> outputs (B, ..., C), on the device it likes, and the axes that the network's have.
     found : Scan
     scheme : callable
         How landmark inputs are drawn; see :data:`laplace_ella.data.landmarks.Scheme`.
@@ -133,11 +139,9 @@ def scan(
     for batch in batches:
         x, size = batch.x, batch_size(batch.x)
         with NamingShape(x):
-            raw = forward(x)
-        f = raw.flatten(0, -2)
-        if not found.n_batches:
-            warn_of_two_readings(batch.y, raw.shape, batch.name)
-        y = checked_targets(likelihood, batch.y, f, raw.shape[1:-1], batch.name)
+            raw, axes = forward(batch)
+        f, found.channel_axis = raw.flatten(0, -2), axes.channel_axis
+        y = checked_targets(likelihood, batch.y, f, axes, batch.name)
         check_weights(batch.weights, raw.shape[:-1], batch.name)
         weights = prediction_weights(likelihood, batch.y, batch.weights)
         if found.n_outputs not in (0, f.shape[-1]):
@@ -151,6 +155,7 @@ def scan(
         found.curvature.offer(batch.positions, keys, None, partial(_weighted_input, x, weights))
         found.loss = found.loss.to(f.device) + loss(likelihood, f, y, batch.weights)
         found.n_outputs, found.longest = f.shape[-1], max(found.longest, size)
+        found.n_positions = max(found.n_positions, len(f) // size)
         found.n_data = found.n_data + size
         count = sum_of_weights(weights, len(f))
         found.n_predictions += round(count) if batch.weights is None else count
@@ -176,6 +181,12 @@ def over_all(found: Scan, ranks: Ranks) -> Scan:
     n_outputs = {n for n in ranks.gathered(found.n_outputs, "the number of outputs") if n}
     if len(n_outputs) > 1:
         raise ValueError(f"The models of the ranks have different numbers of outputs: {sorted(n_outputs)}.")
+    axis = {a for a, n in ranks.gathered((found.channel_axis, found.n_data), "the channel axis") if n}
+    if len(axis) > 1:
+        raise ValueError(
+            "By their first batches, some ranks find the channels of the outputs in axis 1, and others last. Pass channel_axis=1 or "
+            "channel_axis=-1."
+        )
     return replace(
         found,
         landmarks=pooled(found.landmarks, ranks),
@@ -183,6 +194,8 @@ def over_all(found: Scan, ranks: Ranks) -> Scan:
         n_data=n_data,
         n_predictions=n_predictions,
         n_outputs=n_outputs.pop(),
+        channel_axis=axis.pop(),
         loss=ranks.total(found.loss),
+        n_positions=ranks.greatest(found.n_positions, "the positions of an input"),
         longest=ranks.greatest(found.longest, "the longest batch"),
     )

@@ -51,6 +51,10 @@ class Job:
     seed : int
     labels : int
         How many labels are sampled for the curvature of each input; 0: none.
+    positions : int or None
+        At how many of its positions a curvature input is looked at; None: at all.
+    finds_channels : bool
+        Whether the targets of the first batch say on which axis outputs have their channels.
     """
 
     ranks: Ranks
@@ -63,6 +67,8 @@ class Job:
     every: int | None
     seed: int
     labels: int
+    positions: int | None = None
+    finds_channels: bool = False
 
 
 def read_data(job: Job, found: Scan, scan: Callable[..., None]) -> None:
@@ -155,7 +161,7 @@ def accumulate(
             parts = iter(job.progress(parts_of_sample(sample, longest, job.every), "Curvature"))
         parts = cut(parts, partial(job.engine.bounded, width=basis.rank))
         parts = data.left(parts, lambda before, _: total.restore(before))
-    curvature_of = Curvature(job.engine, job.likelihood, basis, job.labels, job.seed)
+    curvature_of = Curvature(job.engine, job.likelihood, basis, job.labels, job.seed, job.positions)
 
     def add(part: Part | None) -> None:
         part = part or NOTHING

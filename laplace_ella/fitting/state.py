@@ -50,6 +50,8 @@ def state_of(posterior: Posterior) -> dict[str, Any]:
     }
     if posterior.rank < fit.basis.rank:
         state["n_directions"] = posterior.rank
+    if fit.channel_axis is not None:
+        state["channel_axis"] = fit.channel_axis
     return copied({**state, "snapshots": list(fit.snapshots), "largest_sums": list(fit.largest_sums)})
 
 
@@ -108,6 +110,7 @@ def posterior_of(state: dict[str, Any], basis: NystromBasis, like: Posterior, me
         mean=mean,
         novelty=None if usual is None else (usual, state["novelty_setting"]),
         history=state["fit_history"],
+        channel_axis=state.get("channel_axis"),
         **{name: state[name] for name in _OF_FIT},
     )
     return like.fitted(fit.to(mean.device)).using(state.get("n_directions"))

@@ -208,6 +208,8 @@ ENTRIES: dict[str, tuple[str, Holds]] = {
 # What states of estimators hold that use fewer directions than they were fitted with.
 OPTIONAL: dict[str, tuple[str, Holds]] = {
     "n_directions": ("an integer from 1 to K", lambda v, s: COUNT(v, s) and v <= s["K"]),
+    "channel_axis": ("1 or -1", lambda v, s: type(v) is int and v in (1, -1)),
+    "curvature_positions": ("a positive integer", COUNT),
 }
 
 

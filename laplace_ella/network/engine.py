@@ -41,6 +41,7 @@ from .memory import (
     let_malloc_adapt,
     with_smaller_chunks,
 )
+from .outputs import Axes
 from .probing import Support, probe
 from .pulling import pulled_cotangents
 from .safety import safely
@@ -62,6 +63,8 @@ class Engine:
         Computes the gradients of landmarks. Default: torch.func, or a loop where that fails.
     spill : optional
         Where gradient rows go that do not fit the budget; see :class:`laplace_ella.nystrom.gram.Spill`.
+    channel_axis : int, optional
+        1 or -1, where the outputs have their channels. None: last, as nobody knows better yet; see :meth:`along`.
     """
 
     def __init__(
@@ -74,12 +77,14 @@ class Engine:
         dict_key_x: str = "input_ids",
         row_engine: RowEngine | None = None,
         spill: Any = None,
+        channel_axis: int | None = None,
     ) -> None:
         self.module, self.autodiff = module, autodiff
         self.chunk_size, self.memory_budget, self.compiled = chunk_size, memory_budget, compiled
         self.row_engine, self.spill = row_engine, spill
         self._example: Input | None = None  # an input, for the types of its containers
-        self.function = FunctionalModel(module)
+        self.channel_axis = channel_axis
+        self.function = FunctionalModel(module, channel_axis=channel_axis)
         self.cutting = Cutting(self.function, dict_key_x)
         let_malloc_adapt()
         self._support: dict[Any, Support] = {}
@@ -88,6 +93,7 @@ class Engine:
         self._choices: dict[Any, tuple[str, Chunks]] = {}
         self._smaller: dict[Any, Chunks] = {}  # with which a device ran out of memory no more
         self._free: dict[torch.device, int] = {}
+        self._along = {channel_axis: self}
         self._sizes: dict[Any, tuple[int, int]] = {}
         self._said: set[str] = set()
         # Of the first of some directions: what ways make of them.
@@ -96,7 +102,7 @@ class Engine:
     # A copy finds out by itself what is of this module or process; weights and how inputs are read do not change.
     def __getstate__(self) -> Any:
         of_model = self.module, self.autodiff, self.chunk_size, self.memory_budget, self.compiled
-        more = self.cutting.dict_key_x, self.row_engine, self.spill
+        more = self.cutting.dict_key_x, self.row_engine, self.spill, self.channel_axis
         return (*of_model, *more), self.function.names, self.cutting.knowledge(), self._example
 
     def __setstate__(self, state: Any) -> None:
@@ -105,6 +111,19 @@ class Engine:
         self.function.names = names  # the model may be frozen by now
         self.cutting.learn(knowledge)
         self._example = example
+
+    def along(self, channel_axis: int | None) -> Engine:
+        """Return the engine of the same model for outputs with their channels on an axis, always the same one.
+
+        Another engine, so that calls for a fit to outputs read in one way, and a new fit that reads them in another, do not meet.
+        """
+        if channel_axis not in self._along:
+            arguments, *more = self.__getstate__()
+            new = type(self).__new__(type(self))
+            new.__setstate__(((*arguments[:-1], channel_axis), *more))
+            new.function.knows_backward_only = self.function.knows_backward_only
+            self._along[channel_axis], new._along, new._free = new, self._along, self._free
+        return self._along[channel_axis]
 
     def eager(self) -> Engine:
         """Return the engine, or one that compiles nothing: that takes minutes a shape."""
@@ -121,6 +140,10 @@ class Engine:
 
     def forget(self) -> None:
         """Find everything out again at the next use, the model having changed."""
+        for engine in list(self._along.values()):
+            engine._forget()
+
+    def _forget(self) -> None:
         of_inputs = self._facts, self._layers, self._choices, self._smaller, self._sizes
         for of_model in (*of_inputs, self._support, self._free, self._prepared):
             of_model.clear()
@@ -181,9 +204,14 @@ class Engine:
         """Push S tangents (S, *shape) forward: J g (B, C, S), and f (B, C)."""
         return safely(self.module, lambda: self.features(self.to_model(x), tangents), enable_backprop)
 
-    def positions(self, x: Raw | Input) -> tuple[int, ...]:
-        """Return the axes of the outputs for ``x`` between batch and C."""
-        return self.facts(self.to_model(x)).positions
+    def axes(self, x: Raw | Input) -> Axes:
+        """Return the axes that the network's outputs for ``x`` have."""
+        x = self.to_model(x)
+        return self.facts(x).axes if batch_size(x) else self.axes_of(self.forward(x))
+
+    def axes_of(self, f: Tensor) -> Axes:
+        """Return the axes that the network's outputs have, given outputs (B, ..., C) of :meth:`forward`."""
+        return self.function.axes_of(f)
 
     def last_layer_norms(self, x: Raw | Input, enable_backprop: bool = False) -> Tensor | None:
         """Return the squared norms (B,) of what the last layer takes; None without such a layer."""

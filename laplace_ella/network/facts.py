@@ -20,6 +20,7 @@ from .features import forward_pass
 from .functional import FunctionalModel, Pull, Weights, backward_passes, first_weight, flat
 from .gradients import looped_rows
 from .memory import Chunks, attempt
+from .outputs import Axes
 from .rewriting import Rewrites, RewrittenModel, agree, find_rewrites, rewritten
 
 # Times the tolerance: so far apart, contraction may be right all the same, and is tried on other inputs.
@@ -32,8 +33,8 @@ class InputFacts:
 
     Attributes
     ----------
-    positions : tuple of int
-        The axes of the outputs between batch and C: () for one prediction per input.
+    axes : Axes
+        Of the outputs, which say what their positions are.
     n_outputs : int
         C.
     input_bytes : int
@@ -48,7 +49,7 @@ class InputFacts:
         Why not, then.
     """
 
-    positions: tuple[int, ...]
+    axes: Axes
     n_outputs: int
     input_bytes: int
     graph_bytes: int
@@ -59,7 +60,7 @@ class InputFacts:
     @property
     def n_coordinates(self) -> int:
         """Outputs of one input: C times the positions."""
-        return math.prod(self.positions) * self.n_outputs
+        return math.prod(self.axes.positions) * self.n_outputs
 
 
 def find_facts(
@@ -82,7 +83,7 @@ def find_facts(
     Cost: some forty passes of a row. Call it inside :func:`laplace_ella.network.safety.safely`.
     """
     f, input_bytes, graph_bytes = activation_bytes(model, pair)
-    plain = InputFacts(tuple(f.shape[1:-1]), f.shape[-1], input_bytes, graph_bytes, model)
+    plain = InputFacts(model.axes_of(f), f.shape[-1], input_bytes, graph_bytes, model)
     if not derivable:
         return replace(plain, why_not="the model is compiled")
     reference = Reference.of(model, pair)

@@ -14,6 +14,7 @@ from ..data.batches import Input, Nested, batch_size, detached, doubled
 from .interrupts import raise_held_back
 from .lookups import Lookups
 from .memory import attempt
+from .outputs import Axes, channels_last, checked_tensor
 from .places import Places, Tree
 from .safety import LOCK
 
@@ -86,19 +87,24 @@ class FunctionalModel:
     Parameters
     ----------
     module : torch.nn.Module
-        Takes a tensor or a mapping, returns a tensor (B, ..., C) or an object whose
-        ``.logits`` is one. The axes between, positions in a sequence or an image, are
+        Takes a tensor or a mapping, returns what :mod:`laplace_ella.network.outputs` reads. The axes
+        between batch and channels, positions in a sequence or an image, are
         flattened: differentiation sees L x C outputs per input.
     names : collection of str, optional
         The names of the weights; by default, of all that require grad now.
+    channel_axis : int, optional
+        1, if the module returns outputs (B, C, ...).
     """
 
-    def __init__(self, module: nn.Module, names: Collection[str] | None = None) -> None:
-        self.module, self.tree = module, Tree(module)
+    def __init__(
+        self, module: nn.Module, names: Collection[str] | None = None, channel_axis: int | None = None
+    ) -> None:
+        self.module, self.channel_axis, self.tree = module, channel_axis, Tree(module)
         with LOCK:  # while another thread has them exchanged, none requires grad
             trainable = {k for k, p in self.tree.places().parameters.items() if p.requires_grad}
         found = trainable if names is None else names
         self.names = frozenset(found)
+        self.bare = False  # whether outputs have no channel axis
         self.in_pairs = False  # whether single rows are doubled, for a model that squeezes
         self.knows_backward_only = False  # a re-entrant checkpoint does; found out at the first gradient
 
@@ -169,7 +175,7 @@ class FunctionalModel:
         Raises
         ------
         ValueError
-            If the outputs are not a tensor of two axes or more.
+            If the module returns no tensor with one entry for each input.
         """
         return self.within(weights, lambda module, placed: self.called(module, placed, x, **model_kwargs))
 
@@ -203,33 +209,32 @@ class FunctionalModel:
     def outputs_of(self, module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) of the module, with what takes the places of its tensors now."""
         if self.in_pairs and batch_size(x) == 1:
-            return outputs_of(module, doubled(x), **model_kwargs)[:1]
-        return outputs_of(module, x, **model_kwargs)
+            return self.read(called(module, doubled(x), **model_kwargs), doubled(x))[:1]
+        return self.read(called(module, x, **model_kwargs), x)
+
+    def read(self, f: Tensor, x: Input) -> Tensor:
+        """Return outputs (B, ..., C) of the tensor that the module returned for x; (B, n, C) at positions that are picked."""
+        self.bare, f = f.ndim == 1, channels_last(f, self.channel_axis)
+        if not isinstance(x, Nested) or x.positions is None:
+            return f
+        rows = f.flatten(1, -2)
+        return rows.gather(1, x.positions[..., None].expand(-1, -1, rows.shape[-1]))
+
+    def axes_of(self, f: Tensor) -> Axes:
+        """Return the axes that the module's outputs have, given outputs (B, ..., C) of the last call."""
+        return Axes(tuple(f.shape[1:-1]), self.channel_axis, self.bare)
 
 
-def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
-    """Call a module as its user does, and return its outputs (B, ..., C).
+def called(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
+    """Call a module as its user does, and return the tensor (B, ...) that it returns.
 
     Raises
     ------
     ValueError
-        If the outputs are not a tensor of two axes or more.
+        If it returns none.
     """
     out = module(x.container() if isinstance(x, Nested) else x, **model_kwargs)
-    f = getattr(out, "logits", out)
-    if not isinstance(f, Tensor) or f.ndim < 2:
-        got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__
-        raise ValueError(
-            "The model must return a tensor of shape (batch, outputs) or (batch, ..., outputs), or an object "
-            f"with such `.logits`; got {got}. Wrap the model so that its forward returns one; a squeeze() without an "
-            "axis drops the batch axis of a single input."
-        )
-    if not f.is_floating_point():
-        raise ValueError(
-            f"The model's outputs must be floating-point numbers that its weights change; got {f.dtype}. Return logits "
-            "or means instead of what is made of them (argmax, rounding)."
-        )
-    return f
+    return checked_tensor(out, batch_size(x))
 
 
 def last_layer_norms(model: FunctionalModel, x: Input) -> Tensor | None:
@@ -242,15 +247,24 @@ def last_layer_norms(model: FunctionalModel, x: Input) -> Tensor | None:
     leaves = [m for m in model.module.modules() if any(True for _ in m.parameters(recurse=False))]
     hooks = [m.register_forward_hook(lambda m, args, out: calls.append((m, args, out))) for m in leaves]
     try:
-        f = model.own_outputs(x)
+        f, raw = model.within(None, lambda module, _: _with_own(model, module, x))
     finally:
         for hook in hooks:
             hook.remove()
-    for _, args, out in calls:
+    for m, args, out in calls:
         z = args[0] if args else None
-        if out is f and isinstance(z, Tensor) and z.shape[:-1] == f.shape[:-1]:
+        if out is not raw or not isinstance(z, Tensor) or math.prod(getattr(m, "kernel_size", ())) != 1:
+            continue
+        z = channels_last(z, model.channel_axis)
+        if z.shape[:-1] == f.shape[:-1]:
             return z.double().square().sum(-1).flatten()
     return None
+
+
+def _with_own(model: FunctionalModel, module: nn.Module, x: Input) -> tuple[Tensor, Tensor]:
+    """Return the outputs (B, ..., C), and the tensor that they were read from."""
+    raw = called(module, doubled(x) if model.in_pairs and batch_size(x) == 1 else x)
+    return model.read(raw, x)[: batch_size(x)], raw
 
 
 Pull = Callable[..., Weights]

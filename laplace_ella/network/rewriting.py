@@ -26,7 +26,7 @@ from torch.func import jvp
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..data.batches import Input
+from ..data.batches import Input, bare_tensor, each_cut
 from .convolutions import CONVOLUTIONS
 from .functional import FunctionalModel, Weights
 from .lookups import Lookups
@@ -76,13 +76,13 @@ class RewrittenModel(FunctionalModel):
     """A :class:`FunctionalModel` for forward mode, with rewrites found by :func:`find_rewrites`."""
 
     def __init__(self, model: FunctionalModel, rewrites: Rewrites) -> None:
-        super().__init__(model.module, model.names)
+        super().__init__(model.module, model.names, model.channel_axis)
         self.rewrites, self.in_pairs, self.tree = rewrites, model.in_pairs, model.tree
 
     def called(self, module: nn.Module, placed: Weights, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) of the module, in whose places ``placed`` stands now."""
-        if self.rewrites.channels_last and isinstance(x, Tensor):
-            x = x.to(memory_format=torch.channels_last)
+        if self.rewrites.channels_last:
+            x = _channels_last(x)
         mode = _Following(placed, self.rewrites.folds)
         try:
             with mode:
@@ -188,12 +188,20 @@ def find_rewrites(model: FunctionalModel, x: Input) -> Rewrites:
     Call it inside :func:`laplace_ella.network.safety.safely`. Cost: one or two forward passes.
     """
     # float64 convolutions are not oneDNN's.
-    if isinstance(x, Tensor) and x.ndim == 4 and x.device.type == "cpu" and x.dtype != torch.float64:
+    image = bare_tensor(x)
+    if image is not None and image.ndim == 4 and image.device.type == "cpu" and image.dtype != torch.float64:
         # Nothing is found with a .view() that wants the layout given, say.
-        uses, _ = attempt(lambda: _uses(model, x.to(memory_format=torch.channels_last)))
+        uses, _ = attempt(lambda: _uses(model, _channels_last(x)))
         if uses is not None:
             return Rewrites(_folds(uses), channels_last=len(uses) > 0)
     return Rewrites(_folds(_uses(model, x)))
+
+
+def _channels_last(x: Input) -> Input:
+    """Bring the images that a model is called with into this layout; containers are left alone."""
+    if bare_tensor(x) is None:
+        return x
+    return each_cut(x, lambda t: t.to(memory_format=torch.channels_last) if t.ndim == 4 else t)
 
 
 def _folds(uses: list[list[Normalisation | None]]) -> dict[int, Normalisation]:

@@ -340,6 +340,9 @@ def description(estimator: Any, sizes: str) -> str:
     more += [f", link_approx={p.link!r}"] if p.link is not None else []
     more += [f", residual={p.residual.name!r}"] if p.residual.adds else []
     more += [f", curvature={estimator.curvature!r}"] if estimator.curvature != "exact" else []
+    axis = estimator.channel_axis if fit is None else fit.channel_axis
+    of_outputs = {"channel_axis": axis, "curvature_positions": estimator.curvature_positions}
+    more += [f", {k}={v}" for k, v in of_outputs.items() if v is not None]
     fixed = "" if p.temperature_fixed else " (free)"
     return (
         f"ELLALaplace({p.likelihood.name!r}, {fitted}, prior_precision={prior}, "

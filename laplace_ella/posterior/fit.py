@@ -41,11 +41,13 @@ class Fit:
     largest_sums : (float, float)
         The largest eigenvalue of G, and the largest loss, that were ever part of these sums: their rounding stays.
     labels_sampled : bool
-        Whether any part of G was estimated from sampled labels.
+        Whether any part of G was estimated from sampled labels, or from some of the positions.
     history : dict
         Validation scores along the fit.
     novelty : (Tensor (n, 2), list) or None
         Usual entropies and residual shares, ascending, and the setting that they were found with.
+    channel_axis : int or None
+        Where outputs have their channels: 1 or -1; None: last, and predictions have a row for each position.
     """
 
     basis: NystromBasis
@@ -62,10 +64,11 @@ class Fit:
     labels_sampled: bool = False
     history: dict[str, list[float]] = field(default_factory=lambda: {"processed_examples": [], "val_nll": []})
     novelty: tuple[Tensor, list[Any]] | None = None
+    channel_axis: int | None = None
 
     @property
     def exact(self) -> bool:
-        """Whether G is that of all inputs, without sampled labels."""
+        """Whether G is that of all inputs and their positions, without sampled labels."""
         return self.n_curvature == self.n_data and not self.labels_sampled
 
     def curvature(self, n: int | None = None, rank: int | None = None) -> Tensor:

@@ -74,6 +74,10 @@ def _cholesky(precision: Tensor) -> Tensor:
     return factor
 
 
+# How many features are turned into predictions at a time.
+BLOCK = 2**22
+
+
 @dataclass(frozen=True)
 class Outputs:
     r"""A Gaussian over the outputs of B inputs.
@@ -234,8 +238,13 @@ class Linearised:
         found: dict[str, Any] = {k: None if v is None else v.detach() for k, v in vars(self).items()}
         return Linearised(**found)
 
-    def of(self, rows: Tensor) -> Linearised:
-        """Return what is known of some of the inputs, which a mask (B,) names."""
+    def blocks(self) -> list[Linearised]:
+        """Cut the inputs into blocks with some millions of features: images have 10^5 positions."""
+        size, step = len(self.f), max(1, BLOCK // max(1, self.phi[:1].numel()))
+        return [self.of(slice(a, a + step)) for a in range(0, size, step)] if size > step else [self]
+
+    def of(self, rows: Tensor | slice) -> Linearised:
+        """Return what is known of some of the inputs, which a mask (B,) names, or a slice."""
         found: dict[str, Any] = {
             k: v if v is None or k == "overlap" else v[rows] for k, v in vars(self).items()
         }

@@ -2,8 +2,9 @@ r"""From inputs to predictions: features, the Gaussian over outputs, a link."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from .likelihoods import Likelihood, Prediction
 from .links import LINKS, Noise
 from .posterior import Posterior
 from .residual import RESIDUALS, Residual, joint_kernel
+
+Results = TypeVar("Results", bound="Tensor | tuple[Tensor, ...]")
+Found = TypeVar("Found", Tensor, tuple[Tensor, Tensor], Prediction)
 
 
 def checked_features(
@@ -97,6 +101,39 @@ def _prepared(posterior: Posterior, engine: Engine, residual: Residual) -> Any:
 def numbers_per_output(posterior: Posterior) -> int:
     """Return how many numbers :func:`linearise` keeps of each output."""
     return posterior.rank + posterior.residual.numbers_per_output(posterior.fit.n_outputs)
+
+
+def in_parts(
+    posterior: Posterior, engine: Engine, x: Raw | Input, compute: Callable[[Any], Results]
+) -> Results:
+    """Apply a function to the inputs of a batch, to as many at a time as features may take memory for, and join its results.
+
+    Parameters
+    ----------
+    compute : callable
+        Inputs -> tensor (B L, ...), or tuple of such tensors.
+    """
+    if (
+        posterior.variance != "ella" or posterior.fit.basis.sharded
+    ):  # without features, or in step with other ranks
+        return compute(x)
+    check_finite_input(x)
+    with NamingShape(x):
+        parts = list(engine.bounded(x, numbers_per_output(posterior)))
+    if len(parts) < 2:
+        return compute(x)
+    return joined([compute(part) for part in parts])
+
+
+def joined(parts: list[Results]) -> Results:
+    """Join results, tensors or tuples of them, along their first axis."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if isinstance(first, Tensor):
+        return torch.cat(parts)  # type: ignore[arg-type, return-value]
+    found = map(torch.cat, zip(*parts))
+    return type(first)(*found) if hasattr(first, "_fields") else tuple(found)  # type: ignore[return-value]
 
 
 @without_autocast
@@ -189,7 +226,7 @@ def probabilities(
 ) -> Tensor:
     """Return the probabilities (B, C) of inputs, in the model's dtype."""
     seen = linearise(posterior, engine, x, enable_backprop)
-    found = predict(posterior.outputs(seen), likelihood, link, noise)
+    found = joined([predict(posterior.outputs(rows), likelihood, link, noise) for rows in seen.blocks()])
     assert isinstance(found, Tensor)
     return found.to(seen.f.dtype)
 
@@ -205,9 +242,32 @@ def of_call(
     enable_backprop: bool = False,
 ) -> Prediction:
     """Return what a call of an estimator does: probabilities, or moments of the targets where the likelihood has none."""
-    if likelihood.has_probabilities:
-        return probabilities(posterior, engine, x, likelihood, link, noise, enable_backprop)
-    return target_moments(posterior, engine, x, likelihood, joint, noise.diagonal_output, enable_backprop)
+
+    def compute(part: Any) -> Prediction:
+        if likelihood.has_probabilities:
+            return probabilities(posterior, engine, part, likelihood, link, noise, enable_backprop)
+        flags = joint, noise.diagonal_output, enable_backprop
+        return target_moments(posterior, engine, part, likelihood, *flags)
+
+    return compute(x) if joint else in_parts(posterior, engine, x, compute)
+
+
+def as_network(engine: Engine, x: Raw | Input, found: Found, channels: int = 1, lead: int = 0) -> Found:
+    """Give what was found for the positions of inputs the axes that the network's outputs have, if these are known.
+
+    Parameters
+    ----------
+    found : Tensor (*lead, B L, *channels), or tuple
+        Of a tuple, what has an axis more than the first has two axes of channels.
+    channels, lead : int
+        As in :meth:`laplace_ella.network.outputs.Axes.laid_out`.
+    """
+    if engine.channel_axis is None and not engine.function.bare:
+        return found
+    axes = engine.axes(x)
+    if isinstance(found, Tensor):
+        return axes.laid_out(found, channels, lead)
+    return tuple(axes.laid_out(t, channels + t.ndim - found[0].ndim, lead) for t in found)  # type: ignore[return-value]
 
 
 def of_features(posterior: Posterior, phi: Tensor) -> Outputs:

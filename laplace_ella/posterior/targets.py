@@ -2,44 +2,72 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..data.notices import warn_user
+from ..network.outputs import Axes, channels_last
 from .likelihoods import Likelihood
 
 
-def warn_of_two_readings(y: Tensor, shape: torch.Size, name: str) -> None:
-    """Warn of class indices that fit outputs (B, ..., C), as here, and (B, C, ...), as in ``nn.CrossEntropyLoss``, too.
+def channel_axis_of(likelihood: Likelihood, y: Tensor, f: Tensor, name: str) -> int | None:
+    """Find out from targets whether outputs are (B, C, ...), as ``nn.CrossEntropyLoss`` takes them: 1, else None.
+
+    Both readings may fit: numbers (B, C, ...) for outputs of that shape, whose loss is the same in both, and class indices of as many
+    positions as there are classes, whose loss is not.
 
     Parameters
     ----------
     y : Tensor (B, ...)
-        The targets of the batch.
-    shape : torch.Size
-        The shape of the outputs.
+        The targets of a batch.
+    f : Tensor (B, ...)
+        Its outputs as the network has them.
     name : str
         The name of the batch, for messages.
+
+    Warns
+    -----
+    UserWarning
+        If both fit, and their losses differ; the last axis is taken for the channels then.
     """
-    if len(shape) > 2 and y.shape == shape[:-1] and y.shape[1:] == shape[2:]:
+    if f.ndim < 3:
+        return None
+    last, second = (_loss_along(axis, likelihood, y, f, name) for axis in (None, 1))
+    if last is None and second is not None:
+        return 1
+    if last is not None and second is not None and not math.isclose(last, second, rel_tol=1e-6):
         warn_user(
-            f"In {name}: targets of shape {tuple(y.shape)} fit two readings of outputs of shape {tuple(shape)}. Their last axis "
-            "is taken for the classes, and those between for positions. If the classes come second, as nn.CrossEntropyLoss has "
-            "them, let the model return outputs.movedim(1, -1)."
+            f"In {name}: targets of shape {tuple(y.shape)} fit two readings of outputs of shape {tuple(f.shape)}. Their last axis "
+            f"is taken for the classes, and those between for positions: the loss is {last / len(y):.4g} per input. If the classes "
+            f"come second, as nn.CrossEntropyLoss has them, it is {second / len(y):.4g}. Pass channel_axis=-1 or channel_axis=1 to "
+            "the estimator, to say which it is."
         )
+    return None
 
 
-def checked_targets(
-    likelihood: Likelihood, y: Tensor, f: Tensor, positions: tuple[int, ...], name: str
-) -> Tensor:
+def _loss_along(
+    channel_axis: int | None, likelihood: Likelihood, y: Tensor, f: Tensor, name: str
+) -> float | None:
+    """Return the loss of a batch, read with its channels on an axis; None if the targets do not fit."""
+    f = channels_last(f, channel_axis)
+    axes, rows = Axes(tuple(f.shape[1:-1]), channel_axis), f.flatten(0, -2)
+    try:
+        return float(likelihood.loss(rows, checked_targets(likelihood, y, rows, axes, name)))
+    except ValueError:
+        return None
+
+
+def checked_targets(likelihood: Likelihood, y: Tensor, f: Tensor, axes: Axes, name: str) -> Tensor:
     """Return the targets of one batch in the likelihood's shape, on the device of f (B L, C).
 
     Parameters
     ----------
     y : Tensor (B, ...)
-        Its axes after the first that equal ``positions`` are flattened into the batch.
-    positions : tuple of int
-        The axes between batch and C that the outputs had.
+        Its axes after the first that equal the positions are flattened into the batch.
+    axes : Axes
+        Those that the outputs had.
     name : str
         The name of the batch, for messages.
 
@@ -48,12 +76,15 @@ def checked_targets(
     ValueError
         If targets do not fit or outputs are not finite; the message names the batch.
     """
-    n = len(positions)
-    if n and tuple(y.shape[1 : 1 + n]) != tuple(positions):
+    positions, n, found = axes.positions, len(axes.positions), tuple(y.shape)
+    y = axes.targets(y)
+    if n and tuple(y.shape[1 : 1 + n]) != positions:
+        where = "axis 1" if axes.channel_axis == 1 else "the last axis"
         raise ValueError(
-            f"In {name}: the outputs have positions {tuple(positions)} for each input, and targets must have them "
-            f"too, after the batch axis; got targets of shape {tuple(y.shape)}. The last axis of the outputs must be "
-            "the classes: a model that returns (batch, classes, ...) needs .movedim(1, -1)."
+            f"In {name}: the outputs have {f.shape[-1]} channels in {where}, and positions {positions} for each input. Targets must "
+            f"have these positions too, after the batch axis; got targets of shape {found}. channel_axis=1 reads outputs (batch, "
+            "classes, ...), as nn.CrossEntropyLoss does, and channel_axis=-1 outputs (batch, ..., classes); without it, the targets of "
+            "the first batch of a fit say which it is."
         )
     try:
         y = likelihood.targets(y.flatten(0, n).to(f.device), f)

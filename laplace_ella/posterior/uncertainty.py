@@ -14,7 +14,7 @@ from .gaussian import Outputs, root_of, without_autocast
 from .likelihoods import Likelihood
 from .links import Noise, samples_of
 from .posterior import Posterior
-from .prediction import linearise
+from .prediction import in_parts, joined, linearise
 
 
 class Uncertainty(NamedTuple):
@@ -47,10 +47,16 @@ def uncertainty(
     enable_backprop: bool = False,
 ) -> Uncertainty:
     """Return total, aleatoric and epistemic uncertainty of the targets at inputs, in the model's dtype."""
-    seen = linearise(posterior, engine, x, enable_backprop)
-    parts = split(posterior.outputs(seen), likelihood, noise, noise_variance(posterior))
-    aleatoric, epistemic = (part.to(seen.f.dtype) for part in parts)
-    return Uncertainty(aleatoric + epistemic, aleatoric, epistemic)
+
+    def compute(inputs: Any) -> Uncertainty:
+        seen, variance = linearise(posterior, engine, inputs, enable_backprop), noise_variance(posterior)
+        parts = joined(
+            [split(posterior.outputs(rows), likelihood, noise, variance) for rows in seen.blocks()]
+        )
+        aleatoric, epistemic = (part.to(seen.f.dtype) for part in parts)
+        return Uncertainty(aleatoric + epistemic, aleatoric, epistemic)
+
+    return in_parts(posterior, engine, x, compute)
 
 
 @without_autocast

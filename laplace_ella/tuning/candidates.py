@@ -89,9 +89,9 @@ def scorer_of(
             attend(posterior, engine, posterior.residual)
             return
         norms = engine.last_layer_norms(part.x) if last_layer else None
-        seen, positions = linearise(posterior, engine, part.x).detached(), engine.positions(part.x)
+        seen, axes = linearise(posterior, engine, part.x).detached(), engine.axes(part.x)
         check_unweighted(part.weights, f"validation {part.name}")
-        targets = checked_targets(likelihood, part.y, seen.f, positions, f"validation {part.name}")
+        targets = checked_targets(likelihood, part.y, seen.f, axes, f"validation {part.name}")
         of_rows = part.positions.to(targets.device).repeat_interleave(len(targets) // len(part.y))
         block, rows = Block(replace(seen, norms=norms), targets, of_rows), scored_rows(likelihood, part.y)
         data.append(block if rows is None else block.of(rows.to(targets.device)))

@@ -227,7 +227,7 @@ def _nn_scores(
             f = engine.forward(batch.x)
             flat_f, name = f.flatten(0, -2), f"validation {batch.name}"
             check_unweighted(batch.weights, name)
-            y = checked_targets(likelihood, batch.y, flat_f, f.shape[1:-1], name)
+            y = checked_targets(likelihood, batch.y, flat_f, engine.axes_of(f), name)
             rows = scored_rows(likelihood, batch.y)
             rows = (
                 torch.ones(len(y), dtype=torch.bool, device=y.device) if rows is None else rows.to(y.device)

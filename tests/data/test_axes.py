@@ -56,11 +56,13 @@ def sequences(*lengths):
 
 
 def test_targets_tell_which_axis_holds_the_classes():
-    channels_second = build(model=channels(last=False))
-    with pytest.raises(ValueError, match="movedim"):
-        channels_second.fit(sequences(5))
-    with pytest.warns(UserWarning, match="last axis"), pytest.raises(ValueError, match="batch 1"):
-        channels_second.fit(sequences(C, 5))
+    build(model=channels(last=False)).fit(sequences(5))
+    with (
+        pytest.warns(UserWarning, match="last axis"),
+        pytest.raises(ValueError, match=r"batch 1.*channel_axis=1"),
+    ):
+        build(model=channels(last=False)).fit(sequences(C, 5))
+    build(model=channels(last=False), channel_axis=1).fit(sequences(C, 5))
     for last in (False, True):
         with pytest.warns(UserWarning, match=r"\(4, 3, 3\).*last axis.*classes") as said:
             build(model=channels(last)).fit(sequences(C, C))

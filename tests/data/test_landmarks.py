@@ -13,6 +13,7 @@ from laplace_ella.data.hashing import LANDMARK_INPUT, hash_keys
 from laplace_ella.data.landmarks import BottomK, balanced, draw_outputs, uniform
 from laplace_ella.data.stream import Stream
 from laplace_ella.fitting.scan import Scan, scan
+from laplace_ella.network.outputs import Axes
 from laplace_ella.posterior.likelihoods import LIKELIHOODS
 
 F64 = torch.float64
@@ -92,7 +93,8 @@ def drawn(n, m, scheme=uniform, n_curvature=0, seed=0):
     found, data = Scan(BottomK(m), BottomK(n_curvature)), list(zip(x.split(50), y.split(50)))
     batches = Stream(data, "input_ids", "labels", lambda x, size: x).batches("Training data")
     likelihood = LIKELIHOODS["classification"]
-    scan(batches, lambda x: x.repeat(1, C), likelihood, found=found, seed=seed, scheme=scheme)
+    forward = lambda batch: (batch.x.repeat(1, C), Axes())  # noqa: E731
+    scan(batches, forward, likelihood, found=found, seed=seed, scheme=scheme)
     pairs = draw_outputs(found.landmarks, seed)
     return [(int(x), int(c)) for x, c in zip(pairs.inputs, pairs.outputs)], found
 

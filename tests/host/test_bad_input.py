@@ -224,10 +224,10 @@ def test_features_that_are_not_finite():
     before.check()
 
 
-SHAPES = lambda f: f[:, 0], lambda f: f.sum(), lambda f: (f, f), lambda f: {"logits": f}, lambda f: f.tolist()
+SHAPES = lambda f: f.sum(), lambda f: {"a": f, "b": f}, lambda f: f.tolist(), lambda f: f[:3, 0]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, lambda f: SimpleNamespace(logits=f[:, 0])])
+@pytest.mark.parametrize("shape", [*SHAPES, lambda f: SimpleNamespace(logits=f.sum())])
 def test_outputs_that_are_not_a_matrix(shape):
     with pytest.raises(ValueError, match=r"\(batch, outputs\)"):
         fitted(model=Applied(lambda net, x: shape(net(x))))
