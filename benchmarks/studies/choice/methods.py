@@ -14,7 +14,6 @@ from benchmarks.studies.ablations.features import curvature
 from benchmarks.studies.choice.features import BATCH, Features, Seen, estimator
 from benchmarks.studies.common import scores
 from benchmarks.studies.common.baselines import N_SAMPLES
-from laplace_ella.posterior.novelty import normal_scores
 
 Found = dict[str, Any]
 # Class probabilities of each set of images by its name.
@@ -143,10 +142,12 @@ def novelty(p: Probabilities, features: Features, rank: int) -> Found:
         name: torch.stack([scores.entropy(values), features.sets[name].share(rank)], 1)
         for name, values in p.items()
     }
-    usual = pairs.pop("validation").sort(0).values
-    found = {
-        name: normal_scores(pair, usual) @ torch.tensor([1.0, 0.5]).double() for name, pair in pairs.items()
-    }
+    usual = pairs.pop("validation").mT.sort(1).values
+    found = {}
+    for name, pair in pairs.items():
+        below = torch.searchsorted(usual, pair.mT.contiguous(), right=True)
+        normal = torch.special.ndtri((below.double() + 0.5) / (usual.shape[1] + 1))
+        found[name] = normal[0] + normal[1] / 2  # as novelty() has it
     inside = found.pop("test")
     return {name: scores.auroc(inside, outside) for name, outside in found.items()}
 
