@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
 from dataclasses import asdict, replace
@@ -44,12 +45,26 @@ def run_case(name: str, args: argparse.Namespace) -> None:
         case, sizes = quick(case), Sizes(40, 30, 100)
     path = args.out or (None if args.quick else results("choice") / f"choice_{name}.json")
     found = {**about(name, case, args), "ella": asdict(sizes)}
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
+    if args.add:
+        found = _read(path, found)
+    done = {one["seed"] for one in found["seeds"]}
+    for seed in sorted(set(range(args.first_seed, args.first_seed + args.seeds)) - done):
         found["seeds"].append(run_seed(name, case, sizes, seed, args))
         one = found["seeds"][-1]
         print(text_of(f"{name}, seed {seed}", chosen(one["choice"]["methods"], "nll", "ece")), flush=True)
         print(text_of("without validation data", chosen(one["defaults"], "nll", "ece")), flush=True)
         save(path, found)
+
+
+def _read(path: Path | None, like: dict[str, Any]) -> dict[str, Any]:
+    """Return what a file holds, if it was run with the same sizes."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path is not None and path.exists() else like
+    for key in ("counts", "ella", "samples"):
+        if found[key] != like[key]:
+            raise SystemExit(
+                f"The file holds a run with {key} {found[key]}, not {like[key]}. Run it again without --add."
+            )
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -58,6 +73,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--first-seed", type=int, default=FIRST_SEED, help=f"of as many as --seeds; default {FIRST_SEED}"
     )
+    parser.add_argument("--add", action="store_true", help="the seeds that the file lacks")
     parser.add_argument("--keep", type=Path, help="folder in which features are kept, to be used again")
     args = parsed(parser, arguments)
     torch.set_num_threads(args.threads)
