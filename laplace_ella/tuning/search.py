@@ -80,6 +80,13 @@ class Search:
         """The setting with the smallest loss."""
         return min(self.table, key=self.table.__getitem__)
 
+    @property
+    def optima(self) -> list[Setting]:
+        """The best setting of the smallest temperature, and the best of those above it, if there are any."""
+        narrowest = min(setting.temperature for setting in self.table)
+        groups = [[s for s in self.table if (s.temperature > narrowest) == wider] for wider in (False, True)]
+        return [min(group, key=self.table.__getitem__) for group in groups if group]
+
     def conclude(self) -> str:
         """Return what is to be said of settings that were skipped, if any.
 
@@ -236,8 +243,9 @@ def refine(
     gradient: Gradient | None,
     max_steps: int = 50,
     tolerance: float = 1e-10,
+    start: Setting | None = None,
 ) -> None:
-    """Improve the best setting within the ranges of the grids.
+    """Improve a setting, by default the best, within the ranges of the grids.
 
     This is done by L-BFGS over the logarithms if the loss has a gradient; else by golden-section
     searches between the neighbouring values, one parameter after the other, twice.
@@ -248,6 +256,8 @@ def refine(
         (setting, names) -> (loss, its derivatives in the log10 of the parameters named).
     max_steps, tolerance : int, float
         When L-BFGS ends: after so many steps, or one that lowers the loss by less than this share.
+    start : Setting, optional
+        Where L-BFGS starts.
     """
     names = [k for k, values in grids.items() if k not in DISCRETE and len(values) > 1]
     if not names or math.isinf(search.table[search.best]):
@@ -258,7 +268,7 @@ def refine(
             for name in names:
                 golden_section(search, search.best, name, *bounds[name])
         return
-    start = search.best
+    start = start or search.best
 
     def at(logs: Any) -> Setting:
         return start.at(**{k: float(10**v) for k, v in zip(names, logs)})

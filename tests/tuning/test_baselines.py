@@ -75,6 +75,31 @@ def test_variances_through_the_probit_link_are_direct_minimisations():
     assert found["last-layer variance"] <= min(last_layer(v) for v in np.linspace(-12, 10, 881)) + 1e-5
 
 
+def test_logits_scaled_alone_do_not_hide_a_variance_that_is_better():
+    p = over_confident("classification")
+    with (
+        torch.no_grad()
+    ):  # the optimum of logits scaled alone is a value of the grid: it is ahead of all variances there
+        f, y = outputs_and_targets(p, validation(p))
+        best = minimize_scalar(
+            lambda s: F.cross_entropy(s * f, y).item(), bounds=(1e-3, 5), method="bounded"
+        ).x
+        p.model[-1].weight.mul_(best / 0.5)
+        p.model[-1].bias.mul_(best / 0.5)
+    val = validation(p)
+    f, y = outputs_and_targets(p, val)
+    with torch.no_grad():
+        shape = p.model[:-1](whole(val)[0]).square().sum(-1, keepdim=True) + 1
+    found = fit(p).optimize_hyperparameters(val, apply=False, link_approx="probit").baselines
+
+    def probit(s, v):
+        return F.cross_entropy(s * f / (1 + math.pi / 8 * v * shape).sqrt(), y).item()
+
+    grid = [probit(s, v) for s in np.geomspace(0.3, 3, 60) for v in np.geomspace(1e-4, 1e2, 120)]
+    assert min(grid) < found["temperature scaling"].score - 1e-3
+    assert found["last-layer variance"].score <= min(grid) + 1e-4
+
+
 def test_baselines_of_a_regression_are_direct_minimisations():
     found, f, y, shape, _ = scores("regression", REGRESSION)
 
