@@ -82,10 +82,14 @@ class Search:
 
     @property
     def optima(self) -> list[Setting]:
-        """The best setting of the smallest temperature, and the best of those above it, if there are any."""
-        narrowest = min(setting.temperature for setting in self.table)
-        groups = [[s for s in self.table if (s.temperature > narrowest) == wider] for wider in (False, True)]
-        return [min(group, key=self.table.__getitem__) for group in groups if group]
+        """The best setting of the smallest temperature; and the best of those where a larger one helps, if there are any."""
+        table, narrowest = self.table, min(setting.temperature for setting in self.table)
+        at_narrowest = {s: table.get(s.at(temperature=narrowest), math.inf) for s in table}
+        groups = [
+            [s for s in table if s.temperature == narrowest],
+            [s for s, value in table.items() if at_narrowest[s] - value > FLAT * abs(value)],
+        ]
+        return [min(group, key=table.__getitem__) for group in groups if group]
 
     def conclude(self) -> str:
         """Return what is to be said of settings that were skipped, if any.
