@@ -36,7 +36,7 @@ class Baseline:
         The standard error of the difference, paired input by input; None for a loss that is not a mean over inputs.
     parameters : dict of float
         The values that were tuned; for vector scaling, how many there are, and the weight of the ridge.
-    setting : Setting
+    setting : Setting or None
         The whole setting, with the scales and biases of classes.
     """
 
@@ -44,7 +44,7 @@ class Baseline:
     difference: float
     standard_error: float | None
     parameters: dict[str, float]
-    setting: Setting = field(repr=False)
+    setting: Setting | None = field(default=None, repr=False)
 
 
 def simpler_methods(

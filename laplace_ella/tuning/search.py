@@ -82,14 +82,14 @@ class Search:
 
     @property
     def optima(self) -> list[Setting]:
-        """The best setting of the smallest temperature; and the best of those where a larger one helps, if there are any."""
-        table, narrowest = self.table, min(setting.temperature for setting in self.table)
-        at_narrowest = {s: table.get(s.at(temperature=narrowest), math.inf) for s in table}
-        groups = [
-            [s for s in table if s.temperature == narrowest],
-            [s for s, value in table.items() if at_narrowest[s] - value > FLAT * abs(value)],
-        ]
-        return [min(group, key=table.__getitem__) for group in groups if group]
+        """The best setting; and if its temperature is the smallest, the best of those where a larger one helps."""
+        table, best = self.table, self.best
+        narrowest = min(setting.temperature for setting in table)
+        if best.temperature > narrowest:
+            return [best]
+        without = {s: table.get(s.at(temperature=narrowest), math.inf) for s in table}
+        helped = [s for s, value in table.items() if without[s] - value > FLAT * abs(value)]
+        return [best, *([min(helped, key=table.__getitem__)] if helped else [])]
 
     def conclude(self) -> str:
         """Return what is to be said of settings that were skipped, if any.
