@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -36,12 +36,15 @@ class Baseline:
         The standard error of the difference, paired input by input; None for a loss that is not a mean over inputs.
     parameters : dict of float
         The values that were tuned; for vector scaling, how many there are, and the weight of the ridge.
+    setting : Setting or None
+        The whole setting, with the scales and biases of classes.
     """
 
     score: float
     difference: float
     standard_error: float | None
     parameters: dict[str, float]
+    setting: Setting | None = field(default=None, repr=False)
 
 
 def simpler_methods(
@@ -108,7 +111,7 @@ def baseline(tuned: Tuned, lowest: float, each: Tensor | None) -> Baseline:
     """Return what a simpler method reaches, beside the loss of the best setting of ELLA, and the NLL of each input under it."""
     scores = tuned.method.scores
     error = _standard_error(scores.scorer.each(scores.predictor, tuned.best), each)
-    return Baseline(tuned.score, tuned.score - lowest, error, tuned.parameters)
+    return Baseline(tuned.score, tuned.score - lowest, error, tuned.parameters, tuned.best)
 
 
 def _standard_error(left: Tensor | None, right: Tensor | None) -> float | None:

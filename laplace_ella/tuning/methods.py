@@ -142,7 +142,11 @@ def tuned(method: Method, progress: Progress = no_progress) -> Tuned:
     search = Search(method.scores)
     for each in method.starts:
         joint_search(search, each, grids, progress)
-    refine(search, grids, _gradient(method))
+    gradient = _gradient(method)
+    # At the smallest variance T has no slope, so that logits scaled alone are an optimum of their own, and can be ahead on a
+    # grid by chance.
+    for each in [search.best] if gradient is None else search.optima:
+        refine(search, grids, gradient, start=each)
     if math.isinf(search.table[search.best]):
         return Tuned(method, search, search.best)
     if not (grids or method.per_class):

@@ -80,6 +80,17 @@ class Search:
         """The setting with the smallest loss."""
         return min(self.table, key=self.table.__getitem__)
 
+    @property
+    def optima(self) -> list[Setting]:
+        """The best setting; and if its temperature is the smallest, the best of those where a larger one helps."""
+        table, best = self.table, self.best
+        narrowest = min(setting.temperature for setting in table)
+        if best.temperature > narrowest:
+            return [best]
+        without = {s: table.get(s.at(temperature=narrowest), math.inf) for s in table}
+        helped = [s for s, value in table.items() if without[s] - value > FLAT * abs(value)]
+        return [best, *([min(helped, key=table.__getitem__)] if helped else [])]
+
     def conclude(self) -> str:
         """Return what is to be said of settings that were skipped, if any.
 
@@ -236,8 +247,9 @@ def refine(
     gradient: Gradient | None,
     max_steps: int = 50,
     tolerance: float = 1e-10,
+    start: Setting | None = None,
 ) -> None:
-    """Improve the best setting within the ranges of the grids.
+    """Improve a setting, by default the best, within the ranges of the grids.
 
     This is done by L-BFGS over the logarithms if the loss has a gradient; else by golden-section
     searches between the neighbouring values, one parameter after the other, twice.
@@ -248,6 +260,8 @@ def refine(
         (setting, names) -> (loss, its derivatives in the log10 of the parameters named).
     max_steps, tolerance : int, float
         When L-BFGS ends: after so many steps, or one that lowers the loss by less than this share.
+    start : Setting, optional
+        Where L-BFGS starts.
     """
     names = [k for k, values in grids.items() if k not in DISCRETE and len(values) > 1]
     if not names or math.isinf(search.table[search.best]):
@@ -258,7 +272,7 @@ def refine(
             for name in names:
                 golden_section(search, search.best, name, *bounds[name])
         return
-    start = search.best
+    start = start or search.best
 
     def at(logs: Any) -> Setting:
         return start.at(**{k: float(10**v) for k, v in zip(names, logs)})

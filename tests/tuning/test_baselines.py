@@ -15,6 +15,9 @@ from torch.distributions import MultivariateNormal, Normal
 from torch.nn import functional as F
 
 from laplace_ella.posterior.links import quasi_normal
+from laplace_ella.posterior.setting import Setting
+from laplace_ella.tuning.methods import Method, tuned
+from laplace_ella.tuning.search import LOGIT_SCALES, decades
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -73,6 +76,35 @@ def test_variances_through_the_probit_link_are_direct_minimisations():
         return F.cross_entropy(f / (1 + math.pi / 8 * math.exp(log_v) * shape).sqrt(), y).item()
 
     assert found["last-layer variance"] <= min(last_layer(v) for v in np.linspace(-12, 10, 881)) + 1e-5
+
+
+class TwoOptima:
+    """Scores with an optimum that does not depend on T, and a lower one halfway between two values of the grid of T."""
+
+    loss, n_inputs, predictor = None, 10, None
+
+    @property
+    def scorer(self):
+        return self
+
+    def __call__(self, setting):
+        return self.gradient(None, setting, ("temperature", "logit_scale"))[0]
+
+    def gradient(self, predictor, setting, names, without=None):
+        t, s = math.log10(setting.temperature) + 1.5, math.log10(setting.logit_scale)
+        alone, with_variance = s - math.log10(0.53), s - math.log10(0.75)
+        lower = 0.552 + 0.02 * t**2 + with_variance**2
+        if 0.554 + alone**2 <= lower:
+            return 0.554 + alone**2, [{"temperature": 0.0, "logit_scale": 2 * alone}[k] for k in names]
+        return lower, [{"temperature": 0.04 * t, "logit_scale": 2 * with_variance}[k] for k in names]
+
+
+def test_logits_scaled_alone_do_not_hide_a_variance_that_is_better():
+    start = Setting(1.0, 1.0, 1.0, 1.0, None, None, 1.0)
+    grids = {"temperature": decades(-6, 6), "logit_scale": LOGIT_SCALES}
+    found = tuned(Method("last-layer variance", TwoOptima(), (start,), grids, variance="last_layer"))
+    assert found.score == pytest.approx(0.552, abs=1e-6)
+    assert found.best.temperature == pytest.approx(10**-1.5, rel=1e-2)
 
 
 def test_baselines_of_a_regression_are_direct_minimisations():

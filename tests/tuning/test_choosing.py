@@ -85,6 +85,7 @@ def test_any_method_can_be_asked_for_and_survives_saving_and_copying(chosen, nam
     result = la.optimize_hyperparameters(val, "auto", method=name, **FAST)
     assert (result.chosen, result.reason) == (name, "It was asked for.")
     assert result.score == pytest.approx(before.baselines[name].score, abs=1e-6)
+    assert before.baselines[name].setting == result.best
     assert nll_of_calls(la, val) == pytest.approx(result.score, abs=1e-9)
     assert ("features" in repr(la)) == (not name.startswith("ELLA"))
     expected, new = la(X[:, :2]), fit(p)

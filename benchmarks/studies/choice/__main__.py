@@ -1,0 +1,3 @@
+from benchmarks.studies.common.start import start
+
+start(__package__)
