@@ -81,6 +81,7 @@ class NystromGGN(GGNInterface):
     """
 
     row_engine: ClassVar[Any] = None  # None: torch.func, or a loop where that fails
+    row_library: ClassVar[Any] = None  # imports the library of the row engine, or says what to install
     default_autodiff: ClassVar[str] = "auto"
 
     def __init__(
@@ -102,6 +103,8 @@ class NystromGGN(GGNInterface):
         check_whole(model)
         check_choice("likelihood", likelihood, LIKELIHOODS)
         known = LIKELIHOODS[name_of(likelihood)]
+        if self.row_library is not None:
+            self.row_library()
         super().__init__(unwrap(model), known.host_name)
         self.likelihood, self.dict_key_x, self.dict_key_y = likelihood, dict_key_x, dict_key_y
         given = (chunk_size, memory_budget, autodiff, compile, spill, spill_dtype)
@@ -201,9 +204,9 @@ class BackPackNystromGGN(NystromGGN):
     """:class:`NystromGGN` with landmark gradients from BackPACK, of which it raises an ImportError if it is missing."""
 
     row_engine = staticmethod(backpack_rows)
+    row_library = staticmethod(backpack_library)
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        backpack_library()
         check_module(model)
         if not all(p.requires_grad for p in model.parameters()):
             raise ValueError(
@@ -217,10 +220,7 @@ class AsdlNystromGGN(NystromGGN):
     """:class:`NystromGGN` with landmark gradients from ASDL, of which it raises an ImportError if it is missing."""
 
     row_engine = staticmethod(asdl_rows)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        asdl_library()
-        super().__init__(*args, **kwargs)
+    row_library = staticmethod(asdl_library)
 
 
 # By what laplace-torch calls its own, which it need not have.

@@ -114,14 +114,14 @@ def Laplace(
     """
     check_module(model)
     check_choice("subset_of_weights", subset_of_weights, ("last_layer", "subnetwork", "all"))
+    if host.FINDS_SUBCLASSES:
+        check_choice("hessian_structure", hessian_structure, _structures())
     if hessian_structure == "ella":
         if subset_of_weights != "all":
             raise ValueError(
                 f"hessian_structure='ella' needs subset_of_weights='all'; got {subset_of_weights!r}. Pass both."
             )
         return ELLALaplace(model, likelihood, *args, **kwargs)
-    if host.FINDS_SUBCLASSES:
-        check_choice("hessian_structure", hessian_structure, _structures())
     return host.Laplace(model, likelihood, subset_of_weights, hessian_structure, *args, **kwargs)
 
 
