@@ -125,6 +125,7 @@ class NystromGGN(GGNInterface):
             check_budget(memory_budget),
             check_flag("compile", compile),
             dict_key_x,
+            dict_key_y,
             self.row_engine,
             None if spill is None else Spill(folder, spill_dtype),
         )

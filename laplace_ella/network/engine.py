@@ -25,6 +25,7 @@ from ..data.batches import (
     signature,
 )
 from ..data.packing import unpacked
+from .calling import Calling
 from .calls import DivergedError
 from .choice import Choice, allowed, without_record
 from .contraction import ContractedModel, contracted_cotangents
@@ -56,7 +57,7 @@ class Engine:
     module : torch.nn.Module
     autodiff : str
         "auto", or the name of a way in :data:`laplace_ella.network.features.FEATURES`.
-    chunk_size, memory_budget, compiled, dict_key_x
+    chunk_size, memory_budget, compiled, dict_key_x, dict_key_y
         As in :class:`laplace_ella.NystromGGN`.
     row_engine : callable, optional
         Computes the gradients of landmarks. Default: torch.func, or a loop where that fails.
@@ -72,6 +73,7 @@ class Engine:
         memory_budget: int | float | None = None,
         compiled: bool = False,
         dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
         row_engine: RowEngine | None = None,
         spill: Any = None,
     ) -> None:
@@ -79,7 +81,7 @@ class Engine:
         self.chunk_size, self.memory_budget, self.compiled = chunk_size, memory_budget, compiled
         self.row_engine, self.spill = row_engine, spill
         self._example: Input | None = None  # an input, for the types of its containers
-        self.function = FunctionalModel(module)
+        self.function = FunctionalModel(module, calling=Calling(dict_key_y))
         self.cutting = Cutting(self.function, dict_key_x)
         let_malloc_adapt()
         self._support: dict[Any, Support] = {}
@@ -96,7 +98,8 @@ class Engine:
     # A copy finds out by itself what is of this module or process; weights and how inputs are read do not change.
     def __getstate__(self) -> Any:
         of_model = self.module, self.autodiff, self.chunk_size, self.memory_budget, self.compiled
-        more = self.cutting.dict_key_x, self.row_engine, self.spill
+        keys = self.cutting.dict_key_x, self.function.calling.dict_key_y
+        more = *keys, self.row_engine, self.spill
         return (*of_model, *more), self.function.names, self.cutting.knowledge(), self._example
 
     def __setstate__(self, state: Any) -> None:

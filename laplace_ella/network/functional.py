@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Input, Nested, batch_size, detached, doubled
+from .calling import Calling
 from .interrupts import raise_held_back
 from .lookups import Lookups
 from .memory import attempt
@@ -86,15 +87,19 @@ class FunctionalModel:
     Parameters
     ----------
     module : torch.nn.Module
-        Takes a tensor or a mapping, returns a tensor (B, ..., C) or an object whose
+        Takes a tensor, a mapping or its entries by name; returns a tensor (B, ..., C) or an object whose
         ``.logits`` is one. The axes between, positions in a sequence or an image, are
         flattened: differentiation sees L x C outputs per input.
     names : collection of str, optional
         The names of the weights; by default, of all that require grad now.
+    calling : Calling, optional
+        How the module takes mappings.
     """
 
-    def __init__(self, module: nn.Module, names: Collection[str] | None = None) -> None:
-        self.module = module
+    def __init__(
+        self, module: nn.Module, names: Collection[str] | None = None, calling: Calling | None = None
+    ) -> None:
+        self.module, self.calling = module, calling or Calling()
         with LOCK:  # while another thread has them exchanged, none requires grad
             trainable = {k for k, p in places_of(module).parameters.items() if p.requires_grad}
         found = trainable if names is None else names
@@ -203,11 +208,11 @@ class FunctionalModel:
     def outputs_of(self, module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) of the module, with what takes the places of its tensors now."""
         if self.in_pairs and batch_size(x) == 1:
-            return outputs_of(module, doubled(x), **model_kwargs)[:1]
-        return outputs_of(module, x, **model_kwargs)
+            return outputs_of(self.calling, module, doubled(x), **model_kwargs)[:1]
+        return outputs_of(self.calling, module, x, **model_kwargs)
 
 
-def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
+def outputs_of(calling: Calling, module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
     """Call a module as its user does, and return its outputs (B, ..., C).
 
     Raises
@@ -215,7 +220,7 @@ def outputs_of(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
     ValueError
         If the outputs are not a tensor of two axes or more.
     """
-    out = module(x.container() if isinstance(x, Nested) else x, **model_kwargs)
+    out = calling(module, x.container() if isinstance(x, Nested) else x, **model_kwargs)
     f = getattr(out, "logits", out)
     if not isinstance(f, Tensor) or f.ndim < 2:
         got = f"shape {tuple(f.shape)}" if isinstance(f, Tensor) else type(f).__name__

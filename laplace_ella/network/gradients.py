@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 
 from ..data.batches import Input, Nested, batch_size, inputs_between
+from .calling import Calling
 from .functional import FunctionalModel, Weights, backward_passes, outputs_of
 from .lookups import Lookups, without_padding
 
@@ -101,7 +102,7 @@ def backpack_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: T
     with warnings.catch_warnings(), backpack(BatchGrad()):
         # It is said of every module that holds others; _verified names the weights that matter.
         warnings.filterwarnings("ignore", "Extension saving to grad_batch does not have", UserWarning)
-        padding = _backward_of_outputs("BackPACK", module, x, outputs)
+        padding = _backward_of_outputs("BackPACK", model.calling, module, x, outputs)
     found = {k: getattr(p, "grad_batch", None) for k, p in module.named_parameters()}
     return _verified("BackPACK", found, module, batch_size(x), padding)
 
@@ -121,7 +122,7 @@ def asdl_rows(model: FunctionalModel, weights: Weights, x: Input, outputs: Tenso
     with warnings.catch_warnings(), asdl_extend(module, OP_BATCH_GRADS) as context:
         # ASDL's kind of hook is deprecated; _verified catches what it could miss.
         warnings.filterwarnings("ignore", "Using a non-full backward hook", FutureWarning)
-        padding = _backward_of_outputs("ASDL", module, x, outputs)
+        padding = _backward_of_outputs("ASDL", model.calling, module, x, outputs)
         for prefix, layer in module.named_modules():
             for name, gradient in (context.batch_grads(layer) or {}).items():
                 found[f"{prefix}.{name}" if prefix else name] = gradient
@@ -140,13 +141,15 @@ def _copy(model: FunctionalModel) -> nn.Module:
 
 
 @torch.enable_grad()
-def _backward_of_outputs(library: str, module: nn.Module, x: Input, outputs: Tensor) -> dict[str, int]:
+def _backward_of_outputs(
+    library: str, calling: Calling, module: nn.Module, x: Input, outputs: Tensor
+) -> dict[str, int]:
     """Run a module and its backward pass; return the padding rows that the library's rules do not know of."""
     if isinstance(x, Tensor) and x.is_floating_point():
         x = x.detach().requires_grad_()  # else BackPACK's hooks on the first layer warn
     try:
         with Lookups():
-            f = outputs_of(module, x)
+            f = outputs_of(calling, module, x)
         padding = without_padding(module)
         f.gather(1, outputs[:, None]).sum().backward()
     except torch.OutOfMemoryError:
