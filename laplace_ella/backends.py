@@ -62,7 +62,7 @@ class NystromGGN(GGNInterface):
     dict_key_x : str
         Key of the inputs in mapping batches.
     dict_key_y : str
-        Key of their targets.
+        Key of their targets, which a model that takes the entries of a mapping by name does not get.
     chunk_size : int, optional
         Directions per forward-mode call. Default: as many as keep tensors in cache
         (CPU), or within the memory budget (GPU).

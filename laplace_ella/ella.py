@@ -117,7 +117,8 @@ class ELLALaplace(ParametricLaplace):
     Parameters
     ----------
     model : torch.nn.Module
-        The trained network. The posterior is over its parameters that require grad now; they may be
+        The trained network, which takes a tensor, a mapping, or the entries of a mapping by name, as the parameters of its
+        ``forward`` say (docs/frameworks.md). The posterior is over its parameters that require grad now; they may be
         frozen later. Outputs may be (B, ..., C): positions in a sequence or an image are
         flattened into the batch. DataParallel, DistributedDataParallel and torch.compile wrappers
         are taken off.
@@ -140,7 +141,7 @@ class ELLALaplace(ParametricLaplace):
     dict_key_x : str
         Key of the inputs in mapping batches.
     dict_key_y : str
-        Key of their targets.
+        Key of their targets, which a model that takes the entries of a mapping by name does not get.
     backend : type or instance, optional
         Where landmark gradients come from: CurvlinopsGGN (torch.func, default),
         BackPackGGN, AsdlGGN, or a :class:`NystromGGN`. Of an instance, the class is used, and, of a NystromGGN,
