@@ -3,8 +3,8 @@
 Which part of scikit-learn does a sentence describe? The sentences are those of its own documentation strings, read from
 the installed package: seven classes, real prose, nothing to download. A small BERT is trained from a config on a few
 hundred sentences a class, with a vocabulary of words made here. Its batches are mappings (``input_ids``,
-``attention_mask``, ``labels``), as tokenizers and data collators of Hugging Face make them. laplace-torch passes a mapping to the
-model whole, while transformers wants keywords: ``Classifier`` below is the wrapper. The rest is the one string.
+``attention_mask``, ``labels``), as tokenizers and data collators of Hugging Face make them. Models of transformers get their entries
+by name without a wrapper; ``Classifier`` below is one that makes the fit faster, by the shape of the mask. The rest is the one string.
 
 What to look for: the network is sure and often wrong, since much can be said of several parts. Temperature and logit
 scale, tuned on other sentences, repair most of that; temperature scaling does most of that alone. Sentences

@@ -55,7 +55,7 @@ class NystromGGN(GGNInterface):
     dict_key_x : str
         Key of the inputs in mapping batches.
     dict_key_y : str
-        Key of their targets.
+        Key of their targets, which a model that takes the entries of a mapping by name does not get.
     chunk_size : int, optional
         Directions per forward-mode call. Default: as many as keep tensors in cache
         (CPU), or within the memory budget (GPU).
@@ -121,6 +121,7 @@ class NystromGGN(GGNInterface):
             check_budget(memory_budget),
             check_flag("compile", compile),
             dict_key_x,
+            dict_key_y,
             self.row_engine,
             None if spill is None else Spill(folder, spill_dtype),
         )

@@ -24,13 +24,14 @@ from .data.loading import check_loader
 from .data.notices import warn_user
 from .data.progress import progress_bars
 from .data.stream import Stream
-from .fitting import asked, merging, prices
+from .fitting import asked, merging, prices, saving
 from .fitting import checkpoint as checkpoints
 from .fitting.fit import FitInterrupted, fit
 from .fitting.plan import Plan
 from .fitting.prices import PredictionPlan
 from .fitting.state import assigned, posterior_of, state_of
 from .host import BaseLaplace, CurvatureInterface, ParametricLaplace
+from .module import PredictiveModule
 from .network.checks import check_model, check_module
 from .network.engine import Engine
 from .network.functional import n_trainable, unwrap
@@ -146,7 +147,8 @@ class ELLALaplace(ParametricLaplace):
     Parameters
     ----------
     model : torch.nn.Module
-        The trained network. The posterior is over its parameters that require grad now; they may be
+        The trained network, which takes a tensor, a mapping, or the entries of a mapping by name, as the parameters of its
+        ``forward`` say (docs/frameworks.md). The posterior is over its parameters that require grad now; they may be
         frozen later. Outputs may be (B, ..., C), (B, C, ...) or (B,), in an object with ``.logits``, a mapping
         or a tuple: see ``channel_axis``. DataParallel, DistributedDataParallel and torch.compile wrappers
         are taken off.
@@ -169,7 +171,7 @@ class ELLALaplace(ParametricLaplace):
     dict_key_x : str
         Key of the inputs in mapping batches.
     dict_key_y : str
-        Key of their targets.
+        Key of their targets, which a model that takes the entries of a mapping by name does not get.
     backend : type or instance, optional
         Where landmark gradients come from: CurvlinopsGGN (torch.func, default),
         BackPackGGN, AsdlGGN, or a :class:`NystromGGN`. Of an instance, the class is used, and, of a NystromGGN,
@@ -970,11 +972,10 @@ class ELLALaplace(ParametricLaplace):
         ValueError
             If ``pred_type`` or ``link_approx`` is unknown, or inputs are not finite.
         """
-        link_approx = self._posterior.link_for(link_approx, pred_type)
-        pred_type = checks.check_prediction(pred_type, link_approx, n_samples, generator, self._device)
-        checks.check_link(self._posterior.likelihood, link_approx)
         flags = {"joint": joint, "diagonal_output": diagonal_output, "fitting": fitting}
-        checks.check_call(pred_type, model_kwargs, **flags)
+        pred_type, link_approx = self._checked_call(
+            pred_type, link_approx, n_samples, generator, model_kwargs, **flags
+        )
         now, engine = self._fitted(), self._engine
         likelihood = now.likelihood if fitting else now.likelihood.of_calls
         if pred_type == "nn":
@@ -987,6 +988,22 @@ class ELLALaplace(ParametricLaplace):
         options = (likelihood, link_approx, noise, joint, self.enable_backprop)
         found = prediction.of_call(now, engine, x, *options)
         return found if joint else prediction.as_network(engine, x, found)
+
+    def _checked_call(
+        self,
+        pred_type: str,
+        link_approx: str | None,
+        n_samples: int,
+        generator: torch.Generator | None,
+        model_kwargs: dict[str, Any],
+        **flags: bool,
+    ) -> tuple[str, str]:
+        """Return the kind of prediction and the link that the arguments of a call mean, if they are allowed."""
+        link_approx = self._posterior.link_for(link_approx, pred_type)
+        pred_type = checks.check_prediction(pred_type, link_approx, n_samples, generator, self._device)
+        checks.check_link(self._posterior.likelihood, link_approx)
+        checks.check_call(pred_type, model_kwargs, **flags)
+        return pred_type, link_approx
 
     def predictive(
         self, x: Input, pred_type: str = "glm", link_approx: str | None = None, n_samples: int = 100
@@ -1629,6 +1646,104 @@ class ELLALaplace(ParametricLaplace):
         own = {name: state[name] for name in checkpoints.OF_ESTIMATOR}
         own["curvature_positions"] = state.get("curvature_positions")
         attributes.exchange(self, new, **own, _named_by_user=set(state["named_by_user"]))
+
+    def save(self, path: str | PathLike[str], *, directions: str = "full") -> None:
+        """Write what :meth:`state_dict` returns to a file, for :meth:`load`.
+
+        The file is replaced as a whole or not at all, so that who reads it meanwhile reads the old one or the new one. The
+        network's weights are not in it, but a hash of them: save them beside it, as you would without this package.
+
+        Parameters
+        ----------
+        path : str or path
+            Of a file, in an existing folder. A symbolic link is followed, and stays. Where directions are spread over
+            ranks (``shard_directions``), each rank writes a file of its own, to whose name ``.<rank>-of-<size>`` is appended.
+        directions : {"full", "half", "landmarks"}
+            How V is stored; see :meth:`state_dict`.
+
+        Raises
+        ------
+        AttributeError, ValueError
+            As for :meth:`state_dict`; ValueError also if the path is not that of a file in an existing folder.
+        OSError
+            If the file cannot be written. One that was there before stays as it was.
+        """
+        saving.save(self.state_dict(directions=directions), path, asked.sharing(self))
+
+    @classmethod
+    def load(cls: type[Self], path: str | PathLike[str], model: nn.Module, **options: Any) -> Self:
+        """Build the estimator that :meth:`save` has written to a file, for a network that has its weights already.
+
+        The file is read with ``torch.load(..., weights_only=True)``: nothing in it is run. Files of
+        ``torch.save(la.state_dict(), path)`` are the same.
+
+        Parameters
+        ----------
+        path : str or path
+            Of the file; as it was passed to :meth:`save`, also where each rank has one of its own.
+        model : torch.nn.Module
+            The network with the weights that the estimator was fitted at, on the device where it is to predict. The same
+            parameters have to require grad; freeze the others before, and all of them afterwards, if you like.
+        **options
+            Arguments of the constructor that are not in the file: keys of mappings, backend, memory and the like. Likelihood and
+            hyperparameters are.
+
+        Returns
+        -------
+        ELLALaplace
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it is truncated or damaged, no such file, of another class or format, or belongs to another network.
+
+        Notes
+        -----
+        Cost: that of :meth:`load_state_dict`. In every process K x P numbers; docs/serving.md has how processes share them.
+        """
+        ranks = (
+            ranks_of(options.get("process_group", "default")) if options.get("shard_directions") else ALONE
+        )
+        state = saving.saved_state(path, cls.__name__, ranks)
+        la = cls(model, state["likelihood"], **{"enable_backprop": state["enable_backprop"], **options})
+        la.load_state_dict(state)
+        return la
+
+    def as_module(
+        self,
+        *,
+        pred_type: str = "glm",
+        joint: bool = False,
+        link_approx: str | None = None,
+        n_samples: int = 100,
+        diagonal_output: bool = False,
+    ) -> PredictiveModule:
+        """Return a module whose forward pass is a call of this estimator, for code that takes modules.
+
+        ``la.as_module()(x)`` is ``la(x)``: probabilities (B, C), or mean and covariance, with ``diagonal_output=True`` mean and
+        variances (B, C). The module keeps the fit and the setting of this moment, and shares the network.
+
+        Parameters
+        ----------
+        pred_type, joint, link_approx, n_samples, diagonal_output
+            As for a call, of which they are the arguments in every forward pass.
+
+        Returns
+        -------
+        PredictiveModule
+            Of an estimator that is not fitted yet, it gets its posterior by ``load_state_dict``.
+
+        Raises
+        ------
+        ValueError
+            As for a call.
+        """
+        flags = {"joint": joint, "diagonal_output": diagonal_output}
+        self._checked_call(pred_type, link_approx, n_samples, None, {}, fitting=False, **flags)
+        options = {"pred_type": pred_type, "link_approx": link_approx, "n_samples": n_samples, **flags}
+        return PredictiveModule(copy(self), options)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the arguments of an estimator like this one, with the hyperparameters it has now.

@@ -12,6 +12,8 @@ from .checks import shown
 
 # (inputs as the loader has them, how many there are) -> inputs that can be cut along the batch.
 Prepare = Callable[[Raw, "int | None"], Input]
+# What gives a loader, of what others pass around in its place: data modules, trainers.
+LOADERS = ("train_dataloader", "val_dataloader", "get_train_dataloader", "get_eval_dataloader")
 
 
 def check_loader(name: str, loader: Any) -> None:
@@ -19,9 +21,14 @@ def check_loader(name: str, loader: Any) -> None:
     kind = type(loader)
     iterable = hasattr(kind, "__iter__") or hasattr(kind, "__getitem__")
     if not iterable or isinstance(loader, (str, bytes, Mapping, Tensor, type)):
+        own = [k for k in LOADERS if callable(getattr(loader, k, None))]
+        instead = (
+            f"Pass one of its own: {' or '.join(f'{k}()' for k in own)}"
+            if own
+            else "A single batch goes into a list"
+        )
         raise ValueError(
-            f"{name} must be an iterable of batches, a DataLoader for instance; got {shown(loader)}. A single batch "
-            "goes into a list."
+            f"{name} must be an iterable of batches, a DataLoader for instance; got {shown(loader)}. {instead}."
         )
 
 

@@ -208,7 +208,7 @@ def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module, we
     ValueError
         Naming what differs.
     """
-    for objection in _objections(state, cls_name, likelihood, model):
+    for objection in chain(objections(state, cls_name), _of_other_models(state, likelihood, model)):
         raise ValueError(objection)
     check_basis(state["basis"])
     check_shapes(state["basis"], weights, "The checkpoint")
@@ -219,9 +219,9 @@ def check_state(state: Any, cls_name: str, likelihood: str, model: nn.Module, we
         )
 
 
-def _objections(state: Any, cls_name: str, likelihood: str, model: nn.Module) -> Iterator[str]:
-    """Say why a state is not one of this class, likelihood and model."""
-    found = state.get("cls_name") if isinstance(state, dict) else type(state).__name__
+def objections(state: Any, cls_name: str) -> Iterator[str]:
+    """Say why something is no state of this class in a format that can be read, with all of its entries."""
+    found = state.get("cls_name", "a dict") if isinstance(state, dict) else type(state).__name__
     if found != cls_name:
         yield (
             f"The state must come from {cls_name}.state_dict(); got one of {found}. "
@@ -236,6 +236,10 @@ def _objections(state: Any, cls_name: str, likelihood: str, model: nn.Module) ->
     if state.keys() - keys - OPTIONAL.keys():
         extra = sorted(map(repr, state.keys() - keys - OPTIONAL.keys()))
         yield f"The checkpoint has entries that no estimator saves: {extra}. Take them out."
+
+
+def _of_other_models(state: dict[str, Any], likelihood: str, model: nn.Module) -> Iterator[str]:
+    """Say why a state is not one of this likelihood and model."""
     if state["likelihood"] != likelihood:
         yield f"The checkpoint was made with likelihood={state['likelihood']!r}; this estimator has {likelihood!r}."
     if state["fingerprint"] != fingerprint(model):

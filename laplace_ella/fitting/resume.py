@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import zipfile
 from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -22,6 +21,7 @@ from ..data.hashing import digest_of
 from ..data.stream import Batch
 from ..parallel.ranks import Ranks
 from .curvature import Part
+from .files import check_place, file_of, read, write
 
 KIND, FORMAT = "laplace_ella: a fit in progress", 6
 STAGES = {"scan": "", "basis": ".basis", "curvature": ".curvature"}
@@ -64,11 +64,11 @@ class FitFiles:
         self._run = os.urandom(8).hex()
         if path is None:
             return
-        first = _first_file(path, ranks)
+        first = file_of("checkpoint", path, ranks)
         self.paths = {stage: Path(f"{first}{suffix}") for stage, suffix in STAGES.items()}
         self._temporary = Path(f"{first}.tmp")
         for place in (*self.paths.values(), self._temporary):
-            _check_place(place)
+            check_place("checkpoint", place)
         self._temporary.touch()  # fails before any long work if it has to
         self._temporary.unlink()
         for stage, place in self.paths.items():
@@ -96,19 +96,7 @@ class FitFiles:
         whole: dict[str, Any] = {"kind": KIND, "format": FORMAT, "stage": stage, "rank": self._rank}
         whole.update(run=self._run, arguments=self.arguments, state=state)
         whole["digest"] = digest_of(whole)
-        try:
-            # By its name: from a file of Python's, torch turns an interrupt into an error of its own.
-            torch.save(whole, os.fspath(self._temporary))
-            with self._temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(self._temporary, self.paths[stage])
-        except BaseException as error:
-            self._temporary.unlink(missing_ok=True)
-            if isinstance(error, RuntimeError):
-                raise OSError(
-                    f"The checkpoint {self._temporary} could not be written: {error}. Is there space on the disk?"
-                ) from error
-            raise
+        write(whole, self.paths[stage], self._temporary)
 
     def delete_all(self) -> None:
         """Delete the files, because the fit has ended."""
@@ -117,9 +105,7 @@ class FitFiles:
 
     def _read(self, stage: str, path: Path) -> Any:
         try:
-            with zipfile.ZipFile(path):  # torch.load has an OSError for files that were cut off
-                pass
-            whole = torch.load(path, map_location="cpu", weights_only=True)
+            whole = read(path)
             intact = whole["digest"] == digest_of({k: v for k, v in whole.items() if k != "digest"})
         except OSError:
             raise
@@ -151,29 +137,6 @@ class FitFiles:
             self._run = whole["run"]
         if whole["run"] != self._run:
             yield f"it does not belong to {self.paths['scan']}"
-
-
-def _first_file(path: Any, ranks: Ranks) -> Path:
-    """Return the file of the first stage on this rank."""
-    if not isinstance(path, (str, PathLike)) or not os.fspath(path):
-        raise ValueError(f"checkpoint must be a path or None; got {path!r}.")
-    own = path if ranks.size == 1 else f"{os.fspath(path)}.{ranks.rank}-of-{ranks.size}"
-    first = Path(os.path.realpath(own))  # what replaces or deletes a link would take what is the user's
-    if not first.parent.is_dir() or first.is_dir():
-        raise ValueError(
-            f"checkpoint must be the path of a file, in an existing folder; got {str(path)!r}. Create {first.parent}, or "
-            "add a name to the path."
-        )
-    return first
-
-
-def _check_place(path: Path) -> None:
-    """Require that a path is that of a file, or of nothing."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        kind = "a symbolic link" if path.is_symlink() else "no regular file"
-        raise ValueError(
-            f"checkpoint keeps a file at {path}, where there is {kind}. It was left as it is: pass another path."
-        )
 
 
 def _unusable(path: Path, reason: str) -> str:

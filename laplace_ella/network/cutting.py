@@ -74,11 +74,12 @@ class Cutting:
     def knowledge(self) -> Any:
         """Return what was found out about the model's inputs, for :meth:`learn`."""
         found = self._shared, self._unused, self._known, self._warned
-        return (*map(copy, found), self.function.in_pairs)
+        return (*map(copy, found), self.function.in_pairs, self.function.calling.by_name)
 
     def learn(self, knowledge: Any) -> None:
         """Take over what was found out about a copy of the model."""
-        self._shared, self._unused, self._known, self._warned, self.function.in_pairs = knowledge
+        self._shared, self._unused, self._known, self._warned, *of_function = knowledge
+        self.function.in_pairs, self.function.calling.by_name = of_function
 
     def __call__(self, x: Raw | Input, size: int | None = None) -> Input:
         """Say which tensors of a batch are cut.

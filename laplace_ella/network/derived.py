@@ -136,7 +136,7 @@ class DerivedModel(FunctionalModel):
     """
 
     def __init__(self, model: FunctionalModel, record: Record) -> None:
-        super().__init__(model.module, model.names, model.channel_axis)
+        super().__init__(model.module, model.names, model.channel_axis, model.calling)
         self.model, self.record, self.in_pairs, self.tree = model, record, model.in_pairs, model.tree
         self._ready: tuple[Stamp, Weights] | None = None
 

@@ -25,6 +25,7 @@ from ..data.batches import (
     signature,
 )
 from ..data.packing import unpacked
+from .calling import Calling
 from .calls import DivergedError
 from .choice import Choice, allowed, without_record
 from .contraction import ContractedModel, contracted_cotangents
@@ -57,7 +58,7 @@ class Engine:
     module : torch.nn.Module
     autodiff : str
         "auto", or the name of a way in :data:`laplace_ella.network.features.FEATURES`.
-    chunk_size, memory_budget, compiled, dict_key_x
+    chunk_size, memory_budget, compiled, dict_key_x, dict_key_y
         As in :class:`laplace_ella.NystromGGN`.
     row_engine : callable, optional
         Computes the gradients of landmarks. Default: torch.func, or a loop where that fails.
@@ -75,6 +76,7 @@ class Engine:
         memory_budget: int | float | None = None,
         compiled: bool = False,
         dict_key_x: str = "input_ids",
+        dict_key_y: str = "labels",
         row_engine: RowEngine | None = None,
         spill: Any = None,
         channel_axis: int | None = None,
@@ -84,7 +86,7 @@ class Engine:
         self.row_engine, self.spill = row_engine, spill
         self._example: Input | None = None  # an input, for the types of its containers
         self.channel_axis = channel_axis
-        self.function = FunctionalModel(module, channel_axis=channel_axis)
+        self.function = FunctionalModel(module, channel_axis=channel_axis, calling=Calling(dict_key_y))
         self.cutting = Cutting(self.function, dict_key_x)
         let_malloc_adapt()
         self._support: dict[Any, Support] = {}
@@ -102,7 +104,8 @@ class Engine:
     # A copy finds out by itself what is of this module or process; weights and how inputs are read do not change.
     def __getstate__(self) -> Any:
         of_model = self.module, self.autodiff, self.chunk_size, self.memory_budget, self.compiled
-        more = self.cutting.dict_key_x, self.row_engine, self.spill, self.channel_axis
+        keys = self.cutting.dict_key_x, self.function.calling.dict_key_y
+        more = *keys, self.row_engine, self.spill, self.channel_axis
         return (*of_model, *more), self.function.names, self.cutting.knowledge(), self._example
 
     def __setstate__(self, state: Any) -> None:

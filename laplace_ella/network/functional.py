@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Input, Nested, batch_size, detached, doubled
+from .calling import Calling
 from .interrupts import raise_held_back
 from .lookups import Lookups
 from .memory import attempt
@@ -87,19 +88,26 @@ class FunctionalModel:
     Parameters
     ----------
     module : torch.nn.Module
-        Takes a tensor or a mapping, returns what :mod:`laplace_ella.network.outputs` reads. The axes
+        Takes a tensor, a mapping or its entries by name; returns what :mod:`laplace_ella.network.outputs` reads. The axes
         between batch and channels, positions in a sequence or an image, are
         flattened: differentiation sees L x C outputs per input.
     names : collection of str, optional
         The names of the weights; by default, of all that require grad now.
     channel_axis : int, optional
         1, if the module returns outputs (B, C, ...).
+    calling : Calling, optional
+        How the module takes mappings.
     """
 
     def __init__(
-        self, module: nn.Module, names: Collection[str] | None = None, channel_axis: int | None = None
+        self,
+        module: nn.Module,
+        names: Collection[str] | None = None,
+        channel_axis: int | None = None,
+        calling: Calling | None = None,
     ) -> None:
         self.module, self.channel_axis, self.tree = module, channel_axis, Tree(module)
+        self.calling = calling or Calling()
         with LOCK:  # while another thread has them exchanged, none requires grad
             trainable = {k for k, p in self.tree.places().parameters.items() if p.requires_grad}
         found = trainable if names is None else names
@@ -209,8 +217,8 @@ class FunctionalModel:
     def outputs_of(self, module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
         """Return the outputs (B, ..., C) of the module, with what takes the places of its tensors now."""
         if self.in_pairs and batch_size(x) == 1:
-            return self.read(called(module, doubled(x), **model_kwargs), doubled(x))[:1]
-        return self.read(called(module, x, **model_kwargs), x)
+            return self.read(called(self.calling, module, doubled(x), **model_kwargs), doubled(x))[:1]
+        return self.read(called(self.calling, module, x, **model_kwargs), x)
 
     def read(self, f: Tensor, x: Input) -> Tensor:
         """Return outputs (B, ..., C) of the tensor that the module returned for x; (B, n, C) at positions that are picked."""
@@ -225,7 +233,7 @@ class FunctionalModel:
         return Axes(tuple(f.shape[1:-1]), self.channel_axis, self.bare)
 
 
-def called(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
+def called(calling: Calling, module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
     """Call a module as its user does, and return the tensor (B, ...) that it returns.
 
     Raises
@@ -233,7 +241,7 @@ def called(module: nn.Module, x: Input, **model_kwargs: Any) -> Tensor:
     ValueError
         If it returns none.
     """
-    out = module(x.container() if isinstance(x, Nested) else x, **model_kwargs)
+    out = calling(module, x.container() if isinstance(x, Nested) else x, **model_kwargs)
     return checked_tensor(out, batch_size(x))
 
 
@@ -263,7 +271,7 @@ def last_layer_norms(model: FunctionalModel, x: Input) -> Tensor | None:
 
 def _with_own(model: FunctionalModel, module: nn.Module, x: Input) -> tuple[Tensor, Tensor]:
     """Return the outputs (B, ..., C), and the tensor that they were read from."""
-    raw = called(module, doubled(x) if model.in_pairs and batch_size(x) == 1 else x)
+    raw = called(model.calling, module, doubled(x) if model.in_pairs and batch_size(x) == 1 else x)
     return model.read(raw, x)[: batch_size(x)], raw
 
 

@@ -52,7 +52,9 @@ class ModuleState:
             if m.training is not training:
                 _set_training(m, training)
         now, before = zip(*self._mappings)
-        if list(map(len, now)) != list(map(len, before)) or not all(map(is_, _entries(now), _entries(before))):
+        if list(map(len, now)) != list(map(len, before)) or not all(
+            map(is_, _entries(now), _entries(before))
+        ):
             for mapping, old in self._mappings:
                 _restore_mapping(mapping, old)
         for values, kept in self._lists:

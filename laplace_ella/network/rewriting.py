@@ -76,7 +76,7 @@ class RewrittenModel(FunctionalModel):
     """A :class:`FunctionalModel` for forward mode, with rewrites found by :func:`find_rewrites`."""
 
     def __init__(self, model: FunctionalModel, rewrites: Rewrites) -> None:
-        super().__init__(model.module, model.names, model.channel_axis)
+        super().__init__(model.module, model.names, model.channel_axis, model.calling)
         self.rewrites, self.in_pairs, self.tree = rewrites, model.in_pairs, model.tree
 
     def called(self, module: nn.Module, placed: Weights, x: Input, **model_kwargs: Any) -> Tensor:

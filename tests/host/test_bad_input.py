@@ -166,6 +166,22 @@ def test_loaders_without_data(use):
     before.check()
 
 
+class DataModule:
+    """Holds loaders, as those of Lightning do."""
+
+    def train_dataloader(self):
+        raise AssertionError("nothing is asked of it")
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("use", READERS)
+def test_what_holds_loaders_is_no_loader(use):
+    own = r"must be an iterable of batches.*type DataModule. Pass one of its own: train_dataloader\(\) or val_dataloader\(\)"
+    with pytest.raises(ValueError, match=own):
+        READERS[use](fitted(temperature=None), DataModule())
+
+
 def test_errors_of_no_inputs():
     with pytest.raises(ValueError, match="x must hold at least one input; got none"):
         fitted().approximation_error(inputs(0))
