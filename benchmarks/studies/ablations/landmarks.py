@@ -40,7 +40,7 @@ class Case:
 
 CASES = {
     "digits": Case(
-        "small convolutional network",
+        "small convolutional network in float64",
         "MNIST",
         {"train": 4000, "curvature": 4000, "validation": 744, "test": 256, "pool": 1600},
         (100, 400),

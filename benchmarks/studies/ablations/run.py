@@ -84,7 +84,7 @@ OWN = {"weights": "see network", "images": "see data"}
 ABOUT = {
     "error": {**OWN, "dtype": "float64"},
     "quality": OWN,
-    "landmarks": OWN,
+    "landmarks": {**OWN, "dtype": "see network"},
     "cost": {"weights": "random", "images": "noise"},
     **dict.fromkeys(OF_DATA, OWN),
 }
