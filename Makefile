@@ -21,7 +21,7 @@ $(VENV)/.installed-%: setup.cfg pyproject.toml
 	$(RUN)/python -m pip install --quiet $(addprefix laplace-torch==,$(LAPLACE)) --editable ".[$*]"
 	touch $@
 
-demo: $(VENV)/.installed-examples  ## train, swap one string, tune, show the result
+demo: $(VENV)/.installed-examples  ## train, swap one string, tune, compare, refuse
 	$(RUN)/python $(QUIET) examples/quickstart.py
 
 test: $(VENV)/.installed-test  ## all tests

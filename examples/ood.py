@@ -39,15 +39,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from laplace import Laplace
-from PIL import Image, ImageDraw, ImageFont
 from quickstart import (
     Sizes,
     calibration,
     entropy,
     expected_calibration_error,
     in_batches,
+    letters,
     load_digits,
     nll,
+    normalised,
+    photographs,
     train,
 )
 from sklearn import datasets
@@ -62,37 +64,6 @@ QUICK = Sizes(train=300, validation=200, test=150, unseen=50, epochs=15, landmar
 LINK = {"link_approx": "mc", "n_samples": 128}  # what is tuned is what is predicted with
 COLORS = {"MAP": "#4c72b0", "temperature scaling": "#55a868", "ELLA": "#c44e52", "novelty": "#8172b3"}
 SETS = {"8 and 9": "#dd8452", "letters": "#937860", "other digits": "#64b5cd", "photographs": "#8172b3"}
-
-
-def normalised(pixels: np.ndarray) -> Tensor:
-    """Return grey images (n, 28, 28) of 0 to 255 as the network's inputs (n, 1, 28, 28)."""
-    return ((torch.from_numpy(pixels).float() / 255 - 0.1307) / 0.3081)[:, None]
-
-
-def letters(n: int) -> Tensor:
-    """Draw letters of the alphabet, upper and lower case, with the fonts that come with matplotlib."""
-    folder = Path(mpl.get_data_path()) / "fonts" / "ttf"
-    faces = sorted(p for p in folder.glob("DejaVu*.ttf") if "Display" not in p.name)
-    random, images = np.random.default_rng(0), []
-    for _ in range(n):
-        image = Image.new("L", (28, 28))
-        font = ImageFont.truetype(str(random.choice(faces)), int(random.integers(18, 25)))
-        letter = str(random.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")))
-        at = tuple(14 + random.integers(-1, 2, 2))
-        ImageDraw.Draw(image).text(at, letter, fill=255, font=font, anchor="mm")
-        images.append(np.asarray(image))
-    return normalised(np.stack(images))
-
-
-def photographs(n: int) -> Tensor:
-    """Cut squares out of scikit-learn's two photographs, in grey, at half their size."""
-    random, images = np.random.default_rng(0), []
-    photos = [Image.fromarray(p).convert("L") for p in datasets.load_sample_images().images]
-    for _ in range(n):
-        photo = photos[random.integers(len(photos))]
-        left, top = random.integers(photo.width - 56), random.integers(photo.height - 56)
-        images.append(np.asarray(photo.crop((left, top, left + 56, top + 56)).resize((28, 28))))
-    return normalised(np.stack(images))
 
 
 def other_digits(n: int) -> tuple[Tensor, Tensor]:
