@@ -47,6 +47,8 @@ COLORS = {
     "temperature scaling": "#55a868",
     "last-layer Laplace": "#dd8452",
     "ELLA": "#c44e52",
+    "MAP, energy": "0.6",
+    "ELLA, novelty": "#8172b3",
 }
 REFUSED = 0.05  # of the test images
 
@@ -242,7 +244,7 @@ def plot_refusals(shares: dict[str, dict[str, float]], path: Path) -> None:
     fig, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
     sets = list(next(iter(shares.values())))
     for i, (score, of) in enumerate(shares.items()):
-        color = "#8172b3" if "novelty" in score else COLORS.get(score.split(", ")[0], "0.6")
+        color = COLORS.get(score, COLORS[score.split(", ")[0]])
         places = np.arange(len(sets)) + (i - (len(shares) - 1) / 2) * 0.8 / len(shares)
         ax.bar(places, [of[name] for name in sets], 0.75 / len(shares), color=color, label=score)
     ax.axhline(REFUSED, color="black", ls=":", lw=1)
