@@ -38,7 +38,7 @@ class ELLACallback(_Callback):
     - At the end of ``trainer.fit`` it is fitted to the trainer's training loader, at the weights there are then, and tuned on
       the validation loader, whether these come from a datamodule or not. In a process group all ranks fit together.
     - ``trainer.predict`` returns what ``la(x)`` returns, in place of the module's own ``predict_step``.
-    - ``trainer.save_checkpoint(path)`` after training saves it, as :meth:`ELLALaplace.state_dict`, with the weights, and
+    - ``trainer.save_checkpoint(path)`` after training saves it, as :meth:`laplace_ella.ELLALaplace.state_dict`, with the weights, and
       ``trainer.predict(..., ckpt_path=path)`` loads it. Checkpoints from within training hold none.
 
     Batches are ``(x, y)``, ``(x, y, weights)`` or mappings, as the loaders have them: hooks that change batches on their way
@@ -47,14 +47,14 @@ class ELLACallback(_Callback):
     Parameters
     ----------
     likelihood : str
-        As in :class:`ELLALaplace`.
+        As in :class:`laplace_ella.ELLALaplace`.
     network : str, optional
         The name of the submodule that returns logits or means, ``"net"`` for ``self.net``. By default the
         LightningModule itself, whose ``forward`` does.
     tune : mapping or None
-        Arguments of :meth:`ELLALaplace.optimize_hyperparameters`, beside the loader. None: nothing is tuned.
+        Arguments of :meth:`laplace_ella.ELLALaplace.optimize_hyperparameters`, beside the loader. None: nothing is tuned.
     **options
-        Further arguments of :class:`ELLALaplace`.
+        Further arguments of :class:`laplace_ella.ELLALaplace`.
 
     Attributes
     ----------
@@ -97,9 +97,9 @@ class ELLACallback(_Callback):
         pl_module : LightningModule
             With other weights than at the end of training, those of the best checkpoint for instance.
         train_loader : iterable
-            See :meth:`ELLALaplace.fit`.
+            See :meth:`laplace_ella.ELLALaplace.fit`.
         val_loader : iterable, optional
-            See :meth:`ELLALaplace.optimize_hyperparameters`. Without one nothing is tuned, which a warning says.
+            See :meth:`laplace_ella.ELLALaplace.optimize_hyperparameters`. Without one nothing is tuned, which a warning says.
 
         Raises
         ------

@@ -19,7 +19,7 @@ class PredictiveModule(nn.Module):
     - ``to(device)`` moves the network, and the posterior follows at the next call. In another dtype than that of the fit it is
       refused.
     - ``state_dict()`` holds the network's weights under ``model.`` and the posterior, as the estimator's own
-      :meth:`~laplace_ella.ELLALaplace.state_dict`, under ``posterior._extra_state``. It loads with ``weights_only=True``, into
+      :meth:`laplace_ella.ELLALaplace.state_dict`, under ``posterior._extra_state``. It loads with ``weights_only=True``, into
       a module of an estimator that was built alike, fitted or not.
     - ``copy.deepcopy`` and ``pickle`` take network and posterior along, so that worker processes may have it.
     - Gradients reach inputs if the estimator has ``enable_backprop``, and never the weights.
@@ -41,7 +41,7 @@ class PredictiveModule(nn.Module):
 
     @torch.compiler.disable
     def forward(self, x: Raw | None = None, /, **entries: Tensor) -> Prediction:
-        """Predict, as the estimator does with the arguments that :meth:`~laplace_ella.ELLALaplace.as_module` was given.
+        """Predict, as the estimator does with the arguments that :meth:`laplace_ella.ELLALaplace.as_module` was given.
 
         Parameters
         ----------

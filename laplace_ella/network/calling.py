@@ -132,7 +132,7 @@ class _Forward:
         matching = [k for k in self.named if k in x]
         if not fits or not (matching or self.takes_any_name):
             return False
-        return True if len(matching) > 1 or (matching and matching != self.named[:1]) else None
+        return True if matching and matching != self.named[:1] else None
 
     def _takes_one(self, model_kwargs: dict[str, Any]) -> bool:
         """Say whether forward may be called with one argument, and these by name."""

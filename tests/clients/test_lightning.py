@@ -10,7 +10,7 @@ from torch import nn
 from laplace_ella.lightning import ELLACallback
 
 pl = pytest.importorskip("lightning.pytorch")
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's own: loggers, workers, steps
+pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("ignore")]  # Lightning warns of its loaders
 
 SIZES = {"subsample_size": 11, "n_eigenvalues": 3}
 X = inputs(11, seed=7, dtype=torch.float32)

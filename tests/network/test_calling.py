@@ -14,6 +14,8 @@ from helpers import C, DictModel, as_tuple, assert_same, dict_batches, fitted
 from torch import Tensor, nn
 
 from laplace_ella.network.calling import Calling
+from laplace_ella.network.functional import FunctionalModel
+from laplace_ella.network.rewriting import Rewrites, RewrittenModel
 
 BATCH = {"ids": torch.ones(2, 3), "mask": torch.zeros(2, 3), "labels": torch.ones(2), "names": ["a", "b"]}
 
@@ -80,6 +82,17 @@ def test_tensors_and_arguments_of_a_call():
     assert Calling()(module(lambda ids, mask=1: (ids, mask)), x, mask=3) == (x, 3)
     assert Calling()(module(lambda ids, mask, scale: scale), BATCH, scale=3) == 3
     assert Calling()(module(lambda batch, scale: (batch, scale)), BATCH, scale=3) == (BATCH, 3)
+
+
+def test_where_two_entries_are_named_nothing_is_tried():
+    ids, mask = Calling()(module(lambda ids, mask=None: (ids, mask)), BATCH)  # would take the mapping too
+    assert ids is BATCH["ids"]
+    assert mask is BATCH["mask"]
+
+
+def test_a_rewritten_model_is_called_as_the_model_is():
+    model = FunctionalModel(nn.Linear(2, 3), calling=Calling("digit"))
+    assert RewrittenModel(model, Rewrites()).calling is model.calling
 
 
 def test_targets_have_the_name_that_the_estimator_knows():
