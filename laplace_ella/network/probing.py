@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..data.batches import Input, inputs_between
+from ..data.batches import Input
 from ..data.hashing import normal_like
 from .adjoint import SCALES, check_adjoint
 from .features import AUTODIFF, FEATURES
@@ -121,8 +121,7 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
     Cost: about 20 forward passes of two rows. Call it inside ``safely``.
     """
     plain, precision = plain_passes(model, x)
-    row = inputs_between(x, 0, 1)
-    check_reached(model, row, plain)
+    check_reached(model, x, plain)
     weights = model.weights()
     gradients, why_one_by_one = _probe_gradients(model, weights, x)
     # Contraction is chosen by costs, where it works, or by name.
@@ -140,9 +139,7 @@ def probe(model: FunctionalModel, x: Input, mode: str = "auto") -> Support:
         )
     way = FEATURES[name]
     if not way.reference:
-        check_adjoint(
-            model, row, tangents, phi[:1], lambda v: way(model, weights, v, row, PAIR)[0], precision
-        )
+        check_adjoint(model, x, tangents, phi, lambda v: way(model, weights, v, x, PAIR)[0], precision)
     _warn_of_batch_statistics(model.module)
     if name != ladder[0]:
         warnings.warn(

@@ -1,1 +1,0 @@
-collect_ignore = ["stand_in"]  # a package called laplace, of which other processes run the tests
