@@ -282,6 +282,7 @@ def remarks_on_evidence(posterior: Posterior) -> list[str]:
         return []
     stays = f"the temperature stays {posterior.setting.temperature:.4g}"
     both = "use method='gridsearch' with a val_loader to tune both"
+    alone = "Without validation data, optimize_hyperparameters(some_of_train, ['temperature']) is the next best (docs/choosing.md)"
     return [
-        f"The evidence tunes the prior only: {stays}. Assign temperature=1.0 for the posterior it is of, or {both}."
+        f"The evidence tunes the prior only: {stays}. Assign temperature=1.0 for the posterior it is of, or {both}. {alone}."
     ]
