@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import laplace_ella
 from laplace_ella import NystromGGN, ReverseNystromGGN
+from laplace_ella.network.engine import Engine
 from laplace_ella.network.features import FEATURES, SHARED_WEIGHTS, reverse_is_cheaper
 from laplace_ella.network.functional import FunctionalModel
 from laplace_ella.network.gradients import gradient_rows
@@ -391,3 +392,10 @@ def test_the_plan_counts_the_gradients_that_are_computed(monkeypatch):
     counted.clear()  # those that were timed
     la.fit(train_loader())
     assert f"x {sum(counted) / M:.3g}" in plan.stages[1].what
+
+
+def test_a_linear_layer_over_positions_has_no_norms_of_channels() -> None:
+    net = nn.Linear(4, 4)
+    x = torch.randn(2, 3, 4)
+    assert Engine(net, channel_axis=1).last_layer_norms(x) is None
+    assert Engine(net).last_layer_norms(x) is not None
