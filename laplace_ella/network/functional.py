@@ -263,8 +263,8 @@ def last_layer_norms(model: FunctionalModel, x: Input) -> Tensor | None:
         z = args[0] if args else None
         if out is not raw or not isinstance(z, Tensor) or math.prod(getattr(m, "kernel_size", ())) != 1:
             continue
-        second = raw.ndim > 2 and model.channel_axis == 1
-        if isinstance(m, nn.Linear) and second:  # its outputs are positions
+        # A convolution has its outputs in axis 1, other layers in the last; what is in the other one are positions.
+        if raw.ndim > 2 and hasattr(m, "kernel_size") != (model.channel_axis == 1):
             return None
         z = channels_last(z, model.channel_axis)
         if z.shape[:-1] == f.shape[:-1]:

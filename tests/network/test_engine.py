@@ -394,8 +394,11 @@ def test_the_plan_counts_the_gradients_that_are_computed(monkeypatch):
     assert f"x {sum(counted) / M:.3g}" in plan.stages[1].what
 
 
-def test_a_linear_layer_over_positions_has_no_norms_of_channels() -> None:
-    net = nn.Linear(4, 4)
-    x = torch.randn(2, 3, 4)
-    assert Engine(net, channel_axis=1).last_layer_norms(x) is None
-    assert Engine(net).last_layer_norms(x) is not None
+@pytest.mark.parametrize(
+    ("net", "axis"), [(nn.Linear(4, 4), None), (nn.Conv1d(4, 4, 1), 1)], ids=["linear", "conv"]
+)
+def test_a_layer_over_positions_has_no_norms_of_channels(net, axis):
+    x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = x.double().square().sum(-1 if axis is None else 1).flatten()
+    torch.testing.assert_close(Engine(net, channel_axis=axis).last_layer_norms(x), expected)
+    assert Engine(net, channel_axis=None if axis else 1).last_layer_norms(x) is None
