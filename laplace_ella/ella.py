@@ -1100,8 +1100,9 @@ class ELLALaplace(ParametricLaplace):
         AttributeError, ValueError
             As for a call.
         """
+        engine = self._engine
         samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
-        return prediction.as_network(self._engine, x, samples.to(dtype), lead=1)
+        return prediction.as_network(engine, x, samples.to(dtype), lead=1)
 
     def predictive_samples(
         self,
@@ -1112,10 +1113,11 @@ class ELLALaplace(ParametricLaplace):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Draw :meth:`functional_samples`, turned into probabilities, rates, or means and variances (S, B, C)."""
+        engine = self._engine
         samples, dtype = self._functions(x, pred_type, n_samples, diagonal_output, generator)
         # Before they are rounded: fp16 holds no logit above 65504.
         found = self._posterior.likelihood.of_calls.inverse_link(samples).to(dtype)
-        return prediction.as_network(self._engine, x, found, lead=1)
+        return prediction.as_network(engine, x, found, lead=1)
 
     def _functions(
         self, x: Input, pred_type: str, n_samples: int, diagonal_output: bool, generator: Any
@@ -1297,8 +1299,9 @@ class ELLALaplace(ParametricLaplace):
         -----
         Cost: features, plus 1 + 2S forward passes for each input (exact: about 5C).
         """
-        seen = novelty.seen_with_shares(self._fitted(), self._engine, x, self.enable_backprop)
-        return prediction.as_network(self._engine, x, seen.residual_share.to(seen.f.dtype), 0)
+        now, engine = self._fitted(), self._engine
+        seen = novelty.seen_with_shares(now, engine, x, self.enable_backprop)
+        return prediction.as_network(engine, x, seen.residual_share.to(seen.f.dtype), 0)
 
     @torch.no_grad()
     def novelty(self, x: Input) -> Tensor:
@@ -1313,8 +1316,9 @@ class ELLALaplace(ParametricLaplace):
         AttributeError, ValueError
             As for a call; ValueError also if the setting has changed since the calibration.
         """
-        found = novelty.novelty(self._fitted(), self._engine, x, self.enable_backprop)
-        return prediction.as_network(self._engine, x, found, 0)
+        now, engine = self._fitted(), self._engine
+        found = novelty.novelty(now, engine, x, self.enable_backprop)
+        return prediction.as_network(engine, x, found, 0)
 
     @torch.no_grad()
     def calibrate_novelty(self, in_distribution_loader: Iterable[Any]) -> None:
