@@ -29,7 +29,7 @@ SETUP = "import sys\n\nsys.path.insert(0, '..')  # the examples import functions
 REPLACED = {
     "parser.parse_args()": "parser.parse_args([])",
     "Path(__file__).parent": "Path()",
-    'import matplotlib as mpl\n\nmpl.use("Agg")\n\n': "",
+    '\nmpl.use("Agg")\n\n': "",
     "from __future__ import annotations\n": "",
 }
 
