@@ -60,17 +60,11 @@ types: $(VENV)/.installed-dev
 docs: .venv-docs/.installed  ## the documentation as a site, in build/site; warnings are errors
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build -f .mkdocs.yml --strict
 
-examples: $(VENV)/.installed-examples  ## run the examples, with their assertions
-	$(RUN)/python $(QUIET) examples/quickstart.py --quick
+examples: $(VENV)/.installed-examples  ## run the examples, with their assertions, two at a time
+	printf '%s --quick\n' examples/segmentation.py examples/quickstart.py examples/ood.py examples/text.py \
+		examples/bayesian_optimisation.py examples/active_learning.py examples/tuning.py examples/vit.py \
+		examples/migrating.py | OMP_NUM_THREADS=1 xargs -P 2 -L 1 $(RUN)/python $(QUIET)
 	$(RUN)/python $(QUIET) examples/regression.py
-	$(RUN)/python $(QUIET) examples/tuning.py --quick
-	$(RUN)/python $(QUIET) examples/ood.py --quick
-	$(RUN)/python $(QUIET) examples/segmentation.py --quick
-	$(RUN)/python $(QUIET) examples/vit.py --quick
-	$(RUN)/python $(QUIET) examples/text.py --quick
-	$(RUN)/python $(QUIET) examples/bayesian_optimisation.py --quick
-	$(RUN)/python $(QUIET) examples/active_learning.py --quick
-	$(RUN)/python $(QUIET) examples/migrating.py --quick
 	PYTHONWARNINGS=ignore $(RUN)/torchrun --nproc-per-node 2 examples/distributed.py --quick
 	OMP_NUM_THREADS=1 $(RUN)/python $(QUIET) examples/notebooks/convert.py --run
 
