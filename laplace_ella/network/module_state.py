@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import attrgetter, is_, methodcaller
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import nn
 
 from .caches import MAPPINGS, MISSING, OF_TORCH, holds_tensors
+from .places import entries_of
 
 _LISTS = (list, deque)
 _CONTAINERS = frozenset([*MAPPINGS, *_LISTS])
 _TENSORS = attrgetter("_parameters", "_buffers")
-_ITEMS = methodcaller("items")
 
 
 class ModuleState:
@@ -53,17 +52,13 @@ class ModuleState:
                 _set_training(m, training)
         now, before = zip(*self._mappings)
         if list(map(len, now)) != list(map(len, before)) or not all(
-            map(is_, _entries(now), _entries(before))
+            map(is_, entries_of(now), entries_of(before))
         ):
             for mapping, old in self._mappings:
                 _restore_mapping(mapping, old)
         for values, kept in self._lists:
             if len(values) != len(kept) or not all(map(is_, values, kept)):
                 _restore_list(values, kept)
-
-
-def _entries(mappings: Iterable[Any]) -> Iterator[Any]:
-    return chain.from_iterable(chain.from_iterable(map(_ITEMS, filter(None, mappings))))
 
 
 def _set_training(m: nn.Module, training: bool) -> None:

@@ -7,7 +7,7 @@ where it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
@@ -66,8 +66,12 @@ class Tree:
 def _held_by(modules: list[nn.Module]) -> tuple[list[int], list[Any]]:
     """Return the sizes of the mappings in which modules hold tensors and other modules; and these mappings, their keys and values."""
     mappings = list(chain.from_iterable(map(_MAPPINGS, modules)))
-    entries = chain.from_iterable(chain.from_iterable(map(_ITEMS, filter(None, mappings))))
-    return list(map(len, mappings)), [*mappings, *entries]
+    return list(map(len, mappings)), [*mappings, *entries_of(mappings)]
+
+
+def entries_of(mappings: Iterable[Mapping[Any, Any]]) -> Iterator[Any]:
+    """Yield the keys and values of all mappings, one after the other."""
+    return chain.from_iterable(chain.from_iterable(map(_ITEMS, filter(None, mappings))))
 
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
